@@ -1,0 +1,108 @@
+"""Proximal policy optimisation for language models: the loss and the knobs of its estimates."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.functional.advantages import gae, shaped_rewards
+from rlhf.functional.kl import KLEstimator, adaptive_beta
+from rlhf.functional.masking import masked_whiten
+from rlhf.objective import Metrics, PolicyObjective, require_same_shape
+
+
+def clipped_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """`max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip))`, any shape (arXiv 1707.06347, eq. 7, negated)."""
+    ratio = torch.exp(logp - old_logp)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """`max((V - R)^2, (clamp(V, V_old +- clip) - R)^2) / 2`, any shape; plain squared error when `clip` is None."""
+    errors = (values - returns).square()
+    if clip is not None:
+        clipped = torch.clamp(values, old_values - clip, old_values + clip)
+        errors = torch.maximum(errors, (clipped - returns).square())
+    return 0.5 * errors
+
+
+@dataclass(frozen=True)
+class PPO(PolicyObjective):
+    """`max(-A ratio, -A clip(ratio)) + c_v * value loss - c_e * entropy`, per sampled token.
+
+    Schulman et al. 2017 (arXiv 1707.06347, eq. 7 and 9) with the clipped value loss of openai/lm-human-preferences.
+    `estimate` makes rewards, advantages and returns of a rollout (InstructGPT, arXiv 2203.02155, eq. 2); its `gamma`
+    term is the stage's: one optimizer step on `loss + gamma * cross-entropy on pretraining text`.
+    """
+
+    beta: Annotated[float, Field(ge=0)] = 0.05
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    value_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    discount: Annotated[float, Field(ge=0, le=1)] = 1.0
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    whiten_rewards: bool = False
+    kl_estimator: KLEstimator = "k1"
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    kl_horizon: Annotated[float, Field(gt=0)] = 10000.0
+
+    def estimate(
+        self, score: Tensor, logp: Tensor, ref_logp: Tensor, values: Tensor, mask: Tensor, beta: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards, whitened advantages and returns, each [B, R], of one whole rollout batch.
+
+        `score` [B]; the rest [B, R]. `beta` is the current coefficient when it adapts, else the field's. Returns come
+        from the advantages before whitening.
+        """
+        require_same_shape(logp=logp, ref_logp=ref_logp, values=values, mask=mask)
+        beta = self.beta if beta is None else beta
+        rewards = shaped_rewards(score, logp, ref_logp, mask, beta, self.kl_estimator)
+        if self.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, self.discount, self.gae_lambda)
+        return rewards, masked_whiten(advantages, mask), returns
+
+    def next_beta(self, beta: float, kl: float, n: int) -> float:
+        """KL coefficient after `n` more sequences whose mean summed KL was `kl` nats; unchanged without `kl_target`."""
+        return beta if self.kl_target is None else adaptive_beta(beta, kl, n, self.kl_target, self.kl_horizon)
+
+    def __call__(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        entropy: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [B, R] and metrics [B, R]. `entropy` [B, R] in nats; required when `entropy_coefficient` > 0."""
+        require_same_shape(
+            logp=logp, old_logp=old_logp, advantages=advantages, values=values, old_values=old_values, returns=returns
+        )
+        policy_loss = clipped_policy_loss(logp, old_logp, advantages, self.clip)
+        value_loss = clipped_value_loss(values, old_values, returns, self.value_clip)
+        losses = policy_loss + self.value_coefficient * value_loss
+        if self.entropy_coefficient:
+            if entropy is None:
+                raise ValueError("entropy_coefficient > 0 needs the entropy of the policy at every token")
+            losses = losses - self.entropy_coefficient * entropy
+
+        log_ratio = (logp - old_logp).detach()
+        ratio = log_ratio.exp()
+        metrics = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "ratio": ratio,
+            "approx_kl": 0.5 * log_ratio.square(),  # of the update so far, not of the reference
+            "clip_fraction": ((ratio - 1.0).abs() > self.clip).to(ratio.dtype),
+        }
+        if self.value_clip is not None:
+            metrics["value_clip_fraction"] = ((values - old_values).abs() > self.value_clip).to(ratio.dtype)
+        if entropy is not None:
+            metrics["entropy"] = entropy
+        return losses, {name: value.detach() for name, value in metrics.items()}

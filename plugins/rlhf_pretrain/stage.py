@@ -1,0 +1,50 @@
+"""Pretraining: next-token prediction on every token of plain text."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rlhf.data.data import Split
+from rlhf.models.language_model import LanguageModel
+from rlhf.objective import TokenObjective
+from rlhf.stage import Optimizer, Schedule
+from rlhf.supervised import Supervised
+
+
+class PretrainStage(Supervised):
+    """Documents packed into rows of ``context`` tokens; a document never sees its neighbour.
+
+    Args:
+        batch_size: Rows per update.
+        micro_batch_size: Rows per forward pass, null: all.
+        gradient_clip: Largest gradient norm, null: none.
+        epochs: Times the text is read.
+        context: Tokens in a row.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: TokenObjective,
+        data: Split,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        batch_size: Annotated[int, Field(gt=0)] = 32,
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        epochs: Annotated[float, Field(gt=0)] = 1,
+        context: Annotated[int, Field(gt=1)] = 128,
+    ) -> None:
+        super().__init__(
+            model,
+            objective,
+            data,
+            optimizer,
+            scheduler,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+            epochs=epochs,
+            packing=context,
+        )

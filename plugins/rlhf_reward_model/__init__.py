@@ -1,0 +1,1 @@
+"""Reward model trained on comparisons."""

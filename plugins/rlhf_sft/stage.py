@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: next-token prediction on what the assistant says, and only on that."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rlhf.data.data import Split
+from rlhf.models.language_model import LanguageModel
+from rlhf.objective import TokenObjective
+from rlhf.stage import Optimizer, Schedule
+from rlhf.supervised import Supervised
+
+
+class SFTStage(Supervised):
+    """Loss on the assistant's tokens and the end-of-turn token after them; prompts are read, not learnt.
+
+    Args:
+        batch_size: Dialogues (or packed rows) per update.
+        micro_batch_size: Rows per forward pass, null: all.
+        gradient_clip: Largest gradient norm, null: none.
+        epochs: Times each demonstration is seen.
+        packing: Tokens in a row of several dialogues; null: one dialogue a row, padded.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: TokenObjective,
+        data: Split,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        batch_size: Annotated[int, Field(gt=0)] = 64,
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        epochs: Annotated[float, Field(gt=0)] = 2,
+        packing: Annotated[int, Field(gt=1)] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            objective,
+            data,
+            optimizer,
+            scheduler,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+            epochs=epochs,
+            packing=packing,
+        )

@@ -1,0 +1,138 @@
+"""From a step's config to a trained model: the only place that builds objects from config groups."""
+
+import inspect
+import logging
+import shutil
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.checkpoints import latest
+from rlhf.metrics import loggers
+from rlhf.stage import Stage
+
+SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
+
+
+class Clock(pl.Callback):
+    """Seconds of each training batch, for the summary."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def groups(stage: type) -> list[str]:
+    """The config groups a stage asks for: its constructor's parameters without a default, by name."""
+    return [
+        name
+        for name, parameter in inspect.signature(stage).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+
+
+def build_stage(config: DictConfig, folder: Path) -> Stage:
+    """Builds the stage of a step's config: data first, because its errors are the cheapest to find.
+
+    Raises UserError for what the user can mend.
+    """
+    stage_class = get_class(config.stage._target_)
+    names = [name for name in groups(stage_class) if name in config]
+    parts: dict[str, Any] = {}
+    for name in names:
+        if name in SPECIAL or name not in config:
+            continue
+        node = config[name]
+        built = None if node is None else instantiate(node)
+        parts[name] = built.load() if hasattr(built, "digest") else built
+    precision = instantiate(config.precision)
+    texts = getattr(parts.get("data"), "texts", None)
+    parts["model"] = instantiate(config.model, _convert_="all").load(instantiate(config.adapter), precision, corpus=texts)
+    knobs = {k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")}
+    stage = stage_class(**parts, **knobs)
+    stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
+    return stage
+
+
+def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
+    """The Lightning trainer, with the run's files as its logger."""
+    clock = Clock()
+    callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
+    precision = instantiate(config.precision)
+    if config.trainer.accelerator == "cpu":
+        precision.check("cpu")
+    trainer = instantiate(
+        config.trainer,
+        precision=precision.trainer,
+        max_epochs=1,
+        logger=loggers(instantiate(config.logger) if config.logger else None, folder),
+        callbacks=[*callbacks, clock],
+        default_root_dir=str(folder),
+        enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    return trainer, clock
+
+
+def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
+    """Runs one step in its run folder, from its last checkpoint when there is one and ``resume`` is set.
+
+    Returns the final metrics; the stage's headline is among them as ``headline``.
+    """
+    quiet()
+    torch.manual_seed(config.seed)
+    stage = build_stage(config, folder)
+    trainer, clock = build_trainer(config, folder)
+    checkpoint = latest(folder) if resume else None
+    started = time.perf_counter()
+    if stage.produces == "model":
+        trainer.fit(stage, ckpt_path=checkpoint)
+        if trainer.is_global_zero:
+            _save(stage, folder / "model")
+    else:
+        trainer.predict(stage, return_predictions=False)
+    seconds = time.perf_counter() - started
+    metrics = {name: float(value) for name, value in {**trainer.callback_metrics, **stage.final_metrics()}.items()}
+    if clock.seconds:
+        busy = sum(clock.seconds)
+        metrics["step_seconds_median"] = statistics.median(clock.seconds)
+        metrics["tokens_per_second"] = stage.tokens_seen / busy
+        metrics["samples_per_second"] = stage.examples_seen / busy
+    metrics["train_seconds"] = seconds
+    if stage.headline in metrics:
+        metrics["headline"] = metrics[stage.headline]
+    return metrics
+
+
+def _save(stage: Stage, folder: Path) -> None:
+    """Saves beside and renames: a folder named ``model`` is always whole."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    stage.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def quiet() -> None:
+    """Keeps libraries' notes that say nothing to the user off the screen."""
+    for name in ("pytorch_lightning", "lightning", "bitsandbytes", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in ("many workers", "not resumable", "log_every_n_steps", "LeafSpec", "predict returned None"):
+        warnings.filterwarnings("ignore", message=f".*{pattern}.*")
+
+

@@ -1,0 +1,159 @@
+"""Errors of Hydra and OmegaConf as one line that says what to type."""
+
+import re
+from collections.abc import Iterator
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from rlhf import discovery
+from rlhf.errors import RLHFError, suggest
+
+
+_CHOICE = re.compile(r"(stage|pipeline|experiment)=")
+
+
+def user_fixable(error: BaseException) -> bool:
+    """Whether the command line or a YAML file is at fault, and not the program."""
+    if isinstance(error, RLHFError):
+        return error.exit_code == 2
+    return isinstance(error, HydraException | OmegaConfBaseException)
+
+
+def explain(error: BaseException, argv: list[str]) -> str:
+    """What went wrong, in one line for each finding.
+
+    Args:
+        error: What was raised.
+        argv: The command line, where the words that are wrong stand.
+    """
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, RLHFError):
+            return str(link)
+    if not user_fixable(error):
+        text = str(error).strip()
+        return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    for link in chain:
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            return _no_such_option(link, argv)
+        if isinstance(link, OverrideParseException):
+            return f"{link.override}: cannot be read as KEY=VALUE ({_first(link)}); quote special characters: 'KEY=\"a,b\"'"
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException):
+            return _omegaconf(link, argv)
+    for link in chain:
+        if isinstance(link, ConfigCompositionException) and str(link):
+            return _composition(str(link), argv)
+    return _first(error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _no_such_option(error: MissingConfigException, argv: list[str]) -> str:
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    if not group:
+        return _first(error)
+    options = [o for o in error.options or [] if o != "_self_"]
+    # The group as it was typed, with @package.
+    typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
+    return f"{typed}={option}: no such option{suggest(option, options)}"
+
+
+def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
+    key = str(error.full_key or "")
+    reason = _first(error)
+    if "is not in struct" in reason:
+        parent = error.parent_node
+        keys = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+        above, _, word = key.rpartition(".")
+        if above:
+            return f"{key}: unknown option{suggest(word, keys, f'{above}.')}"
+        return _unknown_root(key, keys, argv)
+    if isinstance(error, InterpolationResolutionError) and not key:
+        return reason
+    return f"{key}: {reason}" if key and not reason.startswith(key) else reason
+
+
+def _unknown_root(key: str, keys: list[str], argv: list[str]) -> str:
+    """A key at the root that the chosen stage or pipeline does not have."""
+    word = next((w for w in argv if w.lstrip("+~").split("=")[0].split(".")[0] == key), key)
+    value = word.partition("=")[2] or "..."
+    below = word.lstrip("+~").split("=")[0].removeprefix(key)
+    inside = f"{key}{below}"
+    owners = [(step, config) for step, config in _steps(argv) if key in config]
+    exact = [step for step, config in owners if OmegaConf.select(config, inside) is not None]
+    steps = [f"{step}.{inside}={value}" for step in exact or [step for step, _ in owners]]
+    if steps:
+        return f"{word}: a pipeline's steps have their own; type {' or '.join(steps)}"
+    if key in _groups():
+        chosen = next((w for w in argv if _CHOICE.match(w)), None)
+        if chosen is None:
+            return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
+        return f"{key}: {chosen} has no such group{suggest(key, keys)}"
+    return f"{key}: unknown option{suggest(key, [k for k in keys if k != 'hydra'])}"
+
+
+def _composition(text: str, argv: list[str]) -> str:
+    line = next((x for x in text.splitlines() if x.strip()), text)
+    override = re.match(r"Could not override '([^']+)'", line)
+    if override:
+        group, _, package = override[1].partition("@")
+        word = next((w for w in argv if re.match(rf"{re.escape(override[1])}=", w)), override[1])
+        option = word.partition("=")[2] or "OPTION"
+        steps = [step for step, config in _steps(argv) if isinstance(config.get(group), DictConfig)]
+        if package:
+            places = [f"{step}.{group}" for step in steps]
+            return f"{word}: nothing to override there{suggest(package, places, f'{group}@')}"
+        if steps:
+            choices = " or ".join(f"{group}@{step}.{group}={option}" for step in steps)
+            return f"{word}: a pipeline's steps have their own; type {choices}"
+        if group in _groups() and not any(_CHOICE.match(w) for w in argv):
+            return f"{word}: no stage is chosen that has this group; type stage=NAME or pipeline=NAME before it"
+        if group in _groups():
+            return f"{word}: the chosen stage has no group {group}; name a stage that has, or leave it out"
+        return f"{word}: no such group{suggest(group, _groups())}"
+    sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", line)
+    if sweep:
+        return f"{sweep[1]}: several values are a sweep; add -m"
+    match = re.search(r"Key '([^']+)' is not in struct", text)
+    if match:
+        return f"{match[1]}: unknown option"
+    return line.strip()
+
+
+def _groups() -> set[str]:
+    folders = [discovery.conf_dir(), *(p.conf for p in discovery.discover()[0])]
+    return {p.name for conf in folders for p in conf.iterdir() if p.is_dir()}
+
+
+def _steps(argv: list[str]) -> Iterator[tuple[str, DictConfig]]:
+    """The steps of the pipeline on the command line, as they stand without any other override."""
+    chosen = [w for w in argv if _CHOICE.match(w) and not w.startswith("stage=") and "," not in w]
+    if not chosen:
+        return
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
+            config = compose("config", overrides=chosen)
+    except (HydraException, OmegaConfBaseException):
+        return
+    for step in OmegaConf.select(config, "steps") or []:
+        if isinstance(config.get(step), DictConfig):
+            yield step, config[step]

@@ -1,0 +1,92 @@
+"""Plugins: list, show NAME, new NAME --kind KIND, check FOLDER."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import discovery
+from rlhf.cli import scaffold
+from rlhf.errors import UserError, suggest
+
+
+def main(argv: list[str]) -> int:
+    """`rlhf plugins ...`; the exit status is 1 when `check` finds something."""
+    parser = argparse.ArgumentParser("rlhf plugins", description="What extends rlhf, and your own extensions.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="every plugin, where it is from, what it offers (the default)")
+    show = actions.add_parser("show", help="the options of one plugin, with their knobs")
+    show.add_argument("name")
+    new = actions.add_parser("new", help="write a plugin that runs at once, to be changed into yours")
+    new.add_argument("name")
+    new.add_argument("--kind", required=True, help=", ".join(scaffold.kinds()))
+    new.add_argument("--into", type=Path, default=Path("plugins"), help="parent folder (default: ./plugins)")
+    check = actions.add_parser("check", help="does a plugin keep its side of the contract?")
+    check.add_argument("folder", type=Path)
+    typed = parser.parse_args(argv)
+    if typed.action == "show":
+        return _show(typed.name)
+    if typed.action == "new":
+        return _new(typed.name, typed.kind, typed.into)
+    if typed.action == "check":
+        return _check(typed.folder)
+    return _list()
+
+
+def _list() -> int:
+    plugins, broken = discovery.discover()
+    table = Table("plugin", "from", "offers", box=None, pad_edge=False)
+    for plugin in plugins:
+        offers: dict[str, list[str]] = {}
+        for option in plugin.options():
+            group, _, name = option.rpartition("/")
+            offers.setdefault(group, []).append(name)
+        table.add_row(plugin.name, plugin.origin, "; ".join(f"{g}: {', '.join(n)}" for g, n in offers.items()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for line in broken:
+        print(f"not usable: {line}")
+    return 0
+
+
+def _show(name: str) -> int:
+    plugins = {plugin.name: plugin for plugin in discovery.discover()[0]}
+    plugin = plugins.get(name.removeprefix("rlhf_"))
+    if plugin is None:
+        raise UserError(f"{name}: no such plugin{suggest(name, plugins)}")
+    print(f"{plugin.name}: package {plugin.package}, from {plugin.origin}, in {plugin.folder}")
+    for option in plugin.options():
+        print(f"\n{'='.join(option.rsplit('/', 1))}")
+        for line in (plugin.conf / f"{option}.yaml").read_text().splitlines():
+            if line.strip() and "@package" not in line:
+                print(f"  {line}")
+    readme = plugin.folder / "README.md"
+    if readme.exists():
+        print(f"\nmore: {readme}")
+    return 0
+
+
+def _new(name: str, kind: str, into: Path) -> int:
+    folder, commands = scaffold.write(name, kind, into)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        print(f"wrote {path}")
+    searched = {Path(d).resolve() for d in os.environ.get("RLHF_PLUGINS", "plugins").split(os.pathsep)}
+    if into.resolve() not in searched:
+        print(f"\nit is found when you type: export RLHF_PLUGINS={into.resolve()}")
+    print(f"\nnext:\n  rlhf plugins check {folder}")
+    print("\n".join(f"  {line}" for line in commands.splitlines()))
+    return 0
+
+
+def _check(folder: Path) -> int:
+    from rlhf.testing import check_plugin
+
+    report = check_plugin(folder)
+    for line in report.passed:
+        print(f"ok    {line}")
+    for line in report.problems:
+        print(f"WRONG {line}")
+    print(f"{len(report.passed)} checks passed, {len(report.problems)} failed")
+    return 1 if report.problems else 0

@@ -1,0 +1,90 @@
+"""Compare runs: `rlhf report FOLDER...` prints one table and writes report.html and report.csv.
+
+A FOLDER is a run folder, a sweep folder, any folder of runs, or the first letters of a fingerprint; without one it is
+the newest sweep.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit status."""
+    options = _parser().parse_args(list(argv))
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlhf.report.sweep import COSTS, cell, compare_runs, newest_sweep, short_names, show
+
+    references = list(options.runs)
+    if not references:
+        sweep = newest_sweep(options.outputs)
+        if sweep is None:
+            raise UserError(f"no sweep in {options.outputs}; type rlhf report RUN... (rlhf runs list shows the runs)")
+        references = [str(sweep)]
+    comparison = compare_runs(references, options.outputs, options.metric)
+    telling, costs = comparison.telling(6), comparison.costs()
+    short = short_names(comparison.varying)
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ["run", *(short[key] for key in comparison.varying), *telling, *(COSTS[name] for name in costs)]:
+        table.add_column(column, overflow="fold", justify="right" if column in (*telling, *costs) else "left")
+    for group in comparison.groups:
+        names = [m.name if m.run.finished else f"{m.name} ({m.run.status})" for m in group.members]
+        cells = [Text(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")]
+        cells += [Text(show(group.knobs.get(key))) for key in comparison.varying]
+        for metric in [*telling, *costs]:
+            best = metric in telling and comparison.best(metric) is group
+            cells.append(Text(cell(group, metric), style="bold green" if best else ""))
+        table.add_row(*cells)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    console.print(table)
+    if comparison.seeds > 1:
+        console.print("mean ± standard error over seeds", style="dim")
+
+    from rlhf.report.html import failures, write_report
+
+    folder = options.out or _place(references, options.outputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = [failure for ref in references if Path(ref).is_dir() for failure in failures(Path(ref))]
+    for failure in failed:
+        console.print(Text(f"not finished: {failure.job} ({failure.status}) {failure.error}", style="red"))
+    title = options.title or (Path(references[0]).name if len(references) == 1 else f"{len(comparison.members)} runs")
+    page = write_report(comparison, folder / "report.html", title, failed)
+    comparison.write_csv(folder / "report.csv")
+    print(f"\n{page}\n{folder / 'report.csv'}")
+    return 0
+
+
+def _place(references: Sequence[str], outputs: Path) -> Path:
+    """A sweep's own folder; otherwise a new folder of reports."""
+    from rlhf.report.sweep import is_run
+
+    only = Path(references[0])
+    if len(references) == 1 and only.is_dir() and not is_run(only) and only.resolve() != outputs.resolve():
+        return only
+    return outputs / "reports" / time.strftime("%Y-%m-%d-%H%M%S")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, folder of runs, or fingerprint prefix")
+    parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
+    parser.add_argument("--title", help="heading of the page")
+    parser.add_argument("--out", type=Path, help="folder for report.html and report.csv")
+    parser.add_argument(
+        "--outputs", type=Path, default=Path("outputs"), help="folder of all results (default: outputs)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

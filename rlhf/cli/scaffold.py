@@ -1,0 +1,60 @@
+"""Write the files of a new plugin that runs at once."""
+
+import keyword
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+from rlhf.cli.help import options
+from rlhf.errors import UserError, suggest
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def kinds() -> list[str]:
+    """What a plugin can be made for: the folders of templates."""
+    return sorted(path.name for path in TEMPLATES.iterdir() if path.is_dir())
+
+
+def write(name: str, kind: str, parent: Path) -> tuple[Path, str]:
+    """Write the plugin ``parent/name``.
+
+    Returns:
+        Its folder, and commands that use it.
+
+    Raises:
+        UserError: the name cannot be a package's, or is taken.
+    """
+    if kind not in kinds():
+        raise UserError(f"--kind {kind}: no such kind{suggest(kind, kinds())}")
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+        raise UserError(f"{name}: a plugin's name is a Python package's: small letters, digits and _, e.g. my_{kind}")
+    folder = parent / name
+    if folder.exists():
+        raise UserError(f"{folder} exists already; type another name, or remove it")
+    if find_spec(name) is not None:
+        raise UserError(f"{name} is the name of an installed package, which it would hide; type another name")
+    owner = options().get(kind, {}).get(name)
+    if owner is not None:
+        raise UserError(f"{kind}={name} exists already, in {owner}; type another name")
+    sources = sorted((TEMPLATES / kind).glob("*.tmpl"))
+    module = next(path.stem for path in sources if path.stem.endswith(".py"))
+    words = {
+        "name": name,
+        "package": name,
+        "dashed": name.replace("_", "-"),
+        "title": name.replace("_", " ").capitalize(),
+        "Class": "".join(part.capitalize() for part in name.split("_")),
+        "folder": folder.as_posix(),
+        "module": module,
+    }
+    words["next"] = Template((TEMPLATES / kind / "next.txt.tmpl").read_text()).substitute(words).strip()
+    files = {"__init__.py": f'"""{words["title"]}."""\n'}
+    for source in [*sources, TEMPLATES / "README.md.tmpl", TEMPLATES / "pyproject.toml.tmpl"]:
+        place = f"conf/{kind}/{name}.yaml" if source.stem == "option.yaml" else source.stem
+        if place != "next.txt":
+            files[place] = Template(source.read_text()).substitute(words)
+    for place, text in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text)
+    return folder, words["next"]

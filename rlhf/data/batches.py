@@ -1,0 +1,86 @@
+"""Which records are in batch i: a function of (seed, i) and nothing else."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from rlhf.errors import UserError
+
+
+class Batches(Sampler[list[int]]):
+    """Batch sampler without state: batch i is the same whether or not batches 0..i-1 were ever drawn.
+
+    Epoch e visits the records in an order drawn from (seed, e); the records left over at the end of an epoch that do
+    not fill a batch are dropped (another order drops others). An exact resume is `start=<batches already done>`.
+
+    Arguments:
+        records: number of records, or their lengths; lengths group records of like length into a batch, so that
+            little is padded (groups are drawn inside windows of 16 batches, the order of batches is random).
+        batch_size: records per batch over all ranks.
+        steps, epochs: give one; how many batches there are in all, counted from 0 (not from `start`).
+        start: batches to skip.
+        rank, world_size: each rank gets its own batch_size / world_size records of every batch.
+    """
+
+    WINDOW = 16
+
+    def __init__(
+        self,
+        records: int | Sequence[int],
+        batch_size: int,
+        seed: int,
+        steps: int | None = None,
+        epochs: float | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths = None if isinstance(records, int) else torch.tensor(list(records))
+        self.n = records if isinstance(records, int) else len(records)
+        self.batch_size, self.seed, self.start, self.rank, self.world_size = batch_size, seed, start, rank, world_size
+        if (steps is None) == (epochs is None):
+            raise UserError("give either steps or epochs, the other must be null")
+        if self.n < batch_size:
+            raise UserError(
+                f"batch_size={batch_size}, but there are only {self.n} records; type a batch_size of at most {self.n}"
+            )
+        if batch_size % world_size:
+            raise UserError(f"batch_size={batch_size} is not divisible by the {world_size} devices; type a multiple")
+        self.per_epoch = self.n // batch_size
+        self.steps = steps if steps is not None else max(1, round((epochs or 0.0) * self.per_epoch))
+
+    def __len__(self) -> int:
+        """Batches of the whole run, those before `start` included: Lightning counts a resumed epoch from its start."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        for index in range(self.start, self.steps):
+            if index // self.per_epoch != epoch:
+                epoch = index // self.per_epoch
+                order = self._order(epoch)
+            first = index % self.per_epoch * self.batch_size
+            yield order[first : first + self.batch_size][self.rank :: self.world_size].tolist()
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """Records in the order of epoch e, cut to whole batches: [per_epoch * batch_size] long."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        order = torch.randperm(self.n, generator=generator)[: self.per_epoch * self.batch_size]
+        if self.lengths is None:
+            return order
+        window = self.WINDOW * self.batch_size
+        parts = [part[torch.argsort(self.lengths[part], stable=True)] for part in order.split(window)]
+        batches = torch.cat(parts).view(self.per_epoch, self.batch_size)
+        return batches[torch.randperm(self.per_epoch, generator=generator)].flatten()
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed out of several integers, far apart for neighbouring ones (splitmix64)."""
+    state = 0
+    for part in parts:
+        state = (state + (part & (2**64 - 1)) + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1

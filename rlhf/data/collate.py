@@ -1,0 +1,174 @@
+"""Tokens to tensors. B rows, T tokens, P pairs, R unique responses (one row each)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from rlhf.data.records import GRADES
+from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
+from rlhf.errors import UserError
+
+
+class Movable:
+    """`.to(device)` for frozen dataclasses of tensors; nested ones and None are taken along."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+            elif isinstance(value, Movable):
+                value = value.to(device, non_blocking)
+            moved[field.name] = value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class TokenBatch(Movable):
+    """Rows of tokens. All masks: True = counts."""
+
+    ids: Tensor  # [B, T] long
+    attention_mask: Tensor  # [B, T] bool, False on padding
+    loss_mask: Tensor  # [B, T] bool, True where ids[b, t] is a target that counts; never at a document's first token
+    position_ids: Tensor  # [B, T] long, from 0 at each document's first token; 0 on padding
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class PairBatch(Movable):
+    """Comparisons with each response as one row, however many pairs it is in."""
+
+    tokens: TokenBatch  # R rows of prompt + response, loss_mask on the response
+    chosen: Tensor  # [P] long, row of the better response
+    rejected: Tensor  # [P] long, row of the worse response
+    grade: Tensor  # [P] long, index into GRADES, -1 where unknown
+    weight: Tensor  # [P] float, 1 / number of pairs of its prompt: they sum to the number of prompts
+    prompt_index: Tensor  # [P] long, which comparison of the batch the pair is from
+    scores: Tensor | None  # [R] float, or None unless every response has one
+    reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
+
+    def __len__(self) -> int:
+        return self.chosen.shape[0]
+
+
+@dataclass(frozen=True)
+class LabelBatch(Movable):
+    """Unpaired answers. Row i of `mismatched` is prompt i with the response of row i+1 (the KL estimate of KTO)."""
+
+    tokens: TokenBatch
+    mismatched: TokenBatch | None  # None in a batch of one, where no other response exists
+    desirable: Tensor  # [B] bool
+
+    def __len__(self) -> int:
+        return self.desirable.shape[0]
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> TokenBatch:
+    """Pad rows to the longest of them. Masks come from positions, never from comparing ids with pad_id."""
+    if not rows:
+        raise ValueError("collate: no rows")
+    length = max(len(row) for row in rows)
+    shape = (len(rows), length)
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    for index, row in enumerate(rows):
+        n = len(row)
+        place = slice(0, n) if side == "right" else slice(length - n, length)
+        ids[index, place] = torch.tensor(row.ids, dtype=torch.long)
+        attention_mask[index, place] = True
+        positions = torch.arange(n) if row.positions is None else torch.tensor(row.positions, dtype=torch.long)
+        position_ids[index, place] = positions
+        # Nothing of its own document precedes a first token, so nothing can predict it.
+        loss_mask[index, place] = torch.tensor(row.mask, dtype=torch.bool) & (positions > 0)
+    return TokenBatch(ids, attention_mask, loss_mask, position_ids)
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+    """Prompts for generation: padded at the left, so that every row ends where its response begins."""
+    return collate([Encoded(list(ids), [False] * len(ids)) for ids in prompts], pad_id, side="left")
+
+
+def _row(prompt: list[int], response: list[int]) -> Encoded:
+    return Encoded(prompt + response, [False] * len(prompt) + [True] * len(response))
+
+
+def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -> PairBatch:
+    """All pairs of every comparison, over rows of unique responses (InstructGPT, 2203.02155, section 3.5)."""
+    rows: list[Encoded] = []
+    pairs: list[tuple[int, int, int, float, int]] = []
+    scores: list[float] = []
+    reference: list[float] = []
+    for index, item in enumerate(comparisons):
+        place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
+        rows += [_row(item.prompt, item.responses[response]) for response in item.used]
+        if item.scores is not None:
+            scores += [item.scores[response] for response in item.used]
+        if item.reference is not None:
+            reference += [item.reference[response] for response in item.used]
+        for better, worse, grade in item.pairs:
+            code = -1 if grade is None else GRADES.index(grade)
+            pairs.append((place[better], place[worse], code, 1.0 / len(item.pairs), index))
+    if not pairs:
+        raise UserError("a batch of comparisons holds only ties or identical responses: drop such records")
+    chosen, rejected, grades, weight, prompt_index = zip(*pairs, strict=True)
+    return PairBatch(
+        tokens=collate(rows, pad_id),
+        chosen=torch.tensor(chosen, dtype=torch.long),
+        rejected=torch.tensor(rejected, dtype=torch.long),
+        grade=torch.tensor(grades, dtype=torch.long),
+        weight=torch.tensor(weight, dtype=torch.float32),
+        prompt_index=torch.tensor(prompt_index, dtype=torch.long),
+        scores=torch.tensor(scores, dtype=torch.float32) if len(scores) == len(rows) else None,
+        reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(rows) else None,
+    )
+
+
+def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
+    """Unpaired answers, and each prompt with the next row's response."""
+    rows = [_row(label.prompt, label.response) for label in labels]
+    shifted = [*labels[1:], labels[0]]
+    mismatched = [_row(own.prompt, other.response) for own, other in zip(labels, shifted, strict=True)]
+    return LabelBatch(
+        tokens=collate(rows, pad_id),
+        mismatched=collate(mismatched, pad_id) if len(labels) > 1 else None,
+        desirable=torch.tensor([label.desirable for label in labels], dtype=torch.bool),
+    )
+
+
+def pack(documents: Sequence[Encoded], length: int) -> list[Encoded]:
+    """Rows of at most `length` tokens with several documents each, in order; positions restart at each document.
+
+    A document is moved to the next row rather than cut, unless it is longer than a row: then it is cut into rows of
+    its own. Attention must be per document: models here read that off the positions.
+    """
+    if length < 2:
+        raise UserError(f"rows of length {length} have no target; type a length of 2 or more")
+    rows: list[Encoded] = []
+    ids: list[int] = []
+    mask: list[bool] = []
+    positions: list[int] = []
+
+    def flush() -> None:
+        nonlocal ids, mask, positions
+        if ids:
+            rows.append(Encoded(ids, mask, positions))
+        ids, mask, positions = [], [], []
+
+    for document in documents:
+        for start in range(0, len(document), length):
+            piece = document.ids[start : start + length]
+            if len(ids) + len(piece) > length:
+                flush()
+            ids += piece
+            mask += [False, *document.mask[start + 1 : start + length]]  # a first token has no predecessor
+            positions += range(len(piece))
+    flush()
+    return rows

@@ -1,0 +1,299 @@
+"""Data: what every option of the group `data` builds. Needs no torch."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rlhf.data import template
+from rlhf.data.formats import convert, detect, find_adapter
+from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text
+from rlhf.data.sources import TESTBED, Row, digest_files, find_files, read_files, read_hub
+from rlhf.data.testbed.world import Testbed
+from rlhf.errors import UserError
+
+# Training records of the testbed where data.size is null.
+TESTBED_SIZES: dict[str, int] = {
+    "text": 8000,
+    "demonstration": 3000,
+    "comparison": 3000,
+    "label": 3000,
+    "prompt": 2000,
+}
+
+
+@dataclass
+class LoadReport:
+    """What became of the rows of a source."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    ties: int = 0  # comparisons without a preference
+    bad: list[str] = field(default_factory=list)  # "file, row 3: field: reason", one for each bad row
+    train: int = 0
+    validation: int = 0
+
+    def __str__(self) -> str:
+        """One line for the screen."""
+        parts = [f"{self.source}: {self.read} read, {self.train} to train on, {self.validation} held out"]
+        if self.ties:
+            parts.append(f"{self.ties} dropped as ties (no preference, or the same text twice)")
+        if self.bad:
+            parts.append(f"{len(self.bad)} dropped as unusable (first: {self.bad[0]})")
+        return ", ".join(parts)
+
+
+@dataclass
+class EncodeReport:
+    """What became of records on their way to tokens."""
+
+    kept: int = 0
+    truncated: int = 0  # rows cut at max_length, or prompts that lost their oldest turns
+    dropped: int = 0  # do not fit
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Records to train on and held-out ones, the report of loading them, and the options they were loaded with."""
+
+    train: list[Any]
+    validation: list[Any]
+    report: LoadReport
+    data: "Data"
+
+    def texts(self) -> Iterator[str]:
+        """Everything that is written in the training records: what a tokenizer is trained on."""
+        for record in self.train:
+            if isinstance(record, Text):
+                yield record.text
+            elif isinstance(record, Demonstration):
+                yield from (message.content for message in record.messages)
+            else:
+                turns = record.messages if isinstance(record, Prompt) else record.prompt
+                yield from (message.content for message in turns)
+
+    def encode(
+        self, tokenizer: template.Tokenizer, part: Literal["train", "validation"]
+    ) -> tuple[list[Any], EncodeReport]:
+        """One side in tokens, as ``Data.encode``. Raises UserError where nothing to train on is left."""
+        rows, report = self.data.encode(tokenizer, self.train if part == "train" else self.validation)
+        if part == "train" and not rows:
+            raise UserError(
+                f"data.max_length={self.data.max_length}: all {report.dropped} records of {self.data.source} are "
+                "longer; type a larger data.max_length"
+            )
+        return rows, report
+
+
+class Data:
+    """Records of one type from one source.
+
+    Arguments:
+        record: the record type the stage needs; rows of other shapes are converted where they hold what it takes.
+        source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), or testbed.
+        size: testbed: records to train on (null: its default); else the most records that are read (null: all).
+        validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
+            by order: more data or another order moves no record from one side to the other, and records with the same
+            prompt stay on one side (so a number may be exceeded by a few).
+        max_length: tokens of a row. Texts are cut into rows and demonstrations at the right; comparisons and labels
+            lose the oldest turns of their prompt, and are dropped where that is not enough.
+        max_prompt_length: tokens of a prompt, as above (null: only max_length counts).
+        format: name of a format, `auto` to tell by the fields, or package.module:function (raw dict -> record).
+        split: of a Hugging Face data set.
+        seed: draws of the testbed, and which records are held out.
+        max_bad: share of rows that may be unusable before loading stops.
+        tags: added to every prompt, for example [unsafe].
+        testbed: the world, for source=testbed.
+    """
+
+    def __init__(
+        self,
+        record: RecordName,
+        source: str,
+        size: Annotated[int, Field(gt=0)] | None,
+        validation: Annotated[float, Field(ge=0)],
+        max_length: Annotated[int, Field(gt=1)],
+        max_prompt_length: Annotated[int, Field(gt=0)] | None = None,
+        format: str = "auto",
+        split: str = "train",
+        seed: int = 0,
+        max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05,
+        tags: list[str] | None = None,
+        testbed: Testbed | None = None,
+    ) -> None:
+        self.record, self.source, self.size, self.validation = record, str(source), size, validation
+        self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
+        self.split, self.seed, self.max_bad = split, seed, max_bad
+        self.tags = tuple(tags or ())
+        self.testbed = testbed or Testbed()
+        if validation >= 1 and validation != int(validation):
+            raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
+
+    def digest(self) -> str:
+        """sha256 of what is read: contents of files, the testbed's knobs, or a data set's name."""
+        if self.source == TESTBED:
+            return hashlib.sha256(json.dumps(self.testbed.knobs(), sort_keys=True).encode()).hexdigest()
+        files = find_files(self.source, self.record)
+        if files:
+            return digest_files(files)
+        return hashlib.sha256(f"{self.source}/{self.split}".encode()).hexdigest()
+
+    def load(self) -> Split:
+        """All records, split. Raises UserError naming file, row and field where too many rows are unusable."""
+        report = LoadReport(source=self.source)
+        if self.source == TESTBED:
+            train, validation = self._from_testbed(report)
+        else:
+            train, validation = self._split(list(self._records(report)))
+        report.train, report.validation = len(train), len(validation)
+        if not train:
+            raise UserError(f"data.source={self.source}: no {self.record} to train on ({report})")
+        return Split(train, validation, report, self)
+
+    def encode(self, tokenizer: template.Tokenizer, records: Sequence[Record]) -> tuple[list[Any], EncodeReport]:
+        """Records to tokens, within max_length and max_prompt_length.
+
+        Gives Encoded for texts and demonstrations, EncodedComparison, EncodedLabel, or list[int] for prompts.
+        Documents of text are not cut here (pack does that); those too long to fit one row count as truncated.
+        """
+        rows: list[Any] = []
+        report = EncodeReport()
+        for record in records:
+            row, cut = self._encode(tokenizer, record)
+            if row is None:
+                report.dropped += 1
+                continue
+            rows.append(row)
+            report.kept += 1
+            report.truncated += cut
+            report.tokens += len(row)
+        return rows, report
+
+    def _encode(self, tokenizer: template.Tokenizer, record: Record) -> tuple[Any, bool]:
+        if isinstance(record, Text):
+            row = template.encode_text(tokenizer, record.text)
+            return row, len(row) > self.max_length
+        if isinstance(record, Demonstration):
+            whole = template.encode_dialogue(tokenizer, record.messages)
+            cut = template.Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
+            return (cut if any(cut.mask) else None), len(whole) > self.max_length
+        if isinstance(record, Comparison):
+            return template.encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
+        if isinstance(record, Label):
+            return template.encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
+        limit = self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
+        return template.fit_prompt(tokenizer, record.messages, limit)
+
+    def _from_testbed(self, report: LoadReport) -> tuple[list[Any], list[Any]]:
+        world, size = self.testbed, self.size or TESTBED_SIZES[self.record]
+        held_out = self._held_out(size)
+        if self.record == "text":
+            train, validation = self._split(list(world.texts(size + held_out, self.seed)), held_out)
+        else:
+            draws: dict[str, Callable[..., Sequence[Record]]] = {
+                "demonstration": world.demonstrations,
+                "comparison": world.comparisons,
+                "label": world.labels,
+                "prompt": world.prompts,
+            }
+            draw = draws[self.record]
+            train, validation = list(draw(size, self.seed)), list(draw(held_out, self.seed, held_out=True))
+        report.read = report.kept = len(train) + len(validation)
+        return train, validation
+
+    def _held_out(self, n: int) -> int:
+        """How many of n records are to be held out; a share above 0 is at least one record."""
+        if self.validation >= 1 or self.validation == 0:
+            return int(self.validation)
+        return max(1, round(self.validation * n))
+
+    def _rows(self) -> Iterator[Row]:
+        files = find_files(self.source, self.record)
+        if files:
+            return read_files(files)
+        return read_hub(self.source, self.split, lazily=self.size is not None)
+
+    def _records(self, report: LoadReport) -> Iterator[Record]:
+        adapter = find_adapter(self.format)
+        for row in self._rows():
+            if self.size is not None and report.kept >= self.size:
+                break
+            report.read += 1
+            try:
+                if row.error:
+                    raise ValueError(row.error)
+                raw = {"text": row.raw} if isinstance(row.raw, str) else row.raw
+                if not isinstance(raw, dict):
+                    raise ValueError(f"expected an object with fields, got {type(raw).__name__}")
+                found = convert((adapter or find_adapter(detect(raw)))(raw), self.record)  # type: ignore[misc]
+                found = [self._tagged(record) for record in found]
+                if any(isinstance(record, Comparison) and not record.pairs() for record in found):
+                    report.ties += 1
+                    continue
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                reason = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
+                report.bad.append(f"{row.file}, row {row.row}: {reason}")
+                continue
+            report.kept += len(found)
+            yield from found
+        if len(report.bad) > self.max_bad * report.read:
+            counts = Counter(line.split(": ", 1)[1] for line in report.bad).most_common(3)
+            raise UserError(
+                f"data.source={self.source}: {len(report.bad)} of {report.read} rows are unusable as {self.record} "
+                f"(data.max_bad={self.max_bad} allows {int(self.max_bad * report.read)}); first: {report.bad[0]}; "
+                f"most often: {'; '.join(f'{count} x {reason}' for reason, count in counts)}; "
+                "mend the file, name its data.format, or raise data.max_bad"
+            )
+
+    def _tagged(self, record: Record) -> Record:
+        if not self.tags:
+            return record
+        if isinstance(record, Prompt):
+            return Prompt(record.messages, (*record.tags, *self.tags), record.reference, record.id)
+        if isinstance(record, Comparison):
+            tags = (*record.tags, *self.tags)
+            return Comparison(record.prompt, record.responses, record.grades, record.scores, tags)
+        raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
+
+    def _split(self, records: list[Any], held_out: int | None = None) -> tuple[list[Any], list[Any]]:
+        """(train, validation) by the hash of what the records ask; the order within each side is that of the source."""
+        if held_out is None:
+            held_out = self._held_out(len(records))
+        if held_out == 0:
+            return records, []
+        if held_out >= len(records):
+            raise UserError(
+                f"data.validation={self.validation} of {len(records)} records leaves none to train on; type a share, "
+                "such as data.validation=0.1"
+            )
+        keys = [self._key(record) for record in records]
+        counts = Counter(keys)
+        taken: set[str] = set()
+        total = 0
+        for key in sorted(counts):
+            if total >= held_out:
+                break
+            taken.add(key)
+            total += counts[key]
+        train = [record for record, key in zip(records, keys, strict=True) if key not in taken]
+        return train, [record for record, key in zip(records, keys, strict=True) if key in taken]
+
+    def _key(self, record: Record) -> str:
+        if isinstance(record, Text):
+            content = record.text
+        elif isinstance(record, Demonstration):
+            last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+            content = "\x1f".join(message.content for message in record.messages[:last])
+        else:
+            turns = record.messages if isinstance(record, Prompt) else record.prompt
+            content = "\x1f".join(message.content for message in turns)
+        return hashlib.sha256(f"{self.seed}\x1e{content}".encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""Several sources as one, mixed by weights."""
+
+import hashlib
+import json
+import random
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rlhf.data.data import Data, LoadReport, Split
+from rlhf.errors import UserError, suggest
+
+
+class Mixture(Data):
+    """Takes the place of a Data: records of one type from several parts, in a random order drawn from the seed.
+
+    Arguments:
+        parts: the sources, by name; all of one record type. max_length and the like are the first part's.
+        weights: how much of the training records comes from each part, by name; only their ratios count.
+        size: records to train on; a part smaller than its share is gone through again in another order.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, Data],
+        weights: dict[str, Annotated[float, Field(gt=0)]],
+        size: Annotated[int, Field(gt=0)],
+        seed: int = 0,
+    ) -> None:
+        self.parts, self.weights, self.count = dict(parts), dict(weights), size
+        for name in weights:
+            if name not in parts:
+                raise UserError(f"data.weights.{name}: no such part{suggest(name, parts, 'data.weights.')}")
+        for name in parts:
+            if name not in weights:
+                raise UserError(f"data.parts.{name} has no weight; type data.weights.{name}=1")
+        kinds = {part.record for part in self.parts.values()}
+        if len(kinds) != 1:
+            raise UserError(
+                f"data.parts are of different record types ({', '.join(sorted(kinds))}); set data.parts.NAME.record"
+            )
+        first = next(iter(self.parts.values()))
+        super().__init__(
+            record=first.record,
+            source=" + ".join(part.source for part in self.parts.values()),
+            size=size,
+            validation=0,
+            max_length=first.max_length,
+            max_prompt_length=first.max_prompt_length,
+            seed=seed,
+        )
+
+    def digest(self) -> str:
+        """sha256 over the parts' digests."""
+        parts = {name: part.digest() for name, part in self.parts.items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def load(self) -> Split:
+        """`size` training records by weight; all that any part holds out is held out."""
+        total = sum(self.weights.values())
+        rng = random.Random(f"mixture/{self.seed}")
+        report = LoadReport(source=self.source)
+        train: list[Any] = []
+        validation: list[Any] = []
+        for name, part in self.parts.items():
+            split = part.load()
+            wanted = round(self.count * self.weights[name] / total)
+            drawn: list[Any] = []
+            while len(drawn) < wanted:
+                drawn += rng.sample(split.train, min(wanted - len(drawn), len(split.train)))
+            train += drawn
+            validation += split.validation
+            report.read += split.report.read
+            report.kept += split.report.kept
+            report.ties += split.report.ties
+            report.bad += split.report.bad
+        rng.shuffle(train)
+        report.train, report.validation = len(train), len(validation)
+        return Split(train, validation, report, self)

@@ -1,0 +1,225 @@
+"""The record types every data format ends in, and their JSON-lines forms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+GRADES = ("negligible", "slightly", "better", "significantly")
+"""How much the first response of a pair is better, weakest first; Llama 2 (2307.09288), section 3.2.1."""
+
+TIE = "tie"
+"""Grade of a pair whose responses are equally good: it makes no training pair."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Json = dict[str, Any]
+RecordName = Literal["text", "demonstration", "comparison", "prompt", "label"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a dialogue."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role is {self.role!r}, expected one of {', '.join(ROLES)}")
+
+    def to_json(self) -> Json:
+        return {"role": self.role, "content": self.content}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Message":
+        return cls(role=raw["role"], content=raw["content"])
+
+
+def messages_from_json(raw: object) -> tuple[Message, ...]:
+    """A list of role/content dicts, or one string (a single user turn)."""
+    if isinstance(raw, str):
+        return (Message("user", raw),)
+    if not isinstance(raw, list | tuple):
+        raise ValueError(f"expected a string or a list of messages, got {type(raw).__name__}")
+    return tuple(Message.from_json(message) for message in raw)
+
+
+def _messages_to_json(messages: tuple[Message, ...]) -> list[Json]:
+    return [message.to_json() for message in messages]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document for pretraining and for the pretraining term of PPO."""
+
+    name: ClassVar[RecordName] = "text"
+    text: str
+
+    def to_json(self) -> Json:
+        return {"text": self.text}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Text":
+        return cls(text=raw["text"])
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A dialogue whose assistant turns are to be imitated."""
+
+    name: ClassVar[RecordName] = "demonstration"
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        if not any(message.role == "assistant" and message.content.strip() for message in self.messages):
+            raise ValueError("a demonstration needs an assistant turn that is not empty")
+
+    def to_json(self) -> Json:
+        return {"messages": _messages_to_json(self.messages)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Demonstration":
+        return cls(messages=messages_from_json(raw["messages"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """K >= 2 responses to one prompt, best first; K = 2 is the usual chosen/rejected pair.
+
+    `grades` has one entry per pair (i, j), i < j, in the order (0,1), (0,2), ..., (1,2), ...: a name from GRADES,
+    TIE, or None where nobody said. Empty means None for all. `scores` are optional numbers per response (gold or
+    reward-model scores) on any scale. `tags` are the prompt's.
+    """
+
+    name: ClassVar[RecordName] = "comparison"
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    grades: tuple[str | None, ...] = ()
+    scores: tuple[float, ...] | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        k = len(self.responses)
+        if not self.prompt:
+            raise ValueError("a comparison needs a prompt")
+        if k < 2:
+            raise ValueError(f"a comparison needs at least 2 responses, got {k}")
+        if self.grades and len(self.grades) != k * (k - 1) // 2:
+            raise ValueError(f"{k} responses make {k * (k - 1) // 2} pairs, got {len(self.grades)} grades")
+        for grade in self.grades:
+            if grade is not None and grade != TIE and grade not in GRADES:
+                raise ValueError(f"grade is {grade!r}, expected one of {', '.join((*GRADES, TIE))}")
+        if self.scores is not None and len(self.scores) != k:
+            raise ValueError(f"{k} responses, but {len(self.scores)} scores")
+
+    def pairs(self) -> list[tuple[int, int, str | None]]:
+        """(index of the better, index of the worse, grade), ties and pairs of identical texts left out."""
+        k = len(self.responses)
+        indices = [(i, j) for i in range(k) for j in range(i + 1, k)]
+        grades = self.grades or (None,) * len(indices)
+        return [
+            (i, j, grade)
+            for (i, j), grade in zip(indices, grades, strict=True)
+            # A pair of equal texts has nothing to learn from and puts a floor of log 2 under the loss.
+            if grade != TIE and self.responses[i] != self.responses[j]
+        ]
+
+    def to_json(self) -> Json:
+        raw: Json = {"prompt": _messages_to_json(self.prompt)}
+        if len(self.responses) == 2:
+            raw |= {"chosen": self.responses[0], "rejected": self.responses[1]}
+            if self.grades:
+                raw["grade"] = self.grades[0]
+        else:
+            raw["responses"] = list(self.responses)
+            if self.grades:
+                raw["grades"] = list(self.grades)
+        if self.scores is not None:
+            raw["scores"] = list(self.scores)
+        if self.tags:
+            raw["tags"] = list(self.tags)
+        return raw
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Comparison":
+        if "responses" in raw:
+            responses, grades = tuple(raw["responses"]), tuple(raw.get("grades") or ())
+        else:
+            responses = (raw["chosen"], raw["rejected"])
+            grades = () if raw.get("grade") is None else (raw["grade"],)
+        scores = raw.get("scores")
+        return cls(
+            prompt=messages_from_json(raw["prompt"]),
+            responses=responses,
+            grades=grades,
+            scores=None if scores is None else tuple(float(score) for score in scores),
+            tags=tuple(raw.get("tags") or ()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a policy is asked in rollout stages. `tags` may hold "unsafe"; `reference` is a known answer, if any."""
+
+    name: ClassVar[RecordName] = "prompt"
+    messages: tuple[Message, ...]
+    tags: tuple[str, ...] = ()
+    reference: str | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise ValueError("a prompt needs at least one message")
+        if self.messages[-1].role == "assistant":
+            raise ValueError("a prompt must not end with an assistant turn")
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether the prompt asks for something a safe policy refuses."""
+        return "unsafe" in self.tags
+
+    def to_json(self) -> Json:
+        raw: Json = {"prompt": _messages_to_json(self.messages)}
+        if self.tags:
+            raw["tags"] = list(self.tags)
+        if self.reference is not None:
+            raw["reference"] = self.reference
+        if self.id:
+            raw["id"] = self.id
+        return raw
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Prompt":
+        return cls(
+            messages=messages_from_json(raw["prompt"]),
+            tags=tuple(raw.get("tags") or ()),
+            reference=raw.get("reference"),
+            id=raw.get("id", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One response with a good/bad mark and no partner; what KTO (2402.01306) trains on."""
+
+    name: ClassVar[RecordName] = "label"
+    prompt: tuple[Message, ...]
+    response: str
+    desirable: bool
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("a label needs a prompt")
+        if not self.response.strip():
+            raise ValueError("a label needs a response that is not empty")
+
+    def to_json(self) -> Json:
+        return {"prompt": _messages_to_json(self.prompt), "response": self.response, "desirable": self.desirable}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Label":
+        return cls(prompt=messages_from_json(raw["prompt"]), response=raw["response"], desirable=bool(raw["desirable"]))
+
+
+Record = Text | Demonstration | Comparison | Prompt | Label
+RECORDS: dict[str, type[Record]] = {kind.name: kind for kind in (Text, Demonstration, Comparison, Prompt, Label)}

@@ -1,0 +1,244 @@
+"""Chat template and masks: prompt and answer are tokenised apart, ids and mask come out of one pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from rlhf.data.records import Comparison, Label, Message
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + ('user' if message['role'] == 'tool' else message['role']) + '|>' + message['content'] + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""Template of tokenizers trained here: `<|user|>..<|end|><|assistant|>..<|end|>`, no newlines, no default system."""
+
+CHATML_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""ChatML without a default system message."""
+
+TEMPLATES = {"plain": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE}
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one row; mask[t] is True where ids[t] is a target that counts in the loss.
+
+    `positions` is set for packed rows only (it restarts at 0 with each document); None means 0, 1, 2, ...
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    positions: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedComparison:
+    """A comparison in tokens: prompt [P], K responses [R_k] each ending with end-of-turn.
+
+    `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
+    of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int, str | None]]
+    scores: tuple[float, ...] | None = None
+    reference: dict[int, float] | None = None
+
+    @property
+    def used(self) -> list[int]:
+        """Indices of the responses that are in a pair, in order: the rows a batch has of it."""
+        return sorted({index for pair in self.pairs for index in pair[:2]})
+
+    def __len__(self) -> int:
+        return len(self.prompt) + max(len(response) for response in self.responses)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedLabel:
+    """An unpaired answer in tokens."""
+
+    prompt: list[int]
+    response: list[int]
+    desirable: bool
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    """The dialogue as the template writes it, special tokens included as text."""
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
+    turns = [message.to_json() for message in messages]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a piece of rendered text; nothing is added before or after it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int]:
+    mark = "zqxj"
+    text = render(tokenizer, [Message("user", "a"), Message("assistant", mark)])
+    tail = text[text.rindex(mark) + len(mark) :]
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    for index in tokenize(tokenizer, tail):
+        if index in special:
+            return str(tokenizer.convert_ids_to_tokens(index)), index
+    raise UserError(
+        "the chat template ends an assistant turn with no special token, so a policy could never learn to stop; "
+        "type model.chat_template=chatml"
+    )
+
+
+def end_of_turn_id(tokenizer: Tokenizer) -> int:
+    """Id of the special token that the chat template writes after an assistant turn."""
+    render(tokenizer, [Message("user", "a")])  # a missing template is reported before the cache key needs it
+    return _end_of_turn(tokenizer, tokenizer.chat_template)[1]
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Id of the token that ends a document of plain text: <|endoftext|> if the vocabulary has it, else eos."""
+    index = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    if isinstance(index, int) and index != tokenizer.unk_token_id:
+        return index
+    if isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == END_OF_TEXT:
+        return index  # SmolLM2 calls its <|endoftext|> the unknown token
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has neither <|endoftext|> nor an eos token; give another model.tokenizer")
+    return int(tokenizer.eos_token_id)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
+    """Plain text with the end-of-text token; every token but the first of a row is a target."""
+    ids = [*tokenize(tokenizer, text), end_of_text_id(tokenizer)]
+    return Encoded(ids=ids, mask=[True] * len(ids))
+
+
+def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
+    """One pass over a dialogue: ids of the whole, mask on what the assistant says and on its end-of-turn.
+
+    Every assistant turn is tokenised apart from what precedes it, exactly as generation sees it, so no token spans
+    the border. What a template writes after end-of-turn (a newline in ChatML) is no target. Rows longer than
+    max_length tokens are cut at the right.
+    Raises UserError when the template does not only append (then a mask over the whole would be wrong).
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:index], generation_prompt=True)
+        whole = render(tokenizer, messages[: index + 1])
+        if not prompt.startswith(done) or not whole.startswith(prompt):
+            raise UserError(
+                f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
+                "prompt), so answers cannot be masked; give a template that only appends: model.chat_template=chatml"
+            )
+        turn = whole[len(prompt) :]
+        end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
+        answer = turn[: turn.rindex(end) + len(end)]
+        before, target = tokenize(tokenizer, prompt[len(done) :]), tokenize(tokenizer, answer)
+        ids += before + target
+        mask += [False] * len(before) + [True] * len(target)
+        done = prompt + answer
+    return Encoded(ids=ids[:max_length], mask=mask[:max_length])
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of the prompt with the generation prompt: what the policy continues."""
+    return tokenize(tokenizer, render(tokenizer, messages, generation_prompt=True))
+
+
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a response that ends with end-of-turn; equal to what encode_dialogue masks for the same text."""
+    end_id = end_of_turn_id(tokenizer)
+    prompt = [Message("user", "a")]
+    before = render(tokenizer, prompt, generation_prompt=True)
+    # Through the template, because some templates strip or decorate what the assistant says.
+    turn = render(tokenizer, [*prompt, Message("assistant", text)])[len(before) :]
+    end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
+    ids = tokenize(tokenizer, turn[: turn.rindex(end) + len(end)])
+    assert ids[-1] == end_id
+    return ids
+
+
+def fit_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None
+) -> tuple[list[int] | None, bool]:
+    """(ids of at most max_length tokens, whether turns were left out); ids is None where it cannot fit.
+
+    The oldest turns go first, whole ones and up to the next user turn, so the template stays well formed. A leading
+    system message is kept. The last turn is never cut: a prompt without its question is another prompt.
+    """
+    head = [message for message in messages[:1] if message.role == "system"]
+    rest = list(messages[len(head) :])
+    cut = False
+    while True:
+        ids = encode_prompt(tokenizer, [*head, *rest])
+        if max_length is None or len(ids) <= max_length:
+            return ids, cut
+        starts = [index for index, message in enumerate(rest) if message.role == "user" and index > 0]
+        if not starts:
+            return None, cut
+        rest, cut = rest[starts[0] :], True
+
+
+def encode_comparison(
+    tokenizer: Tokenizer, comparison: Comparison, max_length: int | None = None, max_prompt_length: int | None = None
+) -> tuple[EncodedComparison | None, bool]:
+    """(comparison in tokens, whether the prompt lost turns); None where it does not fit max_length tokens.
+
+    Responses are never cut: a cut one loses its end-of-turn, which is what a reward model reads, and often the very
+    words in which two responses differ.
+    """
+    responses = [encode_response(tokenizer, response) for response in comparison.responses]
+    room = _room(max_length, max_prompt_length, max(len(response) for response in responses))
+    prompt, cut = fit_prompt(tokenizer, comparison.prompt, room)
+    if prompt is None:
+        return None, cut
+    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores), cut
+
+
+def encode_label(
+    tokenizer: Tokenizer, label: Label, max_length: int | None = None, max_prompt_length: int | None = None
+) -> tuple[EncodedLabel | None, bool]:
+    """As encode_comparison, for one unpaired response."""
+    response = encode_response(tokenizer, label.response)
+    prompt, cut = fit_prompt(tokenizer, label.prompt, _room(max_length, max_prompt_length, len(response)))
+    if prompt is None:
+        return None, cut
+    return EncodedLabel(prompt, response, label.desirable), cut
+
+
+def _room(max_length: int | None, max_prompt_length: int | None, response: int) -> int | None:
+    limits = [
+        limit
+        for limit in (max_prompt_length, None if max_length is None else max_length - response)
+        if limit is not None
+    ]
+    return min(limits) if limits else None

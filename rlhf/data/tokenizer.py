@@ -1,0 +1,47 @@
+"""A byte-level BPE tokenizer trained on the corpus, for models that start from random weights."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rlhf.data.template import CHAT_TEMPLATE, END_OF_TEXT
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIALS = ("<|pad|>", END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE of exactly the text given: any string can be encoded, whatever was in the corpus.
+
+    vocab_size counts the 6 special tokens and the 256 bytes; a small corpus may give fewer.
+    pad is a token of its own, end-of-sequence is the end of a turn (`<|end|>`).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    least = 256 + len(SPECIALS)
+    if vocab_size < least:
+        raise UserError(f"model.vocab_size={vocab_size} is less than {least} (256 bytes + {len(SPECIALS)} specials)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        bos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

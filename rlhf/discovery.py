@@ -1,0 +1,183 @@
+"""Find plugins and put their conf/ folders on Hydra's search path.
+
+A plugin is a Python package with a conf/ folder. It is found in one of three ways: an installed distribution
+names it in the entry-point group ``rlhf.plugins``; it is a folder in ``./plugins`` or in a directory listed in
+``RLHF_PLUGINS``; or it stands in ``plugins/`` of the checkout that this package runs from. No plugin code runs
+here, so a broken plugin breaks only the runs that select it. Hydra and the standard library only.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from rlhf.errors import UserError
+
+ENTRY_POINTS = "rlhf.plugins"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One provider of config options.
+
+    Attributes:
+        name: what the user calls it: the package without its ``rlhf_`` prefix.
+        package: import name, the same as the folder's.
+        folder: the package folder.
+        origin: where it was found, in words: "checkout", "./plugins", or "NAME VERSION" of a distribution.
+    """
+
+    name: str
+    package: str
+    folder: Path
+    origin: str
+
+    @property
+    def conf(self) -> Path:
+        return self.folder / "conf"
+
+    def options(self) -> Iterator[str]:
+        """The config options it offers, as "group/option"."""
+        return options(self.conf)
+
+
+def options(conf: Path) -> Iterator[str]:
+    """Every YAML below a conf folder as "group/option" (nested groups keep their slashes), sorted."""
+    for path in sorted(conf.rglob("*.yaml")):
+        yield path.relative_to(conf).with_suffix("").as_posix()
+
+
+def conf_dir() -> Path:
+    """The shared config tree: beside the package in a checkout, inside it in a wheel."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def user_conf() -> Path | None:
+    """The user's own ./conf, whose options override everyone's; None when absent or when it is this project's."""
+    own = Path("conf").resolve()
+    return own if own.is_dir() and own != conf_dir() else None
+
+
+def _plugin(folder: Path, origin: str) -> Plugin:
+    return Plugin(folder.name.removeprefix("rlhf_"), folder.name, folder.resolve(), origin)
+
+
+def _folders(root: Path, origin: str) -> Iterator[Plugin]:
+    """Plugins that are folders of ``root``; they become importable by their folder name."""
+    found = [conf.parent for conf in sorted(root.glob("*/conf")) if conf.parent.name.isidentifier()]
+    if found and str(root) not in sys.path:
+        # In front, so that a local copy of an installed plugin is the one imported.
+        sys.path.insert(0, str(root))
+    for folder in found:
+        yield _plugin(folder, origin)
+
+
+def local() -> dict[str, Plugin]:
+    """Plugins in the directories of RLHF_PLUGINS (default ./plugins): package -> plugin. Earlier ones win."""
+    found: dict[str, Plugin] = {}
+    named = os.environ.get("RLHF_PLUGINS")
+    directories = [d for d in (named or "plugins").split(os.pathsep) if d]
+    # Backwards: each goes in front of sys.path, so the first directory named must be put there last.
+    for directory in reversed(directories):
+        origin = directory if named else "./plugins"
+        found |= {p.package: p for p in _folders(Path(directory).expanduser().resolve(), origin)}
+    return found
+
+
+def checkout() -> dict[str, Plugin]:
+    """The built-in plugins of a source checkout, which need no installation."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return {}
+    return {p.package: p for p in _folders(root / "plugins", "checkout")}
+
+
+def installed() -> tuple[dict[str, Plugin], list[str]]:
+    """Plugins that installed distributions name, and one line for each entry point that leads nowhere."""
+    found: dict[str, Plugin] = {}
+    broken: list[str] = []
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+        top, *below = point.value.split(".")
+        # Only the top is looked up: find_spec of a dotted name would import its parents.
+        spec = find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
+        roots = list(spec.submodule_search_locations or []) if spec else []
+        folder = Path(roots[0], *below) if roots else None
+        if folder is None or not folder.is_dir():
+            broken.append(f"plugin {point.name} of {origin} names {point.value}, which is not an importable package")
+        elif not (folder / "conf").is_dir():
+            broken.append(f"plugin {point.name} of {origin} has no conf folder ({folder / 'conf'})")
+        else:
+            name = point.name.removeprefix("rlhf_")
+            found[point.value] = Plugin(name, point.value, folder.resolve(), origin)
+    return found, broken
+
+
+def discover() -> tuple[list[Plugin], list[str]]:
+    """All plugins by name, and what could not be used (one line each).
+
+    A local folder wins over the checkout's plugin and over an installed one of the same package name.
+
+    Raises:
+        UserError: two plugins, or a plugin and rlhf's own conf, offer the same option.
+    """
+    # Folders first: they go on sys.path, so that a stale installation cannot shadow them.
+    built_in = checkout()
+    here = local()
+    distributed, broken = installed()
+    plugins = distributed | built_in | here
+    ordered = sorted(plugins.values(), key=lambda p: p.name)
+    refuse_duplicates(ordered)
+    return ordered, [line for line in broken if line.split()[1] not in {p.name for p in ordered}]
+
+
+def refuse_duplicates(plugins: list[Plugin]) -> None:
+    """Two providers of one option would shadow each other in silence; say so instead."""
+    owner = dict.fromkeys(options(conf_dir()), "rlhf itself")
+    for plugin in plugins:
+        label = f"plugin {plugin.name} ({plugin.origin}: {plugin.folder})"
+        for option in plugin.options():
+            if option in owner:
+                raise UserError(
+                    f"option {option} is offered twice: by {owner[option]} and by {label}; "
+                    "rename or remove one of the two files"
+                )
+            owner[option] = label
+
+
+class PluginSearchPath(SearchPathPlugin):
+    """Plugins behind rlhf's own conf, the user's ./conf in front of it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        # file:// and not pkg://, which would import the plugin to find its folder.
+        for plugin in discover()[0]:
+            search_path.append(provider=f"plugin {plugin.name}", path=f"file://{plugin.conf}")
+        own = user_conf()
+        if own is not None:
+            search_path.prepend(provider="./conf", path=f"file://{own}")
+
+
+def register() -> None:
+    """Make every later hydra.main and hydra.initialize of this process see the plugins and the launcher.
+
+    Also called inside the task function: a job that a launcher moved to another process starts without it.
+    May be called any number of times.
+
+    Raises:
+        UserError: two providers offer the same option.
+    """
+    from rlhf import launcher
+
+    discover()
+    plugins = Plugins.instance()
+    if PluginSearchPath not in plugins.discover(SearchPathPlugin):
+        plugins.register(PluginSearchPath)
+    launcher.register()

@@ -1,0 +1,345 @@
+"""Two policies on the same held-out prompts: what training changed, with standard errors.
+
+Both answer every prompt, sampled from the same random numbers, so that differences are paired: the noise of prompts
+that are hard for both cancels.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.precision import Precision
+from rlhf.rollout import Rollout, Sampler
+from rlhf.scoring import GoldReward, ModelReward
+
+FORMAT = 1  # of the cached result; a change of what is computed counts it up
+LABELS = {
+    "gold": "gold reward",
+    "gold_safe": "gold reward, safe prompts",
+    "gold_unsafe": "gold reward, unsafe prompts",
+    "reward": "model's reward",
+    "length": "reply length (tokens)",
+    "ended": "replies that end",
+}
+"""What the metrics are called where people read them."""
+
+
+class PromptData(Protocol):
+    """A data set of prompts (`rlhf.data.data.Data`)."""
+
+    source: str
+
+    def load(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and its standard error."""
+
+    mean: float
+    se: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.se:.3f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """After minus before, paired by prompt.
+
+    `z` is the mean in standard errors (beyond about 2 it is hardly chance); `wins` is the share of prompts on which
+    `after` is better, ties counted half.
+    """
+
+    mean: float
+    se: float
+    z: float
+    wins: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.se:.3f} (z {self.z:+.1f})"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with both replies and their scores by metric."""
+
+    prompt: str
+    tags: list[str]
+    before: str
+    after: str
+    before_scores: dict[str, float]
+    after_scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `compare`.
+
+    `before` and `after` hold by metric: gold (testbed's true reward; gold_safe and gold_unsafe are its parts), reward
+    (the reward model's), length (tokens), ended (share of replies that came to their end-of-turn token).
+    `kl` is KL(after || before) per reply, in nats, at the sampling temperature; None if their tokenizers differ.
+    """
+
+    before_model: str
+    after_model: str
+    prompts: int
+    temperature: float
+    seed: int
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
+    differences: dict[str, Difference]
+    kl: Estimate | None
+    samples: list[Sample]
+
+    def metrics(self) -> dict[str, float]:
+        """The result as plain numbers: before_gold, after_gold, gold_difference, gold_z, after_kl, ..."""
+        flat: dict[str, float] = {}
+        for name in self.after:
+            flat[f"before_{name}"], flat[f"after_{name}"] = self.before[name].mean, self.after[name].mean
+            flat[f"{name}_difference"], flat[f"{name}_z"] = self.differences[name].mean, self.differences[name].z
+        if self.kl is not None:
+            flat["after_kl"], flat["after_kl_se"] = self.kl.mean, self.kl.se
+        return flat
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows (metric, before, after, difference) for a table on the screen."""
+        rows = [
+            (LABELS.get(name, name), str(self.before[name]), str(self.after[name]), str(self.differences[name]))
+            for name in self.after
+        ]
+        if self.kl is not None:
+            rows.append(("KL(after || before) per reply (nats)", "0", str(self.kl), ""))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Evaluation":
+        return cls(
+            **{
+                **raw,
+                "before": {name: Estimate(**value) for name, value in raw["before"].items()},
+                "after": {name: Estimate(**value) for name, value in raw["after"].items()},
+                "differences": {name: Difference(**value) for name, value in raw["differences"].items()},
+                "kl": None if raw["kl"] is None else Estimate(**raw["kl"]),
+                "samples": [Sample(**value) for value in raw["samples"]],
+            }
+        )
+
+
+def compare(
+    before: Path | str,
+    after: Path | str,
+    prompts: Sequence[Prompt] | PromptData,
+    reward_model: Path | str | None = None,
+    *,
+    gold: bool | None = None,
+    count: int = 400,
+    max_new_tokens: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    folder: Path | None = None,
+    batch_size: int = 128,
+) -> Evaluation:
+    """Compares two policies on held-out prompts; a result computed before is read from its file.
+
+    Args:
+        before, after: model folders (or hub ids) of the two policies.
+        prompts: the prompts, or a data set whose held-out part is taken.
+        reward_model: folder of a reward model that scores the replies too.
+        gold: whether the testbed's labeller scores them; by default if the prompts are a data set of the testbed.
+        count: prompts used, the first ones.
+        max_new_tokens: longest reply, in tokens.
+        temperature: of sampling and of the log-probabilities whose difference is the KL; above 0.
+        seed: of sampling.
+        folder: where the result is kept, as `evaluation-<key>.json`; None keeps it nowhere.
+        batch_size: rows sampled or scored at a time.
+
+    Raises UserError when there are no prompts.
+    """
+    if gold is None:
+        gold = getattr(prompts, "source", None) == "testbed"
+    asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
+    if not asked:
+        raise UserError("no held-out prompts to compare on; type data.validation=400 or name more prompts")
+    key = _key(before, after, reward_model, gold, asked, max_new_tokens, temperature, seed)
+    cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"
+    if cached is not None and cached.is_file():
+        return Evaluation.from_json(json.loads(cached.read_text(encoding="utf-8")))
+    result = _compare(before, after, asked, reward_model, gold, max_new_tokens, temperature, seed, batch_size)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(result.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, cached)
+    return result
+
+
+@torch.no_grad()
+def _compare(
+    before: Path | str,
+    after: Path | str,
+    prompts: list[Prompt],
+    reward_model: Path | str | None,
+    gold: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> Evaluation:
+    sampler = Sampler(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+
+    policy = load_policy(after)  # one model in memory at a time
+    new = sampler.sample(policy, prompts, seed)
+    logp_after = sequence_logprobs(policy, new, temperature, batch_size)
+    vocabulary = policy.tokenizer.get_vocab()
+    del policy
+
+    policy = load_policy(before)
+    old = sampler.sample(policy, prompts, seed)
+    kl = None
+    if policy.tokenizer.get_vocab() == vocabulary:
+        # E_after[log after - log before]: unbiased, because the replies are drawn from `after` itself, uncut.
+        kl = estimate((logp_after - sequence_logprobs(policy, new, temperature, batch_size)).tolist())
+    del policy
+
+    scores: dict[str, tuple[list[float], list[float]]] = {}
+
+    def score(name: str, measure: Callable[[Rollout], Tensor]) -> None:
+        scores[name] = (measure(old).float().tolist(), measure(new).float().tolist())
+
+    if gold:
+        score("gold", GoldReward())
+    if reward_model is not None:
+        score("reward", ModelReward(str(reward_model)).to(new.mask.device))
+    score("length", lambda rollout: rollout.lengths)
+    score("ended", lambda rollout: rollout.ended)
+
+    whole = dict(scores)
+    unsafe = [prompt.unsafe for prompt in prompts]
+    if gold and any(unsafe) and not all(unsafe):
+        for part, wanted in (("gold_safe", False), ("gold_unsafe", True)):
+            pairs = [
+                pair
+                for pair, is_unsafe in zip(zip(*scores["gold"], strict=True), unsafe, strict=True)
+                if is_unsafe is wanted
+            ]
+            scores[part] = ([b for b, _ in pairs], [a for _, a in pairs])
+    order = [name for name in LABELS if name in scores]
+    return Evaluation(
+        before_model=str(before),
+        after_model=str(after),
+        prompts=len(prompts),
+        temperature=temperature,
+        seed=seed,
+        before={name: estimate(scores[name][0]) for name in order},
+        after={name: estimate(scores[name][1]) for name in order},
+        differences={name: paired(*scores[name]) for name in order},
+        kl=kl,
+        samples=_samples(prompts, old, new, whole),
+    )
+
+
+def load_policy(path: Path | str) -> LanguageModel:
+    """A policy in float32 and eval mode, on the GPU if there is one."""
+    spec = CausalLM(path=str(path), architecture=None, vocab_size=None)
+    policy = spec.load(NoAdapter(), Precision("32-true")).frozen()
+    return policy.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def sequence_logprobs(policy: LanguageModel, rollout: Rollout, temperature: float, batch_size: int) -> Tensor:
+    """Log-probability of each reply as a whole under a policy, [B] float32, on the CPU."""
+    sums = []
+    for start in range(0, len(rollout.texts), batch_size):
+        rows = slice(start, start + batch_size)
+        logp, _ = policy.logprobs(
+            rollout.ids[rows],
+            rollout.attention_mask[rows],
+            rollout.position_ids[rows],
+            rollout.loss_mask[rows],
+            temperature=temperature,
+        )
+        sums.append(logp.sum(dim=1).cpu())
+    return torch.cat(sums)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of independent values; the error of a single one is not known (nan)."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
+    return Estimate(mean, math.sqrt(variance / n), n)
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
+    """Difference of two series over the same prompts."""
+    gaps = [b - a for a, b in zip(before, after, strict=True)]
+    gap = estimate(gaps)
+    if gap.mean == 0:
+        z = 0.0
+    elif gap.se == 0:
+        z = math.copysign(math.inf, gap.mean)
+    else:
+        z = gap.mean / gap.se
+    wins = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in gaps) / len(gaps)
+    return Difference(gap.mean, gap.se, z, wins)
+
+
+def _samples(
+    prompts: list[Prompt], old: Rollout, new: Rollout, scores: dict[str, tuple[list[float], list[float]]]
+) -> list[Sample]:
+    """Three prompts with their replies: the first ones, and an unsafe one among them if there is any."""
+    unsafe = [i for i, prompt in enumerate(prompts) if prompt.unsafe][:1]
+    safe = [i for i in range(len(prompts)) if i not in unsafe]
+    return [
+        Sample(
+            prompt=prompts[i].messages[-1].content,
+            tags=list(prompts[i].tags),
+            before=old.texts[i],
+            after=new.texts[i],
+            before_scores={name: values[0][i] for name, values in scores.items()},
+            after_scores={name: values[1][i] for name, values in scores.items()},
+        )
+        for i in sorted(safe[: 3 - len(unsafe)] + unsafe)
+    ]
+
+
+def _key(
+    before: Path | str,
+    after: Path | str,
+    reward_model: Path | str | None,
+    gold: bool,
+    prompts: list[Prompt],
+    *settings: object,
+) -> str:
+    """Names a result by all it was computed from."""
+    models = [None if path is None else _identity(path) for path in (before, after, reward_model)]
+    asked = [prompt.to_json() for prompt in prompts]
+    text = json.dumps([FORMAT, models, gold, asked, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _identity(path: Path | str) -> list[Any]:
+    """A model folder by place, size and time of its weights; a hub id by its name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [str(path)]
+    weights = sorted(folder.rglob("*.safetensors"))
+    return [str(folder.resolve()), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]]

@@ -1,0 +1,56 @@
+"""Rewards, advantages and returns of sampled responses. Shapes: B sequences, R response tokens.
+
+Masks [B, R] are 1 on a response's tokens, its end-of-sequence token included, and responses start at column 0.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.functional.kl import ESTIMATORS, KLEstimator
+from rlhf.functional.masking import last_index, masked_var
+
+
+def shaped_rewards(
+    score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float, kl_estimator: KLEstimator = "k1"
+) -> Tensor:
+    """Per-token rewards [B, R]: `-beta * KL_t`, plus the score [B] at the last real token.
+
+    The reward of InstructGPT (arXiv 2203.02155, eq. 2) written per token, as Ziegler et al. 2019 do. The last real
+    token is the end-of-sequence token, or the last sampled one when the response was cut. `logp` and `ref_logp`
+    [B, R] come from the same forward path at the sampling temperature. A row without tokens earns nothing.
+    """
+    mask = mask.bool()
+    penalty = ESTIMATORS[kl_estimator](logp, ref_logp) * beta
+    at_last = torch.arange(mask.shape[-1], device=mask.device) == last_index(mask).unsqueeze(-1)
+    rewards = torch.where(at_last, score.to(logp.dtype).unsqueeze(-1) - penalty, -penalty)
+    return torch.where(mask, rewards, torch.zeros_like(rewards))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, R] by generalised advantage estimation (arXiv 1506.02438, eq. 16).
+
+    `delta_t = r_t + discount * V_{t+1} - V_t` with `V = 0` after the last real token, and
+    `A_t = delta_t + discount * gae_lambda * A_{t+1}`; returns are `A + V`. Both are 0 where `mask` is 0.
+    """
+    mask = mask.bool()
+    zeros = torch.zeros_like(values)
+    rewards, values = torch.where(mask, rewards, zeros), torch.where(mask, values, zeros)
+    next_values = torch.cat([values[:, 1:], zeros[:, :1]], dim=1)
+    deltas = rewards + discount * next_values - values
+    advantages = torch.empty_like(deltas)
+    running = zeros[:, 0] if deltas.shape[1] else deltas.sum(1)
+    for t in range(deltas.shape[1] - 1, -1, -1):
+        running = deltas[:, t] + discount * gae_lambda * running
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """`1 - var(returns - values) / var(returns)` over counted tokens: 1 is a perfect critic, 0 a constant one."""
+    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+
+
+def sequence_kl(logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_estimator: KLEstimator = "k1") -> Tensor:
+    """KL estimate per sequence [B] in nats: the sum over its tokens."""
+    per_token = ESTIMATORS[kl_estimator](logp, ref_logp)
+    return torch.where(mask.bool(), per_token, torch.zeros_like(per_token)).sum(-1)

@@ -1,0 +1,207 @@
+"""Log-probabilities of given tokens without ever holding a logit for every position. Shapes: N rows, D hidden, V vocab.
+
+The vocabulary is where the cost of a language model's loss is: [batch, length, V] logits and their gradient dwarf the
+rest of the memory. Here rows go through the output layer in chunks; a chunk's logits are dropped after its forward and
+made again in its backward, unless all of them are few enough to keep. Numbers are those of the plain `log_softmax` on
+all rows, in fp32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which stays in a CPU core's cache
+KEEP_ELEMENTS = 2**24  # up to so many logits in all (64 MiB) are kept for backward: cheaper than making them twice
+MIN_CHUNK_ROWS = 256  # with a large vocabulary fewer rows would read the whole output matrix for too little work
+
+
+def token_logprobs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float = 1.0,
+    chunk_elements: int | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability [N] of each target under `softmax(head(hidden) / temperature)`, and the entropy [N] if asked.
+
+    `hidden` [N, D]: only the positions that count, picked by the caller. `targets` [N] long. `head` maps [n, D] to
+    logits [n, V]; a plain `nn.Linear` takes a faster path with the same numbers. `chunk_elements` bounds n * V per
+    chunk, and nothing is kept for backward; by default it is 2**19 (at least 256 rows), and up to 2**24 logits in all
+    are kept. Results are fp32, differentiable once in `hidden` and in the head's parameters. Raises ValueError for a
+    temperature that is not positive or shapes that do not fit.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden must be [N, D] and targets [N]: {tuple(hidden.shape)}, {tuple(targets.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive: {temperature}")
+    rows = hidden.shape[0]
+    if rows == 0:
+        empty = hidden.sum(-1).float()  # keeps the graph, so that backward still works on a batch where nothing counts
+        return empty, empty if entropy else None
+    linear = head if isinstance(head, nn.Linear) and _is_plain(head) else None
+    vocabulary = linear.out_features if linear is not None else _vocabulary(hidden, head)
+    if chunk_elements is None:
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+    else:
+        chunk_rows = max(1, chunk_elements // vocabulary)
+    keep = chunk_elements is None and rows * vocabulary <= KEEP_ELEMENTS
+    if linear is not None:
+        return _linear(hidden, targets, linear, temperature, chunk_rows, keep, entropy)
+
+    def of_chunk(chunk: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = head(chunk).float() / temperature
+        return _of_logits(logits, target, entropy)
+
+    pieces = []
+    for start in range(0, rows, chunk_rows):
+        chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
+        if torch.is_grad_enabled() and not keep:
+            piece = checkpoint(
+                of_chunk, chunk, target, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+        else:
+            piece = of_chunk(chunk, target)
+        pieces.append(piece)
+    logps = torch.cat([logp for logp, _ in pieces])
+    return logps, torch.cat([ent for _, ent in pieces]) if entropy else None
+
+
+def _of_logits(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies [n] of fp32 logits [n, V]."""
+    log_normaliser = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normaliser
+    if not entropy:
+        return logps, None
+    probabilities = torch.exp(logits - log_normaliser.unsqueeze(-1))
+    # -inf logits (forbidden tokens) have probability 0 and must not make 0 * inf
+    expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(-1)
+    return logps, log_normaliser - expected
+
+
+def _vocabulary(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
+    with torch.no_grad():
+        return int(head(hidden[:1].detach()).shape[-1])
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether calling `head` is no more than `x @ weight.T + bias`: not a subclass, no hooks, not sharded."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) in (nn.Parameter, Tensor)
+        and head.weight.is_floating_point()
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+    )
+
+
+def _linear(
+    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, chunk_rows: int, keep: bool, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    device = hidden.device.type
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        logps, entropies = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_rows, keep, entropy)
+    return logps, entropies
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """The same for `logits = hidden @ weight.T + bias`, with a backward written out.
+
+    d logp / d logits = onehot - p, d entropy / d logits = -p * (log p + entropy). When only `hidden` wants a gradient
+    (a frozen head, as with LoRA), d logp / d hidden [N, D] is kept from the forward and backward has no projection.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_rows, keep, entropy):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
+        rows = hidden.shape[0]
+        logps = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(logps)
+        entropies = torch.empty_like(logps) if entropy else None
+        head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        jacobian = torch.empty_like(hidden) if head_frozen and ctx.needs_input_grad[0] and not entropy else None
+        kept: list[Tensor] = []
+        keep = keep and any(ctx.needs_input_grad) and jacobian is None
+        for start in range(0, rows, chunk_rows):
+            piece = slice(start, start + chunk_rows)
+            logits = _LinearLogprobs.logits(hidden[piece], weight, bias, temperature)
+            target = targets[piece].unsqueeze(-1)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            logps[piece] = (logits.gather(-1, target) - normaliser).squeeze(-1)
+            normalisers[piece] = normaliser.squeeze(-1)
+            if entropies is not None:
+                probabilities = torch.exp(logits - normaliser)
+                expected = (probabilities * logits.masked_fill_(probabilities == 0, 0.0)).sum(-1)
+                entropies[piece] = normaliser.squeeze(-1) - expected
+            if jacobian is not None:
+                by_logits = logits.sub_(normaliser).exp_().neg_()
+                by_logits.scatter_add_(-1, target, torch.ones_like(normaliser))
+                jacobian[piece] = (by_logits / temperature).to(weight.dtype) @ weight
+            elif keep:
+                kept.append(logits.sub_(normaliser))
+        if jacobian is not None:
+            ctx.save_for_backward(jacobian)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, *kept)
+        return logps, entropies
+
+    @staticmethod
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias).float()
+        return logits if temperature == 1.0 else logits / temperature
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_logp, by_entropy):  # type: ignore[no-untyped-def]
+        nothing = (None,) * 8
+        if by_logp is None and by_entropy is None:
+            return nothing
+        if len(ctx.saved_tensors) == 1:
+            (jacobian,) = ctx.saved_tensors
+            return (by_logp.unsqueeze(-1) * jacobian).to(jacobian.dtype), *nothing[1:]
+        hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        by_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Summed over chunks in fp32, whatever the weights are kept in
+        by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        by_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if wants_bias else None
+        for number, start in enumerate(range(0, hidden.shape[0], ctx.chunk_rows)):
+            piece = slice(start, start + ctx.chunk_rows)
+            if kept:
+                log_probabilities = kept[number]
+            else:
+                logits = _LinearLogprobs.logits(hidden[piece], weight, bias, ctx.temperature)
+                log_probabilities = logits.sub_(normalisers[piece].unsqueeze(-1))
+            by_logits = log_probabilities.exp()  # the probabilities p
+            pull = torch.zeros_like(normalisers[piece]) if by_logp is None else by_logp[piece]
+            if by_entropy is None:
+                by_logits *= -pull.unsqueeze(-1)
+            else:
+                finite = log_probabilities.masked_fill(by_logits == 0, 0.0)
+                finite += entropies[piece].unsqueeze(-1)
+                by_logits *= -(finite * by_entropy[piece].unsqueeze(-1) + pull.unsqueeze(-1))
+            by_logits.scatter_add_(-1, targets[piece].unsqueeze(-1), pull.unsqueeze(-1))
+            if ctx.temperature != 1.0:
+                by_logits /= ctx.temperature
+            if by_bias is not None:
+                by_bias += by_logits.sum(0)
+            by_logits = by_logits.to(weight.dtype)
+            if by_hidden is not None:
+                by_hidden[piece] = by_logits @ weight
+            if by_weight is not None:
+                by_weight += by_logits.t() @ hidden[piece]
+        return (
+            by_hidden,
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None if by_bias is None else by_bias.to(bias.dtype),
+            *nothing[3:],
+        )

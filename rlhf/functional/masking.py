@@ -1,0 +1,67 @@
+"""Masked reductions and positions. A mask is bool (or 0/1 numbers) and 1 means "counts".
+
+Values where the mask is 0 are never read: they may be nan or inf without harm to the result or its gradient.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `x` where `mask` is 1, over everything or over `dim`."""
+    kept = _kept(x, mask)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `x` where `mask` is 1, over everything or over `dim`; 0 where nothing counts."""
+    mask = mask.bool().expand_as(x)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Unbiased (n - 1) variance of `x` where `mask` is 1; 0 for fewer than two counted elements."""
+    mask = mask.bool().expand_as(x)
+    x = _kept(x, mask)
+    squares = (x - masked_mean(x, mask)).square()
+    return masked_sum(squares, mask) / (mask.sum() - 1).clamp(min=1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`(x - mean) * rsqrt(var + 1e-8)` over the counted elements, 0 elsewhere.
+
+    With `shift_mean=False` the mean is added back, so only the scale changes (the form used for rewards).
+    Same numbers as `whiten` of openai/summarize-from-feedback, where it is masked.
+    """
+    x = _kept(x, mask)
+    mean = masked_mean(x, mask)
+    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return _kept(whitened if shift_mean else whitened + mean, mask)
+
+
+def first_true_index(mask: Tensor) -> Tensor:
+    """Index [...] of the first 1 along the last dimension of `mask` [..., T]; T where there is none."""
+    length = mask.shape[-1]
+    positions = torch.arange(length, device=mask.device).expand(mask.shape)
+    return positions.masked_fill(~mask.bool(), length).amin(-1)
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index [...] of the last 1 along the last dimension of `mask` [..., T]; -1 where there is none."""
+    positions = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    return positions.masked_fill(~mask.bool(), -1).amax(-1)
+
+
+def response_mask(ids: Tensor, eos_id: int) -> Tensor:
+    """Mask [B, R] (bool) of the real tokens of responses `ids` [B, R]: up to and including the first `eos_id`.
+
+    The end-of-sequence token itself counts, or a model would never learn to stop. Found by position, so it stays
+    right when the padding token is the end-of-sequence token.
+    """
+    end = first_true_index(ids == eos_id)
+    return torch.arange(ids.shape[-1], device=ids.device) <= end.unsqueeze(-1)

@@ -1,0 +1,384 @@
+"""The launcher of sweeps (`-m`): every job is a process of its own in RUN mode.
+
+So one crashed job harms no other, and a job that is itself several processes (DDP) is right. A job that was
+finished before is found finished by its own fingerprint, so the same sweep typed again goes on where it stopped.
+Hydra and the standard library only.
+"""
+
+import csv
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.errors import RunFailed
+
+RESULT = "RLHF_RESULT"  # names the file in which a job leaves its result
+STOPPED = 75  # exit status of a job that was asked to stop and saved a checkpoint (EX_TEMPFAIL)
+# Hydra refuses launchers whose target lies outside the namespace hydra_plugins.
+NAMESPACE = "hydra_plugins.rlhf"
+
+
+@dataclass
+class Job:
+    """One job of a sweep: its overrides, its folder, and how it went."""
+
+    number: int
+    overrides: list[str]
+    folder: Path
+    attempts: int = 0
+    started: float = 0.0
+    seconds: float = 0.0
+    process: subprocess.Popen[bytes] | None = None
+    slot: int = 0
+    status: str = "waiting"  # waiting, running, finished, failed, timeout, stopped
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def console(self) -> Path:
+        return self.folder / "console.log"
+
+    @property
+    def error(self) -> str:
+        """Why it failed, in one line."""
+        if self.status == "timeout":
+            return f"took longer than hydra.launcher.timeout_s; see {self.console}"
+        if self.result.get("error"):
+            return str(self.result["error"]).splitlines()[0]
+        code = self.process.returncode if self.process else None
+        if code is not None and code < 0:
+            return f"killed by signal {signal.Signals(-code).name}; see {self.console}"
+        lines = [line for line in self.console.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit status {code}; see {self.console}"
+
+    def returned(self) -> JobReturn:
+        """As Hydra's sweepers want it."""
+        job = _Return()
+        job.overrides, job.working_dir, job.task_name = self.overrides, str(self.folder), "rlhf"
+        finished = self.status == "finished"
+        job.status = JobStatus.COMPLETED if finished else JobStatus.FAILED
+        job.return_value = self.result.get("value") if finished else RunFailed(f"job {self.number}: {self.error}")
+        return job
+
+
+class _Return(JobReturn):
+    """A JobReturn that raises a failed job's error without writing to the screen first: the launcher did that."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+@dataclass
+class Settings:
+    """hydra.launcher.*: the options of hydra/launcher=rlhf."""
+
+    _target_: str = f"{NAMESPACE}.RlhfLauncher"
+    n_jobs: int = 1  # jobs at a time
+    retries: int = 0  # times a failed job is started again; it resumes from its last checkpoint
+    timeout_s: float | None = None  # seconds a job may take, null: any
+    grace_s: float = 60.0  # seconds a job gets to save a checkpoint when it is stopped
+    gpus_per_job: int | None = None  # GPUs each job sees, taken in turn; null: all jobs see all
+
+
+class RlhfLauncher(Launcher):
+    """Bounded local parallelism over processes."""
+
+    def __init__(
+        self, n_jobs: int, retries: int, timeout_s: float | None, grace_s: float, gpus_per_job: int | None
+    ) -> None:
+        self.n_jobs, self.retries, self.timeout_s, self.grace_s = n_jobs, retries, timeout_s, grace_s
+        self.gpus_per_job = gpus_per_job
+        self.jobs: list[Job] = []  # over all calls: an optimising sweeper launches in rounds
+        self.folder = Path()
+        self.config: DictConfig | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called once by Hydra."""
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs, at most ``n_jobs`` at a time; a failed one is recorded and the others go on.
+
+        Raises:
+            SystemExit: 130 or 143, when interrupted; the running jobs have been asked to save a checkpoint.
+        """
+        assert self.config is not None
+        setup_globals()
+        self.folder = Path(str(self.config.hydra.sweep.dir))
+        jobs = [self._job(initial_job_idx + i, list(words)) for i, words in enumerate(job_overrides)]
+        self.jobs += jobs
+        waiting, running = list(jobs), list[Job]()
+        stop = _Stop()
+        _say(f"{len(jobs)} jobs, {min(self.n_jobs, len(jobs))} at a time, in {self.folder}")
+        try:
+            with stop:
+                while (waiting or running) and not stop.signal:
+                    while waiting and len(running) < self.n_jobs:
+                        running.append(self._start(waiting.pop(0), running))
+                    for job in [job for job in running if self._ended(job)]:
+                        running.remove(job)
+                        if job.status not in ("finished", "stopped") and job.attempts <= self.retries:
+                            _say(f"{self._label(job)} {job.status}, once more: {job.error}")
+                            waiting.append(job)
+                        else:
+                            self._tell(job)
+                        self.write()
+                    time.sleep(0.05)
+                if stop.signal:
+                    self._stop(running, stop)
+        finally:
+            for job in running:
+                if job.process and job.process.poll() is None:
+                    _signal(job.process, signal.SIGKILL)
+            self.write()
+        if stop.signal:
+            left = sum(job.status != "finished" for job in jobs)
+            _say(f"interrupted: {left} of {len(jobs)} jobs not finished; type the same command again to go on")
+            raise SystemExit(128 + stop.signal)
+        self._summary(jobs)
+        return [job.returned() for job in jobs]
+
+    # -- one job ----------------------------------------------------------------------------------------------------
+
+    def _job(self, number: int, overrides: list[str]) -> Job:
+        key = hashlib.sha256(json.dumps(sorted(filter_overrides(overrides))).encode()).hexdigest()[:6]
+        # Under an optimising sweeper the same number comes with other values the next time: hence the key.
+        earlier = sorted(self.folder.glob(f"*_{key}"))
+        return Job(number, overrides, earlier[0] if earlier else self.folder / f"{number:03d}_{key}")
+
+    def _start(self, job: Job, running: list[Job]) -> Job:
+        taken = {other.slot for other in running}
+        job.slot = next(i for i in range(self.n_jobs) if i not in taken)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        result = job.folder / "result.json"
+        result.unlink(missing_ok=True)
+        job.attempts, job.started, job.status, job.result = job.attempts + 1, time.monotonic(), "running", {}
+        words = self._command(job)
+        with job.console.open("a") as console:
+            console.write(f"$ {' '.join(words)}\n")
+            console.flush()
+            # A session of its own: Ctrl-C reaches the job through us, once, with all its own processes.
+            job.process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env=self._environment(job, result),
+                start_new_session=True,
+            )
+        _say(f"{self._label(job)} started")
+        return job
+
+    def _command(self, job: Job) -> list[str]:
+        assert self.config is not None
+        typed, _ = get_args_parser().parse_known_args(sys.argv[1:])
+        script = Path(sys.argv[0])
+        words = [sys.executable, str(script)] if script.name == "rlhf" else [sys.executable, "-m", "rlhf.cli"]
+        for flag, value in (("--config-dir", typed.config_dir), ("--config-name", typed.config_name)):
+            words += [flag, value] if value else []
+        own = OmegaConf.to_container(self.config.hydra.overrides.hydra)
+        assert isinstance(own, list)
+        words += [str(o) for o in own if str(o).lstrip("+").startswith(("hydra.searchpath", "hydra.job."))]
+        return [*words, *job.overrides, "hydra.mode=RUN"]
+
+    def _environment(self, job: Job, result: Path) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+        environment[RESULT] = str(result.absolute())
+        if self.n_jobs > 1:
+            # Jobs side by side that each take every core are slower than one after the other.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.n_jobs)))
+        if self.gpus_per_job:
+            first = job.slot * self.gpus_per_job
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(self.gpus_per_job))
+        return environment
+
+    def _ended(self, job: Job) -> bool:
+        assert job.process is not None
+        code = job.process.poll()
+        late = code is None and self.timeout_s is not None and time.monotonic() - job.started > self.timeout_s
+        if late:
+            _signal(job.process, signal.SIGTERM)
+            try:
+                job.process.wait(self.grace_s)
+            except subprocess.TimeoutExpired:
+                _signal(job.process, signal.SIGKILL)
+                job.process.wait()
+        elif code is None:
+            return False
+        self._read(job)
+        if late and job.status != "finished":
+            job.status = "timeout"
+        return True
+
+    def _read(self, job: Job) -> None:
+        """Take over how a process that is gone ended."""
+        assert job.process is not None
+        job.seconds = time.monotonic() - job.started
+        code = job.process.returncode
+        result = job.folder / "result.json"
+        job.result = json.loads(result.read_text()) if result.exists() else {}
+        job.status = "finished" if code == 0 else "stopped" if code == STOPPED else "failed"
+        run = job.result.get("run")
+        if run and Path(run).is_dir():
+            link = job.folder / "run"
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(Path(run).resolve(), job.folder.resolve()))
+
+    def _stop(self, running: list[Job], stop: "_Stop") -> None:
+        """Ask the running jobs to save a checkpoint; kill those that do not end in time or at a second signal."""
+        asked = stop.count
+        _say(f"stopping {len(running)} running jobs, each saves a checkpoint (again: kill them)")
+        for job in running:
+            assert job.process is not None
+            _signal(job.process, signal.SIGTERM)
+        deadline = time.monotonic() + self.grace_s
+        while any(job.process and job.process.poll() is None for job in running):
+            if time.monotonic() > deadline or stop.count > asked:
+                for job in running:
+                    assert job.process is not None
+                    _signal(job.process, signal.SIGKILL)
+                    job.process.wait()
+            time.sleep(0.05)
+        for job in running:
+            self._read(job)
+            if job.status == "failed":
+                job.status = "stopped"
+
+    # -- what is seen -----------------------------------------------------------------------------------------------
+
+    def _varied(self) -> list[str]:
+        """Keys whose values differ between the jobs; all of them when none does."""
+        table = [_pairs(job.overrides) for job in self.jobs]
+        keys = list(dict.fromkeys(key for row in table for key in row))
+        return [key for key in keys if len({row.get(key) for row in table}) > 1] or keys
+
+    def _label(self, job: Job) -> str:
+        pairs = _pairs(job.overrides)
+        varied = " ".join(f"{key}={pairs[key]}" for key in self._varied() if key in pairs)
+        width = len(str(self.jobs[-1].number))
+        return f"[{job.number:>{width}}] {varied}"
+
+    def _tell(self, job: Job) -> None:
+        value = job.result.get("value")
+        told = {
+            "finished": f"finished{'' if value is None else f', {value:.4g}'}, {job.result.get('run') or job.folder}",
+            "stopped": f"stopped, can go on; see {job.console}",
+        }.get(job.status, f"FAILED: {job.error}")
+        _say(f"{self._label(job)} {told} ({job.seconds:.0f} s)")
+
+    def _summary(self, jobs: list[Job]) -> None:
+        failed = [job for job in jobs if job.status != "finished"]
+        _say(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; results in {self.folder / 'results.csv'}")
+        for job in failed:
+            _say(f"  {self._label(job)} {job.status}; {job.console}")
+        _say(f"next: rlhf report {self.folder}")
+
+    def write(self) -> None:
+        """Write results.csv: one row per job, with the values that differ, the outcome and the final metrics."""
+        varied = self._varied()
+        metrics = list(dict.fromkeys(name for job in self.jobs for name in job.result.get("metrics") or {}))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / ".results.csv"
+        with scratch.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["job", *varied, "status", "value", *metrics, "seconds", "run", "error"])
+            for job in self.jobs:
+                pairs, found = _pairs(job.overrides), job.result.get("metrics") or {}
+                writer.writerow(
+                    [
+                        job.folder.name,
+                        *(pairs.get(key, "") for key in varied),
+                        job.status,
+                        job.result.get("value"),
+                        *(found.get(name) for name in metrics),
+                        round(job.seconds, 1),
+                        job.result.get("run"),
+                        job.error if job.status in ("failed", "timeout") else "",
+                    ]
+                )
+        scratch.replace(self.folder / "results.csv")
+
+
+class _Stop:
+    """While it is open, SIGINT and SIGTERM are noted instead of raised."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.count = 0
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal, self.count = self.signal or number, self.count + 1
+
+    def __enter__(self) -> "_Stop":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the job and all processes that it started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _pairs(overrides: Sequence[str]) -> dict[str, str]:
+    return {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in filter_overrides(overrides))}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def sweep_name(*, _root_: DictConfig) -> str:
+    """What a sweep's folder is called after the date: what is swept over, and a key of the whole command."""
+    choices = _root_.hydra.runtime.choices
+    words = list(filter_overrides(_root_.hydra.overrides.task))
+    typed = {k: v for k, v in _pairs(words).items() if k in ("stage", "pipeline", "experiment", "sweep")}
+    named = typed.get("experiment") or typed.get("pipeline") or typed.get("stage") or choices.get("stage") or "sweep"
+    swept = sorted([*words, f"sweep={choices.get('sweep')}"])
+    key = hashlib.sha256(json.dumps(swept).encode()).hexdigest()[:6]
+    return f"{str(named).replace(',', '-').replace('/', '-')}-{key}"
+
+
+def register() -> None:
+    """Make hydra/launcher=rlhf known to Hydra. May be called any number of times."""
+    # A package hydra_plugins.rlhf would be loaded by every Hydra program of the environment; an alias only by ours.
+    RlhfLauncher.__module__ = NAMESPACE
+    try:
+        importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+    sys.modules[NAMESPACE] = sys.modules[__name__]
+    ConfigStore.instance().store(group="hydra/launcher", name="rlhf", node=Settings, provider="rlhf")
+    Plugins.instance().register(RlhfLauncher)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)

@@ -1,0 +1,121 @@
+"""Loggers: `metrics.csv`, which every run writes, and the services that can be used beside it (group `logger`).
+
+Each is built from its YAML as a partial that takes the run folder: `logger(folder)`.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from rlhf.errors import UserError
+from rlhf.metrics_file import MetricsFile
+
+
+class MetricsLogger(Logger):
+    """Writes what a stage logs to `<folder>/metrics.csv`, row by row, safe to kill and to resume.
+
+    Steps are Lightning's: the number of training batches before the one that logged, from 0.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.file = MetricsFile(self.folder / "metrics.csv")
+        self._last_step = -1
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = max(self._last_step, 0) if step is None else int(step)
+        self._last_step = step
+        self.file.write(step, metrics)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the run folder already holds config.yaml."""
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard event files in `<folder>/tensorboard`; look with `tensorboard --logdir outputs`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(save_dir=str(folder), name="", version="tensorboard")
+
+
+class WeightsAndBiases(WandbLogger):
+    """A Weights & Biases run with the fingerprint as its id, so that a resumed run goes on in the same curve.
+
+    Raises UserError when the wandb package is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str = "rlhf",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        mode: Literal["online", "offline"] = "online",
+    ) -> None:
+        folder = Path(folder)
+        try:
+            super().__init__(
+                project=project,
+                entity=entity,
+                group=group,
+                tags=tags,
+                offline=mode == "offline",
+                save_dir=str(folder),
+                name=f"{folder.parent.name}/{folder.name}",
+                id=folder.name,
+                resume="allow",
+            )
+        except ModuleNotFoundError as error:
+            raise UserError("logger=wandb needs the wandb package; type: pip install wandb") from error
+
+
+class MLFlow(MLFlowLogger):
+    """An MLflow run; without a tracking server its files go to `<folder>/mlflow`.
+
+    Raises UserError when the mlflow package is missing.
+    """
+
+    def __init__(self, folder: Path, experiment: str = "rlhf", tracking_uri: str | None = None) -> None:
+        folder = Path(folder)
+        try:
+            super().__init__(
+                experiment_name=experiment,
+                run_name=f"{folder.parent.name}/{folder.name}",
+                tracking_uri=tracking_uri or (folder / "mlflow").absolute().as_uri(),
+            )
+        except ModuleNotFoundError as error:
+            raise UserError("logger=mlflow needs the mlflow package; type: pip install mlflow-skinny") from error
+
+
+def loggers(chosen: Callable[[Path], Logger] | None, folder: Path) -> list[Logger]:
+    """The loggers of a run: always `metrics.csv`, and the service of the group `logger`, if it is another one.
+
+    Args:
+        chosen: the group's partial, called with the run folder; None for nothing beside the file.
+        folder: the run folder.
+    """
+    metrics = MetricsLogger(folder)
+    if chosen is None:
+        return [metrics]
+    logger = chosen(folder)
+    return [metrics] if isinstance(logger, MetricsLogger) else [metrics, logger]

@@ -1,0 +1,124 @@
+"""The metrics file of a run: `metrics.csv`, one row per step, written as the run goes.
+
+Standard library only, so that commands which merely read runs start at once.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+STEP = "step"
+Row = dict[str, float]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a metrics file in the order of their steps; empty cells are left out of a row.
+
+    A last line that was cut short (the writer was killed) is ignored. A file that does not exist has no rows.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    rows: list[Row] = []
+    for record in csv.DictReader(io.StringIO(complete)):
+        row = {name: number for name, cell in record.items() if (number := _number(cell)) is not None}
+        if STEP in row:
+            rows.append(row)
+    return rows
+
+
+def read_series(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Columns of a metrics file: name -> (steps, values), only the steps at which the metric was logged."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_rows(path):
+        for name, value in row.items():
+            if name != STEP:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row[STEP])
+                values.append(value)
+    return series
+
+
+class MetricsFile:
+    """Writes rows of metrics, one per step, each on disk as soon as it is known.
+
+    Metrics logged twice at one step (training, then validation) share its row; a metric never seen before gets a new
+    column. The first write of a writer at step s drops every row at or after s: a resumed run continues the file of
+    the run that was killed as if that had never gone further than its checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._row: Row = {}
+        self._row_start = 0  # byte offset at which the newest row begins
+        self._open = False
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the row of a step. A step before the newest one starts the file anew from there."""
+        if not self._open or step < self._row.get(STEP, step):
+            self.drop_from(step)
+        new_row = step != self._row.get(STEP)
+        row: Row = {STEP: step} if new_row else dict(self._row)
+        row.update({name: float(value) for name, value in metrics.items() if name != STEP})
+        unknown = [name for name in row if name not in self._columns]
+        if unknown:
+            self._rewrite([*read_rows(self.path)[: None if new_row else -1], row], [*self._columns, *unknown])
+            return
+        if new_row:
+            self._row_start = self.path.stat().st_size
+        with self.path.open("r+b") as file:
+            file.seek(self._row_start)
+            file.truncate()
+            file.write(self._line(row))
+        self._row = row
+
+    def drop_from(self, step: int) -> None:
+        """Drops the rows at or after a step (what a run wrote after the checkpoint that is being resumed)."""
+        rows = [row for row in read_rows(self.path) if row[STEP] < step]
+        columns: list[str] = []
+        for row in rows:
+            columns.extend(name for name in row if name not in columns)
+        self._rewrite(rows, columns or [STEP])
+        self._row = {}
+        self._open = True
+
+    def _rewrite(self, rows: list[Row], columns: list[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._columns = columns
+        lines = [_encode(columns), *(self._line(row) for row in rows)]
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_bytes(b"".join(lines))
+        os.replace(temporary, self.path)
+        self._row = dict(rows[-1]) if rows else {}
+        self._row_start = sum(map(len, lines[:-1]))
+
+    def _line(self, row: Row) -> bytes:
+        return _encode([_text(row.get(name)) for name in self._columns])
+
+
+def _encode(cells: list[str]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue().encode()
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    if math.isfinite(value) and value == int(value) and abs(value) < 2**53:
+        return str(int(value))
+    return format(value, ".9g")  # nine digits bring any float32 back unchanged
+
+
+def _number(cell: object) -> float | None:
+    if not isinstance(cell, str) or not cell:
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        return None

@@ -1,0 +1,130 @@
+"""Adapters: which weights are trained, and whether the frozen ones are quantised."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from rlhf.errors import UserError, suggest
+from rlhf.models.precision import Precision
+
+
+@dataclass(frozen=True)
+class NoAdapter:
+    """Every weight is trained."""
+
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
+        """How the base is quantised when loaded; None for not at all."""
+        return None
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """The model with the adapter on it."""
+        return model
+
+
+@dataclass(frozen=True)
+class LoRA(NoAdapter):
+    """Low-rank adaptation: W + (alpha / rank) B A, with B = 0 at the start (Hu et al. 2021, eq. 3).
+
+    Args:
+        rank: Rank r of the update.
+        alpha: Scale of the update; it is multiplied by alpha / rank.
+        dropout: Dropout on the adapter's input, in [0, 1).
+        modules: Names of the linear layers adapted, or "all-linear" for all but the output projection.
+    """
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    modules: str | list[str] = "all-linear"
+
+    decompose: ClassVar[bool] = False
+
+    def apply(self, model: PreTrainedModel) -> PeftModel:
+        """The model with its weights frozen and a fresh adapter on it, equal to the model itself at first."""
+        modules: str | list[str] = "all-linear"
+        if self.modules != "all-linear":
+            modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
+            self._check_modules(model, modules)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works; PEFT's annotation says int
+            lora_dropout=self.dropout,
+            target_modules=modules,
+            use_dora=self.decompose,
+            bias="none",
+            task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
+        )
+        return get_peft_model(model, config)
+
+    @staticmethod
+    def _check_modules(model: PreTrainedModel, modules: list[str]) -> None:
+        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        for wanted in modules:
+            if wanted not in names:
+                raise UserError(f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}")
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Weight-decomposed LoRA: the direction is adapted by LoRA, the magnitude is trained apart (Liu et al. 2024)."""
+
+    decompose: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class QLoRA(LoRA):
+    """LoRA on a frozen base in 4 or 8 bits (Dettmers et al. 2023).
+
+    Args:
+        quantize: Format of the base: "nf4" (4-bit NormalFloat) or "int8" (LLM.int8).
+        double_quant: Whether the block scales are quantised too (0.4 bits less per weight). nf4 only; None means yes
+            for nf4.
+    """
+
+    quantize: Literal["nf4", "int8"] = "nf4"
+    double_quant: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize == "int8" and self.double_quant:
+            raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
+
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
+        """How the base is quantised; products are computed in the precision's format."""
+        if self.quantize == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quant is not False,
+            bnb_4bit_compute_dtype=precision.compute,
+        )
+
+    def apply(self, model: PreTrainedModel) -> PeftModel:
+        """As LoRA, on quantised layers that compute the same whether they train or not."""
+        make_exact(model)
+        return super().apply(model)
+
+
+def make_exact(model: nn.Module) -> None:
+    """Makes quantised layers compute in eval mode what they compute in training.
+
+    4 bits: on CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first forward without gradients and never
+    unpacks them: from then on adapters get no gradient, silently. 8 bits: on CPUs, eval mode rounds activations and
+    train mode does not: a policy would differ from its own reference and its own samples.
+    """
+    import bitsandbytes
+
+    class Linear8bit(bitsandbytes.nn.Linear8bitLt):
+        def train(self, mode: bool = True) -> "Linear8bit":
+            return super().train(True)
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif type(module) is bitsandbytes.nn.Linear8bitLt:
+            module.__class__ = Linear8bit
+            module.train()

@@ -1,0 +1,372 @@
+"""Which language model: random weights of a named size, a Hugging Face folder, a hub id, a GGUF file, an adapter."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from pydantic import Field
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from rlhf.data.template import TEMPLATES, end_of_turn_id
+from rlhf.data.tokenizer import SPECIALS, train_tokenizer
+from rlhf.errors import UserError, suggest
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.language_model import LanguageModel, plain_config
+from rlhf.models.precision import Precision
+
+if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
+    hf_logging.disable_progress_bar()
+
+Corpus = Callable[[], Iterable[str]]
+
+TEMPLATE_TOKENS = {"plain": SPECIALS, "chatml": ("<|im_start|>", "<|im_end|>")}
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Where a language model comes from. Nothing is read before ``load``.
+
+    Args:
+        path: Folder, hub id, GGUF file, PEFT adapter folder, or run folder. None: random weights.
+        architecture: Arguments of the model's configuration, used when ``path`` is None; ``model_type`` picks the
+            family (default llama).
+        vocab_size: Vocabulary of the byte-level BPE that is trained on the corpus when there is neither ``path`` nor
+            ``tokenizer``.
+        tokenizer: Folder or hub id of another tokenizer. None: the model's own.
+        chat_template: "plain", "chatml" or a Jinja file, in place of the tokenizer's own. None: keep that.
+        attention: Attention kernel: "sdpa" (PyTorch's fused one) or "eager" (written out).
+        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
+        trust_remote_code: Whether Python code that comes with the weights may run.
+    """
+
+    path: str | None
+    architecture: dict[str, Any] | None
+    vocab_size: Annotated[int, Field(gt=0)] | None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    # --- loading ---
+
+    def load(self, adapter: NoAdapter, precision: Precision, corpus: Corpus | None = None) -> LanguageModel:
+        """The model with its tokenizer and a fresh adapter.
+
+        Args:
+            adapter: What is trained on top of the weights.
+            precision: Format of the weights.
+            corpus: Gives the texts a tokenizer is trained on when there is none.
+
+        Raises:
+            UserError: For weights that cannot be found or do not fit the machine, or a model without a tokenizer.
+        """
+        if self._is_scalar():
+            raise UserError(f"model.path={self.path}: is a reward or value model, a language model is needed here")
+        tokenizer = self._tokenizer(corpus)
+        model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
+        language_model = self._assemble(model, tokenizer, adapter, precision, AutoModelForCausalLM)
+        language_model.check_head()
+        return language_model
+
+    def load_decoder(
+        self, adapter: NoAdapter, precision: Precision, corpus: Corpus | None = None
+    ) -> tuple[LanguageModel, torch.Tensor | None]:
+        """The decoder without vocabulary projection, and the [1, D] scalar head stored with it, if there is one."""
+        tokenizer = self._tokenizer(corpus)
+        head = None
+        if self._is_scalar():
+            kind: Any = AutoModelForSequenceClassification
+            model = self._weights(kind, adapter, precision, tokenizer)
+            if model.config.num_labels != 1:
+                raise UserError(f"model.path={self.path}: has {model.config.num_labels} outputs, a reward model has 1")
+            head = model.score.weight.detach().float().clone()
+        else:
+            kind = AutoModel
+            model = self._weights(kind, adapter, precision, tokenizer)
+        return self._assemble(model.get_decoder(), tokenizer, adapter, precision, kind), head
+
+    def parameters(self) -> int:
+        """Number of weights, counted without making any. Tied weights count once."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
+        """The model's configuration; for random weights with the tokenizer's vocabulary if one is given."""
+        if self.path is not None:
+            return self._found(AutoConfig.from_pretrained, self._base_path())
+        if self.architecture is None:
+            raise UserError("model.path: no weights given; type model.path=FOLDER_OR_HUB_ID or inputs.policy=RUN")
+        arguments = _plain(self.architecture)
+        family = arguments.pop("model_type", "llama")
+        try:
+            kind = type(AutoConfig.for_model(family))
+        except ValueError as error:
+            raise UserError(f"model.architecture.model_type={family}: transformers knows no such family") from error
+        known = {field.name for field in dataclasses.fields(kind)}
+        for name in arguments:
+            if name not in known:
+                raise UserError(f"model.architecture.{name}: {family} has no such setting{suggest(name, known)}")
+        if tokenizer is None:
+            return kind(**{"vocab_size": self.vocab_size or 32000, **arguments})
+        specials = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": _end_id(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
+
+    # --- parts ---
+
+    def _assemble(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: NoAdapter,
+        precision: Precision,
+        kind: Any,
+    ) -> LanguageModel:
+        plain = None
+        if adapter.quantization(precision) is not None:
+            plain = partial(self._plain_weights, kind, precision, tokenizer)
+        language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain)
+        if self.gradient_checkpointing:
+            language_model.gradient_checkpointing()
+        return language_model.train()  # from_pretrained gives eval mode
+
+    def _plain_weights(self, kind: Any, precision: Precision, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The weights as they were before quantisation."""
+        model = self._weights(kind, NoAdapter(), precision, tokenizer)
+        return model if kind is AutoModelForCausalLM else model.get_decoder()
+
+    def _weights(
+        self, kind: Any, adapter: NoAdapter, precision: Precision, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            precision.check("cpu")
+        quantization = adapter.quantization(precision)
+        arguments: dict[str, Any] = {"dtype": precision.weights, "attn_implementation": self.attention}
+        if self.path is None:
+            config = self.config(tokenizer)
+            if quantization is not None:
+                raise UserError("adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora")
+            self._check_memory(config, precision.weights.itemsize)
+            return self._made(kind.from_config, config, **arguments)
+
+        arguments["trust_remote_code"] = self.trust_remote_code
+        if self.path.endswith(".gguf"):
+            if quantization is not None:
+                raise UserError(f"model.path={self.path}: a GGUF file cannot be quantised again; type adapter=lora")
+            loaded = self._read(kind, self.path, **arguments)
+            # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
+            config = plain_config(loaded.config)
+            model = kind.from_config(config, dtype=precision.weights, attn_implementation=self.attention)
+            model.load_state_dict(loaded.state_dict())
+        else:
+            path, adapter_path = self._base_path(), self._adapter_path()
+            size = precision.weights.itemsize
+            if quantization is not None:
+                if adapter_path:
+                    raise UserError(f"model.path={self.path}: adapters cannot be quantised, give the merged model")
+                size = 1
+                quantization.llm_int8_skip_modules = ["lm_head", "score"]
+                arguments["quantization_config"] = quantization
+                arguments["device_map"] = {"": _device()}
+            self._check_memory(self.config(), size)
+            model = self._read(kind, path, **arguments)
+            if adapter_path:
+                model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            if type(adapter) is not NoAdapter:
+                raise UserError(
+                    f"model.chat_template={self.chat_template} adds tokens to this model, which a frozen embedding "
+                    "never learns: type adapter=none or keep the model's own template"
+                )
+            model.resize_token_embeddings(len(tokenizer))
+        return model
+
+    def _tokenizer(self, corpus: Corpus | None) -> PreTrainedTokenizerBase:
+        source = self.tokenizer or self.path
+        if source is None:
+            if corpus is None or self.vocab_size is None:
+                raise UserError(
+                    "model.tokenizer: random weights and no text to train a tokenizer on; "
+                    "type model.tokenizer=FOLDER_OR_HUB_ID, model.path=... or inputs.policy=RUN"
+                )
+            tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), self.vocab_size)
+        else:
+            if source == self.path and not self.path.endswith(".gguf"):
+                own = self._adapter_path()
+                source = own if own and (Path(own) / "tokenizer_config.json").exists() else self._base_path()
+            tokenizer = self._found(AutoTokenizer.from_pretrained, source)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self._template()
+            missing = [t for t in TEMPLATE_TOKENS.get(self.chat_template, ()) if t not in tokenizer.get_vocab()]
+            if missing:
+                tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        _give_pad(tokenizer)
+        return tokenizer
+
+    def _template(self) -> str:
+        assert self.chat_template is not None
+        if self.chat_template in TEMPLATES:
+            return TEMPLATES[self.chat_template]
+        file = Path(self.chat_template)
+        if not file.is_file():
+            names = " or ".join(TEMPLATES)
+            raise UserError(f"model.chat_template={self.chat_template}: no such file; type {names}, or a Jinja file")
+        return file.read_text(encoding="utf-8")
+
+    # --- finding ---
+
+    def _read(self, kind: Any, source: str, **arguments: Any) -> PreTrainedModel:
+        """``from_pretrained`` that refuses weights it would have to make up."""
+        model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
+        if report["missing_keys"]:
+            some = ", ".join(sorted(report["missing_keys"])[:3])
+            raise UserError(f"model.path={source}: {len(report['missing_keys'])} weights are not there, such as {some}")
+        return model
+
+    def _made(self, make: Callable[..., Any], source: Any, **arguments: Any) -> Any:
+        """``make(source)``, with an attention kernel that the architecture lacks put in our words."""
+        try:
+            return make(source, **arguments)
+        except (ValueError, ImportError) as error:
+            if "attention implementation" not in str(error):
+                raise
+            other = "eager" if self.attention == "sdpa" else "sdpa"
+            raise UserError(
+                f"model.attention={self.attention}: this architecture does not have it; type model.attention={other}"
+            ) from error
+
+    def _found(self, read: Callable[..., Any], source: str, **arguments: Any) -> Any:
+        """Reads from a folder, a hub id or a GGUF file; what is not there is the user's to mend."""
+        arguments.setdefault("trust_remote_code", self.trust_remote_code)
+        if source.endswith(".gguf"):
+            file = Path(source)
+            if not file.is_file():
+                raise UserError(f"model.path={source}: no such file")
+            source, arguments["gguf_file"] = str(file.parent), file.name
+        elif re.match(r"^[./~]", source) and not Path(source).is_dir():
+            raise UserError(f"model.path={source}: no such folder")
+        try:
+            return self._made(read, source, **arguments)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"model.path={source}: cannot be read ({reason}); give a model folder, a run folder or a hub id"
+            ) from error
+
+    @property
+    def folder(self) -> str | None:
+        """``path``, or the model inside it where it is a run folder."""
+        if self.path is None:
+            return None
+        inner = Path(self.path) / "model"
+        if not (Path(self.path) / "config.json").exists() and (inner / "config.json").exists():
+            return str(inner)
+        return self.path
+
+    def _adapter_path(self) -> str | None:
+        """The folder if it holds a PEFT adapter and no model."""
+        folder = Path(self.folder or "")
+        alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+        return str(folder) if alone else None
+
+    def _base_path(self) -> str:
+        """Where the full weights are."""
+        adapter = self._adapter_path()
+        if adapter is None:
+            return str(self.folder)
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        if not base:
+            raise UserError(f"model.path={self.path}: the adapter does not say which model it belongs to")
+        return str(base)
+
+    def _is_scalar(self) -> bool:
+        if self.path is None:
+            return False
+        names = getattr(self.config(), "architectures", None) or []
+        return any(name.endswith("ForSequenceClassification") for name in names)
+
+    def _check_memory(self, config: PreTrainedConfig, bytes_per_weight: int) -> None:
+        """Refuses weights that this machine cannot hold, before making them."""
+        if torch.cuda.is_available():
+            return
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        need = sum(parameter.numel() for parameter in model.parameters()) * bytes_per_weight
+        have = total_memory()
+        if need > have:
+            raise UserError(
+                f"the weights alone take {need / 2**30:.0f} GiB and this machine has {have / 2**30:.0f} GiB: "
+                "type a smaller model=..., precision=bf16_true or adapter=qlora"
+            )
+
+
+def total_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its container's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def _device() -> str:
+    """Where quantised weights are made: quantising on the device itself spares a copy of the full weights."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a reply: the chat template's end of turn, or end of sequence without a template."""
+    if tokenizer.chat_template:
+        return end_of_turn_id(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has neither a chat template nor an eos token: type model.chat_template=chatml")
+    return int(tokenizer.eos_token_id)
+
+
+def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not the end of a reply: plain transformers find the last token by ``id != pad``."""
+    end = _end_id(tokenizer)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
+        return
+    vocabulary = tokenizer.get_vocab()
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token else []
+    for token in [*PAD_TOKENS, *unknown]:
+        if vocabulary.get(token, end) != end:
+            tokenizer.pad_token = token
+            return
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+def _plain(value: Any) -> Any:
+    """Containers of any kind as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

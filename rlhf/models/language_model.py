@@ -1,0 +1,396 @@
+"""A language model and its tokenizer, seen as hidden states plus an output projection.
+
+Algorithms need log-probabilities of given tokens, not logits of all of them. So the decoder and the projection to the
+vocabulary are two calls here, and the projection runs only at the positions that count.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import RunFailed, UserError
+from rlhf.functional.logprobs import token_logprobs
+
+
+class LanguageModel(nn.Module):
+    """A causal decoder with its tokenizer, with or without an adapter.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one. A bare decoder is accepted too; it has no ``head``.
+        tokenizer: Its tokenizer, with a padding token.
+        end_id: Id of the token that ends a reply.
+        plain: For a quantised base, loads the same weights unquantised: adapters are merged into those when saving,
+            because merging into 4-bit weights would round the adapter away.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        end_id: int,
+        plain: Callable[[], PreTrainedModel] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.end_id = end_id
+        self.pad_id = int(tokenizer.pad_token_id)
+        self._plain = plain
+
+    # --- what it is ---
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter lies on top of the base weights."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The Hugging Face model, whose layers hold the adapter's if there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the text model."""
+        return self.base.config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the model was built for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def _plain_head(self) -> bool:
+        """Whether logits are the projection's output as it is."""
+        changes = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        return all(getattr(self.config, name, None) is None for name in changes)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that receive gradients: all of them, or the adapter's alone."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # --- what it computes ---
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Last hidden states, [B, T] -> [B, T, D], adapter included, without the vocabulary projection.
+
+        Padding may stand left, right or nowhere: the states of real tokens are equal. Positions that restart inside a
+        row mark packed documents, and a token attends to its own document only.
+
+        Args:
+            ids: Token ids, [B, T] long.
+            attention_mask: 1 where there is a token, [B, T].
+            position_ids: Positions in the document, [B, T] long; None counts the tokens attended to.
+        """
+        mask = attention_mask.bool()
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        restarts = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & mask[:, 1:] & mask[:, :-1]
+        if restarts.any():  # packed: transformers derives per-document attention from positions when given no mask
+            arguments: dict[str, Any] = {"position_ids": position_ids}
+        elif (mask[:, 1:] <= mask[:, :-1]).all() and bool((position_ids[:, 0] == 0).all()):
+            # Right padding: no real token looks ahead, so causal attention needs no mask and takes the fast kernel.
+            arguments = {}
+        else:
+            arguments = {"attention_mask": mask.long(), "position_ids": position_ids}
+        return self.base.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+
+    def step(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Hidden states of new tokens given the cache of earlier ones: ([B, S, D], cache).
+
+        Args:
+            ids: New tokens, [B, S] long.
+            attention_mask: 1 on every token so far, new ones included, [B, T].
+            position_ids: Positions of the new tokens, [B, S] long.
+            cache: What the previous step returned; None starts.
+        """
+        output = self.base.get_decoder()(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, output.past_key_values
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, [..., D] -> [..., V], scaled or capped where the architecture does so."""
+        projection = self.base.get_output_embeddings()
+        if projection is None:
+            raise TypeError("a bare decoder has no vocabulary projection")
+        logits = projection(hidden)
+        config = self.config
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:  # Granite divides, HyperCLOVA X multiplies
+            logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
+        scale = getattr(config, "logit_scale", None)
+        if scale is not None:  # Cohere
+            logits = logits * scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def logprobs(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        loss_mask: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the tokens that count.
+
+        ``logp[b, t] = log p(ids[b, t] | ids[b, :t])`` where ``loss_mask[b, t]``, 0 elsewhere. The first column has no
+        prediction and is 0 whatever its mask. Only counted positions are projected to the vocabulary.
+
+        Args:
+            ids, attention_mask, position_ids: As in ``hidden``.
+            loss_mask: 1 on the target tokens that count, [B, T].
+            temperature: Divides the logits.
+            entropy: Whether to return the entropy (nats) of the distribution each counted token was drawn from.
+
+        Returns:
+            logp [B, T] float32, and entropy [B, T] float32 or None.
+        """
+        hidden = self.hidden(ids, attention_mask, position_ids)
+        counts = loss_mask.bool().clone()
+        counts[:, 0] = False
+        logp = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        entropies = torch.zeros_like(logp) if entropy else None
+        rows = hidden[:, :-1][counts[:, 1:]]  # position t-1 predicts token t
+        if len(rows) == 0:
+            return logp + hidden.float().sum() * 0.0, entropies  # keeps the graph: every rank has a gradient
+        projection = self.base.get_output_embeddings() if self._plain_head else self.head  # nn.Linear: a faster path
+        values, spread = token_logprobs(rows, ids[counts], projection, temperature=temperature, entropy=entropy)
+        logp = logp.masked_scatter(counts, values.float())
+        if entropies is not None and spread is not None:
+            entropies = entropies.masked_scatter(counts, spread.float())
+        return logp, entropies
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        loss_mask: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``logprobs``."""
+        return self.logprobs(ids, attention_mask, position_ids, loss_mask, temperature, entropy)
+
+    # --- roles ---
+
+    def reference(self) -> "Reference":
+        """This model as it is before training, frozen.
+
+        With an adapter that is the base with the adapter off, at no memory: an adapter is always put freshly on the
+        starting policy (earlier adapters were merged when they were saved), so the base *is* the starting policy.
+        Without one it is a copy.
+        """
+        if self.adapted:
+            return Reference(self)
+        return Reference(copy.deepcopy(self).frozen())
+
+    def frozen(self) -> "LanguageModel":
+        """Itself, in eval mode and without gradients."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def disable_dropout(self) -> "LanguageModel":
+        """Itself with every dropout at 0: sampling, scoring and training must see one and the same policy."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(getattr(module, "attention_dropout", None), float):  # given to the kernel by number
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010  # the annotation of nn.Module allows no float
+        return self
+
+    def gradient_checkpointing(self) -> "LanguageModel":
+        """Itself, recomputing activations in the backward pass: less memory, about a third more time."""
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return self
+
+    # --- saving ---
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """State dict of the base with the adapter merged in; the live weights stay as they are, bit for bit."""
+        base = self.base
+        tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        if self._plain is not None:
+            state = dict(self._plain().state_dict())
+            for name, module in tuned.items():
+                weight = state[f"{name}.weight"]
+                state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight)
+            return state
+        state = {
+            name.replace(".base_layer.", "."): value
+            for name, value in base.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name, module in tuned.items():  # one layer at a time: a copy of the whole model would double the memory
+            layer = copy.deepcopy(module)
+            layer.merge()
+            state[f"{name}.weight"] = layer.get_base_layer().weight.detach()
+        return state
+
+    def save(self, folder: Path | str) -> None:
+        """Writes a Hugging Face folder: merged weights (safetensors), tokenizer, chat template, generation config.
+
+        An adapter is written by itself too, to ``<folder>/../adapter``.
+        """
+        folder = Path(folder)
+        model = materialize(type(self.base), plain_config(self.base.config), self.merged_state())
+        generation = copy.deepcopy(self.base.generation_config) or GenerationConfig()
+        generation.pad_token_id = self.pad_id
+        known = generation.eos_token_id
+        ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+        generation.eos_token_id = self.end_id if ends in ([], [self.end_id]) else sorted({*ends, self.end_id})
+        model.generation_config = generation
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.save_adapter(folder.parent / "adapter")
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter alone, in PEFT's format; nothing without an adapter."""
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder))
+
+    def check_head(self) -> None:
+        """Raises UserError unless ``head(hidden(x))`` equals the architecture's own logits."""
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        with torch.no_grad(), evaluating(self):
+            ours = self.head(self.hidden(ids, torch.ones_like(ids))).float()
+            theirs = self.base(input_ids=ids, use_cache=False).logits.float()
+        difference = (ours - theirs).abs().max().item()
+        if not difference <= 2e-2 * theirs.abs().max().item() + 1e-3:  # loose: kernels differ in half precision
+            raise UserError(
+                f"model type '{self.config.model_type}' changes its logits after the projection (by {difference:.2g}), "
+                "which is not known here: use another architecture, or add it to LanguageModel.head"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
+        # Casting a model to bf16 (Lightning's bf16-true does) would cast the rotary frequencies too, and positions
+        # beyond a few hundred would blur. transformers keeps them in float32; so they stay.
+        before = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in before:
+            now = module._buffers[name]
+            if now is not None and now.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class Reference:
+    """A frozen policy. Deliberately no ``nn.Module``: it is in no optimizer, no checkpoint, no parameter count.
+
+    Args:
+        model: A frozen model; or one with an adapter, read with the adapter off.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is the trained model's own base."""
+        return self._model.adapted
+
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        """The reference as a LanguageModel: eval mode, no gradients, adapter off while the context is open."""
+        model = self._model
+        switch = model.model.disable_adapter() if isinstance(model.model, PeftModel) else nullcontext()
+        with torch.no_grad(), evaluating(model), switch:
+            yield model
+
+    def to(self, device: torch.device | str) -> "Reference":
+        """Moves the weights, unless they belong to the trained model."""
+        if not self.shared:
+            self._model.to(device)
+        return self
+
+    def logprobs(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        loss_mask: Tensor,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Log-probabilities [B, T] as ``LanguageModel.logprobs``, without gradients."""
+        if not self.shared and self._model.device != ids.device:
+            self.to(ids.device)
+        with self.active() as model:
+            return model.logprobs(ids, attention_mask, position_ids, loss_mask, temperature)[0]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every sub-module's own mode restored after."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raises RunFailed if a trainable parameter has no gradient. Call after the first backward pass.
+
+    Inference kernels of quantised layers can cut the graph silently: training then runs and changes nothing.
+    """
+    missing = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
+    if missing:
+        raise RunFailed(f"{len(missing)} trainable parameters got no gradient in the first step, such as {missing[0]}")
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the configuration without quantisation."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def materialize(kind: Any, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model of class ``kind`` around the tensors of ``state``, none of them copied.
+
+    Raises:
+        KeyError: If the state lacks a weight that is not tied to another, or has one too many.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    result = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, value in model.state_dict().items() if value.is_meta]
+    if missing or result.unexpected_keys:
+        raise KeyError(f"cannot save {kind.__name__}: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+    return model

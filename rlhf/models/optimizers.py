@@ -1,0 +1,84 @@
+"""Optimizers: each takes parameters (or parameter groups) first, then its knobs.
+
+A group's own ``weight_decay`` goes before the optimizer's: stages give vectors (norms, biases) none.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch.optim import Optimizer
+
+from rlhf.errors import UserError
+
+Parameters = Iterable[Any]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def adamw(
+    parameters: Parameters,
+    lr: Positive,
+    beta1: Decay = 0.9,
+    beta2: Decay = 0.95,
+    eps: Positive = 1e-5,
+    weight_decay: NotNegative = 0.0,
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def adamw_8bit(
+    parameters: Parameters,
+    lr: Positive,
+    beta1: Decay = 0.9,
+    beta2: Decay = 0.95,
+    eps: Positive = 1e-5,
+    weight_decay: NotNegative = 0.0,
+) -> Optimizer:
+    """AdamW with both moments in 8 bits, in blocks (Dettmers et al. 2022): 2 bytes of state per weight, not 8."""
+    return _bitsandbytes().AdamW8bit(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def paged_adamw_8bit(
+    parameters: Parameters,
+    lr: Positive,
+    beta1: Decay = 0.9,
+    beta2: Decay = 0.95,
+    eps: Positive = 1e-5,
+    weight_decay: NotNegative = 0.0,
+) -> Optimizer:
+    """As adamw_8bit, its state paged out to main memory when the GPU's is full (Dettmers et al. 2023)."""
+    return _bitsandbytes().PagedAdamW8bit(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def lion_8bit(
+    parameters: Parameters,
+    lr: Positive,
+    beta1: Decay = 0.9,
+    beta2: Decay = 0.99,
+    weight_decay: NotNegative = 0.0,
+) -> Optimizer:
+    """Lion (Chen et al. 2023) with its one moment in 8 bits; takes learning rates 3 to 10 times smaller than AdamW."""
+    return _bitsandbytes().Lion8bit(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+
+
+def rmsprop(
+    parameters: Parameters,
+    lr: Positive,
+    alpha: Decay = 0.99,
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.0,
+) -> Optimizer:
+    """RMSprop, as the DPO paper uses it (Rafailov et al. 2023, appendix B): one moment of state."""
+    return torch.optim.RMSprop(parameters, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.optim
+    except ImportError as error:
+        raise UserError("8-bit optimizers need `pip install bitsandbytes`; or type optimizer=adamw") from error
+    return bitsandbytes.optim

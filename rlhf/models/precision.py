@@ -1,0 +1,44 @@
+"""Number formats of training."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are kept and products computed.
+
+    ``*-mixed`` keeps float32 weights and computes in 16 bits; ``bf16-true`` keeps bfloat16 weights (half the memory;
+    updates smaller than about 1/256 of a weight are lost).
+
+    Args:
+        trainer: Lightning's name of the precision.
+    """
+
+    trainer: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Format of the weights."""
+        return torch.bfloat16 if self.trainer == "bf16-true" else torch.float32
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Format of matrix products."""
+        return {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[self.trainer.split("-")[0]]
+
+    def autocast(self, device: torch.device | str) -> AbstractContextManager:
+        """What Lightning opens around a training step; for work done outside of one."""
+        if not self.trainer.endswith("-mixed"):
+            return nullcontext()
+        return torch.autocast(torch.device(device).type, dtype=self.compute)
+
+    def check(self, accelerator: str) -> None:
+        """Raises UserError for float16 on CPU, where ``16-mixed`` would silently run as bfloat16."""
+        if accelerator == "cpu" and self.trainer.startswith("16"):
+            raise UserError("precision=fp16 needs a GPU: on a CPU type precision=bf16 or precision=fp32")

@@ -1,0 +1,61 @@
+"""Learning-rate schedules: the factor on the learning rate as a function of the update."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """1 after the warmup.
+
+    Args:
+        warmup: Fraction of all updates over which the factor rises linearly to 1.
+    """
+
+    warmup: Fraction = 0.0
+
+    def __call__(self, step: int, total: int) -> float:
+        """The factor at update ``step`` (from 0) of ``total``; in (0, 1]."""
+        rise = round(self.warmup * total)
+        if step < rise:
+            return (step + 1) / rise  # the first update is not wasted on a factor of 0
+        return self.decay(min(1.0, (step - rise) / max(1, total - rise)))
+
+    def decay(self, progress: float) -> float:
+        """The factor after warmup, with ``progress`` from 0 to 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear(Constant):
+    """Falls linearly from 1 to ``minimum``.
+
+    Args:
+        minimum: Factor that the decay ends at.
+    """
+
+    minimum: Fraction = 0.0
+
+    def decay(self, progress: float) -> float:
+        """1 - (1 - minimum) * progress."""
+        return 1.0 - (1.0 - self.minimum) * progress
+
+
+@dataclass(frozen=True)
+class Cosine(Constant):
+    """Falls along half a cosine from 1 to ``minimum`` (Loshchilov & Hutter 2016, eq. 5).
+
+    Args:
+        minimum: Factor that the decay ends at; InstructGPT and Llama 2 use 0.1.
+    """
+
+    minimum: Fraction = 0.1
+
+    def decay(self, progress: float) -> float:
+        """minimum + (1 - minimum) * (1 + cos(pi * progress)) / 2."""
+        return self.minimum + (1.0 - self.minimum) * (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -1,0 +1,269 @@
+"""Running a plan: what is finished is reused, what is broken is resumed, the rest is trained. ``run`` is the entry.
+
+A single stage is a pipeline of one step. No torch here before a step runs.
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf import runs
+from rlhf.config import Plain
+from rlhf.errors import RLHFError, RunFailed
+from rlhf.plan import Plan, Step, plan
+from rlhf.report import console
+from rlhf.runs import Run
+from rlhf.summary import command, peak_memory, reset_peak_memory, summary
+
+RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
+INTERRUPTED = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
+
+
+def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | None:
+    """Runs a stage or a pipeline; what is finished is reused, what is broken is resumed.
+
+    Args:
+        root: the composed config.
+        overrides: what was typed; by default Hydra is asked.
+
+    Returns the headline metric of the last step, for sweepers; None if its stage names none.
+
+    Raises:
+        UserError: before anything is trained, when something has to be typed differently.
+        RunFailed: a step began and did not finish.
+    """
+    if overrides is None:
+        overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    made = plan(root, overrides)
+    for note in made.notes if _main_process() else ():
+        console.say(note, "yellow")
+    if _main_process() and (len(made.steps) > 1 or made.skipped):
+        console.say(console.plan_line([step.name for step in made.steps], made.skipped), "bold")
+    outcomes = []
+    last: Plain = {}
+    for position, step in enumerate(made.steps, 1):
+        try:
+            how, last = _run_step(step, f"[{position}/{len(made.steps)}] {step.name}")
+        except BaseException as error:
+            _leave_result(step, "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed", {}, error)
+            raise
+        outcomes.append((step.name, step.folder, how, last, step.headline))
+    value = last.get("value")
+    if _main_process():
+        compared = _compare(made, int(root.get("seed") or 0))
+        console.end(outcomes)
+        if compared is not None:
+            _print_comparison(made, compared)
+        console.next_commands(_next(made))
+        _leave_result(made.steps[-1], "finished", last, extra=compared.metrics() if compared is not None else {})
+    return value
+
+
+def _main_process() -> bool:
+    """Whether this is the process that writes; torchrun and the like start one per rank."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _run_step(step: Step, label: str) -> tuple[str, Plain]:
+    """Runs or finds one step. Returns "ran", "resumed" or "reused", and its summary."""
+    own = Run(step.folder)
+    if not _main_process():
+        if not own.finished:
+            step.folder.mkdir(parents=True, exist_ok=True)
+            train_here(step.config, step.folder, bool(own.checkpoints))
+        return "ran", {}
+    if own.finished:
+        console.say(f"{label}  {step.folder}  reused", "dim")
+        return "reused", own.summary
+    step.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(step.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        other = own.status_file
+        console.say(f"{label}  {step.folder}  waits for process {other.get('pid', '?')}, which is computing it")
+        lock.acquire()
+    try:
+        if own.status == "finished":
+            console.say(f"{label}  {step.folder}  computed meanwhile by another process", "dim")
+            return "reused", own.summary
+        return _train(step, own, label)
+    finally:
+        lock.release()
+
+
+def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
+    """Trains one step in its locked folder and writes what became of it."""
+    earlier = own.status
+    resume = bool(own.checkpoints)
+    if not resume:
+        own.clear()
+    how = "resumed" if resume else "ran"
+    again = "" if earlier in ("new", "finished") else f" (was {earlier})"
+    console.say(f"{label}  {step.folder}  {'resumes' if resume else 'starts'}{again}")
+    own.begin(step.config, _lineage(step), command())
+    started = time.perf_counter()
+    reset_peak_memory()
+    try:
+        if _several_processes(step.config):
+            metrics, memory = _in_own_processes(step.folder)
+        else:
+            metrics, memory = train_here(step.config, step.folder, resume)
+    except (SystemExit, KeyboardInterrupt):
+        own.write_status("stopped", ended=runs.now())
+        console.say(f"{label}  stopped; type the same command again to go on", "yellow")
+        raise
+    except BaseException as error:
+        own.write_status("failed", ended=runs.now(), error=f"{type(error).__name__}: {error}")
+        (step.folder / "error.txt").write_text(traceback.format_exc())
+        if isinstance(error, RLHFError) or not isinstance(error, Exception):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        raise RunFailed(
+            f"{step.name} failed: {type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
+        ) from error
+    attempts = int(own.status_file.get("attempt", 1))
+    result = summary(step, metrics, memory, time.perf_counter() - started, attempts)
+    runs.write_json(step.folder / "summary.json", result)
+    # Last of all, and whole: from here on the run counts as finished.
+    own.write_status("finished", ended=runs.now())
+    console.say(f"{label}  {step.folder}  finished in {console.duration(result['wall_s'])}", "green")
+    return how, result
+
+
+def train_here(config: Plain, folder: Path, resume: bool) -> tuple[dict[str, float], Plain]:
+    """Trains in this process. Returns the metrics and the peak memory in bytes."""
+    from rlhf.build import train
+
+    try:
+        metrics = dict(train(OmegaConf.create(config), folder, resume))
+        return metrics, peak_memory()
+    finally:
+        gc.collect()  # the next step of a pipeline finds the memory free
+
+
+def _several_processes(config: Plain) -> bool:
+    """Whether Lightning will start more processes, each of which runs the command of this one again."""
+    trainer = config.get("trainer") or {}
+    single = str(trainer.get("devices", 1)) == "1" and int(trainer.get("num_nodes") or 1) == 1
+    return not single and "RANK" not in os.environ
+
+
+def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
+    """Trains in a process of its own, which Lightning repeats for each rank; a later step starts afresh."""
+    result = folder / ".result.json"
+    result.unlink(missing_ok=True)
+    child = subprocess.Popen([sys.executable, "-m", "rlhf.worker", str(folder)])
+    # Ctrl-C reaches the child by itself; a termination must be handed on, and both end when the child has saved.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT,)}
+    previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if status == INTERRUPTED:
+        raise SystemExit(INTERRUPTED)
+    if status < 0 and -status in (signal.SIGINT, signal.SIGTERM):
+        raise KeyboardInterrupt
+    if status != 0 or not result.exists():
+        raise RunFailed(f"the processes that train {folder} ended with status {status}; see above")
+    content = json.loads(result.read_text())
+    result.unlink()
+    return content["metrics"], content["memory"]
+
+
+def _lineage(step: Step) -> Plain:
+    """The run, what it reads, and every ancestor with what that one reads."""
+    ancestors: Plain = {}
+    for folder in step.parents.values():
+        lineage = Run(folder).lineage
+        own = {key: lineage.get(key) for key in ("stage", "folder", "inputs", "parents")}
+        ancestors |= lineage.get("ancestors", {}) | {str(lineage.get("fingerprint")): own}
+    return {
+        "fingerprint": step.fingerprint,
+        "stage": step.stage,
+        "folder": str(step.folder),
+        "inputs": step.inputs,
+        "parents": sorted(step.parents),
+        "ancestors": ancestors,
+    }
+
+
+def _leave_result(
+    step: Step,
+    status: str,
+    last: Plain,
+    error: BaseException | None = None,
+    extra: Mapping[str, float] | None = None,
+) -> None:
+    """Tells the launcher of a sweep how this job ended."""
+    path = os.environ.get(RESULT)
+    if not path or not _main_process():
+        return
+    result = {
+        "value": last.get("value"),
+        "run": str(step.folder),
+        "status": status,
+        "metrics": {**last.get("metrics", {}), **(extra or {})},
+    }
+    if error is not None:
+        result["error"] = f"{type(error).__name__}: {error}"
+    runs.write_json(Path(path), result)
+
+
+# Afterwards
+
+
+def _compare(made: Plan, seed: int) -> Any:
+    """Before against after on held-out prompts, as the pipeline's `compare` says; None where it says nothing."""
+    node = made.compare
+    if node is None:
+        return None
+    from rlhf import evaluation
+
+    before, after = made.get(node["before"]), made.get(node["after"])
+    scorer = made.get(node.get("reward_model"))
+    assert before is not None and after is not None
+    knobs = {key: value for key, value in node.items() if key not in ("before", "after", "reward_model", "data")}
+    console.say(f"comparing {before.name} with {after.name} on held-out prompts")
+    return evaluation.compare(
+        before.folder / "model",
+        after.folder / "model",
+        hydra.utils.instantiate(OmegaConf.create(node["data"])),
+        None if scorer is None else scorer.folder / "model",
+        seed=seed,
+        folder=after.folder,
+        **knobs,
+    )
+
+
+def _print_comparison(made: Plan, compared: Any) -> None:
+    node = made.compare or {}
+    title = f"{node['after']} against {node['before']}, {compared.prompts} held-out prompts (mean ± standard error)"
+    console.print_table(title, ("metric", node["before"], node["after"], "difference"), compared.table())
+    for sample in compared.samples:
+        console.say(f"prompt: {sample.prompt}")
+        console.say(f"  {node['before']}: {sample.before}")
+        console.say(f"  {node['after']}: {sample.after}")
+
+
+def _next(made: Plan) -> list[tuple[str, str]]:
+    folders = " ".join(str(step.folder) for step in made.steps)
+    return [
+        (f"rlhf report {folders}", "curves and tables"),
+        (f"rlhf runs show {made.steps[-1].folder}", "config, lineage, metrics"),
+    ]

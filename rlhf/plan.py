@@ -1,0 +1,312 @@
+"""What has to run: the steps whose results are really read, in order, each named and checked. Trains nothing.
+
+A single stage is a plan of one step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra.utils
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf import config as configs
+from rlhf import runs
+from rlhf.config import Plain
+from rlhf.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run to be made, or found.
+
+    Attributes:
+        name: its name in the pipeline; the stage's in a single run.
+        stage: the stage's name.
+        config: the resolved config, its own root.
+        fingerprint: what it computes, 64 hex letters.
+        folder: its run folder, which need not exist yet.
+        inputs: role -> the identities of what it reads in that role.
+        parents: fingerprint -> folder of the runs it reads.
+        headline: the metric that a sweep optimises, "" for a stage that names none.
+    """
+
+    name: str
+    stage: str
+    config: Plain
+    fingerprint: str
+    folder: Path
+    inputs: dict[str, list[str]]
+    parents: dict[str, Path]
+    headline: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` finds.
+
+    Attributes:
+        steps: those to run, in order.
+        skipped: step of the pipeline that is left out -> why.
+        compare: which two policies to compare at the end, and how; None where one of them is not made.
+        notes: what the user should know, one line each.
+    """
+
+    steps: list[Step]
+    skipped: dict[str, str]
+    compare: Plain | None
+    notes: list[str]
+
+    def get(self, name: str | None) -> Step | None:
+        """The step of that name, if it is to run."""
+        return next((step for step in self.steps if step.name == name), None)
+
+
+def plan(root: DictConfig, overrides: Sequence[str] = ()) -> Plan:
+    """What has to run for the last step asked for, in order, every config checked; trains nothing.
+
+    Args:
+        root: the composed config of a single run or a pipeline.
+        overrides: what was typed, to refuse values that nothing would read.
+
+    Raises:
+        UserError: an unknown step, missing inputs, values out of range, an override without effect.
+    """
+    names = _step_names(root)
+    planner = _Planner(root, names)
+    last = None if names is None else _last(names, root.get("until"))
+    planner.add(last)
+    compare = planner.comparison()
+    notes = _overrides_without_effect(planner, overrides)
+    if planner.problems:
+        raise UserError("\n".join(dict.fromkeys(planner.problems)))
+    return Plan(planner.steps, planner.skipped(last), compare, notes)
+
+
+def _step_names(root: DictConfig) -> list[str] | None:
+    """The steps of the pipeline; None for a single stage."""
+    if root.get("steps") is None:
+        if root.get("stage") is None:
+            raise UserError("nothing to run: type stage=NAME or pipeline=NAME (rlhf --help lists both)")
+        if root.get("until") is not None:
+            raise UserError(f"until={root.until} is for pipelines; leave it out, or type pipeline=NAME")
+        return None
+    if root.get("stage") is not None:
+        raise UserError("both a stage and a pipeline are given: type one, or change a step with stage@STEP=NAME")
+    names = [str(name) for name in root.steps]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"steps={names}: a pipeline lists each of its steps once")
+    for name in names:
+        if not isinstance(root.get(name), DictConfig) or "stage" not in root[name]:
+            raise UserError(f"steps names {name}, but there is no such step: add /stage@{name}: STAGE to its defaults")
+    return names
+
+
+def _last(names: list[str], until: str | None) -> str:
+    if until is None:
+        return names[-1]
+    if until not in names:
+        raise UserError(f"until={until}: no such step{suggest(until, names, 'until=')}")
+    return until
+
+
+class _Planner:
+    """Walks from the step asked for to the steps whose results it really reads; gathers all that is wrong."""
+
+    def __init__(self, root: DictConfig, names: list[str] | None) -> None:
+        self.root, self.names = root, names
+        self.outputs = Path(str(root.get("outputs") or "outputs"))
+        self.starts_from_weights = names is not None and configs.names_weights(root)
+        self.steps: list[Step] = []
+        self.problems: list[str] = []
+        self.roles: dict[str, set[str]] = {}  # step -> roles it reads
+        self.roles_of_root: dict[str, set[str]] = {}  # step -> those it reads of the root's inputs
+        self.unread: dict[str, set[str]] = {}  # step -> shared groups that its stage does not ask for
+        self._begun: set[str | None] = set()
+        self._by_name: dict[str, Step] = {}
+
+    def add(self, name: str | None) -> None:
+        """Plans a step, after everything it needs."""
+        if name in self._by_name:
+            return
+        if name in self._begun:
+            raise UserError(f"the steps need each other in a circle, at {name}: change {name}.inputs")
+        self._begun.add(name)
+        raw = configs.step_config(self.root, name)
+        roles = configs.roles_read(raw)
+        # What is not read is neither resolved nor part of the run's name, and makes no step necessary.
+        raw["inputs"] = {role: value if role in roles else None for role, value in (raw.get("inputs") or {}).items()}
+        for resolver, needed in configs.steps_named(raw):
+            if resolver == "base_model" and self.starts_from_weights:
+                continue
+            if needed not in (self.names or ()):
+                hint = suggest(needed, self.names or ())
+                raise UserError(f"{name or 'the config'} reads the step {needed}, which does not exist{hint}")
+            self.add(needed)
+        step = self._made(name, raw, roles)
+        self._by_name[step.name if name is None else name] = step
+        self.steps.append(step)
+
+    def _made(self, name: str | None, raw: Plain, roles: set[str]) -> Step:
+        from rlhf import validation
+
+        before = len(self.problems)
+        with configs.scope(self.root, {key: step.folder for key, step in self._by_name.items()}):
+            inputs, identities, parents = self._inputs(name, raw, roles)
+            raw["inputs"] |= inputs
+            try:
+                validation.check(OmegaConf.create(raw), name or "")
+            except UserError as error:
+                self.problems += str(error).splitlines()
+            broken = len(self.problems) > before
+            config = raw if broken else configs.resolve(raw)
+        stage = str(config["stage"].get("name") or config["stage"]["_target_"].partition(".")[0].removeprefix("rlhf_"))
+        own_name = name or stage
+        self.roles[own_name] = roles
+        self.unread[own_name] = set() if broken else _unread(config)
+        config = {key: value for key, value in config.items() if key not in self.unread[own_name]}
+        if broken:  # No folder can be named; the walk goes on only to find what else is wrong.
+            return Step(own_name, stage, config, "", self.outputs / stage / f"({own_name})", identities, parents, "")
+        for _, needed in configs.steps_named({key: value for key, value in raw.items() if key != "inputs"}):
+            if needed in self._by_name:
+                parents[self._by_name[needed].fingerprint] = self._by_name[needed].folder
+        planned = {str(folder): identity for identity, folder in parents.items()}
+        fingerprint = runs.fingerprint(config, identities, planned)
+        headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
+        folder = self.outputs / stage / fingerprint[: runs.LETTERS]
+        return Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline))
+
+    def _inputs(
+        self, name: str | None, raw: Plain, roles: set[str]
+    ) -> tuple[Plain, dict[str, list[str]], dict[str, Path]]:
+        """Of the roles read: the paths for the config, the identities, and the runs among them."""
+        shared = configs.step_config(self.root, None).get("inputs") or {}
+        values = configs.resolve({**raw, **{k: None for k in raw if k != "inputs"}})["inputs"]
+        given = configs.resolve({"inputs": shared})["inputs"]
+        required = configs.required_roles(raw)
+        prefix = f"{name}." if name else ""
+        paths: Plain = {}
+        identities: dict[str, list[str]] = {}
+        parents: dict[str, Path] = {}
+        for role in sorted(roles):
+            value, key = values.get(role), f"{prefix}inputs.{role}"
+            if value is None or value == given.get(role):
+                value, key = given.get(role), f"inputs.{role}"
+                if value is not None:
+                    self.roles_of_root.setdefault(name or "", set()).add(role)
+            if value is None:
+                if role in required:
+                    self.problems.append(
+                        f"{prefix}inputs.{role}: no value, and {prefix}{required[role]} reads it; "
+                        f"type {prefix}inputs.{role}=RUN (a run folder, a fingerprint, a model folder or a hub id)"
+                    )
+                    paths[role] = "RUN"  # so that the rest of the config can still be checked
+                continue
+            found = []
+            for one in value if isinstance(value, list) else [value]:
+                try:
+                    found.append(self._reference(str(one), role, key))
+                except UserError as error:
+                    self.problems.append(str(error))
+                    found.append(runs.Reference(str(one), ""))
+            paths[role] = [one.path for one in found] if isinstance(value, list) else found[0].path
+            identities[role] = [one.identity for one in found]
+            for one in found:
+                if one.run is not None:
+                    made = next((step for step in self.steps if step.folder == one.run), None)
+                    parents[made.fingerprint if made else runs.Run(one.run).fingerprint] = one.run
+        return paths, identities, parents
+
+    def _reference(self, value: str, role: str, key: str) -> runs.Reference:
+        for step in self.steps:
+            if value == str(step.folder):  # it need not exist yet
+                return runs.Reference(runs.input_path(step.folder, role), step.fingerprint, step.folder)
+        return runs.resolve(value, role, self.outputs, key)
+
+    def own(self, name: str) -> Plain:
+        """What a step sets itself, raw."""
+        node = OmegaConf.to_container(self.root[name], resolve=False)
+        assert isinstance(node, dict)
+        return {str(key): value for key, value in node.items()}
+
+    def skipped(self, last: str | None) -> dict[str, str]:
+        """Why steps of the pipeline are left out."""
+        names = self.names or []
+        reasons = {}
+        for name in names:
+            if name in self._by_name:
+                continue
+            if last is not None and names.index(name) > names.index(last):
+                reasons[name] = f"after until={last}"
+            elif self.starts_from_weights and name == names[0]:
+                reasons[name] = "not needed, the model has weights"
+            else:
+                reasons[name] = "not needed, no step that runs reads it"
+        return reasons
+
+    def comparison(self) -> Plain | None:
+        """The pipeline's `compare`, checked; None where one of its two policies is not made."""
+        node = self.root.get("compare")
+        if node is None or self.names is None:
+            return None
+        from rlhf import evaluation, validation
+
+        own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
+        given = ("before", "after", "reward_model", "prompts", "seed", "folder")
+        for key in ("before", "after", "reward_model"):
+            if own.get(key) is not None and own[key] not in self.names:
+                self.problems.append(f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), self.names)}")
+        self.problems += validation.check_node(evaluation.compare, own, "compare", given=given, ignore=(*given, "data"))
+        try:
+            validation.check(OmegaConf.create({"data": own.get("data")}), "compare")
+        except UserError as error:
+            self.problems += str(error).splitlines()
+        made = own.get("before") in self._by_name and own.get("after") in self._by_name
+        return own if made else None
+
+
+def _unread(config: Plain) -> set[str]:
+    """Groups that every step inherits and that this one's stage does not ask for: no part of what it computes."""
+    from rlhf import validation
+
+    return {"optimizer", "scheduler"} - set(validation.groups(hydra.utils.get_object(config["stage"]["_target_"])))
+
+
+def _overrides_without_effect(planner: _Planner, overrides: Sequence[str]) -> list[str]:
+    """A typed value that no step reads is a problem; one for a step that does not run gets a note (returned)."""
+    running = [step.name for step in planner.steps]
+    notes = []
+    for typed in overrides:
+        key, _, value = typed.lstrip("+").partition("=")
+        if typed.startswith("~") or "@" in key or value in ("null", ""):
+            continue
+        first, _, rest = key.partition(".")
+        if planner.names is not None and first in planner.names:
+            if first not in running:
+                notes.append(f"{typed} is not used: the step {first} does not run")
+            elif rest.partition(".")[0] in planner.unread[first]:
+                planner.problems.append(
+                    f"{typed} has no effect: the stage of {first} does not read {rest.partition('.')[0]}"
+                )
+            elif rest.startswith("inputs.") and rest.removeprefix("inputs.") not in planner.roles[first]:
+                planner.problems.append(f"{typed} has no effect: {_reads(planner, first)}")
+        elif first == "inputs" and rest:
+            readers = planner.roles if planner.names is None else planner.roles_of_root
+            if not any(rest in roles for roles in readers.values()):
+                keys = [f"{name}.{key}" for name in running if planner.names and rest in planner.roles[name]]
+                instead = f"type {' or '.join(keys)}" if keys else "; ".join(_reads(planner, name) for name in running)
+                planner.problems.append(f"{typed} has no effect: {instead}")
+        else:
+            readers_of = [name for name in running if first not in planner.unread[name]]
+            if not readers_of:
+                planner.problems.append(f"{typed} has no effect: no stage of this run reads {first}")
+            elif planner.names is not None and all(configs.sets(planner.own(name), key) for name in readers_of):
+                instead = ", ".join(f"{name}.{key}" for name in readers_of)
+                planner.problems.append(f"{typed} has no effect: every step sets its own; type one of {instead}")
+    return notes
+
+
+def _reads(planner: _Planner, name: str) -> str:
+    step = next(step for step in planner.steps if step.name == name)
+    roles = ", ".join(sorted(planner.roles[name])) or "no input"
+    return f"stage={step.stage} reads {roles}"

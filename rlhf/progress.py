@@ -1,0 +1,229 @@
+"""Progress of long work: one live line on a terminal, a plain line every so often in a pipe or a log file.
+
+`Meter` serves any loop; `Progress` is the Lightning callback that drives one through training.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Annotated, Any, TextIO
+
+import pytorch_lightning as pl
+from pydantic import Field
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.checkpoints import batches_done
+
+REFRESH_S = 0.25  # how often the live line may change; reading a metric waits for the device, so not every batch
+
+
+class Meter:
+    """Shows how far a piece of work has come, how fast it goes, when it ends, and the numbers that tell how it does.
+
+        with Meter("collect", total=2000) as meter:
+            for batch in batches:
+                ...
+                meter.advance(len(batch), score=score)
+
+    Args:
+        name: what is being done.
+        total: units of work; None when that is not known.
+        unit: what is counted, as in "12.3 step/s".
+        every_s: seconds between plain lines where there is no terminal.
+        start: units already done by an earlier, interrupted run; they do not count into the speed.
+        stream: where to write; standard output by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None,
+        unit: str = "step",
+        every_s: float = 10.0,
+        start: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
+        self.done = self._start = start
+        self.note = ""
+        self._numbers: dict[str, float] = {}
+        self._stream = stream if stream is not None else sys.stdout
+        self._live: Live | None = None
+        self._began = self._shown = 0.0
+
+    def __enter__(self) -> "Meter":
+        self._began = self._shown = time.monotonic()
+        console = Console(file=self._stream)
+        if console.is_terminal:
+            self._live = Live(self._render(), console=console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Leaves one plain line behind that says how far it came."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._print()
+
+    @property
+    def due(self) -> bool:
+        """Whether the line is old enough to be written again: ask before computing numbers for `update`."""
+        return time.monotonic() - self._shown >= (self.every_s if self._live is None else REFRESH_S)
+
+    def advance(self, units: int = 1, **numbers: float) -> None:
+        """Counts finished units; numbers replace those shown so far under the same name."""
+        self.update(self.done + units, numbers)
+
+    def update(self, done: int, numbers: Mapping[str, float] | None = None, note: str = "") -> None:
+        """Sets how many units are done, the numbers to show, and a word on what is going on beside it."""
+        self.done = done
+        self.note = note
+        self._numbers.update(numbers or {})
+        if not self.due:
+            return
+        self._shown = time.monotonic()
+        if self._live is None:
+            self._print()
+        else:
+            self._live.update(self._render(), refresh=True)
+
+    def line(self) -> str:
+        """The plain form: `ppo 120/400 (30%) 2.1 step/s, 2:13 left  reward 0.412  kl 1.93`."""
+        parts = [self.name, self._count(), self._pace()]
+        numbers = "  ".join(f"{name} {short(value)}" for name, value in self._numbers.items())
+        return "  ".join(part for part in [" ".join(p for p in parts if p), numbers, self.note] if part)
+
+    def _count(self) -> str:
+        if self.total is None:
+            return str(self.done)
+        return f"{self.done}/{self.total} ({100 * self.done // max(self.total, 1)}%)"
+
+    def _pace(self) -> str:
+        elapsed, new = time.monotonic() - self._began, self.done - self._start
+        if new <= 0 or elapsed <= 0:
+            return ""
+        speed = new / elapsed
+        rate = f"{speed:.1f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}"
+        if self.total is None or self.done >= self.total:
+            return f"{rate}, {clock(elapsed)}"
+        return f"{rate}, {clock((self.total - self.done) / speed)} left"
+
+    def _print(self) -> None:
+        print(self.line(), file=self._stream, flush=True)
+
+    def _render(self) -> Table:
+        row = Table.grid(padding=(0, 1))
+        cells: list[Any] = [Text(self.name, style="bold"), Text(self._count())]
+        if self.total:
+            cells.append(Bar(total=self.total, completed=min(self.done, self.total), width=24))
+        cells.append(Text(self._pace(), style="dim"))
+        for name, value in self._numbers.items():
+            cells.append(Text.assemble((f"{name} ", "dim"), (short(value), "cyan")))
+        if self.note:
+            cells.append(Text(self.note, style="yellow"))
+        for _ in cells:
+            row.add_column(no_wrap=True)
+        row.add_row(*cells)
+        return row
+
+
+class Progress(ProgressBar):
+    """Training progress: batches done of all, speed, time left, and the metrics in the stage's `telling`."""
+
+    def __init__(self, every_s: Annotated[float, Field(gt=0)] = 10.0) -> None:
+        super().__init__()
+        self.every_s = every_s
+        self._meter: Meter | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Called by Lightning on every rank but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._enabled:
+            return
+        total = getattr(pl_module, "total_steps", None) or trainer.estimated_stepping_batches
+        name = getattr(pl_module, "name", None) or type(pl_module).__name__
+        self._meter = Meter(
+            str(name),
+            int(total) if math.isfinite(float(total)) and total > 0 else None,
+            every_s=self.every_s,
+            start=batches_done(trainer),
+        )
+        self._meter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._meter is not None:
+            self._update(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._meter is not None and not trainer.sanity_checking:
+            self._meter.update(batches_done(trainer), note=f"validating {batch_idx + 1}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close(trainer, pl_module)
+
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._meter is not None
+        # Metrics may live on the GPU, and reading one waits for it: only when they will be shown.
+        self._meter.update(batches_done(trainer), self._numbers(trainer, pl_module) if self._meter.due else None)
+
+    def _numbers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        logged = trainer.callback_metrics
+        return {name: float(logged[name]) for name in getattr(pl_module, "telling", ()) if name in logged}
+
+    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._meter is None:
+            return
+        meter, self._meter = self._meter, None
+        meter.done = batches_done(trainer)
+        meter.note = ""
+        meter._numbers.update(self._numbers(trainer, pl_module))
+        meter.__exit__()
+
+
+def short(value: float) -> str:
+    """A number in about four characters: 0.412, 12.3, 1.2e-05."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = abs(value)
+    if size >= 10_000 or size < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

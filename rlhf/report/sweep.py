@@ -1,0 +1,479 @@
+"""Comparing runs: what differs between their configs, what came out, and what they descend from. No torch here."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.errors import UserError
+from rlhf.metrics_file import read_series
+from rlhf.runs import Run, find, run_of
+
+Value = str | int | float | bool | None
+Series = dict[str, tuple[list[float], list[float]]]
+
+# Config keys that say where things lie or how they are shown, not what is computed.
+_IGNORED = re.compile(
+    r"^(outputs|until|logger|callbacks|hydra|experiment|debug|pipeline|steps|compare|sweep_name|stage\.name)(\.|$)"
+)
+# Metrics that a reader looks at first, best match first; the names are those that stages log.
+_TELLING = (
+    r"gold$",
+    r"(^|/|_)(score|reward|reward_picked)$",
+    r"(^|/|_)kl$",
+    r"gold_difference$",
+    r"win",
+    r"accuracy",
+    r"val/|held_out",
+    r"perplexity",
+    r"loss$",
+    r"margin",
+    r"entropy",
+    r"length|ended|eos",
+)
+_NOT_TELLING = re.compile(
+    r"^(headline|epoch|learning_rate|gradient_norm|before_.*|.*_z|.*_se|.*_std|.*_(length|ended)_difference|.*seconds)$"
+)
+COSTS = {"minutes": "minutes", "tokens_per_s": "tokens/s", "peak_memory_gb": "peak GB"}
+# Training losses are no yardstick: PPO's hardly moves while the reward grows.
+_LOWER_IS_BETTER = re.compile(r"^val/.*loss$|perplexity")
+_HIGHER_IS_BETTER = re.compile(r"gold|reward|score|accuracy|win")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run in a report, with the knobs and ancestors by which it is compared."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """Stage and first letters of the fingerprint."""
+        return f"{self.run.stage}/{self.run.folder.name[:6]}"
+
+    @cached_property
+    def ancestors(self) -> dict[str, Run]:
+        """The runs this one descends from, nearest first, by a name that is unique in this family."""
+        named: dict[str, Run] = {}
+        queue = list(parents(self.run))
+        seen: set[str] = set()
+        while queue:
+            role, run = queue.pop(0)
+            if run.fingerprint in seen:
+                continue
+            seen.add(run.fingerprint)
+            names = (run.stage, f"{run.stage}({role})", *(f"{run.stage}({role} {n})" for n in range(2, 1000)))
+            named[next(name for name in names if name not in named)] = run
+            queue.extend(parents(run))
+        return named
+
+    @cached_property
+    def knobs(self) -> dict[str, Value]:
+        """Its config and those of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`."""
+        knobs = dict(flatten(load_config(self.run)))
+        for name, run in self.ancestors.items():
+            knobs.update({f"{name}: {key}": value for key, value in flatten(load_config(run))})
+        return {"stage": self.run.stage, **knobs}
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics and costs. Of a run that is not finished, the newest row of its metrics.csv."""
+        summary = self.run.summary
+        metrics = {name: number for name, value in self.run.metrics.items() if (number := _number(value)) is not None}
+        if not metrics:
+            metrics = {name: values[-1] for name, (_, values) in self.series.items()}
+        for evaluation in self.evaluations:
+            metrics |= {f"after_{name}": value["mean"] for name, value in evaluation.get("after", {}).items()}
+            metrics |= {
+                f"{name}_difference": value["mean"] for name, value in evaluation.get("differences", {}).items()
+            }
+            if (kl := evaluation.get("kl")) is not None:
+                metrics["after_kl"] = kl["mean"]
+        costs = {name: _number(summary.get(name)) for name in COSTS}
+        costs["minutes"] = None if (seconds := _number(summary.get("wall_s"))) is None else seconds / 60
+        peaks = summary.get("peak_memory_bytes") or {}
+        peak = _number(peaks.get("gpu", peaks.get("cpu")))
+        costs["peak_memory_gb"] = None if peak is None else peak / 1e9
+        metrics |= {name: value for name, value in costs.items() if value is not None}
+        return metrics
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `rlhf.evaluation.compare` left in the run folder, oldest first."""
+        files = sorted(self.run.folder.glob("evaluation-*.json"), key=lambda file: file.stat().st_mtime)
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    @property
+    def headline(self) -> str | None:
+        """The metric that a sweep of its stage optimises."""
+        name = self.run.summary.get("headline")
+        return name if isinstance(name, str) and name in self.metrics else None
+
+    @cached_property
+    def series(self) -> Series:
+        """Everything logged: metric -> (steps, values)."""
+        return read_series(self.run.folder / "metrics.csv")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed: one point of a comparison, with an error bar if there are several."""
+
+    label: str
+    knobs: dict[str, Value]
+    members: list[Member]
+
+    def values(self, metric: str) -> list[float]:
+        """The metric's final values, one per run that has it."""
+        return [m.metrics[metric] for m in self.members if metric in m.metrics and math.isfinite(m.metrics[metric])]
+
+    def mean(self, metric: str) -> float:
+        """Mean over seeds; nan if no run has the metric."""
+        values = self.values(metric)
+        return math.fsum(values) / len(values) if values else math.nan
+
+    def error(self, metric: str) -> float:
+        """Standard error over seeds; nan for fewer than two runs."""
+        values = self.values(metric)
+        if len(values) < 2:
+            return math.nan
+        mean = self.mean(metric)
+        return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+@dataclass
+class Comparison:
+    """The runs of a report.
+
+    `varying` are the knobs in which they differ, without the seed and without knobs that only repeat another;
+    `together` names for each of these the knobs of the same group that change with it.
+    """
+
+    members: list[Member]
+    metrics: list[str]
+    varying: list[str] = field(init=False)
+    together: dict[str, list[str]] = field(init=False)
+    groups: list[Group] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.varying, self.together = varying(self.members)
+        grouped: dict[tuple[Value, ...], list[Member]] = {}
+        for member in self.members:
+            grouped.setdefault(tuple(member.knobs.get(key) for key in self.varying), []).append(member)
+        ordered = sorted(grouped.items(), key=lambda item: [_order(value) for value in item[0]])
+        self.groups = [
+            Group(self._label(key, members), dict(zip(self.varying, key, strict=True)), members)
+            for key, members in ordered
+        ]
+
+    def _label(self, key: tuple[Value, ...], members: list[Member]) -> str:
+        short = short_names(self.varying)
+        parts = [
+            show(value) if name in ("stage", "objective") else f"{short[name]}={show(value)}"
+            for name, value in zip(self.varying, key, strict=True)
+            if value is not None
+        ]
+        return ", ".join(parts) or members[0].name
+
+    @property
+    def seeds(self) -> int:
+        """Most runs in one group."""
+        return max((len(group.members) for group in self.groups), default=0)
+
+    def telling(self, count: int) -> list[str]:
+        """The metrics worth a column: those asked for, else the first ones by `_TELLING` that any run has."""
+        if self.metrics:
+            return self.metrics
+        names = {name for member in self.members for name in member.metrics if not _NOT_TELLING.match(name)}
+        first = [name for name in dict.fromkeys(member.headline for member in self.members) if name is not None]
+        per_kind: dict[int, int] = {}
+        for name in sorted(names - set(COSTS) - set(first), key=_rank):
+            kind = _rank(name)[0]
+            per_kind[kind] = per_kind.get(kind, 0) + 1
+            if per_kind[kind] <= 2:  # the same quantity in a third form tells less than another one
+                first.append(name)
+        return sorted(first[:count], key=_rank)
+
+    def distinct(self, count: int) -> list[str]:
+        """The most telling metrics of different kinds: held-out gold reward and accuracy, not gold reward twice."""
+        kinds: dict[int, str] = {}
+        for name in self.telling(20):
+            kinds.setdefault(_rank(name)[0], name)
+        return self.metrics or list(kinds.values())[:count]
+
+    def costs(self) -> list[str]:
+        """The costs that any run has recorded."""
+        return [name for name in COSTS if any(name in member.metrics for member in self.members)]
+
+    def best(self, metric: str) -> Group | None:
+        """The group with the best mean, where it is known which way is better and there is more than one."""
+        known = [group for group in self.groups if not math.isnan(group.mean(metric))]
+        if len(known) < 2 or not (_HIGHER_IS_BETTER.search(metric) or _LOWER_IS_BETTER.search(metric)):
+            return None
+        if _LOWER_IS_BETTER.search(metric):
+            return min(known, key=lambda group: group.mean(metric))
+        return max(known, key=lambda group: group.mean(metric))
+
+    def write_csv(self, path: Path) -> None:
+        """One row per run: folder, status, every knob that differs (collapsed ones too), every metric."""
+        keys = [key for name in self.varying for key in (name, *self.together.get(name, []))]
+        seeds = [key for key in sorted({k for m in self.members for k in m.knobs if _is_seed(k)}) if ":" not in key]
+        names = sorted({name for member in self.members for name in member.metrics}, key=_rank)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["run", "status", *keys, *seeds, *names])
+            for group in self.groups:
+                for member in group.members:
+                    knobs = ["" if (v := member.knobs.get(key)) is None else v for key in (*keys, *seeds)]
+                    results = [member.metrics.get(name, "") for name in names]
+                    writer.writerow([member.run.folder, member.run.status, *knobs, *results])
+
+
+def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Sequence[str] = ()) -> Comparison:
+    """The comparison of all runs that are meant.
+
+    Args:
+        references: run folders, sweep folders, any folder of runs, or first letters of fingerprints.
+        outputs: where fingerprints are looked up.
+        metrics: the metrics to show; empty for the most telling ones.
+
+    Raises UserError for a reference that means nothing, and for a metric that no run has.
+    """
+    runs: dict[str, Run] = {}
+    for reference in references:
+        for run in find_runs(reference, outputs):
+            runs.setdefault(str(run.folder.resolve()), run)
+    members = [Member(run) for run in runs.values()]
+    for metric in metrics:
+        known = {name for member in members for name in member.metrics}
+        if metric not in known:
+            raise UserError(f"--metric {metric}: no run has it; the runs have: {', '.join(sorted(known))}")
+    return Comparison(members, list(metrics))
+
+
+def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
+    """The runs that a reference means: one run, all runs in a folder, or those whose fingerprint begins so."""
+    path = Path(reference)
+    if is_run(path):
+        return [Run(path)]
+    if path.is_dir():
+        found = [Run(folder) for folder in sorted(_run_folders(path, depth=3))]
+        if not found:
+            raise UserError(f"{reference}: no runs in this folder; type a run folder, a sweep folder or {outputs}")
+        # A job of a pipeline is its last run: the steps before are its ancestors.
+        above = {ancestor.fingerprint for run in found for ancestor in Member(run).ancestors.values()}
+        last = [run for run in found if run.fingerprint not in above]
+        return last or found
+    if path.parent.is_dir() and (begun := [Run(p) for p in sorted(path.parent.glob(path.name + "*")) if is_run(p)]):
+        return begun
+    by_name = [run for run in find(outputs) if run.fingerprint.startswith(str(reference))]
+    if not by_name:
+        raise UserError(f"{reference}: no such run or folder; `rlhf runs list` shows the runs")
+    return by_name
+
+
+def newest_sweep(outputs: Path) -> Path | None:
+    """The sweep folder that was made last."""
+    folders = [folder for folder in (outputs / "sweeps").glob("*") if folder.is_dir()]
+    return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run folder."""
+    return all((folder / name).is_file() for name in ("status.json", "config.yaml"))
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Run folders below a folder, links followed, each once by its real place."""
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir():
+            continue
+        if is_run(child):
+            yield _display(child)
+        elif depth > 1 and not child.name.startswith("."):
+            yield from _run_folders(child, depth - 1)
+
+
+def _display(folder: Path) -> Path:
+    real = folder.resolve()
+    return real.relative_to(Path.cwd()) if real.is_relative_to(Path.cwd()) else real
+
+
+def parents(run: Run) -> list[tuple[str, Run]]:
+    """The runs a run read from, with the role each had, from lineage.json; those that are gone are left out."""
+    lineage = run.lineage
+    ancestors = lineage.get("ancestors") or {}
+    found: list[tuple[str, Run]] = []
+    for role, identities in (lineage.get("inputs") or {}).items():
+        for identity in identities:
+            # A run's fingerprint, a path inside it after a slash, a hash of files, or a hub id.
+            place = (ancestors.get(str(identity).partition("/")[0]) or {}).get("folder")
+            if place is None:
+                continue
+            # Typed from another folder, or moved: runs of one outputs folder lie beside each other.
+            for folder in (Path(place), run.folder.resolve().parents[1].joinpath(*Path(place).parts[-2:])):
+                if is_run(folder):
+                    found.append((str(role), Run(folder)))
+                    break
+    return found
+
+
+def load_config(run: Run) -> dict[str, Any]:
+    """The resolved config of a run; empty if it is missing or broken."""
+    try:
+        config = OmegaConf.load(run.folder / "config.yaml")
+        assert isinstance(config, DictConfig)
+        plain = OmegaConf.to_container(config, resolve=False)
+    except (OSError, ValueError, AssertionError):
+        return {}
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
+    """Dotted keys of a config. A group's `_target_` stands under the group's own name, as the class's name."""
+    for key, value in node.items():
+        name = prefix.rstrip(".") if key == "_target_" and prefix else f"{prefix}{key}"
+        if key == "_partial_" or _IGNORED.match(name):
+            continue
+        if key == "_target_":
+            yield name, str(value).rpartition(".")[2]
+        elif isinstance(value, dict):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list):
+            yield name, json.dumps(value)
+        else:
+            yield name, value
+
+
+def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]:
+    """Knobs in which runs differ, and for each the others of its group that change exactly with it.
+
+    A knob that only some runs have counts if those differ in it: otherwise it comes with an option that differs.
+    Left out are seeds, and paths into runs (what differs between those runs is there under their own name).
+    """
+    order: dict[str, None] = {}
+    for member in members:
+        order.update(dict.fromkeys(member.knobs))
+    columns: dict[str, tuple[Value, ...]] = {}
+    for key in order:
+        present = [member.knobs[key] for member in members if key in member.knobs]
+        if len({_same(value) for value in present}) < 2 or _is_seed(key) or all(map(_in_a_run, present)):
+            continue
+        columns[key] = tuple(_same(member.knobs.get(key)) for member in members)
+
+    kept: list[str] = []
+    together: dict[str, list[str]] = {}
+    for key, column in columns.items():
+        leaf = key.partition(": ")[2] or key
+        # The knob of an ancestor that repeats this run's own (a sweep over something that all steps share).
+        if any((other.partition(": ")[2] or other) == leaf and columns[other] == column for other in kept):
+            continue
+        # One choice of an option sets several knobs of its group.
+        group = key.rpartition(": ")[2].split(".")[0]
+        twin = next(
+            (
+                other
+                for other in kept
+                if other.rpartition(": ")[2].split(".")[0] == group
+                and other.rpartition(": ")[0] == key.rpartition(": ")[0]
+                and _partition(columns[other]) == _partition(column)
+            ),
+            None,
+        )
+        if twin is not None:
+            together.setdefault(twin, []).append(key)
+        else:
+            kept.append(key)
+    return kept, together
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, longer where two would read the same."""
+    keys = list(keys)
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if sum(other == name or other.endswith(f".{name}") or other.endswith(f": {name}") for other in keys) == 1:
+                break
+        owner, _, _ = key.partition(": ")
+        short[key] = f"{owner} {name}" if ": " in key and ": " not in name else name
+    return short
+
+
+def show(value: Value, digits: int = 4) -> str:
+    """A value as a reader wants it."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        if value == 0 or 1e-3 <= abs(value) < 1e5:
+            return f"{value:.{digits}g}"
+        return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e+")
+    return str(value)
+
+
+def cell(group: Group, metric: str) -> str:
+    """What stands in a table: the mean and its error over seeds; of a cost the mean alone."""
+    mean = group.mean(metric)
+    if metric in COSTS and not math.isnan(mean):
+        return f"{mean:,.0f}" if mean >= 100 else show(mean, 3)
+    return with_error(mean, group.error(metric))
+
+
+def with_error(mean: float, error: float) -> str:
+    """`0.512 ± 0.014`, or the mean alone where no error is known."""
+    if math.isnan(mean):
+        return ""
+    if math.isnan(error):
+        return show(mean)
+    if error <= 1e-9 * abs(mean):  # equal, up to rounding
+        return f"{show(mean)} ± 0"
+    digits = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error, and the mean as far as those
+    return f"{mean:.{digits}f} ± {error:.{digits}f}" if digits <= 6 else f"{mean:.3g} ± {error:.2g}"
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _rank(metric: str) -> tuple[int, int, str]:
+    if metric in COSTS or _NOT_TELLING.match(metric):
+        return len(_TELLING) + 1, 0, metric
+    place = next((i for i, pattern in enumerate(_TELLING) if re.search(pattern, metric)), len(_TELLING))
+    # Held-out before training: it is what generalises.
+    return place, 0 if metric.startswith("after_") else 1 if metric.startswith("val/") else 2, metric
+
+
+def _is_seed(key: str) -> bool:
+    return re.split(r"[.: ]+", key)[-1] == "seed"
+
+
+def _in_a_run(value: Value) -> bool:
+    return isinstance(value, str) and "/" in value and run_of(Path(value)) is not None
+
+
+def _same(value: Value) -> Value:
+    """1 and 1.0 are the same setting."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _partition(column: tuple[Value, ...]) -> tuple[int, ...]:
+    """Which entries are equal, whatever they are: the pattern by which a knob divides the runs."""
+    first: dict[Value, int] = {}
+    return tuple(first.setdefault(value, len(first)) for value in column)
+
+
+def _order(value: Value) -> tuple[int, float, str]:
+    if value is None:
+        return 0, 0.0, ""
+    if isinstance(value, int | float):
+        return 1, float(value), ""
+    return 2, 0.0, value

@@ -1,0 +1,422 @@
+"""Runs: named by what they compute, kept as plain files.
+
+A run folder is ``outputs/<stage>/<fingerprint>/`` with config.yaml, lineage.json, status.json, metrics.csv,
+summary.json, checkpoints/ and model/. status.json is written whole and last: a half-written run is never taken for
+a finished one. No torch here.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from omegaconf import OmegaConf
+
+from rlhf.config import Plain, targets
+from rlhf.errors import UserError, suggest
+
+MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value")
+LETTERS = 10  # of the fingerprint, in a folder's name
+
+# Keys of a step's config that cannot change what it computes.
+_IRRELEVANT = ("logger", "callbacks", "outputs", "until", "progress", "inputs", "experiment", "debug")
+# Parts of rlhf that cannot change what a stage computes.
+_IRRELEVANT_SOURCE = frozenset(
+    # fmt: off
+    [
+        "__init__",
+        "checkpoints",
+        "cli",
+        "conf",
+        "config",
+        "discovery",
+        "errors",
+        "evaluation",
+        "launcher",
+        "metrics",
+        "metrics_file",
+        "pipeline",
+        "plan",
+        "progress",
+        "report",
+        "runs",
+        "signals",
+        "summary",
+        "testing",
+        "validation",
+        "worker",
+    ]
+    # fmt: on
+)
+_HASHED_WHOLE = 64 * 2**20  # bytes; a larger file is known by its size, time of change and first MiB
+
+
+# Files
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that the file is there as a whole or not at all."""
+    _write(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _read_json(path: Path) -> Plain:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Everything is read from its files when asked for."""
+
+    folder: Path
+
+    @property
+    def status_file(self) -> Plain:
+        return _read_json(self.folder / "status.json")
+
+    @property
+    def status(self) -> str:
+        """new, running, killed (its process is gone), stopped (asked to, resumable), failed or finished."""
+        content = self.status_file
+        status = str(content.get("status", "new"))
+        if status == "running" and not _alive(content):
+            return "killed"
+        return status
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def summary(self) -> Plain:
+        return _read_json(self.folder / "summary.json")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics; empty for a run that is not finished."""
+        return dict(self.summary.get("metrics", {}))
+
+    @property
+    def lineage(self) -> Plain:
+        return _read_json(self.folder / "lineage.json")
+
+    @property
+    def stage(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.lineage.get("fingerprint") or self.folder.name)
+
+    @property
+    def plain_config(self) -> Plain:
+        """The resolved config, as it was run."""
+        config = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
+        return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("*.ckpt"))
+
+    def write_status(self, status: str, **fields: Any) -> None:
+        content = self.status_file if status != "running" else {}
+        content |= {"status": status, "stage": self.stage, "fingerprint": self.fingerprint, **fields}
+        write_json(self.folder / "status.json", content)
+
+    def begin(self, config: Plain, lineage: Plain, command: str) -> None:
+        """Marks the run as running in this process and writes what it is."""
+        attempt = int(self.status_file.get("attempt", 0)) + 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_json(self.folder / "lineage.json", lineage)
+        self.write_status(
+            "running", pid=os.getpid(), host=socket.gethostname(), started=now(), attempt=attempt, command=command
+        )
+
+    def clear(self) -> None:
+        """Removes what an earlier attempt left, except the lock that this process holds."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name not in (".lock", "status.json"):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _alive(status: Plain) -> bool:
+    if status.get("host") != socket.gethostname():
+        return True  # another machine's process cannot be looked at
+    try:
+        os.kill(int(status.get("pid", -1)), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def find(outputs: Path) -> list[Run]:
+    """All runs below an outputs folder, by stage and then by time."""
+    found = [Run(path.parent) for path in outputs.glob("*/*/status.json") if path.parent.parent.name != "sweeps"]
+    return sorted(found, key=lambda run: (run.stage, str(run.status_file.get("started")), run.folder.name))
+
+
+# References: what a user types for a run or a model
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an input means: the path or hub id that a stage reads, and what names it in a fingerprint."""
+
+    path: str
+    identity: str
+    run: Path | None = None  # the run folder it comes from
+
+
+def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Reference:
+    """What the user means by ``inputs.ROLE=ref``.
+
+    ``ref`` is a run folder (or the beginning of one's path), the first letters of a fingerprint, a model folder, a
+    file, or a hub id. Model roles give ``<run>/model``, the others ``<run>``.
+
+    Raises:
+        UserError: nothing, more than one thing, or something unfinished is meant.
+    """
+    key = key or f"inputs.{role}"
+    ref = str(ref).rstrip("/") or "/"
+    path = Path(ref).expanduser()
+    if path.exists():
+        return _existing(path, role, key)
+    runs = _beginning_with(path, outputs)
+    if len(runs) > 1:
+        names = ", ".join(str(run.folder) for run in runs[:5])
+        raise UserError(f"{key}={ref} means more than one run: {names}; type more letters")
+    if runs:
+        return _of_run(runs[0], role, key)
+    if _looks_like_hub_id(ref):
+        return Reference(ref, f"hub:{ref}")
+    known = [str(run.folder) for run in find(outputs) if run.finished]
+    raise UserError(
+        f"{key}={ref}: no such run, model folder or hub id{suggest(ref, known)}; "
+        "type `rlhf runs list` to see the runs, or ORG/NAME for a model of the hub"
+    )
+
+
+def _beginning_with(path: Path, outputs: Path) -> list[Run]:
+    if len(path.parts) > 1:
+        found = [Run(folder) for folder in sorted(path.parent.glob(path.name + "*"))] if path.parent.is_dir() else []
+        return [run for run in found if (run.folder / "status.json").exists()]
+    if not re.fullmatch(r"[0-9a-f]{3,}", path.name):
+        return []
+    return [run for run in find(outputs) if run.fingerprint.startswith(path.name)]
+
+
+def _looks_like_hub_id(ref: str) -> bool:
+    organisation, slash, name = ref.partition("/")
+    return (
+        bool(slash and re.fullmatch(r"[\w][\w.-]*", organisation) and re.fullmatch(r"[\w][\w.-]*", name))
+        and not Path(organisation).exists()
+    )
+
+
+def _existing(path: Path, role: str, key: str) -> Reference:
+    if (path / "status.json").exists():
+        return _of_run(Run(path), role, key)
+    owner = run_of(path)
+    if owner is not None and not owner.finished:
+        raise _unfinished(owner, key)
+    if owner is not None and role in MODEL_ROLES and path.absolute() == (owner.folder / "model").absolute():
+        return _of_run(owner, role, key)
+    if (
+        role in MODEL_ROLES
+        and path.is_dir()
+        and not any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+    ):
+        raise UserError(f"{key}={path}: neither a run (status.json) nor a model folder (config.json)")
+    return Reference(str(path), identity(path), owner.folder if owner else None)
+
+
+def _of_run(run: Run, role: str, key: str) -> Reference:
+    if not run.finished:
+        raise _unfinished(run, key)
+    needed = {"comparisons": "comparisons.jsonl"} | dict.fromkeys(MODEL_ROLES, "model")
+    if role in needed and not (run.folder / needed[role]).exists():
+        what = "comparisons" if role == "comparisons" else "model"
+        raise UserError(f"{key}={run.folder}: a run of stage {run.stage} that made no {what}; name another run")
+    return Reference(input_path(run.folder, role), run.fingerprint, run.folder)
+
+
+def _unfinished(run: Run, key: str) -> UserError:
+    command = run.status_file.get("command")
+    again = f"; finish it with: {command}" if command else ""
+    return UserError(f"{key}={run.folder}: this run is not finished ({run.status}){again}")
+
+
+def input_path(folder: Path, role: str) -> str:
+    """What a stage reads of a run in a role: the model folder, or the run folder itself for data."""
+    return str(folder / "model") if role in MODEL_ROLES else str(folder)
+
+
+def run_of(path: Path) -> Run | None:
+    """The run that a path lies in, if any."""
+    for folder in (path, *list(path.parents)[:3]):
+        if (folder / "status.json").exists() and (folder / "config.yaml").exists():
+            return Run(folder)
+    return None
+
+
+# Fingerprints
+
+
+def fingerprint(config: Plain, inputs: Mapping[str, list[str]], planned: Mapping[str, str]) -> str:
+    """The name of what a resolved step config computes: 64 hex letters, the first of them a to f.
+
+    Args:
+        config: the resolved config; logger, callbacks, folders and the like do not count.
+        inputs: role -> identities (a run's fingerprint, a hash of files, a hub id) of the inputs that are read.
+        planned: run folder -> fingerprint of the runs that the config may name by path, which need not exist yet.
+    """
+    relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    model = relevant.get("model")
+    if isinstance(model, dict) and model.get("path"):
+        # The folder says its own architecture.
+        relevant["model"] = {key: value for key, value in model.items() if key != "architecture"}
+    payload = {
+        "config": _canonical(relevant, planned),
+        "inputs": {role: list(names) for role, names in sorted(inputs.items())},
+        "data": _data_digests(relevant, planned),
+        "source": _sources(relevant),
+    }
+    text = json.dumps(payload, sort_keys=True)
+    # Begins with a letter: 625e06 would be typed as a run's first letters and read as a number.
+    names = (hashlib.sha256(f"{attempt}{text}".encode()).hexdigest() for attempt in count())
+    return next(name for name in names if name[0].isalpha())
+
+
+def _canonical(node: Any, planned: Mapping[str, str]) -> Any:
+    """Equal for configs that mean the same: 1 and 1.0, a run by whatever path, a file by its content."""
+    if isinstance(node, dict):
+        return {str(key): _canonical(value, planned) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_canonical(value, planned) for value in node]
+    if isinstance(node, float) and node.is_integer():
+        return int(node)
+    if isinstance(node, str) and "/" in node:
+        for folder, name in planned.items():
+            if node == folder or node.startswith(folder + "/"):
+                return name + node[len(folder) :]
+        with suppress(OSError):
+            if Path(node).expanduser().exists():
+                return identity(Path(node).expanduser())
+    return node
+
+
+def identity(path: Path) -> str:
+    """What names a path in a fingerprint: the run it lies in, else a hash of its content."""
+    run = run_of(path)
+    if run is not None:
+        return f"{run.fingerprint}/{path.relative_to(run.folder)}"
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        # A file by itself is its content, wherever it lies and whatever it is called.
+        total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{_file_digest(file)}\0".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    with path.open("rb") as file:
+        if stat.st_size <= _HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{stat.st_size}-{stat.st_mtime_ns}-{hashlib.sha256(file.read(2**20)).hexdigest()}"
+
+
+def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the data that nodes read, from their own ``digest()``; data made by a run is named by that run."""
+    found: dict[str, str] = {}
+    for key, node in targets(config):
+        strings = [value for value in node.values() if isinstance(value, str)]
+        if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
+            continue
+        if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None)):
+            found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
+    return found
+
+
+def _sources(config: Plain) -> dict[str, str]:
+    """Digest of the code of rlhf and of every plugin that the config names."""
+    packages = {"rlhf"} | {str(node["_target_"]).partition(".")[0] for _, node in targets(config)}
+    found: dict[str, str] = {}
+    for package in sorted(packages):
+        folder = _package_folder(package)
+        # A package without conf/ is a library (torch, bitsandbytes): its version is in summary.json.
+        if folder is not None and (package == "rlhf" or (folder / "conf").is_dir()):
+            found[package] = source_digest(folder, _IRRELEVANT_SOURCE if package == "rlhf" else frozenset({"conf"}))
+    return found
+
+
+def _package_folder(package: str) -> Path | None:
+    spec = find_spec(package)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else None
+
+
+def source_digest(folder: Path, leave_out: Iterable[str] = ()) -> str:
+    """Digest of a package's Python code; comments, docstrings and layout do not count."""
+    left_out = frozenset(leave_out)
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        relative = path.relative_to(folder)
+        if relative.parts[0].removesuffix(".py") not in left_out and "tests" not in relative.parts:
+            total.update(f"{relative.as_posix()}\0{_code(path, path.stat().st_mtime_ns)}\0".encode())
+    return total.hexdigest()
+
+
+@cache
+def _code(path: Path, changed_ns: int) -> str:
+    try:
+        tree = ast.parse(path.read_text())
+    except SyntaxError:
+        return path.read_text()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Stopping on a signal without losing work: finish the batch, save a checkpoint, exit with status 75.
+
+75 is EX_TEMPFAIL of sysexits.h: "try again later". A scheduler that sees it knows the run is not finished, and the
+same command resumes it. Lightning's own handling exits with 0, and with two DDP ranks it hangs.
+"""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rlhf.checkpoints import run_folder, save
+
+EXIT_INTERRUPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals(pl.Callback):
+    """On SIGTERM or Ctrl-C: all ranks finish the batch, save one checkpoint and raise SystemExit(75).
+
+    A second Ctrl-C stops at once. When the signal comes during the last batch, the run simply finishes.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self._saved = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # After Lightning's, which were installed when the fit began and which these replace.
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stop = self._received
+        if trainer.world_size > 1:  # a signal may reach one rank only, and all must stop at the same batch
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop and not self._saved:
+            save(trainer, run_folder(pl_module))
+            self._saved = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not where it saved: by now the metrics of the saved batch are on disk too, so that no row is lost.
+        if self._saved:
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            self._restore()
+            raise KeyboardInterrupt
+        self._received = True
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,329 @@
+"""What every stage is: a LightningModule whose ``training_step`` reads as its algorithm does.
+
+A stage fills in ``prepare``, ``training_step`` and, if it likes, ``validation_step``. The base class owns what must be
+the same everywhere: the order of batches, the randomness of each step, exact accumulation, clipping, the learning rate.
+
+Exactness by construction: the i-th batch is a function of (seed, i), the randomness of step i of (seed, i), so a run
+that was killed and goes on from a checkpoint ends with the same bits as one that was not. And a loss is a sum over
+what counts divided by how much counts in the *whole* batch, over all micro-batches and all processes, so that neither
+micro-batches nor processes change the gradient.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from zlib import crc32
+from typing import Any, ClassVar, Generic, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.batches import Batches, mix_seed
+from rlhf.data.data import Split
+from rlhf.errors import RunFailed, UserError
+from rlhf.functional.reduction import weighted_mean
+from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.objective import Metrics
+
+Schedule = Callable[[int, int], float]
+Optimizer = Callable[..., torch.optim.Optimizer]
+T = TypeVar("T")
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed made of the run's seed, a name and a count: independent streams without any state to save."""
+    return mix_seed(*(crc32(part.encode()) if isinstance(part, str) else part for part in parts))
+
+
+class Parts(Generic[T]):
+    """A batch as its micro-batches; opaque to Lightning, which would take records and batches apart."""
+
+    def __init__(self, parts: Sequence[T]) -> None:
+        self.parts = list(parts)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Parts[T]":
+        """Moves what can be moved; records stay as they are."""
+        return Parts([part.to(device, non_blocking) if hasattr(part, "to") else part for part in self.parts])
+
+
+class Stage(pl.LightningModule):
+    """Base class of all stages.
+
+    Args:
+        model: The policy, or whatever language model the stage starts from.
+        optimizer: Called with the parameter groups, returns the optimizer.
+        scheduler: Called with (update, total updates), returns the factor on the learning rate.
+        batch_size: Examples per batch, all processes together.
+        micro_batch_size: Examples per forward pass, null: the whole batch. Changes memory, not the gradient.
+        gradient_clip: Largest norm of the gradient, null: no clipping.
+    """
+
+    #: what the stage leaves in its run folder
+    produces: ClassVar[str] = "model"
+    #: metrics worth a place in the progress bar
+    telling: ClassVar[tuple[str, ...]] = ("loss",)
+    #: the metric that a sweep optimises
+    headline: ClassVar[str] = "val/loss"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: Optimizer | None,
+        scheduler: Schedule | None,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what is trained, not the frozen base
+        self.policy = model
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.batch_size, self.micro_batch_size, self.gradient_clip = batch_size, micro_batch_size, gradient_clip
+        self.seed = 0  # set by build
+        self.run_folder = Path(".")  # set by build
+        self.name = type(self).__name__  # set by build
+        self.updates_done = 0
+        self.tokens_seen = 0
+        self.examples_seen = 0
+        self._sums: dict[str, Tensor] = {}
+        self._prepared = False
+
+    # -- what a stage fills in ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Makes ``self.examples``, ``self.held_out`` and all else that training reads; called once, on the device."""
+        raise NotImplementedError
+
+    @property
+    def total_steps(self) -> int:
+        """Training batches in the whole run."""
+        return len(self.batches)
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps in the whole run: what the schedule counts towards."""
+        return self.total_steps
+
+    def modules_trained(self) -> Sequence[nn.Module]:
+        """The modules whose parameters the optimizer gets."""
+        return [self.policy]
+
+    def save(self, folder: Path) -> None:
+        """Writes the result as a Hugging Face folder."""
+        self.policy.save(folder)
+
+    def final_metrics(self) -> dict[str, float]:
+        """More numbers for summary.json than the last ones logged."""
+        return {}
+
+    def encode(self, data: Split, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Sets ``examples`` and ``held_out`` from the records of ``data``; says what was dropped or cut."""
+        self.examples, training = data.encode(tokenizer, "train")
+        self.held_out, held_out = data.encode(tokenizer, "validation")
+        self.note(f"{data.report}; training: {training}; held out: {held_out}")
+
+    def note(self, text: str) -> None:
+        """A line for the screen."""
+        if self.trainer.is_global_zero:
+            print(f"  {self.name}: {text}", flush=True)
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    examples: Sequence[Any]
+    held_out: Sequence[Any] = ()
+    batches: Batches
+
+    def collate(self, examples: list[Any]) -> Any:
+        """A micro-batch of examples as tensors."""
+        raise NotImplementedError
+
+    def parts(self, examples: list[Any]) -> Parts[Any]:
+        """A batch as its micro-batches."""
+        return Parts([self.collate(examples[rows]) for rows in chunks(len(examples), self.micro_batch_size)])
+
+    def order(self, count: int, *, epochs: int | None = None, steps: int | None = None) -> Batches:
+        """The batches of the run over ``count`` examples, going on from where a checkpoint left off."""
+        return Batches(
+            count,
+            self.batch_size,
+            seed=self.seed,
+            epochs=epochs,
+            steps=steps,
+            start=self.batches_done,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in the order that (seed, index) fixes."""
+        return DataLoader(self.examples, batch_sampler=self.batches, collate_fn=self.parts)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader | list:
+        """The held-out examples in their own order, shared out over the processes."""
+        if not self.held_out:
+            return []
+        mine = self.held_out[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=self.batch_size, collate_fn=self.parts)  # type: ignore[arg-type]
+
+    # -- randomness and resume ------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Prepares once the weights are on their device."""
+        if not self._prepared:
+            self._prepared = True
+            with self.trainer.precision_plugin.forward_context():
+                self.prepare()
+
+    on_predict_start = on_fit_start
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches finished, over all resumes. Lightning keeps the count in its checkpoint."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+    def step_seed(self, purpose: str, index: int | None = None) -> int:
+        """The seed of one purpose at this step, different on every process."""
+        return seed_of(self.seed, purpose, self.batches_done if index is None else index, self.trainer.global_rank)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout and the like depend on (seed, step) alone."""
+        torch.manual_seed(self.step_seed("train"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what is trained, and the counters."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        buffers = {name for name, _ in self.named_buffers()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trained or k in buffers}
+        checkpoint["stage"] = self.counters()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counters up again."""
+        for name, value in checkpoint["stage"].items():
+            setattr(self, name, value)
+
+    def counters(self) -> dict[str, Any]:
+        """Plain numbers that a resumed run needs; attributes of the stage by name."""
+        return {name: getattr(self, name) for name in ("updates_done",)}
+
+    # -- the update -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """One optimizer over everything that is trained; matrices decay, vectors (norms, biases) do not."""
+        if self._optimizer is None:
+            return None
+        trained = {id(p): p for m in self.modules_trained() for p in m.parameters() if p.requires_grad}
+        groups = [[p for p in trained.values() if p.ndim >= 2], [p for p in trained.values() if p.ndim < 2]]
+        named: list[dict[str, Any]] = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+        optimizer = self._optimizer([group for group in named if group["params"]])
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def total(self, count: Tensor) -> Tensor:
+        """How much counts in the batch, as the divisor of each process's sum (gradients are averaged over processes)."""
+        if self.trainer.world_size > 1:
+            count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")  # type: ignore[assignment]
+        return count.float().clamp(min=1e-8)
+
+    def backward_mean(
+        self, losses: Tensor, weights: Tensor, total: Tensor, metrics: Metrics | None = None, scale: float = 1.0
+    ) -> None:
+        """Adds the gradient of ``scale * sum(losses * weights) / total``; gathers the metrics in the same mean.
+
+        Args:
+            losses: The objective's values, any shape.
+            weights: What counts, of the same shape.
+            total: Sum of the weights over the whole batch, from ``total``.
+            metrics: More values of that shape, for the log.
+            scale: Coefficient of this term of the loss.
+        """
+        weights = weights.to(losses.dtype)
+        loss = scale * weighted_mean(losses, weights, total)
+        self.manual_backward(loss)
+        means = {name: weighted_mean(values.float(), weights, total) for name, values in (metrics or {}).items()}
+        for name, value in {"loss": loss.detach(), **means}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def step(self, frozen: nn.Module | None = None) -> Metrics:
+        """Clips, sets the learning rate and makes one optimizer step; returns what ``backward_mean`` gathered.
+
+        The parameters of ``frozen`` are left as they are in this step.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        metrics, self._sums = self._sums, {}
+        if not torch.isfinite(metrics["loss"]):
+            raise RunFailed(self._not_finite(metrics["loss"]))
+        if self.updates_done == 0:
+            for module in self.modules_trained():
+                check_gradients(module)
+        if frozen is not None:
+            frozen.zero_grad(set_to_none=True)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
+        factor = self._scheduler(self.updates_done, self.total_updates) if self._scheduler else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        self.updates_done += 1
+        return {
+            **metrics,
+            "gradient_norm": norm.detach(),
+            "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
+        }
+
+    def record(self, metrics: Metrics, **more: float | Tensor) -> None:
+        """Logs one row of metrics."""
+        self.log_dict({**metrics, **more}, sync_dist=self.trainer.world_size > 1, on_step=True, on_epoch=False)
+
+    def log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Logs a weighted mean over the whole validation set, however it is cut into batches."""
+        total = float(weights.sum())
+        if total > 0:
+            mean = weighted_mean(values.detach().float(), weights.float(), total)
+            parallel = self.trainer.world_size > 1
+            self.log(name, mean, batch_size=total, on_step=False, on_epoch=True, sync_dist=parallel)  # type: ignore[arg-type]
+
+    def count(self, examples: int, tokens: int | Tensor) -> None:
+        """Counts what was trained on, for the throughput."""
+        self.examples_seen += examples * self.trainer.world_size
+        self.tokens_seen += int(tokens) * self.trainer.world_size
+
+    def _not_finite(self, loss: Tensor) -> str:
+        where = self.run_folder / "failed_step.txt"
+        where.write_text(f"batch {self.batches_done}, update {self.updates_done}, loss {loss.item()}\n")
+        return (
+            f"the loss became {loss.item()} at batch {self.batches_done} (see {where}); "
+            "try a smaller optimizer.lr, stage.gradient_clip=1.0 or precision=fp32"
+        )
+
+
+def chunks(count: int, size: int | None) -> Iterator[slice]:
+    """Slices of at most ``size`` (null: one slice) that cover ``range(count)``."""
+    size = size or max(count, 1)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def check_context(model: LanguageModel, length: int, key: str) -> None:
+    """Refuses a length that the model's context cannot hold."""
+    if length > model.context_length:
+        raise UserError(
+            f"{key}={length} is more than the model's context of {model.context_length} tokens: "
+            f"type {key}={model.context_length} or less"
+        )

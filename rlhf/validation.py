@@ -1,0 +1,324 @@
+"""Check a step's config against the constructors that will read it, before anything is loaded.
+
+There is one source of truth for knobs: the constructor's signature, annotations included
+(``beta: Annotated[float, Field(gt=0)] = 0.1``). YAML is checked against it. No torch at module level, but the
+constructors are imported, and they may bring it in.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+
+from rlhf import discovery
+from rlhf.errors import RLHFError, UserError, suggest
+
+# Groups that build reads for every stage, whether or not its constructor names them.
+SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
+# What Hydra's instantiate reads itself.
+RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
+def check(config: DictConfig, step: str = "") -> None:
+    """Check one step's config, which is its own root.
+
+    Args:
+        config: The merged config of a single stage.
+        step: Its name in a pipeline, put before the keys in messages so that they can be typed as they stand.
+
+    Raises:
+        UserError: one line for each finding, all of them at once.
+    """
+    prefix = f"{step}." if step else ""
+    errors = [f"{prefix}{key}: no value; type {prefix}{key}=..." for key in sorted(OmegaConf.missing_keys(config))]
+    plain, unresolved = _resolve(config, prefix)
+    errors += unresolved
+    if isinstance(plain, dict):
+        for key, node in plain.items():
+            if key != "stage":
+                errors += _walk(node, f"{prefix}{key}")
+        errors += _stage(plain, prefix)
+        errors += _roots(plain, prefix)
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
+    """The config as plain containers; what does not resolve is left out (None) and reported."""
+    errors: list[str] = []
+
+    def plain(node: Any, path: str) -> Any:
+        if OmegaConf.is_dict(node):
+            return {k: child(node, k, f"{path}.{k}" if path else str(k)) for k in node}
+        if OmegaConf.is_list(node):
+            return [child(node, i, f"{path}[{i}]") for i in range(len(node))]
+        return node
+
+    def child(parent: Any, key: Any, path: str) -> Any:
+        if OmegaConf.is_missing(parent, key):
+            return UNRESOLVED
+        try:
+            return plain(parent[key], path)
+        except RLHFError as e:
+            errors.append(f"{prefix}{path}: {e}")
+        except OmegaConfBaseException as e:
+            errors.append(f"{prefix}{path}: {_first_line(e)}")
+        return UNRESOLVED
+
+    return plain(config, ""), errors
+
+
+class _Unresolved:
+    """Stands for a value that is missing or did not resolve: already reported, so accepted everywhere."""
+
+
+UNRESOLVED = _Unresolved()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- nodes ----------------------------------------------------------------------------------------------------------
+
+
+def _walk(node: Any, path: str) -> Iterator[str]:
+    """Findings of every ``_target_`` node at or below ``node``."""
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from _walk(item, f"{path}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        target = _load(node["_target_"])
+        if isinstance(target, str):
+            yield f"{path}._target_: {target}"
+            return
+        yield from check_node(target, node, path)
+    for key, value in node.items():
+        yield from _walk(value, f"{path}.{key}")
+
+
+def _load(name: Any) -> Any:
+    """The object of a ``_target_``, or why there is none, as text."""
+    try:
+        return get_object(name)
+    except Exception as e:
+        # Hydra wraps the reason; a plugin author needs the reason itself.
+        root: BaseException = e
+        while root.__cause__ is not None:
+            root = root.__cause__
+        return f"cannot import {name} ({type(root).__name__}: {_first_line(root)})"
+
+
+def check_node(
+    target: Callable[..., Any],
+    node: dict[str, Any],
+    path: str,
+    given: typing.Collection[str] = (),
+    ignore: typing.Collection[str] = (),
+) -> list[str]:
+    """Findings of one node against its constructor: unknown keys, missing values, types, ranges, choices.
+
+    Args:
+        target: The class or function that will be called.
+        node: Its keyword arguments, with Hydra's reserved keys.
+        path: Where it stands, for messages.
+        given: Parameters that someone else will fill in.
+        ignore: Keys of the node that are not meant for the constructor.
+    """
+    signature = parameters(target)
+    if signature is None:
+        return []
+    values = {k: v for k, v in node.items() if k not in RESERVED and k not in ignore}
+    kinds = {p.kind for p in signature.values()}
+    known = [n for n, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in given]
+    errors = []
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for key in values.keys() - set(known):
+            errors.append(f"{path}.{key}: unknown option{suggest(str(key), known, f'{path}.')}")
+    for name in known:
+        parameter = signature[name]
+        if name in values:
+            errors += _check_value(values[name], parameter.annotation, f"{path}.{name}")
+        elif parameter.default is parameter.empty and not node.get("_partial_") and "_args_" not in node:
+            errors.append(f"{path}.{name}: required, no value; type {path}.{name}=...")
+    if not errors and dataclasses.is_dataclass(target) and not _has_object(values) and not node.get("_partial_"):
+        # A dataclass only holds values, so making one costs nothing and runs the checks of its __post_init__.
+        try:
+            target(**values)
+        except (ValueError, TypeError, RLHFError) as e:
+            errors.append(f"{path}: {_first_line(e)}")
+    return errors
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """Parameters of a constructor by name, annotations evaluated; None when it has no readable signature."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except Exception:
+        # An annotation that names something imported for type checking only: those parameters go unchecked.
+        hints = {}
+    return {
+        name: p.replace(annotation=hints.get(name, Any if isinstance(p.annotation, str) else p.annotation))
+        for name, p in signature.parameters.items()
+    }
+
+
+def _has_object(value: Any) -> bool:
+    """Whether a value holds something that is built from a node of its own, or did not resolve."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(_has_object(v) for v in value.values())
+    if isinstance(value, list):
+        return any(_has_object(v) for v in value)
+    return value is UNRESOLVED
+
+
+def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
+    if annotation in (inspect.Parameter.empty, Any) or _has_object(value):
+        return []
+    try:
+        model = create_model("Value", __config__=ConfigDict(arbitrary_types_allowed=True), value=(annotation, ...))
+    except PydanticUserError:
+        return []
+    try:
+        checked = model(value=value).value  # type: ignore[attr-defined]
+    except ValidationError as e:
+        # A union reports each of its members; the first that is about the value itself says enough.
+        messages = list(dict.fromkeys(str(x["msg"]).replace("Input should", "should") for x in e.errors()))
+        inner = [".".join(str(part) for part in x["loc"][1:] if isinstance(part, int)) for x in e.errors()]
+        where = path + (f"[{inner[0]}]" if inner[0] else "")
+        return [f"{where}={_show(value)}: {' or '.join(messages)}"]
+    if type(checked) is not type(value) and _scalar(checked) and _scalar(value) and not _widened(value, checked):
+        # pydantic would convert, but the constructor gets the value as it stands.
+        return [f"{path}={_show(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]
+    return []
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _widened(value: Any, checked: Any) -> bool:
+    return type(value) is int and type(checked) is float
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+# -- the stage ------------------------------------------------------------------------------------------------------
+
+
+def groups(stage: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The config groups that a stage asks for: its positional parameters. Its own knobs are keyword-only."""
+    found = parameters(stage) or {}
+    return {name: p for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
+    node = config.get("stage")
+    if not isinstance(node, dict) or "_target_" not in node:
+        return
+    stage = _load(node["_target_"])
+    if isinstance(stage, str):
+        yield f"{prefix}stage._target_: {stage}"
+        return
+    asked = groups(stage)
+    name = node.get("name", getattr(stage, "__name__", "stage"))
+    yield from check_node(stage, node, f"{prefix}stage", given=asked, ignore=("name",))
+    for key, value in node.items():
+        yield from _walk(value, f"{prefix}stage.{key}")
+    step = prefix.removesuffix(".")
+    for group, parameter in asked.items():
+        if group not in config and parameter.default is parameter.empty:
+            example = _an_option(group)
+            at = f"{group}@{step}.{group}" if step else group
+            yield f"stage={name} needs the group {group}; type +{at}={example}"
+    for group, value in config.items():
+        is_node = isinstance(value, dict) and "_target_" in value
+        if is_node and group not in asked and group not in SHARED and group != "stage":
+            yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*asked, 'stage'])}"
+    yield from _objective(config, asked.get("objective"), name, step)
+
+
+def _objective(
+    config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str
+) -> Iterator[str]:
+    """Whether the objective speaks the protocol of the stage: wrong pairs compose silently."""
+    node = config.get("objective")
+    if parameter is None or not isinstance(node, dict) or "_target_" not in node:
+        return
+    wanted = _classes(parameter.annotation)
+    target = _load(node["_target_"])
+    if not wanted or not inspect.isclass(target) or issubclass(target, wanted):
+        return
+    offered = dict(objective_options())
+    chosen = next((o for o, t in offered.items() if t == node["_target_"]), target.__name__)
+    fitting = [o for o, t in offered.items() if inspect.isclass(c := _load(t)) and issubclass(c, wanted)]
+    key = f"objective@{step}.objective" if step else "objective"
+    yield f"stage={stage} does not take {key}={chosen}; it takes: {', '.join(sorted(fitting)) or 'none that is installed'}"
+
+
+def _classes(annotation: Any) -> tuple[type, ...]:
+    """The classes of an annotation, unions taken apart; empty when it constrains nothing."""
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(c for part in get_args(annotation) for c in _classes(part) if c is not type(None))
+    origin = get_origin(annotation) or annotation
+    if not inspect.isclass(origin) or origin is object:
+        return ()
+    return (origin,)
+
+
+def _conf_folders() -> list[Path]:
+    own = discovery.user_conf()
+    return [*([own] if own else []), discovery.conf_dir(), *(p.conf for p in discovery.discover()[0])]
+
+
+def objective_options() -> Iterator[tuple[str, str]]:
+    """Every objective option and its ``_target_``."""
+    for conf in _conf_folders():
+        for path in sorted((conf / "objective").glob("*.yaml")):
+            target = OmegaConf.load(path).get("_target_")
+            if target:
+                yield path.stem, target
+
+
+def _an_option(group: str) -> str:
+    for conf in _conf_folders():
+        for path in sorted((conf / group).glob("*.yaml")):
+            return path.stem
+    return "OPTION"
+
+
+def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Plain values of the wrong type at the root, and misspelt keys, which a YAML file can bring in unnoticed."""
+    root = OmegaConf.load(discovery.conf_dir() / "config.yaml")
+    for key, default in root.items():
+        if isinstance(default, int | str) and "${" not in str(default) and key in config:
+            yield from _check_value(config[key], type(default), f"{prefix}{key}")
+    known = {str(k) for k in root if k not in ("defaults", "hydra")}
+    known |= {p.name for conf in _conf_folders() for p in conf.iterdir() if p.is_dir()} | {"text", "steps"}
+    for key, value in config.items():
+        if key in known or isinstance(value, dict) and "_target_" in value:
+            continue
+        hint = suggest(str(key), known, prefix)
+        if hint.startswith(" (did"):
+            yield f"{prefix}{key}: unknown option{hint}"

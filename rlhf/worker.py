@@ -1,0 +1,33 @@
+"""``python -m rlhf.worker FOLDER`` trains one prepared run folder in a process of its own.
+
+Used for steps that train on several devices: Lightning starts the same command again for each rank, and that must
+train this one step and not the whole pipeline.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from rlhf import discovery, pipeline
+from rlhf.config import resolve
+from rlhf.errors import RLHFError
+from rlhf.runs import Run, write_json
+
+
+def main(folder: Path) -> int:
+    """Trains as the folder's config.yaml says; the first rank leaves the metrics in .result.json."""
+    discovery.register()
+    own = Run(folder)
+    try:
+        metrics, memory = pipeline.train_here(resolve(own.plain_config), folder, bool(own.checkpoints))
+    except RLHFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    # Read only now: the first rank learns its number while it starts the others.
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0:
+        write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from rlhf.data.collate import collate, collate_comparisons, collate_labels, collate_prompts, pack
+from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
+from rlhf.errors import UserError
+
+PAD = 0
+
+
+def row(*ids, targets=None):
+    return Encoded(list(ids), [True] * len(ids) if targets is None else [i in targets for i in range(len(ids))])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_masks_come_from_positions_not_from_the_pad_id(side):
+    batch = collate([row(0, 0, 5), row(7, 0, 0, 0, 9)], PAD, side)
+    assert batch.ids.shape == (2, 5)
+    assert batch.attention_mask.sum(1).tolist() == [3, 5]
+    first = batch.attention_mask[0]
+    assert batch.ids[0][first].tolist() == [0, 0, 5]
+    assert batch.position_ids[0][first].tolist() == [0, 1, 2]
+    assert first.tolist() == ([True] * 3 + [False] * 2 if side == "right" else [False] * 2 + [True] * 3)
+    assert batch.loss_mask[0][first].tolist() == [False, True, True]  # nothing predicts a first token
+    assert not batch.loss_mask[~batch.attention_mask].any()
+
+
+def test_prompts_end_at_the_right_edge():
+    batch = collate_prompts([[1], [2, 3, 4]], PAD)
+    assert batch.ids.tolist() == [[0, 0, 1], [2, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert not batch.loss_mask.any()
+
+
+def test_pairs_share_rows_and_weigh_one_per_prompt():
+    ranking = EncodedComparison(
+        [1, 2], [[3, 9], [4, 4, 9], [5, 9]], [(0, 1, "better"), (0, 2, None), (1, 2, "slightly")]
+    )
+    pair = EncodedComparison([6], [[7, 9], [8, 9]], [(0, 1, "significantly")])
+    batch = collate_comparisons([ranking, pair], PAD)
+    assert len(batch.tokens) == 5 and len(batch) == 4
+    assert batch.chosen.tolist() == [0, 0, 1, 3] and batch.rejected.tolist() == [1, 2, 2, 4]
+    assert batch.grade.tolist() == [2, -1, 1, 3]
+    assert batch.weight.tolist() == pytest.approx([1 / 3] * 3 + [1.0])
+    assert batch.prompt_index.tolist() == [0, 0, 0, 1]
+    assert batch.scores is None
+    assert batch.tokens.ids[1].tolist() == [1, 2, 4, 4, 9]
+    assert batch.tokens.loss_mask[1].tolist() == [False, False, True, True, True]
+
+
+def test_rows_in_no_pair_are_left_out_and_scores_follow_their_rows():
+    item = EncodedComparison([1], [[2], [3], [4]], [(0, 2, None)], scores=(1.0, 0.5, 0.25))
+    batch = collate_comparisons([item], PAD)
+    assert batch.tokens.ids.tolist() == [[1, 2], [1, 4]]
+    assert batch.scores.tolist() == [1.0, 0.25]
+    with pytest.raises(UserError):
+        collate_comparisons([EncodedComparison([1], [[2], [2]], [])], PAD)
+
+
+def test_labels_are_mismatched_by_one():
+    batch = collate_labels([EncodedLabel([1], [2, 9], True), EncodedLabel([3], [4, 5, 9], False)], PAD)
+    assert batch.tokens.ids.tolist() == [[1, 2, 9, 0], [3, 4, 5, 9]]
+    assert batch.mismatched.ids.tolist() == [[1, 4, 5, 9], [3, 2, 9, 0]]
+    assert batch.desirable.tolist() == [True, False]
+    assert collate_labels([EncodedLabel([1], [2], True)], PAD).mismatched is None
+
+
+def test_packing_keeps_every_token_and_restarts_positions():
+    documents = [row(1, 2, 3), row(4, 5), row(6, 7, 8), row(*range(10, 21))]
+    rows = pack(documents, 5)
+    assert [item.ids for item in rows] == [[1, 2, 3, 4, 5], [6, 7, 8], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20]]
+    assert rows[0].positions == [0, 1, 2, 0, 1]
+    assert rows[0].mask == [False, True, True, False, True]  # no document predicts the next one's first token
+    batch = collate(rows, PAD)
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1]
+    assert batch.loss_mask[0].tolist() == [False, True, True, False, True]
+
+
+def test_batches_move_whole():
+    batch = collate_comparisons([EncodedComparison([1], [[2], [3]], [(0, 1, None)])], PAD).to(torch.device("meta"))
+    assert batch.chosen.device.type == batch.tokens.ids.device.type == "meta" and batch.scores is None

@@ -1,0 +1,106 @@
+import pytest
+
+from rlhf.data import template
+from rlhf.data.records import Comparison, Message
+from rlhf.data.template import encode_comparison, encode_dialogue, encode_prompt, encode_response, end_of_turn_id
+from rlhf.errors import UserError
+
+DIALOGUE = [
+    Message("system", "Be brief."),
+    Message("user", "Hello!"),
+    Message("assistant", "Hi there."),
+    Message("user", "Where does Mia live?"),
+    Message("assistant", "Mia lives in Rome."),
+]
+
+
+def trained(tokenizer, encoded):
+    return tokenizer.decode([index for index, counts in zip(encoded.ids, encoded.mask, strict=True) if counts])
+
+
+def test_mask_is_the_assistant_and_its_end_of_turn(tokenizer):
+    encoded = encode_dialogue(tokenizer, DIALOGUE)
+    assert trained(tokenizer, encoded) == "Hi there.<|end|>Mia lives in Rome.<|end|>"
+    assert tokenizer.decode(encoded.ids) == template.render(tokenizer, DIALOGUE)
+
+
+def test_mask_with_newlines_after_turns_and_pad_equal_to_end_of_turn(chatml):
+    assert chatml.pad_token_id == chatml.eos_token_id == end_of_turn_id(chatml)
+    encoded = encode_dialogue(chatml, DIALOGUE)
+    assert trained(chatml, encoded) == "Hi there.<|im_end|>Mia lives in Rome.<|im_end|>"
+    assert template.render(chatml, DIALOGUE) == chatml.decode(encoded.ids) + "\n"  # only the last newline is left out
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml"])
+def test_training_sees_the_tokens_of_generation(name, request):
+    tokenizer = request.getfixturevalue(name)
+    encoded = encode_dialogue(tokenizer, DIALOGUE)
+    prompt = encode_prompt(tokenizer, DIALOGUE[:-1])
+    response = encode_response(tokenizer, DIALOGUE[-1].content)
+    assert encoded.ids == prompt + response
+    assert encoded.mask[len(prompt) :] == [True] * len(response)
+    assert response[-1] == end_of_turn_id(tokenizer)
+
+
+def test_no_token_spans_prompt_and_answer(tokenizer):
+    # "Mia lives" after a space would merge into " Mia": tokenised apart, it cannot.
+    response = encode_response(tokenizer, "Mia lives")
+    assert (
+        encode_prompt(tokenizer, DIALOGUE[:2]) + response
+        == encode_dialogue(tokenizer, [*DIALOGUE[:2], Message("assistant", "Mia lives")]).ids
+    )
+
+
+def test_empty_response_is_one_token(tokenizer):
+    assert encode_response(tokenizer, "") == [end_of_turn_id(tokenizer)]
+
+
+def test_long_dialogue_is_cut_at_the_right(tokenizer):
+    whole = encode_dialogue(tokenizer, DIALOGUE)
+    cut = encode_dialogue(tokenizer, DIALOGUE, max_length=10)
+    assert (cut.ids, cut.mask) == (whole.ids[:10], whole.mask[:10])
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    old = tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages | length }}" + old
+    try:
+        with pytest.raises(UserError, match="rewrites earlier turns"):
+            encode_dialogue(tokenizer, DIALOGUE)
+        tokenizer.chat_template = None
+        with pytest.raises(UserError, match=r"model\.chat_template"):
+            encode_prompt(tokenizer, DIALOGUE[:2])
+    finally:
+        tokenizer.chat_template = old
+
+
+def test_template_without_end_of_turn_is_refused(tokenizer):
+    old = tokenizer.chat_template
+    tokenizer.chat_template = "{%- for m in messages -%}{{ m['content'] }}{%- endfor -%}"
+    try:
+        with pytest.raises(UserError, match="learn to stop"):
+            end_of_turn_id(tokenizer)
+    finally:
+        tokenizer.chat_template = old
+
+
+def test_prompt_too_long_loses_its_oldest_turns_and_keeps_the_system_message(tokenizer):
+    short = encode_prompt(tokenizer, [DIALOGUE[0], DIALOGUE[3]])
+    assert template.fit_prompt(tokenizer, DIALOGUE[:4], len(short)) == (short, True)
+    assert template.fit_prompt(tokenizer, DIALOGUE[:4], len(short) - 1) == (None, True)
+    assert template.fit_prompt(tokenizer, DIALOGUE[:4], None) == (encode_prompt(tokenizer, DIALOGUE[:4]), False)
+
+
+def test_responses_of_a_comparison_are_never_cut(tokenizer):
+    comparison = Comparison(tuple(DIALOGUE[:4]), ("Rome.", "Mia lives in Rome. I hope that helps."))
+    encoded, cut = encode_comparison(tokenizer, comparison)
+    assert not cut and encoded is not None
+    assert [row[-1] for row in encoded.responses] == [end_of_turn_id(tokenizer)] * 2
+    shorter, cut = encode_comparison(tokenizer, comparison, max_length=len(encoded) - 1)
+    assert cut and shorter is not None and shorter.responses == encoded.responses
+    assert encode_comparison(tokenizer, comparison, max_length=len(encoded.responses[1])) == (None, True)
+
+
+def test_any_string_can_be_encoded(tokenizer):
+    for text in ("naïve 中文 🙂", " leading", "tab\tnew\nline", "Mia"):
+        assert tokenizer.decode(encode_response(tokenizer, text)[:-1]) == text

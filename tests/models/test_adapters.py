@@ -1,0 +1,117 @@
+"""Adapters: equal to the base at first, saved merged, trainable after evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf.errors import UserError
+from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
+from rlhf.models.language_model import check_gradients
+from rlhf.models.scalar import ScalarModel
+from tests.models.conftest import FP32, move_adapter, random_model, spec
+
+Batch = tuple[Tensor, Tensor, Tensor]
+QUANTISED = [QLoRA(rank=4), QLoRA(rank=4, double_quant=False), QLoRA(rank=4, quantize="int8")]
+ALL = [LoRA(rank=4), DoRA(rank=4), *QUANTISED]
+name = lambda a: f"{type(a).__name__}-{getattr(a, 'quantize', '')}"  # noqa: E731
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4), DoRA(rank=4)], ids=name)
+def test_fresh_adapter_is_the_base(adapter: LoRA, folder: Path, batch: Batch) -> None:
+    ids, mask, counts = batch
+    base = spec(folder).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    adapted = spec(folder).load(adapter, FP32).logprobs(ids, mask, None, counts)[0]
+    torch.testing.assert_close(adapted, base, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4), DoRA(rank=4)], ids=name)
+def test_merged_equals_unmerged(adapter: LoRA, folder: Path, batch: Batch, tmp_path: Path) -> None:
+    ids, mask, _ = batch
+    model = spec(folder).load(adapter, FP32)
+    move_adapter(model)
+    live = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    logits = model.head(model.hidden(ids[:1], mask[:1]))
+    torch.testing.assert_close(plain(input_ids=ids[:1]).logits, logits, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(live[key], value) for key, value in model.state_dict().items()), "saving changed the weights"
+    # the adapter by itself, on its base, is the same model again
+    again = spec(tmp_path / "adapter").load(NoAdapter(), FP32)
+    torch.testing.assert_close(again.head(again.hidden(ids[:1], mask[:1])), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", QUANTISED, ids=name)
+def test_quantised_base_is_saved_unquantised(adapter: QLoRA, folder: Path, batch: Batch, tmp_path: Path) -> None:
+    model = spec(folder).load(adapter, FP32)
+    move_adapter(model)
+    model.save(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not hasattr(plain.config, "quantization_config")
+    lora = spec(folder).load(LoRA(rank=4), FP32)  # the same adapter on the unquantised base
+    lora.load_state_dict({k: v for k, v in model.state_dict().items() if ".lora_" in k}, strict=False)
+    ids, mask, _ = batch
+    expected = lora.head(lora.hidden(ids[:1], mask[:1]))
+    torch.testing.assert_close(plain(input_ids=ids[:1]).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ALL, ids=name)
+def test_trains_after_evaluation_and_reference_stays(adapter: LoRA, folder: Path, batch: Batch) -> None:
+    ids, mask, counts = batch
+    model = spec(folder).load(adapter, FP32)
+    reference = model.reference()
+    assert reference.shared
+    model.eval()
+    with torch.no_grad():
+        evaluated, _ = model.logprobs(ids, mask, None, counts)
+    model.train()
+    before = reference.logprobs(ids, mask, None, counts)
+    logp, _ = model.logprobs(ids, mask, None, counts)
+    # at the start policy, samples' scores and reference are one
+    torch.testing.assert_close(evaluated, logp, atol=1e-6, rtol=0)
+    torch.testing.assert_close(before, logp, atol=1e-5, rtol=0)
+    logp.sum().backward()
+    check_gradients(model)
+    torch.optim.AdamW(model.trainable_parameters(), lr=0.05).step()
+    assert torch.equal(reference.logprobs(ids, mask, None, counts), before)
+    assert (model.logprobs(ids, mask, None, counts)[0] - before).abs().max() > 1e-3
+    assert len(model.trainable_parameters()) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("adapter", ALL, ids=name)
+def test_scalar_models_take_adapters(adapter: LoRA, folder: Path, batch: Batch, tmp_path: Path) -> None:
+    ids, mask, _ = batch
+    model = ScalarModel.load(folder, adapter)
+    move_adapter(model)
+    model.scores(ids, mask).sum().backward()
+    check_gradients(model)
+    model.save(tmp_path / "model")
+    again = ScalarModel.load(tmp_path)
+    assert torch.equal(again.head.weight, model.head.weight)
+    if not isinstance(adapter, QLoRA):  # a quantised one is saved without the quantisation error, so it differs
+        torch.testing.assert_close(again.scores(ids, mask), model.scores(ids, mask), atol=1e-4, rtol=1e-4)
+
+
+def test_names_of_layers() -> None:
+    base = random_model().base
+    adapted = LoRA(rank=2, modules=["q_proj", "v_proj"]).apply(base)
+    assert {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in adapted.state_dict() if ".lora_" in key} == {
+        "q_proj",
+        "v_proj",
+    }
+    with pytest.raises(UserError, match=r"adapter.modules=q_prj.*did you mean q_proj"):
+        LoRA(modules=["q_prj"]).apply(random_model().base)
+
+
+def test_all_linear_leaves_the_vocabulary_alone(folder: Path) -> None:
+    adapted = spec(folder).load(LoRA(rank=2), FP32)
+    assert not any("lm_head" in key for key, value in adapted.named_parameters() if value.requires_grad)
+
+
+def test_what_cannot_be_quantised_says_so(folder: Path) -> None:
+    with pytest.raises(UserError, match="needs trained weights"):
+        spec().load(QLoRA(), FP32, lambda: ["a b c"])
+    with pytest.raises(UserError, match="double_quant"):
+        QLoRA(quantize="int8", double_quant=True)

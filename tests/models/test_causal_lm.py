@@ -1,0 +1,200 @@
+"""Where models come from, and how large the named ones are."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+
+from rlhf.config import register_resolvers
+from rlhf.errors import UserError
+from rlhf.models import causal_lm
+from rlhf.models.adapters import LoRA, NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.precision import Precision
+from tests.models.conftest import FP32, corpus, random_model, spec
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+
+
+def from_yaml(name: str) -> CausalLM:
+    node = OmegaConf.load(CONF / f"{name}.yaml")
+    node.path = None
+    arguments = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(arguments, dict) and arguments.pop("_target_") == "rlhf.models.causal_lm.CausalLM"
+    return CausalLM(**arguments)  # type: ignore[arg-type]
+
+
+# Llama 2 and TinyLlama: the published counts. The rest: what the shape gives.
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama_tiny", 918_656),
+        ("llama_15m", 15_191_712),
+        ("llama_110m", 109_529_856),
+        ("llama_1b", 1_100_048_384),
+        ("llama2_7b", 6_738_415_616),
+        ("llama2_13b", 13_015_864_320),
+        ("llama2_70b", 68_976_648_192),
+    ],
+)
+def test_named_sizes(name: str, count: int) -> None:
+    made = from_yaml(name)
+    assert made.parameters() == count
+    assert "llama2" not in name or made.config().max_position_embeddings == 4096
+    assert name != "llama2_70b" or made.config().num_key_value_heads == 8
+
+
+def test_every_named_size_is_counted_here() -> None:
+    names = {file.stem for file in CONF.glob("*.yaml")}
+    assert names == {f"llama_{x}" for x in ("tiny", "15m", "110m", "1b")} | {
+        "llama2_7b",
+        "llama2_13b",
+        "llama2_70b",
+        "smollm2_135m",
+    }
+
+
+def test_random_weights_follow_the_seed_and_the_tokenizer() -> None:
+    one, other = random_model(), random_model()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert one.config.vocab_size == len(one.tokenizer)
+    assert one.config.pad_token_id == one.pad_id != one.end_id == one.config.eos_token_id
+    assert one.context_length == 64 and one.training
+
+
+def test_architecture_may_be_an_omegaconf_node() -> None:
+    node = OmegaConf.create({"hidden_size": 32, "num_attention_heads": 2, "rope_parameters": {"rope_theta": 5e5}})
+    config = CausalLM(path=None, architecture=node, vocab_size=300).config()  # type: ignore[arg-type]
+    assert type(config.rope_parameters) is dict and config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": {"hiden_size": 4}}, "model.architecture.hiden_size.*did you mean hidden_size"),
+        ({"architecture": {"model_type": "lama"}}, "model_type=lama"),
+        ({"path": "./nowhere"}, "model.path=./nowhere: no such folder"),
+        ({"path": "nowhere.gguf"}, "model.path=nowhere.gguf: no such file"),
+        ({"chat_template": "chatml2"}, "model.chat_template=chatml2"),
+        ({"architecture": None}, "model.path"),
+        ({"architecture": {"model_type": "gemma2", "num_hidden_layers": 1}}, "type model.attention=eager"),
+    ],
+)
+def test_what_the_user_can_mend(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spec(**changes).load(NoAdapter(), FP32, corpus)
+
+
+def test_weights_are_never_made_up(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(UserError, match="9 weights are not there"):
+        spec(tmp_path).load(NoAdapter(), FP32)
+
+
+def test_random_weights_need_text_or_a_tokenizer() -> None:
+    with pytest.raises(UserError, match="model.tokenizer"):
+        spec().load(NoAdapter(), FP32)
+
+
+def test_another_tokenizer(folder: Path) -> None:
+    made = spec(tokenizer=str(folder)).load(NoAdapter(), FP32)
+    assert made.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
+
+
+def test_chat_template_adds_its_tokens(folder: Path) -> None:
+    made = spec(folder, chat_template="chatml").load(NoAdapter(), FP32)
+    assert made.tokenizer.convert_ids_to_tokens(made.end_id) == "<|im_end|>"
+    assert made.base.get_input_embeddings().num_embeddings == len(made.tokenizer)
+    with pytest.raises(UserError, match="adapter=none"):
+        spec(folder, chat_template="chatml").load(LoRA(), FP32)
+
+
+def test_padding_is_never_the_end_of_a_reply(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token  # as many published tokenizers have it
+    tokenizer.save_pretrained(tmp_path)
+    made = spec(folder, tokenizer=str(tmp_path)).load(NoAdapter(), FP32)
+    assert made.pad_id != made.end_id
+    assert len(made.tokenizer) == made.config.vocab_size
+
+
+def test_weights_larger_than_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal_lm, "total_memory", lambda: 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    architecture = {"hidden_size": 4096, "num_hidden_layers": 8}
+    with pytest.raises(UserError, match="GiB"):
+        spec(architecture=architecture).load(NoAdapter(), FP32, corpus)
+
+
+def test_bf16_true_loads_half_the_bytes(folder: Path) -> None:
+    made = spec(folder).load(NoAdapter(), Precision("bf16-true"))
+    assert {value.dtype for value in made.parameters()} == {torch.bfloat16}
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="precision=bf16"):
+        Precision("16-mixed").check("cpu")
+    Precision("16-mixed").check("gpu")
+    Precision("bf16-mixed").check("cpu")
+
+
+def test_gguf(folder: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source = spec(folder).load(NoAdapter(), FP32)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(gguf, source, path)
+    loaded = spec(path, tokenizer=str(folder)).load(NoAdapter(), FP32)
+    ids = torch.arange(10, 20)[None]
+    ones = torch.ones_like(ids)
+    torch.testing.assert_close(loaded.hidden(ids, ones), source.hidden(ids, ones), atol=1e-5, rtol=1e-5)
+    loaded.save(tmp_path / "model")
+    assert spec(tmp_path / "model").load(NoAdapter(), FP32).pad_id == source.pad_id
+
+
+def write_gguf(gguf, source, path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A float32 llama in GGUF, rows of q and k permuted as llama.cpp wants them."""
+    config = source.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in source.base.state_dict().items():
+        if key == "lm_head.weight":
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
+        if heads:
+            value = value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), value.numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["llama2_70b", "llama_tiny", "smollm2_135m"])
+def test_options_compose_with_and_without_a_policy(name: str) -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        alone = instantiate(compose(f"model/{name}", overrides=["+inputs.policy=null"]).model)
+        given = instantiate(compose(f"model/{name}", overrides=["+inputs.policy=outputs/sft/3f2a"]).model)
+    assert given.path == "outputs/sft/3f2a"
+    if name == "smollm2_135m":
+        assert alone.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    else:
+        assert alone.path is None
+    if name == "llama2_70b":
+        assert alone.parameters() == pytest.approx(69e9, rel=0.001)  # on the meta device: no memory

@@ -1,0 +1,65 @@
+"""Optimizers and schedules as the YAML files give them."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from rlhf.models.schedule import Constant, Cosine, Linear
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda f: f.stem)
+def test_optimizer_trains_and_resumes(file: Path) -> None:
+    node = OmegaConf.load(file)
+    node.lr = 0.01
+    build = instantiate(node)
+
+    def run(steps: int, state: dict | None = None, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
+        weight = torch.nn.Parameter(torch.ones(64, 128) if weights is None else weights.clone())
+        vector = torch.nn.Parameter(torch.ones(4))
+        optimizer = build([{"params": [weight]}, {"params": [vector], "weight_decay": 0.0}])
+        if state:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            ((weight - 0.5) ** 2).sum().backward()
+            vector.grad = torch.zeros_like(vector)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (vector == 1).all()
+        return weight.detach(), optimizer.state_dict()
+
+    half, state = run(2)
+    whole, _ = run(4)
+    assert (whole < half).all() and (half < 1).all()
+    assert torch.equal(run(2, state, half)[0], whole)
+
+
+@pytest.mark.parametrize("group", ["adapter", "precision", "scheduler"])
+def test_every_option_builds(group: str) -> None:
+    files = list((CONF / group).glob("*.yaml"))
+    assert files
+    for file in files:
+        node = OmegaConf.load(file)
+        made = instantiate(node)
+        module, _, name = node["_target_"].rpartition(".")
+        assert type(made) is getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("schedule", [Constant(0.25), Linear(0.25, 0.1), Cosine(0.25, 0.1)])
+def test_schedule(schedule: Constant) -> None:
+    factors = [schedule(step, 20) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1.0 and all(0 < factor <= 1 for factor in factors)
+    assert schedule(20, 20) == pytest.approx(getattr(schedule, "minimum", 1.0))
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+
+
+def test_halfway_of_the_decay() -> None:
+    assert Cosine(0.0, 0.1)(10, 20) == pytest.approx(0.55)
+    assert Linear(0.0, 0.0)(10, 20) == pytest.approx(0.5)
+    assert Constant()(0, 0) == 1.0

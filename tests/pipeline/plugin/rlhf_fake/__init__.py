@@ -1,0 +1,1 @@
+"""A plugin whose stages compute nothing: the pipeline is tested with it."""

@@ -1,0 +1,31 @@
+from .parts import Data, Model, ModelReward, Objective, Optimizer, Reward, Sampler
+
+
+class Train:
+    headline = "val/loss"
+
+    def __init__(
+        self, model: Model, objective: Objective, data: Data, optimizer: Optimizer, *, steps: int = 1
+    ) -> None: ...
+
+
+class Collect:
+    def __init__(self, model: Model, data: Data, rollout: Sampler) -> None: ...
+
+
+class PPO:
+    headline = "reward"
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        data: Data,
+        text: Data,
+        reward: Reward | ModelReward,
+        rollout: Sampler,
+        optimizer: Optimizer,
+        *,
+        steps: int = 1,
+        value: str | None = None,
+    ) -> None: ...

@@ -1,0 +1,209 @@
+"""Reuse, resume, retry, locks, and what a run leaves behind."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf import pipeline
+from rlhf.errors import RunFailed, UserError
+from rlhf.runs import Run, find
+
+Typed = Callable[..., DictConfig]
+
+
+def go(typed: Typed, *overrides: str) -> float | None:
+    return pipeline.run(typed(*overrides), overrides)
+
+
+def test_a_pipeline_runs_its_steps_in_order_and_once(typed: Typed, train, capsys) -> None:
+    assert go(typed, "pipeline=instructgpt") == 0.25
+    assert train.order == ["pretrain", "sft", "collect", "reward_model", "ppo"]
+    assert go(typed, "pipeline=instructgpt") == 0.25
+    assert len(train.calls) == 5
+    assert capsys.readouterr().out.count("reused") >= 5
+
+
+def test_only_the_swapped_step_is_trained(typed: Typed, train) -> None:
+    go(typed, "pipeline=instructgpt")
+    go(typed, "pipeline=instructgpt", "stage@align=dpo")
+    go(typed, "pipeline=instructgpt", "stage@align=dpo", "objective@align.objective=ipo")
+    assert train.order[5:] == ["dpo", "dpo"]
+
+
+def test_a_single_stage_takes_runs_as_inputs(typed: Typed, train) -> None:
+    go(typed, "pipeline=instructgpt", "until=reward_model")
+    sft, reward = train.folders["sft"], train.folders["reward_model"]
+    go(typed, "stage=ppo", f"inputs.policy={sft.name[:6]}", f"inputs.reward_model={str(reward)[:-4]}")
+    assert train.configs["ppo"].model.path == str(sft / "model")
+    assert train.configs["ppo"].reward.path == str(reward / "model")
+    # It is the very run that the pipeline would make.
+    go(typed, "pipeline=instructgpt")
+    assert train.order.count("ppo") == 1
+
+
+def test_what_a_run_leaves(typed: Typed, train) -> None:
+    go(typed, "pipeline=dpo")
+    folder = train.folders["dpo"]
+    content = json.loads((folder / "status.json").read_text())
+    assert content["status"] == "finished" and content["attempt"] == 1 and content["pid"] == os.getpid()
+    assert "${" not in (folder / "config.yaml").read_text()
+    assert OmegaConf.load(folder / "config.yaml").model.path == str(train.folders["sft"] / "model")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"] == {"val/loss": 0.25, "reward": 1.5}
+    assert summary["value"] == 0.25 and summary["tokens_per_s"] == 100.0 and summary["seed"] == 0
+    assert summary["versions"]["hydra-core"] and summary["hardware"]["cpus"] and summary["wall_s"] > 0
+    assert summary["peak_memory_bytes"]["cpu"] > 2**20
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert {a["stage"] for a in lineage["ancestors"].values()} == {"pretrain", "sft", "collect"}
+    assert lineage["inputs"]["policy"] == [Run(train.folders["sft"]).fingerprint]
+    assert not list(folder.glob(".*.json*"))
+
+
+def test_a_failed_step_is_recorded_and_retried(typed: Typed, train) -> None:
+    def fail(name: str, folder: Path) -> None:
+        (folder / "half.txt").write_text("left over")
+        raise ValueError("the loss became nan\nmore")
+
+    train.then = fail
+    with pytest.raises(RunFailed, match=r"sft failed: ValueError: the loss became nan \(traceback in outputs/sft"):
+        go(typed, "stage=sft")
+    run = Run(train.folders["sft"])
+    assert run.status == "failed" and "the loss became nan" in run.status_file["error"]
+    assert "Traceback" in (run.folder / "error.txt").read_text()
+    train.then = lambda name, folder: None
+    go(typed, "stage=sft")
+    assert run.finished and run.status_file["attempt"] == 2
+    assert not (run.folder / "error.txt").exists() and not (run.folder / "half.txt").exists()
+    assert train.calls == [("sft", False), ("sft", False)]
+
+
+def test_an_error_of_the_user_stays_one(typed: Typed, train) -> None:
+    def refuse(name: str, folder: Path) -> None:
+        raise UserError("data.source: row 3 has no field text")
+
+    train.then = refuse
+    with pytest.raises(UserError, match="row 3"):
+        go(typed, "stage=sft")
+    assert Run(train.folders["sft"]).status == "failed"
+
+
+@pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
+def test_a_stopped_run_is_resumed_from_its_checkpoint(typed: Typed, train, stop: BaseException) -> None:
+    def interrupt(name: str, folder: Path) -> None:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "step=00000004.ckpt").touch()
+        raise stop
+
+    train.then = interrupt
+    with pytest.raises(type(stop)):
+        go(typed, "stage=sft")
+    run = Run(train.folders["sft"])
+    assert run.status == "stopped"
+    train.then = lambda name, folder: None
+    go(typed, "stage=sft")
+    assert train.calls[-1] == ("sft", True) and run.finished
+
+
+def test_a_killed_run_is_seen_and_run_again(typed: Typed, train) -> None:
+    go(typed, "stage=sft")
+    run = Run(train.folders["sft"])
+    # As left behind by a process that was killed before the end: files are there, the last word is not.
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    run.write_status("running", pid=child.pid, host=os.uname().nodename)
+    assert run.status == "killed"
+    go(typed, "stage=sft")
+    assert len(train.calls) == 2 and run.finished
+
+
+def test_a_job_waits_for_another_that_computes_the_same(typed: Typed, train, capsys) -> None:
+    found = pipeline.plan(typed("stage=sft"))
+    folder = found.steps[0].folder
+    folder.mkdir(parents=True)
+    ready = multiprocessing.get_context("fork").Event()
+
+    def other() -> None:
+        run = Run(folder)
+        with FileLock(folder / ".lock"):
+            run.begin(found.steps[0].config, {"fingerprint": found.steps[0].fingerprint}, "rlhf stage=sft")
+            ready.set()
+            time.sleep(0.5)
+            (folder / "summary.json").write_text('{"value": 7.0, "wall_s": 1}')
+            run.write_status("finished")
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    process.start()
+    assert ready.wait(20)
+    assert go(typed, "stage=sft") == 7.0
+    process.join()
+    out = capsys.readouterr().out
+    assert f"waits for process {process.pid}" in out and "computed meanwhile" in out
+    assert train.calls == []
+
+
+def test_the_comparison_after_a_pipeline(typed: Typed, train, compared, capsys) -> None:
+    go(typed, "pipeline=instructgpt", "compare.count=9", "seed=4")
+    (call,) = compared.calls
+    assert call["before"] == train.folders["sft"] / "model" and call["after"] == train.folders["ppo"] / "model"
+    assert call["reward_model"] == train.folders["reward_model"] / "model"
+    assert call["count"] == 9 and call["seed"] == 4
+    out = capsys.readouterr().out
+    assert "align against sft, 9 held-out prompts" in out and "+0.20 ± 0.01" in out and "rlhf report" in out
+
+
+def test_the_comparison_without_a_reward_model(typed: Typed, compared) -> None:
+    go(typed, "pipeline=instructgpt", "stage@align=dpo")
+    assert compared.calls[0]["reward_model"] is None
+
+
+def test_a_job_of_a_sweep_leaves_its_result(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+    result = tmp_path / "job" / "result.json"
+    monkeypatch.setenv("RLHF_RESULT", str(result))
+    go(typed, "pipeline=instructgpt")
+    content = json.loads(result.read_text())
+    assert content["value"] == 0.25 and content["status"] == "finished"
+    assert content["run"] == str(train.folders["ppo"])
+    assert content["metrics"] == {"val/loss": 0.25, "reward": 1.5, "gold_difference": 0.2}
+
+
+def test_a_failed_job_leaves_its_error(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RLHF_RESULT", str(tmp_path / "result.json"))
+    train.then = lambda name, folder: 1 / 0
+    with pytest.raises(RunFailed):
+        go(typed, "stage=sft")
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["status"] == "failed" and "division by zero" in content["error"]
+    assert content["run"] == str(train.folders["sft"])
+
+
+def test_other_ranks_train_and_write_nothing(typed: Typed, train, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    go(typed, "stage=sft")
+    assert train.order == ["sft"] and not find(Path("outputs"))
+
+
+def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeypatch, tmp_path: Path) -> None:
+    """The child is `python -m rlhf.worker FOLDER`: what Lightning repeats for each rank is this step alone."""
+    started: list[list[str]] = []
+
+    class Child:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command)
+            folder = Path(command[-1])
+            (folder / ".result.json").write_text('{"metrics": {"val/loss": 1.0}, "memory": {}}')
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Child)
+    assert go(typed, "stage=sft", "trainer.devices=2") == 1.0
+    assert started[0][1:3] == ["-m", "rlhf.worker"] and train.calls == []
+    assert Run(Path(started[0][-1])).finished

@@ -1,0 +1,172 @@
+"""References that a user types, fingerprints of sources, and files that are whole or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf import runs
+from rlhf.cli import runs as command
+from rlhf.errors import UserError
+from rlhf.runs import Run
+
+
+def make(outputs: Path, stage: str, name: str, status: str = "finished", parent: Run | None = None) -> Run:
+    folder = outputs / stage / name
+    run = Run(folder)
+    ancestors = {parent.fingerprint: {"stage": parent.stage, "folder": str(parent.folder)}} if parent else {}
+    inputs = {"policy": [parent.fingerprint]} if parent else {}
+    lineage = {"fingerprint": name + "0" * 54, "ancestors": ancestors, "inputs": inputs}
+    run.begin({"seed": 0}, lineage, f"rlhf stage={stage}")
+    if stage == "collect":
+        (folder / "comparisons.jsonl").touch()
+    else:
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+    runs.write_json(folder / "summary.json", {"metrics": {"loss": 0.5}, "headline": "loss", "value": 0.5, "wall_s": 62})
+    run.write_status(status)
+    return run
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("outputs")
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["outputs/sft/3f2a91bc04", "outputs/sft/3f2a91bc04/", "outputs/sft/3f2a", "3f2a", "outputs/sft/3f2a91bc04/model"],
+)
+def test_all_ways_to_name_a_run(outputs: Path, ref: str) -> None:
+    run = make(outputs, "sft", "3f2a91bc04")
+    found = runs.resolve(ref, "policy", outputs)
+    assert found == runs.Reference("outputs/sft/3f2a91bc04/model", run.fingerprint, run.folder)
+
+
+def test_data_roles_get_the_run_folder(outputs: Path) -> None:
+    run = make(outputs, "collect", "aaaa000000")
+    assert runs.resolve("aaaa", "comparisons", outputs).path == str(run.folder)
+
+
+def test_hub_ids_and_model_folders(outputs: Path) -> None:
+    assert runs.resolve("Org/some-model.v2", "policy", outputs).identity == "hub:Org/some-model.v2"
+    folder = Path("my_model")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    first = runs.resolve("my_model", "policy", outputs)
+    assert first.path == "my_model" and first.identity.startswith("sha256:") and first.run is None
+    (folder / "config.json").write_text('{"a": 1}')
+    assert runs.resolve("my_model", "policy", outputs).identity != first.identity
+
+
+@pytest.mark.parametrize(
+    ("ref", "role", "message"),
+    [
+        ("outputs/sft/9", "policy", r"inputs.policy=outputs/sft/9: no such run.*did you mean outputs/sft/3f2a91bc04"),
+        ("gpt2", "policy", "type `rlhf runs list`"),
+        ("3f2", "policy", "more than one run: .*3f2a91bc04, .*3f2b000000; type more letters"),
+        ("bbbb", "policy", r"not finished \(failed\); finish it with: rlhf stage=sft"),
+        ("outputs/sft/bbbb000000/model", "policy", "not finished"),
+        ("cccc", "policy", "a run of stage collect that made no model"),
+        ("3f2a", "comparisons", "a run of stage sft that made no comparisons"),
+        ("empty", "policy", "neither a run .* nor a model folder"),
+        ("a/b/c", "policy", "no such run"),
+    ],
+)
+def test_what_cannot_be_meant(outputs: Path, ref: str, role: str, message: str) -> None:
+    make(outputs, "sft", "3f2a91bc04")
+    make(outputs, "sft", "3f2b000000")
+    make(outputs, "sft", "bbbb000000", status="failed")
+    make(outputs, "collect", "cccc000000")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        runs.resolve(ref, role, outputs)
+
+
+def test_a_half_written_run_is_not_finished(outputs: Path) -> None:
+    run = make(outputs, "sft", "dddd000000", status="running")
+    (run.folder / "status.json").write_text('{"status": "finis')
+    assert run.status == "new" and not run.finished
+
+
+def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "status.json"
+    runs.write_json(path, {"status": "finished"})
+    circle: list = []
+    circle.append(circle)
+    with pytest.raises(ValueError):
+        runs.write_json(path, circle)
+    assert json.loads(path.read_text()) == {"status": "finished"} and len(list(path.parent.iterdir())) == 1
+
+
+def test_fingerprints_are_not_read_as_numbers() -> None:
+    names = [runs.fingerprint({"x": x}, {}, {}) for x in range(20)]
+    assert all(name[0] in "abcdef" for name in names) and len(set(names)) == 20
+
+
+def test_source_digest_sees_code_and_not_words(tmp_path: Path) -> None:
+    (tmp_path / "cli").mkdir()
+    code = tmp_path / "stage.py"
+    code.write_text("def f(x):\n    return x + 1\n")
+    first = runs.source_digest(tmp_path, ["cli"])
+    code.write_text('"""Words."""\n\n\ndef f(x):\n    """More."""\n    return x + 1  # and a comment\n')
+    assert runs.source_digest(tmp_path, ["cli"]) == first
+    (tmp_path / "cli" / "page.py").write_text("x = 1\n")
+    assert runs.source_digest(tmp_path, ["cli"]) == first
+    code.write_text("def f(x):\n    return x + 2\n")
+    assert runs.source_digest(tmp_path, ["cli"]) != first
+
+
+def test_fingerprint_knows_a_file_by_its_content(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text("[1]")
+    one, same = (runs.fingerprint({"x": f"{tmp_path}/{name}.json"}, {}, {}) for name in ("a", "b"))
+    (tmp_path / "a.json").write_text("[2]")
+    assert one == same != runs.fingerprint({"x": f"{tmp_path}/a.json"}, {}, {})
+
+
+def test_fingerprint_of_equal_numbers_is_equal() -> None:
+    assert runs.fingerprint({"x": 1}, {}, {}) == runs.fingerprint({"x": 1.0}, {}, {})
+    assert runs.fingerprint({"x": 1}, {}, {}) != runs.fingerprint({"x": True}, {}, {})
+
+
+# rlhf runs
+
+
+def test_list_and_show(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = make(outputs, "sft", "3f2a91bc04")
+    make(outputs, "dpo", "eeee000000", parent=sft)
+    make(outputs, "dpo", "ffff000000", status="failed")
+    assert command.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("outputs/dpo/eeee000000") < out.index("outputs/sft/3f2a91bc04") and "1 min 02 s" in out
+    assert command.main(["list", "--stage", "dpo", "--status", "failed"]) == 0
+    out = capsys.readouterr().out
+    assert "ffff000000" in out and "eeee000000" not in out
+    assert command.main(["show", "eeee"]) == 0
+    out = capsys.readouterr().out
+    assert "outputs/sft/3f2a91bc04" in out and "loss" in out and "seed: 0" in out
+
+
+def test_rm(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = make(outputs, "sft", "3f2a91bc04")
+    dpo = make(outputs, "dpo", "eeee000000", parent=sft)
+    failed = make(outputs, "dpo", "ffff000000", status="failed")
+    with pytest.raises(UserError, match="is what outputs/dpo/eeee000000 was made from"):
+        command.main(["rm", "3f2a", "--yes"])
+    assert command.main(["rm", "eeee"]) == 1 and dpo.folder.exists()  # nobody was there to say yes
+    assert command.main(["rm", "--unfinished", "--yes"]) == 0
+    assert not failed.folder.exists() and dpo.folder.exists()
+    assert command.main(["rm", "3f2a", "eeee", "--yes"]) == 0
+    assert not sft.folder.exists() and not dpo.folder.exists()
+
+
+def test_rm_refuses_what_is_running_or_unknown(outputs: Path) -> None:
+    make(outputs, "sft", "3f2a91bc04", status="running")
+    with pytest.raises(UserError, match="is being computed by process"):
+        command.main(["rm", "3f2a", "--yes"])
+    with pytest.raises(UserError, match="no such run"):
+        command.main(["rm", "1234"])
+    with pytest.raises(UserError, match="name a run"):
+        command.main(["rm"])
