@@ -91,15 +91,20 @@ def merge(base: Plain, over: Plain) -> Plain:
     return merged
 
 
-def step_config(root: DictConfig, step: str | None) -> Plain:
+def plain(root: DictConfig) -> Plain:
+    """A config as dicts and lists, interpolations unresolved."""
+    content = OmegaConf.to_container(root, resolve=False)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def step_config(everything: Plain, step: str | None) -> Plain:
     """The raw config (interpolations unresolved) of one step, or of a single run where ``step`` is None.
 
     An input that the step leaves null is the root's.
     """
-    everything = OmegaConf.to_container(root, resolve=False)
-    assert isinstance(everything, dict)
     steps = everything.get("steps") or []
-    shared = {str(k): v for k, v in everything.items() if k not in PIPELINE_KEYS and k not in steps}
+    shared = {k: v for k, v in everything.items() if k not in PIPELINE_KEYS and k not in steps}
     if step is None:
         return shared
     own = everything[step]

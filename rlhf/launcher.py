@@ -129,6 +129,7 @@ class RlhfLauncher(Launcher):
         assert self.config is not None
         setup_globals()
         self.folder = Path(str(self.config.hydra.sweep.dir))
+        _launched[:] = [self]
         jobs = [self._job(initial_job_idx + i, list(words)) for i, words in enumerate(job_overrides)]
         self.jobs += jobs
         waiting, running = list(jobs), list[Job]()
@@ -196,8 +197,7 @@ class RlhfLauncher(Launcher):
     def _command(self, job: Job) -> list[str]:
         assert self.config is not None
         typed, _ = get_args_parser().parse_known_args(sys.argv[1:])
-        script = Path(sys.argv[0])
-        words = [sys.executable, str(script)] if script.name == "rlhf" else [sys.executable, "-m", "rlhf.cli"]
+        words = _program()
         for flag, value in (("--config-dir", typed.config_dir), ("--config-name", typed.config_name)):
             words += [flag, value] if value else []
         own = OmegaConf.to_container(self.config.hydra.overrides.hydra)
@@ -295,7 +295,6 @@ class RlhfLauncher(Launcher):
         _say(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; results in {self.folder / 'results.csv'}")
         for job in failed:
             _say(f"  {self._label(job)} {job.status}; {job.console}")
-        _say(f"next: rlhf report {self.folder}")
 
     def write(self) -> None:
         """Write results.csv: one row per job, with the values that differ, the outcome and the final metrics."""
@@ -321,6 +320,23 @@ class RlhfLauncher(Launcher):
                     ]
                 )
         scratch.replace(self.folder / "results.csv")
+
+
+_launched: list[RlhfLauncher] = []  # the launcher of this process's sweep
+
+
+def report() -> None:
+    """Compare the runs of the sweep that this process launched, if any: a table on the screen, and report.html."""
+    for launcher in _launched:
+        if any(job.result.get("run") for job in launcher.jobs):
+            subprocess.run([*_program(), "report", str(launcher.folder)], check=False)
+    _launched.clear()
+
+
+def _program() -> list[str]:
+    """The command that this process was started by."""
+    script = Path(sys.argv[0])
+    return [sys.executable, str(script)] if script.name == "rlhf" else [sys.executable, "-m", "rlhf.cli"]
 
 
 class _Stop:

@@ -262,8 +262,7 @@ def _print_comparison(made: Plan, compared: Any) -> None:
 
 
 def _next(made: Plan) -> list[tuple[str, str]]:
-    folders = " ".join(str(step.folder) for step in made.steps)
-    return [
-        (f"rlhf report {folders}", "curves and tables"),
-        (f"rlhf runs show {made.steps[-1].folder}", "config, lineage, metrics"),
-    ]
+    last = made.steps[-1].folder
+    before = made.get(made.compare["before"]) if made.compare else None
+    both = f"{before.folder} {last}" if before else str(last)
+    return [(f"rlhf report {both}", "curves and tables"), (f"rlhf runs show {last}", "config, lineage, metrics")]

@@ -115,6 +115,8 @@ class _Planner:
 
     def __init__(self, root: DictConfig, names: list[str] | None) -> None:
         self.root, self.names = root, names
+        self.raw = configs.plain(root)
+        self.given = configs.resolve({"inputs": self.raw.get("inputs") or {}})["inputs"]  # at the root
         self.outputs = Path(str(root.get("outputs") or "outputs"))
         self.starts_from_weights = names is not None and configs.names_weights(root)
         self.steps: list[Step] = []
@@ -132,7 +134,7 @@ class _Planner:
         if name in self._begun:
             raise UserError(f"the steps need each other in a circle, at {name}: change {name}.inputs")
         self._begun.add(name)
-        raw = configs.step_config(self.root, name)
+        raw = configs.step_config(self.raw, name)
         roles = configs.roles_read(raw)
         # What is not read is neither resolved nor part of the run's name, and makes no step necessary.
         raw["inputs"] = {role: value if role in roles else None for role, value in (raw.get("inputs") or {}).items()}
@@ -180,9 +182,7 @@ class _Planner:
         self, name: str | None, raw: Plain, roles: set[str]
     ) -> tuple[Plain, dict[str, list[str]], dict[str, Path]]:
         """Of the roles read: the paths for the config, the identities, and the runs among them."""
-        shared = configs.step_config(self.root, None).get("inputs") or {}
         values = configs.resolve({**raw, **{k: None for k in raw if k != "inputs"}})["inputs"]
-        given = configs.resolve({"inputs": shared})["inputs"]
         required = configs.required_roles(raw)
         prefix = f"{name}." if name else ""
         paths: Plain = {}
@@ -190,8 +190,8 @@ class _Planner:
         parents: dict[str, Path] = {}
         for role in sorted(roles):
             value, key = values.get(role), f"{prefix}inputs.{role}"
-            if value is None or value == given.get(role):
-                value, key = given.get(role), f"inputs.{role}"
+            if value is None or value == self.given.get(role):
+                value, key = self.given.get(role), f"inputs.{role}"
                 if value is not None:
                     self.roles_of_root.setdefault(name or "", set()).add(role)
             if value is None:
@@ -222,12 +222,6 @@ class _Planner:
             if value == str(step.folder):  # it need not exist yet
                 return runs.Reference(runs.input_path(step.folder, role), step.fingerprint, step.folder)
         return runs.resolve(value, role, self.outputs, key)
-
-    def own(self, name: str) -> Plain:
-        """What a step sets itself, raw."""
-        node = OmegaConf.to_container(self.root[name], resolve=False)
-        assert isinstance(node, dict)
-        return {str(key): value for key, value in node.items()}
 
     def skipped(self, last: str | None) -> dict[str, str]:
         """Why steps of the pipeline are left out."""
@@ -300,7 +294,7 @@ def _overrides_without_effect(planner: _Planner, overrides: Sequence[str]) -> li
             readers_of = [name for name in running if first not in planner.unread[name]]
             if not readers_of:
                 planner.problems.append(f"{typed} has no effect: no stage of this run reads {first}")
-            elif planner.names is not None and all(configs.sets(planner.own(name), key) for name in readers_of):
+            elif planner.names is not None and all(configs.sets(planner.raw[name], key) for name in readers_of):
                 instead = ", ".join(f"{name}.{key}" for name in readers_of)
                 planner.problems.append(f"{typed} has no effect: every step sets its own; type one of {instead}")
     return notes

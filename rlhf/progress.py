@@ -57,6 +57,7 @@ class Meter:
         self._stream = stream if stream is not None else sys.stdout
         self._live: Live | None = None
         self._began = self._shown = 0.0
+        self._over = False
 
     def __enter__(self) -> "Meter":
         self._began = self._shown = time.monotonic()
@@ -76,6 +77,7 @@ class Meter:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._over = True
         self._print()
 
     @property
@@ -117,7 +119,7 @@ class Meter:
             return ""
         speed = new / elapsed
         rate = f"{speed:.1f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}"
-        if self.total is None or self.done >= self.total:
+        if self.total is None or self._over:
             return f"{rate}, {clock(elapsed)}"
         return f"{rate}, {clock((self.total - self.done) / speed)} left"
 

@@ -152,20 +152,20 @@ class Stage(pl.LightningModule):
         return Parts([self.collate(examples[rows]) for rows in chunks(len(examples), self.micro_batch_size)])
 
     def order(self, count: int, *, epochs: int | None = None, steps: int | None = None) -> Batches:
-        """The batches of the run over ``count`` examples, going on from where a checkpoint left off."""
+        """The batches of the run over ``count`` examples."""
         return Batches(
             count,
             self.batch_size,
             seed=self.seed,
             epochs=epochs,
             steps=steps,
-            start=self.batches_done,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Batches in the order that (seed, index) fixes."""
+        """Batches in the order that (seed, index) fixes, going on from where a checkpoint left off."""
+        self.batches.start = self.batches_done
         return DataLoader(self.examples, batch_sampler=self.batches, collate_fn=self.parts)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader | list:

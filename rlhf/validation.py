@@ -155,7 +155,7 @@ def check_node(
             errors += _check_value(values[name], parameter.annotation, f"{path}.{name}")
         elif parameter.default is parameter.empty and not node.get("_partial_") and "_args_" not in node:
             errors.append(f"{path}.{name}: required, no value; type {path}.{name}=...")
-    if not errors and dataclasses.is_dataclass(target) and not _has_object(values) and not node.get("_partial_"):
+    if not errors and dataclasses.is_dataclass(target) and not holds_object(values) and not node.get("_partial_"):
         # A dataclass only holds values, so making one costs nothing and runs the checks of its __post_init__.
         try:
             target(**values)
@@ -182,17 +182,17 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | Non
     }
 
 
-def _has_object(value: Any) -> bool:
+def holds_object(value: Any) -> bool:
     """Whether a value holds something that is built from a node of its own, or did not resolve."""
     if isinstance(value, dict):
-        return "_target_" in value or any(_has_object(v) for v in value.values())
+        return "_target_" in value or any(holds_object(v) for v in value.values())
     if isinstance(value, list):
-        return any(_has_object(v) for v in value)
+        return any(holds_object(v) for v in value)
     return value is UNRESOLVED
 
 
 def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
-    if annotation in (inspect.Parameter.empty, Any) or _has_object(value):
+    if annotation in (inspect.Parameter.empty, Any) or holds_object(value):
         return []
     try:
         model = create_model("Value", __config__=ConfigDict(arbitrary_types_allowed=True), value=(annotation, ...))

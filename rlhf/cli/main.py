@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import __version__, discovery
+from rlhf import __version__, discovery, launcher
 from rlhf.errors import RLHFError, RunFailed, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
@@ -78,7 +78,10 @@ def dispatch(argv: list[str]) -> int:
     # Not used as a decorator: pickling launchers find the task by its name.
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
-    hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+    finally:
+        launcher.report()
     return 0
 
 

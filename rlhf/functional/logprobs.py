@@ -2,8 +2,7 @@
 
 The vocabulary is where the cost of a language model's loss is: [batch, length, V] logits and their gradient dwarf the
 rest of the memory. Here rows go through the output layer in chunks; a chunk's logits are dropped after its forward and
-made again in its backward, unless all of them are few enough to keep. Numbers are those of the plain `log_softmax` on
-all rows, in fp32.
+made again in its backward. Numbers are those of the plain `log_softmax` on all rows, in fp32.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which stays in a CPU core's cache
-KEEP_ELEMENTS = 2**24  # up to so many logits in all (64 MiB) are kept for backward: cheaper than making them twice
 MIN_CHUNK_ROWS = 256  # with a large vocabulary fewer rows would read the whole output matrix for too little work
 
 
@@ -30,9 +28,8 @@ def token_logprobs(
 
     `hidden` [N, D]: only the positions that count, picked by the caller. `targets` [N] long. `head` maps [n, D] to
     logits [n, V]; a plain `nn.Linear` takes a faster path with the same numbers. `chunk_elements` bounds n * V per
-    chunk, and nothing is kept for backward; by default it is 2**19 (at least 256 rows), and up to 2**24 logits in all
-    are kept. Results are fp32, differentiable once in `hidden` and in the head's parameters. Raises ValueError for a
-    temperature that is not positive or shapes that do not fit.
+    chunk; by default it is 2**19 (at least 256 rows). Results are fp32, differentiable once in `hidden` and in the
+    head's parameters. Raises ValueError for a temperature that is not positive or shapes that do not fit.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden must be [N, D] and targets [N]: {tuple(hidden.shape)}, {tuple(targets.shape)}")
@@ -48,9 +45,8 @@ def token_logprobs(
         chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
     else:
         chunk_rows = max(1, chunk_elements // vocabulary)
-    keep = chunk_elements is None and rows * vocabulary <= KEEP_ELEMENTS
     if linear is not None:
-        return _linear(hidden, targets, linear, temperature, chunk_rows, keep, entropy)
+        return _linear(hidden, targets, linear, temperature, chunk_rows, entropy)
 
     def of_chunk(chunk: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(chunk).float() / temperature
@@ -59,7 +55,7 @@ def token_logprobs(
     pieces = []
     for start in range(0, rows, chunk_rows):
         chunk, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
-        if torch.is_grad_enabled() and not keep:
+        if torch.is_grad_enabled():
             piece = checkpoint(
                 of_chunk, chunk, target, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
             )
@@ -98,7 +94,7 @@ def _is_plain(head: nn.Linear) -> bool:
 
 
 def _linear(
-    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, chunk_rows: int, keep: bool, entropy: bool
+    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, chunk_rows: int, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     device = hidden.device.type
     weight: Tensor = head.weight
@@ -108,7 +104,7 @@ def _linear(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        logps, entropies = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_rows, keep, entropy)
+        logps, entropies = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_rows, entropy)
     return logps, entropies
 
 
@@ -120,7 +116,7 @@ class _LinearLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_rows, keep, entropy):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_rows, entropy):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         rows = hidden.shape[0]
@@ -129,8 +125,6 @@ class _LinearLogprobs(torch.autograd.Function):
         entropies = torch.empty_like(logps) if entropy else None
         head_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         jacobian = torch.empty_like(hidden) if head_frozen and ctx.needs_input_grad[0] and not entropy else None
-        kept: list[Tensor] = []
-        keep = keep and any(ctx.needs_input_grad) and jacobian is None
         for start in range(0, rows, chunk_rows):
             piece = slice(start, start + chunk_rows)
             logits = _LinearLogprobs.logits(hidden[piece], weight, bias, temperature)
@@ -146,12 +140,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 by_logits = logits.sub_(normaliser).exp_().neg_()
                 by_logits.scatter_add_(-1, target, torch.ones_like(normaliser))
                 jacobian[piece] = (by_logits / temperature).to(weight.dtype) @ weight
-            elif keep:
-                kept.append(logits.sub_(normaliser))
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, *kept)
+            ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         return logps, entropies
 
     @staticmethod
@@ -162,25 +154,22 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, by_logp, by_entropy):  # type: ignore[no-untyped-def]
-        nothing = (None,) * 8
+        nothing = (None,) * 7
         if by_logp is None and by_entropy is None:
             return nothing
         if len(ctx.saved_tensors) == 1:
             (jacobian,) = ctx.saved_tensors
             return (by_logp.unsqueeze(-1) * jacobian).to(jacobian.dtype), *nothing[1:]
-        hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed over chunks in fp32, whatever the weights are kept in
         by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         by_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if wants_bias else None
-        for number, start in enumerate(range(0, hidden.shape[0], ctx.chunk_rows)):
+        for start in range(0, hidden.shape[0], ctx.chunk_rows):
             piece = slice(start, start + ctx.chunk_rows)
-            if kept:
-                log_probabilities = kept[number]
-            else:
-                logits = _LinearLogprobs.logits(hidden[piece], weight, bias, ctx.temperature)
-                log_probabilities = logits.sub_(normalisers[piece].unsqueeze(-1))
+            logits = _LinearLogprobs.logits(hidden[piece], weight, bias, ctx.temperature)
+            log_probabilities = logits.sub_(normalisers[piece].unsqueeze(-1))
             by_logits = log_probabilities.exp()  # the probabilities p
             pull = torch.zeros_like(normalisers[piece]) if by_logp is None else by_logp[piece]
             if by_entropy is None:

@@ -34,7 +34,8 @@ code { font-size: .88em; background: #f5f7fa; padding: .1em .3em; border-radius:
 """
 # Click on a column's head: sort by it, once more: the other way round.
 _JS = """
-document.querySelectorAll('table.sort').forEach(t => t.tHead.querySelectorAll('th').forEach((h, i) => h.onclick = () => {
+document.querySelectorAll('table.sort').forEach(t => t.tHead.querySelectorAll('th').forEach((h, i) => h.onclick = () =>
+{
   const up = h.dataset.up = h.dataset.up === '1' ? '0' : '1', cell = r => r.cells[i].dataset.v ?? r.cells[i].innerText;
   [...t.tBodies[0].rows].sort((a, b) => { const x = cell(a), y = cell(b), n = x - y;
     return (isNaN(n) || x === '' || y === '' ? x.localeCompare(y) : n) * (up === '1' ? 1 : -1); })
@@ -143,9 +144,7 @@ def _results(comparison: Comparison, telling: Sequence[str]) -> str:
         status = "" if all(m.run.finished for m in members) else " <span class=bad>unfinished</span>"
         title = escape(", ".join(str(m.run.folder) for m in members))
         cells = [f"<td title='{title}'>{name}{status}</td>"]
-        cells += [
-            f"<td data-v='{escape(show(v := group.knobs.get(k)))}'>{escape(show(v))}</td>" for k in comparison.varying
-        ]
+        cells += [f"<td>{escape(show(group.knobs.get(key)))}</td>" for key in comparison.varying]
         for metric in [*telling, *costs]:
             mean = group.mean(metric)
             best = " best" if metric in telling and comparison.best(metric) is group else ""

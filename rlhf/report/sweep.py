@@ -26,7 +26,7 @@ _IGNORED = re.compile(
 # Metrics that a reader looks at first, best match first; the names are those that stages log.
 _TELLING = (
     r"gold$",
-    r"(^|/|_)(score|reward|reward_picked)$",
+    r"(^|/|^after_)(score|reward|reward_picked)$",
     r"(^|/|_)kl$",
     r"gold_difference$",
     r"win",
@@ -188,7 +188,7 @@ class Comparison:
         return max((len(group.members) for group in self.groups), default=0)
 
     def telling(self, count: int) -> list[str]:
-        """The metrics worth a column: those asked for, else the first ones by `_TELLING` that any run has."""
+        """The metrics worth a column: those asked for, else what sweeps optimise, then the first by `_TELLING`."""
         if self.metrics:
             return self.metrics
         names = {name for member in self.members for name in member.metrics if not _NOT_TELLING.match(name)}
@@ -199,7 +199,7 @@ class Comparison:
             per_kind[kind] = per_kind.get(kind, 0) + 1
             if per_kind[kind] <= 2:  # the same quantity in a third form tells less than another one
                 first.append(name)
-        return sorted(first[:count], key=_rank)
+        return first[:count]
 
     def distinct(self, count: int) -> list[str]:
         """The most telling metrics of different kinds: held-out gold reward and accuracy, not gold reward twice."""

@@ -185,9 +185,7 @@ def _draw_box(box: _Box) -> str:
     first, several = box.runs[0], len(box.runs) > 1
     values = [float(v) for run in box.runs if isinstance(v := run.summary.get("value"), int | float)]
     finished = all(run.finished for run in box.runs)
-    results = (
-        "" if not values else f"{show(min(values), 3)} to {show(max(values), 3)}" if several else show(values[0], 3)
-    )
+    results = " to ".join(dict.fromkeys(show(value, 3) for value in (min(values), max(values)))) if values else ""
     head = f"{first.stage} × {len(box.runs)}" if several else first.stage
     below = " · ".join(text for text in ("" if several else first.folder.name[:6], results) if text)
     titles = "\n".join(f"{run.folder} ({run.status})" for run in box.runs)

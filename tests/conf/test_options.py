@@ -1,9 +1,8 @@
 """Every YAML of conf/ and plugins/*/conf: commented, bound to its constructor, equal to its defaults, composable."""
 
 import inspect
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import validation
-from rlhf.config import leaves, targets
+from rlhf.testing import defaults_compared, foreign_keys, nodes, unexplained_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("plugins/*/conf/**/*.yaml")])
@@ -21,13 +20,6 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 def group_of(path: Path) -> str:
     return path.parent.relative_to(next(p for p in path.parents if p.name == "conf")).as_posix()
-
-
-def nodes(path: Path) -> Iterator[tuple[str, dict[str, Any], Callable[..., Any]]]:
-    """The nodes of a file that build something: (where, node, constructor)."""
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    for where, node in targets(content):
-        yield where, node, get_object(node["_target_"])
 
 
 def test_all_files_are_looked_at() -> None:
@@ -45,43 +37,13 @@ def test_all_files_are_looked_at() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_every_key_is_explained(path: Path) -> None:
-    """A comment on the key's line, or right above it. Keys that only hold others, and _target_, explain themselves."""
-    lines = path.read_text().splitlines()
-    assert any(line.strip().startswith("#") and "@package" not in line for line in lines[:3]), "no word on the file"
-    bare = []
-    for i, line in enumerate(lines):
-        match = re.match(r"\s*(?:- )?([\w./@-]+):( .*|$)", line)
-        if not match or match[1] in ("_target_", "_partial_", "defaults") or "#" in line:
-            continue
-        # `policy: ${artifact:sft}` says all there is to say.
-        holds_others = not match[2].strip() or re.fullmatch(r"\s*\$\{(inputs\.|artifact:|optional_input:)\w+\}", match[2])
-        in_defaults = line.lstrip().startswith("- ")
-        above = lines[i - 1].strip() if i else ""
-        if not holds_others and not in_defaults and not above.startswith("#"):
-            bare.append(f"{i + 1}: {line.strip()}")
-    # A value such as {a: 1, b: 2} or one of a list of shapes is explained by the line above its head.
-    assert not [line for line in bare if not _explained_above(lines, int(line.split(":")[0]) - 1)], bare
-
-
-def _explained_above(lines: list[str], index: int) -> bool:
-    """Whether the head of the block that a line stands in carries a comment."""
-    indent = len(lines[index]) - len(lines[index].lstrip())
-    for i in range(index - 1, -1, -1):
-        here = len(lines[i]) - len(lines[i].lstrip())
-        if lines[i].strip() and here < indent:
-            return "#" in lines[i] or i > 0 and lines[i - 1].strip().startswith("#")
-    return False
+    assert any(x.startswith("#") and "@package" not in x for x in path.read_text().splitlines()[:3]), "what is it?"
+    assert unexplained_keys(path) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_keys_are_parameters_of_the_constructor(path: Path) -> None:
-    for where, node, target in nodes(path):
-        given = validation.groups(target) if where == "stage" else ()
-        known = validation.parameters(target) or {}
-        anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        extra = set(node) - set(known) - {*validation.RESERVED, "defaults"} - ({"name"} if where == "stage" else set())
-        assert anything or not extra, f"{where}: {target} has no {extra}"
-        assert not set(node) & set(given), f"{where}: {set(node) & set(given)} are groups, not knobs"
+    assert foreign_keys(path) == []
 
 
 def test_every_knob_of_ours_is_shown_somewhere() -> None:
@@ -107,7 +69,7 @@ def _in_defaults(path: Path) -> set[str]:
         for key in entry if isinstance(entry, DictConfig) else [entry]:
             base = path.parent / f"{key}.yaml"
             if "@" in str(key):
-                found.add(str(key).split("@")[1].split(".")[-1])
+                found.add(str(key).split("@")[1].split(".")[0])
             elif base.exists():
                 found |= {str(k) for k in OmegaConf.load(base)} | _in_defaults(base)
     return found
@@ -120,28 +82,15 @@ def test_defaults_of_yaml_and_constructor_agree() -> None:
     """
     seen: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
     for path in FILES:
-        for _, node, target in nodes(path):
-            if not node["_target_"].startswith("rlhf"):
-                continue
-            for name, parameter in (validation.parameters(target) or {}).items():
-                value = node.get(name, parameter.empty)
-                if value is parameter.empty or parameter.default is parameter.empty:
-                    continue
-                computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in leaves(value, "v"))
-                if computed or validation._has_object(value):
-                    continue
-                same = _plain(parameter.default) == value
-                seen[node["_target_"], name][str(path.relative_to(ROOT))] = (same, value, parameter.default)
+        for target, name, same, value, default in defaults_compared(path):
+            if target.startswith("rlhf"):
+                seen[target, name][str(path.relative_to(ROOT))] = (same, value, default)
     wrong = [
         f"{target}: {name} is {values}"
         for (target, name), values in seen.items()
         if not any(same for same, _, _ in values.values())
     ]
     assert not wrong, "\n".join(wrong)
-
-
-def _plain(default: Any) -> Any:
-    return list(default) if isinstance(default, tuple) else default
 
 
 def options(group: str) -> list[str]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 import rlhf
 from rlhf import config as configs
+from rlhf import runs
 
 PLUGIN = Path(__file__).parent / "plugin"
 PIPELINES = Path(__file__).parents[2] / "conf" / "pipeline"
@@ -108,6 +109,9 @@ def composed(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
         return compose("config", list(overrides))
 
 
+source_digest = cache(runs.source_digest)
+
+
 @pytest.fixture
 def typed(
     conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: FakeTrain, compared: FakeCompare
@@ -116,4 +120,6 @@ def typed(
     monkeypatch.syspath_prepend(str(PLUGIN))
     monkeypatch.chdir(tmp_path)
     configs.register_resolvers()
+    # The code of one test session is one code.
+    monkeypatch.setattr(runs, "source_digest", source_digest)
     return lambda *overrides: composed(conf, overrides).copy()

@@ -33,6 +33,7 @@ def test_the_algorithm_is_swapped_by_one_override(typed: Typed) -> None:
         (["align.objective.beta=0.01"], "align.objective.beta", 0.01),
         (["data@align.text=demonstrations"], "align.text.record", "demonstrations"),
         (["+adapter@align.adapter=lora"], "align.adapter.rank", 8),
+        (["adapter@pretrain.adapter=lora"], "pretrain.adapter.rank", 8),
         (["+align.seed=3"], "align.seed", 3),
         (["compare.count=7"], "compare.count", 7),
     ],
@@ -63,7 +64,7 @@ def test_steps_of_the_pipelines(typed: Typed, pipeline: str, steps: list[str]) -
 
 
 def test_a_step_is_the_root_with_its_own_on_top(typed: Typed) -> None:
-    raw = configs.step_config(typed("pipeline=instructgpt", "seed=5"), "align")
+    raw = configs.step_config(configs.plain(typed("pipeline=instructgpt", "seed=5")), "align")
     assert raw["seed"] == 5
     assert raw["model"] == {
         "_target_": "rlhf_fake.parts.Model",
@@ -76,19 +77,19 @@ def test_a_step_is_the_root_with_its_own_on_top(typed: Typed) -> None:
 
 
 def test_an_option_chosen_for_a_step_replaces_the_roots_option(typed: Typed) -> None:
-    root = typed("pipeline=instructgpt", "adapter=lora", "+adapter@pretrain.adapter=none")
+    root = configs.plain(typed("pipeline=instructgpt", "adapter=lora"))
     assert configs.step_config(root, "pretrain")["adapter"] == {"_target_": "rlhf_fake.parts.Adapter"}
     assert configs.step_config(root, "sft")["adapter"]["rank"] == 8
 
 
 def test_roles_read_are_those_that_the_config_names(typed: Typed) -> None:
-    assert configs.roles_read(configs.step_config(typed("pipeline=instructgpt"), "align")) == {
+    assert configs.roles_read(configs.step_config(configs.plain(typed("pipeline=instructgpt")), "align")) == {
         "policy",
         "reward_model",
         "value",
     }
     swapped = typed("pipeline=instructgpt", "stage@align=dpo")
-    assert configs.roles_read(configs.step_config(swapped, "align")) == {"policy", "comparisons"}
+    assert configs.roles_read(configs.step_config(configs.plain(swapped), "align")) == {"policy", "comparisons"}
 
 
 def test_a_role_that_an_input_refers_to_is_read_too() -> None:
@@ -100,7 +101,7 @@ def test_a_role_that_an_input_refers_to_is_read_too() -> None:
 
 
 def test_required_roles_name_the_key_that_reads_them(typed: Typed) -> None:
-    raw = configs.step_config(typed("stage=ppo"), None)
+    raw = configs.step_config(configs.plain(typed("stage=ppo")), None)
     assert configs.required_roles(raw) == {"policy": "model.path", "reward_model": "reward.path"}
 
 

@@ -114,6 +114,7 @@ ALL = {"pretrain", "sft", "collect", "reward_model", "align"}
         ("align.objective.beta=0.5", {"align"}),
         ("align.objective.beta=0.10", set()),
         ("reward_model.stage.steps=9", {"reward_model", "align"}),
+        ("adapter=lora", ALL - {"pretrain"}),
         ("sft.stage.steps=9", {"sft", "collect", "reward_model", "align"}),
         ("collect.rollout.temperature=1", set()),
         ("collect.rollout.temperature=2", {"collect", "reward_model", "align"}),

@@ -220,11 +220,10 @@ def test_plots_are_the_same_bytes_each_time(world):
 
 
 def test_effects_of_choices_and_of_two_knobs(tmp_path):
-    folders = [
-        write_run(tmp_path, "dpo", f"{i}1bbccddee", {"adapter": {"_target_": f"x.{adapter}"}, "objective": {"beta": beta}},
-                  {"val/loss": beta + i})
-        for i, (adapter, beta) in enumerate((a, b) for a in ("LoRA", "NoAdapter") for b in (0.1, 0.5))
-    ]  # fmt: skip
+    folders = []
+    for i, (adapter, beta) in enumerate((a, b) for a in ("LoRA", "NoAdapter") for b in (0.1, 0.5)):
+        config = {"adapter": {"_target_": f"x.{adapter}"}, "objective": {"beta": beta}}
+        folders.append(write_run(tmp_path, "dpo", f"{i}1bbccddee", config, {"val/loss": beta + i}))
     comparison = compared(*folders)
     assert comparison.varying == ["adapter", "objective.beta"]
     assert plots.effects(comparison, ["val/loss"]).startswith("<svg")

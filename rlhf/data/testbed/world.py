@@ -268,7 +268,7 @@ class Testbed:
         """(reply, mean gold score) of the best single reply to all prompts, among all the labellers could write."""
         rng = self._rng("constant")
         candidates: set[str] = set()
-        for question in [*self.questions(2000, rng), *self.questions(400, rng, held_out=True)]:
+        for question in [*self.questions(1000, rng), *self.questions(400, rng, held_out=True)]:
             candidates |= {self.reply(question, rng), self.best(question, rng)}
 
         def mean(reply: str, over: Sequence[Prompt]) -> float:

@@ -1,0 +1,173 @@
+"""What the command prints and how it exits, for what people type."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf import __version__
+from rlhf.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.delenv("RLHF_PLUGINS", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
+    code = main.run(line.split())
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("stage=dpoo", "stage=dpoo: no such option (did you mean dpo?)"),
+        ("stage=dpo objective=ip", "objective=ip: no such option (did you mean ipo?)"),
+        ("stage=dpo objective.betta=1", "objective.betta: unknown option (did you mean objective.beta?)"),
+        ("stage=dpo objective.betta=1,2 -m", "objective.betta: unknown option (did you mean objective.beta?)"),
+        ("stage=dpo objective.beta=1,2", "objective.beta=1,2: several values are a sweep; add -m"),
+        ("stage=dpo reward.x=1", "reward: stage=dpo has no such group"),
+        ("stage=sft modell=x", "modell: unknown option (did you mean model?)"),
+        ("stage=sft optimizer.lr=[1", "optimizer.lr=[1: cannot be read as KEY=VALUE"),
+        ("objective.beta=1", "objective: no stage is chosen that has it; type stage=NAME or pipeline=NAME"),
+        ("objective=dpo", "objective=dpo: no stage is chosen that has this group; type stage=NAME or pipeline=NAME"),
+        ("stage=collect objective=dpo", "objective=dpo: the chosen stage has no group objective"),
+        ("pipeline=instructgpt align.objective.betta=1", "align.objective.betta: unknown option (did you mean align.o"),
+        ("pipeline=instructgpt stage@align=dpoo", "stage@align=dpoo: no such option (did you mean dpo?)"),
+        ("pipeline=instructgpt objective.clip=1", "objective.clip=1: a pipeline's steps have their own; type align.obje"),
+        ("pipeline=dpo objective=ipo", "objective=ipo: a pipeline's steps have their own; type objective@"),
+        ("pipeline=dpo objective@algin.objective=ipo", "nothing to override there (did you mean objective@align.objec"),
+        ("sfft", "sfft: no such command"),
+        ("sft", "sft: no such command (did you mean stage=sft?)"),
+        ("plugins show nothing_like_it", "nothing_like_it: no such plugin"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    code, out = typed(capsys, line)
+    assert code == 2
+    assert said in out
+    assert len(out.strip().splitlines()) == 1, out
+    assert "Traceback" not in out
+    assert not list(Path().iterdir()), "a mistake leaves nothing behind"
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+@pytest.mark.parametrize("line", ["", "seed=1"])
+def test_without_stage_or_pipeline_a_short_page(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    code, out = typed(capsys, line)
+    assert code == 2
+    assert out.startswith("usage: rlhf stage=STAGE")
+    for word in ("instructgpt", "reward_model", "plugins", "rlhf --help"):
+        assert word in out
+    assert len(out.splitlines()) < 15
+
+
+def test_wrong_pair_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = typed(capsys, "stage=sft objective=dpo")
+    assert (code, out) == (2, "error: stage=sft does not take objective=dpo; it takes: cross_entropy\n")
+
+
+def test_full_error_adds_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, out = typed(capsys, "stage=dpoo")
+    assert code == 2
+    assert "Traceback" in out and "did you mean dpo?" in out
+
+
+def test_a_failure_that_is_not_the_users_is_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf import pipeline
+
+    def fails(config: object) -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    monkeypatch.setattr(pipeline, "run", fails)
+    code, out = typed(capsys, "stage=sft")
+    assert code == 1
+    assert out.splitlines()[0] == "error: RuntimeError: out of luck"
+    assert "HYDRA_FULL_ERROR=1" in out and "Traceback" not in out
+
+
+def test_help_lists_everything_with_its_provider(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    option = tmp_path / "plugins" / "mine" / "conf" / "objective" / "mine_loss.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("# Mine.\n_target_: mine.Loss\n")
+    code, out = typed(capsys, "--help")
+    assert code == 0
+    for word in ("sft [sft]", "mine_loss [mine]", "instructgpt", "llama_tiny", "rlhf plugins", "rlhf runs", "beta_frontier"):
+        assert word in out, word
+    assert re.search(r"^objective=$", out, re.M)
+
+
+def test_help_of_a_stage_shows_its_knobs_with_their_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = typed(capsys, "stage=dpo objective=ipo --help")
+    assert code == 0
+    assert "stage=dpo [dpo]" in out and "objective=ipo [dpo]" in out
+    assert re.search(r"beta: .* # .+", out)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(capsys, "--version") == (0, f"rlhf {__version__}\n")
+
+
+def test_own_conf_overrides_and_own_values_win(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "conf" / "optimizer" / "adamw.yaml").write_text("# Mine.\nmark: mine\n")
+    code, out = typed(capsys, "stage=sft --cfg job -p optimizer")
+    assert code == 0 and "mark: mine" in out
+
+
+def test_help_needs_no_torch_and_little_time() -> None:
+    code = (
+        "import sys; from rlhf.cli.main import run; run(['--help']); run(['stage=dpo', '--help']); "
+        "heavy = {'torch', 'pytorch_lightning', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    # Both pages take under a second alone; the bound leaves room for a busy machine.
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("kind", ["annotator", "data", "objective", "reward", "stage"])
+def test_a_new_plugin_passes_its_checks(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    code, out = typed(capsys, f"plugins new my_{kind} --kind {kind}")
+    assert code == 0 and f"rlhf plugins check plugins/my_{kind}" in out
+    code, out = typed(capsys, f"plugins check plugins/my_{kind}")
+    assert code == 0 and "0 failed" in out, out
+    sys.modules.pop(f"my_{kind}", None)
+    assert typed(capsys, f"plugins new my_{kind} --kind {kind}")[0] == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "plugins"], capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode()
+
+
+def test_check_finds_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    typed(capsys, "plugins new bad_loss --kind objective")
+    module = tmp_path / "plugins" / "bad_loss" / "objective.py"
+    text = module.read_text().replace("return -F.logsigmoid(margin),", "return -F.logsigmoid(margin).mean(),")
+    module.write_text(text.replace("margin.detach()", "margin"))
+    option = tmp_path / "plugins" / "bad_loss" / "conf" / "objective" / "bad_loss.yaml"
+    option.write_text("# Bad.\n_target_: bad_loss.objective.BadLoss\nbeta: 0.2\n")
+    code, out = typed(capsys, "plugins check plugins/bad_loss")
+    assert code == 1
+    for finding in (
+        "no comment: bad_loss.yaml:3: beta: 0.2",
+        "beta is 0.2, its constructor says 0.1",
+        "losses have the shape (), expected (6,)",
+        "metric reward_margin has a gradient",
+    ):
+        assert finding in out, out

@@ -1,0 +1,95 @@
+"""Finding plugins without running them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import discovery
+from rlhf.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHF_PLUGINS", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def plugin(folder: Path, option: str = "objective/mine", code: str = "") -> Path:
+    path = folder / "conf" / f"{option}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("x: 1\n")
+    (folder / "__init__.py").write_text(code)
+    return folder
+
+
+def names() -> list[str]:
+    return [p.name for p in discovery.discover()[0]]
+
+
+def test_a_folder_in_plugins_is_found_and_not_run(tmp_path: Path) -> None:
+    plugin(tmp_path / "plugins" / "mine", code="raise RuntimeError('run')")
+    found = {p.name: p for p in discovery.discover()[0]}
+    assert found["mine"].origin == "./plugins"
+    assert list(found["mine"].options()) == ["objective/mine"]
+    assert "mine" not in sys.modules
+
+
+def test_variable_names_folders_and_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path / "a" / "mine", "reward/first")
+    plugin(tmp_path / "b" / "mine", "reward/second")
+    monkeypatch.setenv("RLHF_PLUGINS", os.pathsep.join(["a", "b", "missing"]))
+    (found,) = [p for p in discovery.discover()[0] if p.name == "mine"]
+    assert found.folder == tmp_path / "a" / "mine"
+    assert sys.path.index(str(tmp_path / "a")) < sys.path.index(str(tmp_path / "b"))
+
+
+def test_a_copy_of_a_builtin_plugin_takes_its_place(tmp_path: Path) -> None:
+    before = names()
+    plugin(tmp_path / "plugins" / "rlhf_dpo", "objective/dpo")
+    (found,) = [p for p in discovery.discover()[0] if p.name == "dpo"]
+    assert found.folder == tmp_path / "plugins" / "rlhf_dpo"
+    assert names() == before
+
+
+@pytest.mark.parametrize(("option", "owner"), [("objective/ppo", "plugin ppo"), ("reward/gold", "rlhf itself")])
+def test_an_option_offered_twice_names_both_owners(tmp_path: Path, option: str, owner: str) -> None:
+    plugin(tmp_path / "plugins" / "mine", option)
+    with pytest.raises(UserError, match=f"option {option} is offered twice: by {owner}.* and by plugin mine"):
+        discovery.discover()
+
+
+class Point:
+    """An entry point."""
+
+    class dist:
+        name, version = "some-dist", "1.0"
+
+    def __init__(self, value: str) -> None:
+        self.name = self.value = value
+
+
+def test_a_broken_entry_point_is_reported_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    plugin(site / "rlhf_good", "reward/good")
+    (site / "rlhf_bare").mkdir()
+    (site / "rlhf_bare" / "__init__.py").write_text("")
+    sys.path.append(str(site))
+    points = [Point("rlhf_gone"), Point("rlhf_good"), Point("rlhf_bare")]
+    monkeypatch.setattr(discovery, "entry_points", lambda group: points)
+    plugins, broken = discovery.discover()
+    assert {p.name: p.origin for p in plugins}["good"] == "some-dist 1.0"
+    assert [line.split()[1] for line in broken] == ["rlhf_bare", "rlhf_gone"]
+    assert "no conf folder" in broken[0] and "not an importable package" in broken[1]
+
+
+def test_own_conf_is_this_folders_and_not_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert discovery.user_conf() is None
+    (tmp_path / "conf").mkdir()
+    assert discovery.user_conf() == tmp_path / "conf"
+    monkeypatch.chdir(discovery.conf_dir().parent)
+    assert discovery.user_conf() is None

@@ -1,0 +1,88 @@
+"""Sampling: the log-probabilities are the policy's, and no short cut changes a reply."""
+
+import pytest
+import torch
+
+from rlhf.errors import UserError
+from rlhf.rollout import Sampler, _inverse_cdf
+
+from .conftest import data
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return data("prompt", 12, 4).train
+
+
+def test_log_probabilities_are_those_of_a_forward_pass(load, prompts):
+    policy = load()
+    for temperature in (1.0, 0.7):
+        rollout = Sampler(12, temperature).sample(policy, prompts, seed=0)
+        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+        logp, _ = policy.logprobs(*inputs, temperature)
+        logp = logp[:, -rollout.mask.shape[1] :]
+        torch.testing.assert_close(logp * rollout.mask, rollout.logp, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_does_not_depend_on_the_rest_of_the_batch(load, prompts):
+    """Dropping rows that ended, padding and chunking change nothing: each row equals itself alone in the batch."""
+    policy = load()
+    whole = Sampler(12).sample(policy, prompts, seed=0)
+    chunked = Sampler(12, batch_size=5).sample(policy, prompts, seed=0)
+    assert whole.texts == chunked.texts
+    torch.testing.assert_close(whole.logp, chunked.logp, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_equals_transformers_generate(load, prompts):
+    policy = load().frozen()
+    rollout = Sampler(12, temperature=0).sample(policy, prompts, seed=0)
+    generated = policy.model.generate(
+        input_ids=rollout.prompt_ids,
+        attention_mask=rollout.prompt_mask.long(),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=policy.end_id,
+        pad_token_id=policy.pad_id,
+    )[:, rollout.prompt_ids.shape[1] :]
+    for row, keep, expected in zip(rollout.response_ids, rollout.mask, generated, strict=True):
+        count = int(keep.sum())
+        assert row[:count].tolist() == expected[:count].tolist()
+
+
+def test_samples_stand_beside_each_other_and_differ(load, prompts):
+    rollout = Sampler(12, samples=3).sample(load(), prompts[:4], seed=0)
+    assert [prompt.id for prompt in rollout.prompts] == [prompt.id for prompt in prompts[:4] for _ in range(3)]
+    assert rollout.ids.shape[0] == 12
+    assert len(set(rollout.texts)) > 4
+
+
+def test_the_mask_ends_with_the_first_end_of_turn(load, prompts):
+    policy = load()
+    policy.base.get_output_embeddings().weight.data[policy.end_id] *= 3  # makes it likely
+    rollout = Sampler(12, temperature=2.0).sample(policy, prompts * 8, seed=0)
+    is_end = rollout.response_ids.eq(policy.end_id) & rollout.mask
+    assert rollout.ended.any() and not rollout.ended.all()
+    assert torch.equal(is_end.any(1), rollout.ended)
+    assert torch.equal(is_end.sum(1), rollout.ended.long())  # counted once, and nothing after it
+    last = rollout.lengths - 1
+    assert torch.equal(is_end.gather(1, last[:, None])[:, 0], rollout.ended)
+
+
+def test_frequencies_are_the_probabilities():
+    probability = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    tokens = _inverse_cdf(probability.log().expand(10_000, 4), uniform)
+    assert torch.bincount(tokens, minlength=4).tolist() == [5000, 0, 3000, 2000]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, 1.0, [0, 1]), (0, 0.7, [0, 1]), (0, 0.4, [0]), (0, 1.0, [0, 1, 2])])
+def test_top_k_and_top_p_cut_the_distribution(top_k, top_p, kept):
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    distribution = Sampler(top_k=top_k, top_p=top_p)._distribution(logits).exp()[0]
+    assert distribution.nonzero()[:, 0].tolist() == kept
+    assert distribution.sum() == pytest.approx(1.0)
+
+
+def test_a_prompt_beyond_the_context_is_named(load, prompts):
+    with pytest.raises(UserError, match="data.max_prompt_length"):
+        Sampler(120).sample(load(), prompts, seed=0)
