@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
 from rlhf.metrics import loggers
+from rlhf.report.plots import run_curves
 from rlhf.stage import Stage
 
 SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
@@ -82,6 +83,7 @@ def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
         callbacks=[*callbacks, clock],
         default_root_dir=str(folder),
         enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -104,6 +106,8 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
         trainer.fit(stage, ckpt_path=checkpoint)
         if trainer.is_global_zero:
             _save(stage, folder / "model")
+            stage.write_samples()
+            run_curves(folder)
     else:
         trainer.predict(stage, return_predictions=False)
     seconds = time.perf_counter() - started

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -117,8 +118,10 @@ class RlhfLauncher(Launcher):
         self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called once by Hydra."""
+        """Called once by Hydra, before the sweep is composed."""
         self.config = config
+        self.folder = Path(str(config.hydra.sweep.dir))
+        _current[:] = [self]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, at most ``n_jobs`` at a time; a failed one is recorded and the others go on.
@@ -128,8 +131,6 @@ class RlhfLauncher(Launcher):
         """
         assert self.config is not None
         setup_globals()
-        self.folder = Path(str(self.config.hydra.sweep.dir))
-        _launched[:] = [self]
         jobs = [self._job(initial_job_idx + i, list(words)) for i, words in enumerate(job_overrides)]
         self.jobs += jobs
         waiting, running = list(jobs), list[Job]()
@@ -322,15 +323,24 @@ class RlhfLauncher(Launcher):
         scratch.replace(self.folder / "results.csv")
 
 
-_launched: list[RlhfLauncher] = []  # the launcher of this process's sweep
+_current: list[RlhfLauncher] = []  # the launcher of this process's sweep
 
 
-def report() -> None:
-    """Compare the runs of the sweep that this process launched, if any: a table on the screen, and report.html."""
-    for launcher in _launched:
+def finish() -> None:
+    """End this process's sweep, if there was one.
+
+    Its runs are compared: a table on the screen, and report.html. A sweep that came to no job, because of a
+    mistake in the command, leaves nothing behind.
+    """
+    for launcher in _current:
         if any(job.result.get("run") for job in launcher.jobs):
             subprocess.run([*_program(), "report", str(launcher.folder)], check=False)
-    _launched.clear()
+        elif not launcher.jobs:
+            (launcher.folder / "multirun.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty, or not there
+                for folder in (launcher.folder, *launcher.folder.parents[:2]):
+                    folder.rmdir()
+    _current.clear()
 
 
 def _program() -> list[str]:

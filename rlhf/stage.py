@@ -9,6 +9,7 @@ what counts divided by how much counts in the *whole* batch, over all micro-batc
 micro-batches nor processes change the gradient.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
@@ -22,10 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batches import Batches, mix_seed
 from rlhf.data.data import Split
+from rlhf.data.records import Prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel, check_gradients
 from rlhf.objective import Metrics
+from rlhf.rollout import Sampler
 
 Schedule = Callable[[int, int], float]
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -121,6 +124,23 @@ class Stage(pl.LightningModule):
     def save(self, folder: Path) -> None:
         """Writes the result as a Hugging Face folder."""
         self.policy.save(folder)
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """Held-out prompts whose replies go into ``samples.jsonl``; a stage without a policy has none."""
+        return []
+
+    @torch.no_grad()
+    def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
+        """Writes replies of the trained policy for a person to read."""
+        prompts = self.prompts_to_show()[:count]
+        if not prompts:
+            return
+        self.policy.eval()
+        rollout = (sampler or Sampler()).sample(self.policy, prompts, seed_of(self.seed, "show"))
+        with (self.run_folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+            for prompt, text in zip(rollout.prompts, rollout.texts, strict=True):
+                row = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def final_metrics(self) -> dict[str, float]:
         """More numbers for summary.json than the last ones logged."""

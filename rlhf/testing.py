@@ -32,7 +32,9 @@ ROLES = ("policy", "reference", "reward_model", "safety_model", "value", "compar
 # Things to test with
 
 
-def tiny_model(texts: tuple[str, ...] = ("What is two plus two?", "Two plus two is four."), seed: int = 0) -> LanguageModel:
+def tiny_model(
+    texts: tuple[str, ...] = ("What is two plus two?", "Two plus two is four."), seed: int = 0
+) -> LanguageModel:
     """A random Llama of some 60k parameters, its byte-level tokenizer trained on ``texts``; fp32 on the CPU."""
     torch.manual_seed(seed)
     architecture = {
@@ -115,7 +117,9 @@ def foreign_keys(path: Path) -> list[str]:
             continue
         groups = set(validation.groups(target)) if where == "stage" else set()
         allowed = (set(known) - groups) | {*validation.RESERVED, "defaults"} | ({"name"} if where == "stage" else set())
-        found += [f"{path.name}: {where or 'the file'} has {key}, {target.__name__} has not" for key in set(node) - allowed]
+        found += [
+            f"{path.name}: {where or 'the file'} has {key}, {target.__name__} has not" for key in set(node) - allowed
+        ]
     return found
 
 
@@ -220,7 +224,7 @@ def _check_object(path: Path, group: str, option: str, report: Report) -> None:
         report.see(f"{option}: one finite score per reply", check_reward(instantiate(node)))
     elif group == "annotator":
         report.see(f"{option}: comparisons, the same for the same seed", check_annotator(instantiate(node)))
-    elif group == "data" and Path(str(node.get("source"))).is_file():
+    elif group == "data" and Path(str(OmegaConf.select(node, "source"))).is_file():
         split = instantiate(node).load()
         report.see(f"{option}: {len(split.train)} records", [] if split.train else [f"{option}: no usable record"])
 
@@ -248,8 +252,8 @@ def check_objective(made: Any) -> list[str]:
         losses, metrics = made(leaf - 9.0, torch.randn(count) - 9.0, torch.arange(count) % 2 == 0, torch.tensor(0.1))
     elif isinstance(made, objective.PolicyObjective):
         leaf = numbers(count, 5)
-        others = [torch.randn(count, 5) for _ in range(5)]
-        losses, metrics = made(leaf, *others, entropy=torch.rand(count, 5))
+        old_logp, advantages, values, old_values, returns = torch.randn(5, count, 5)
+        losses, metrics = made(leaf, old_logp, advantages, values, old_values, returns, torch.rand(count, 5))
     elif isinstance(made, objective.TokenObjective):
         leaf = numbers(count, 5)
         losses, metrics = made(leaf)

@@ -39,9 +39,7 @@ def check(config: DictConfig, step: str = "") -> None:
         UserError: one line for each finding, all of them at once.
     """
     prefix = f"{step}." if step else ""
-    errors = [f"{prefix}{key}: no value; type {prefix}{key}=..." for key in sorted(OmegaConf.missing_keys(config))]
-    plain, unresolved = _resolve(config, prefix)
-    errors += unresolved
+    plain, errors = _resolve(config, prefix)
     if isinstance(plain, dict):
         for key, node in plain.items():
             if key != "stage":
@@ -68,6 +66,7 @@ def _resolve(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
 
     def child(parent: Any, key: Any, path: str) -> Any:
         if OmegaConf.is_missing(parent, key):
+            errors.append(f"{prefix}{path}: no value; type {prefix}{path}=...")
             return UNRESOLVED
         try:
             return plain(parent[key], path)
@@ -259,9 +258,7 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
     yield from _objective(config, asked.get("objective"), name, step)
 
 
-def _objective(
-    config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str
-) -> Iterator[str]:
+def _objective(config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str) -> Iterator[str]:
     """Whether the objective speaks the protocol of the stage: wrong pairs compose silently."""
     node = config.get("objective")
     if parameter is None or not isinstance(node, dict) or "_target_" not in node:
@@ -274,7 +271,8 @@ def _objective(
     chosen = next((o for o, t in offered.items() if t == node["_target_"]), target.__name__)
     fitting = [o for o, t in offered.items() if inspect.isclass(c := _load(t)) and issubclass(c, wanted)]
     key = f"objective@{step}.objective" if step else "objective"
-    yield f"stage={stage} does not take {key}={chosen}; it takes: {', '.join(sorted(fitting)) or 'none that is installed'}"
+    takes = ", ".join(sorted(fitting)) or "none that is installed"
+    yield f"stage={stage} does not take {key}={chosen}; it takes: {takes}"
 
 
 def _classes(annotation: Any) -> tuple[type, ...]:
@@ -296,7 +294,7 @@ def objective_options() -> Iterator[tuple[str, str]]:
     """Every objective option and its ``_target_``."""
     for conf in _conf_folders():
         for path in sorted((conf / "objective").glob("*.yaml")):
-            target = OmegaConf.load(path).get("_target_")
+            target = OmegaConf.select(OmegaConf.load(path), "_target_")
             if target:
                 yield path.stem, target
 

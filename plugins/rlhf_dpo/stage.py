@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
 from rlhf.data.data import Split
+from rlhf.data.records import Prompt
 from rlhf.data.template import EncodedComparison
 from rlhf.errors import RunFailed, UserError
 from rlhf.models.language_model import LanguageModel
@@ -52,6 +53,8 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
+        if objective.needs_prompt_embedding:
+            raise UserError("this objective reads prompt embeddings, which stage=dpo does not make: type objective=dpo")
         self.objective, self.data, self.epochs = objective, data, epochs
         self.policy.disable_dropout()
         self.reference = model.reference() if objective.needs_reference else None
@@ -122,6 +125,10 @@ class DPOStage(Stage):
                 f"policy and reference differ by {gap.max():.2g} nats before the first update: "
                 "inputs.reference is another model, or dropout or padding differs"
             )
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """Prompts of held-out comparisons."""
+        return [Prompt(record.prompt, record.tags) for record in self.data.validation]
 
     @torch.no_grad()
     def validation_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:

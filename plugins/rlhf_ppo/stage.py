@@ -317,6 +317,10 @@ class PPOStage(Stage):
             sync_dist=self.trainer.world_size > 1,
         )
 
+    def prompts_to_show(self) -> list[Prompt]:
+        """Held-out prompts."""
+        return list(self.held_out)
+
     def save(self, folder: Path) -> None:
         """The policy; the critic beside it."""
         super().save(folder)

@@ -30,10 +30,10 @@ class PretrainStage(Supervised):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 32,
+        batch_size: Annotated[int, Field(gt=0)] = 8,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        epochs: Annotated[float, Field(gt=0)] = 1,
+        epochs: Annotated[float, Field(gt=0)] = 3,
         context: Annotated[int, Field(gt=1)] = 128,
     ) -> None:
         super().__init__(

@@ -127,6 +127,10 @@ class RejectionSamplingStage(Supervised):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(scores.shape[1], (len(scores),), generator=generator).to(scores.device)
 
+    def prompts_to_show(self) -> list[Prompt]:
+        """Held-out prompts."""
+        return list(self.data.validation)
+
     def final_metrics(self) -> dict[str, float]:
         """Best-of-K gain, and the bound log K - (K-1)/K on how far picking moves the policy (in nats)."""
         k = self.rollout.samples

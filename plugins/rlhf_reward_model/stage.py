@@ -11,6 +11,7 @@ from rlhf.data.collate import PairBatch, collate_comparisons
 from rlhf.data.data import Split
 from rlhf.data.records import GRADES
 from rlhf.data.template import EncodedComparison
+from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, ScoreObjective
@@ -68,6 +69,8 @@ class RewardModelStage(Stage):
     def prepare(self) -> None:
         """Tokenises the comparisons."""
         self.encode(self.data, self.scorer.tokenizer)
+        if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):
+            raise UserError("objective.margin reads grades, and no comparison here has one: type objective.margin=none")
         self.batches = self.order(len(self.examples), epochs=self.epochs)
 
     def collate(self, examples: list[EncodedComparison]) -> PairBatch:

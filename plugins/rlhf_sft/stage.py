@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rlhf.data.data import Split
+from rlhf.data.records import Prompt
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
 from rlhf.stage import Optimizer, Schedule
@@ -30,7 +31,7 @@ class SFTStage(Supervised):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 64,
+        batch_size: Annotated[int, Field(gt=0)] = 32,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 2,
@@ -48,3 +49,8 @@ class SFTStage(Supervised):
             epochs=epochs,
             packing=packing,
         )
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """What comes before the last answer of held-out demonstrations."""
+        dialogues = [record.messages for record in self.data.validation]
+        return [Prompt(messages[:-1]) for messages in dialogues if len(messages) > 1 and messages[-1].role == "assistant"]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import __version__, discovery, launcher
-from rlhf.errors import RLHFError, RunFailed, UserError, suggest
+from rlhf.errors import RLHFError, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -81,7 +81,7 @@ def dispatch(argv: list[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
     finally:
-        launcher.report()
+        launcher.finish()
     return 0
 
 

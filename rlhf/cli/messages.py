@@ -17,7 +17,6 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from rlhf import discovery
 from rlhf.errors import RLHFError, suggest
 
-
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
 
 
@@ -46,7 +45,8 @@ def explain(error: BaseException, argv: list[str]) -> str:
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             return _no_such_option(link, argv)
         if isinstance(link, OverrideParseException):
-            return f"{link.override}: cannot be read as KEY=VALUE ({_first(link)}); quote special characters: 'KEY=\"a,b\"'"
+            reason = f"cannot be read as KEY=VALUE ({_first(link)})"
+            return f"{link.override}: {reason}; quote special characters: 'KEY=\"a,b\"'"
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return _omegaconf(link, argv)

@@ -57,8 +57,9 @@ def test_a_copy_of_a_builtin_plugin_takes_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("option", "owner"), [("objective/ppo", "plugin ppo"), ("reward/gold", "rlhf itself")])
 def test_an_option_offered_twice_names_both_owners(tmp_path: Path, option: str, owner: str) -> None:
     plugin(tmp_path / "plugins" / "mine", option)
-    with pytest.raises(UserError, match=f"option {option} is offered twice: by {owner}.* and by plugin mine"):
+    with pytest.raises(UserError, match=f"option {option} is offered twice: by .* and by ") as caught:
         discovery.discover()
+    assert owner in str(caught.value) and "plugin mine" in str(caught.value)
 
 
 class Point:

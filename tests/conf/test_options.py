@@ -126,7 +126,9 @@ def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> No
             if issubclass(target, validation._classes(validation.groups(made)["objective"].annotation))
         ]
         assert fits, f"no stage takes objective={option}"
-        validation.check(composed(f"stage={fits[0]}", f"objective={option}", "inputs.policy=a", "inputs.reward_model=b"))
+        validation.check(
+            composed(f"stage={fits[0]}", f"objective={option}", "inputs.policy=a", "inputs.reward_model=b")
+        )
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "pipeline"])

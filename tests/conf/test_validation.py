@@ -38,7 +38,7 @@ class Loss(PairObjective):
 class Stage:
     """Positional parameters are groups, keyword parameters knobs."""
 
-    def __init__(self, model: Any, objective: PairObjective, reward: Any = None, *, size: int, name_it: str = "x") -> None:
+    def __init__(self, model: Any, objective: PairObjective, reward: Any = None, *, size: int) -> None:
         pass
 
 
@@ -80,7 +80,8 @@ def findings(config: dict[str, Any], step: str = "") -> list[str]:
 
 
 def config(stage: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-    return {"model": None, "objective": {"_target_": "Loss"}, "stage": {"_target_": "Stage", "size": 1, **(stage or {})}, **groups}
+    own = {"_target_": "Stage", "size": 1, **(stage or {})}
+    return {"model": None, "objective": {"_target_": "Loss"}, "stage": own, **groups}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,10 @@ def config(stage: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]
         ({"steps": 0.5}, "objective.steps=0.5: should be a valid integer, got a number with a fractional part"),
         ({"steps": 2.0}, "objective.steps=2.0: should be of type int, not float"),
         ({"flag": "maybe"}, "objective.flag=maybe: should be a valid boolean, unable to interpret input"),
-        ({"shape": [1, "x"]}, "objective.shape[1]=[1, 'x']: should be a valid integer, unable to parse string as an integer"),
+        (
+            {"shape": [1, 2.5]},
+            "objective.shape[1]=[1, 2.5]: should be a valid integer, got a number with a fractional part",
+        ),
         ({"low": 2.0}, "objective: low=2.0 is above high=1.0"),
         ({"beta": "???"}, "objective.beta: no value; type objective.beta=..."),
         ({"beta": "${nowhere}"}, "objective.beta: Interpolation key 'nowhere' not found"),

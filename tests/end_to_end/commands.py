@@ -1,0 +1,162 @@
+"""Command lines run to their end, or to a signal, in processes of their own.
+
+`python -m rlhf.cli` spends most of a tiny run on importing torch and Lightning. Commands are therefore forked from a
+server process that has imported them already; each is still a process with its own folder, screen, signals and status.
+"""
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELOAD = [
+    "rlhf.build",
+    "rlhf.cli.main",
+    "rlhf.evaluation",
+    "rlhf.pipeline",
+    *(f"{path.parent.name}.stage" for path in sorted((ROOT / "plugins").glob("*/stage.py"))),
+]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
+PATIENCE = 120.0  # seconds until a command that says nothing is taken to hang
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: its exit status (negative: a signal), and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def plan(self) -> str:
+        """The steps that the screen names, in order."""
+        return next((line for line in self.out.splitlines() if line.startswith("plan:")), "")
+
+
+class Command:
+    """A command line at work in ``folder``."""
+
+    def __init__(self, folder: Path, words: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.screen = folder / f".screen.{time.monotonic_ns()}"
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=_work, args=(words, str(folder), str(self.screen)))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        path = self.screen.with_suffix(f"{self.screen.suffix}.out")
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Waits until something has happened while the command is at work."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.is_alive(), f"ended early, with status {self.process.exitcode}:\n{self.out}"
+            assert time.monotonic() < deadline, f"nothing happened:\n{self.out}"
+            time.sleep(0.002)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the process."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> Done:
+        """Waits for the end."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"hangs:\n{self.out}"
+        err = self.screen.with_suffix(f"{self.screen.suffix}.err").read_text(errors="replace")
+        return Done(self.process.exitcode, self.out, err)
+
+    def kill(self) -> None:
+        """Makes sure that nothing is left."""
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _work(words: list[str], folder: str, screen: str) -> None:
+    """In the child: what ``python -m rlhf.cli WORDS`` does, in ``folder``."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{screen}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [str(ROOT / "rlhf/cli/__main__.py"), *words]
+    status = importlib.import_module("rlhf.cli.main").run(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Atexit handlers of libraries belong to the server, not to this fork of it.
+    os._exit(status)
+
+
+def start_server() -> None:
+    """Starts the process that commands are forked from; it ends with this one."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def shell(folder: Path, *words: str, environment: Mapping[str, str] | None = None) -> Done:
+    """The command as a user types it: a fresh interpreter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli", *words],
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# What is on disk
+
+
+def runs(outputs: Path) -> set[Path]:
+    """Every run folder below an outputs folder."""
+    return {path.parent for path in outputs.glob("*/*/status.json")}
+
+
+def stages(folders: set[Path]) -> list[str]:
+    """The stages of run folders, sorted."""
+    return sorted(folder.parent.name for folder in folders)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """status.json of a run."""
+    content = json.loads((folder / "status.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def digests(folders: set[Path]) -> dict[str, str]:
+    """What must not change when a run is reused: its status and all that lies in its model folder."""
+    files = [path for folder in folders for path in (folder / "status.json", *folder.glob("model/*"))]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def only(outputs: Path, stage: str) -> Path:
+    """The one run of a stage."""
+    (folder,) = (outputs / stage).iterdir()
+    return folder

@@ -1,0 +1,136 @@
+"""Pipelines through the command line: what they leave, what they reuse, what one override swaps."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.end_to_end.commands import Done, digests, only, runs, shell, stages, status
+from tests.end_to_end.conftest import COMPARE, DPO, MODEL, POLICIES, PPO, REWARD
+
+INSTRUCTGPT = ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *COMPARE]
+STEPS = {"pretrain": "pretrain", "sft": "sft", "collect": "collect", "reward_model": "reward_model", "align": "ppo"}
+
+Rlhf = Callable[..., Done]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_leaves_plain_files(pipeline: Done, home: Path, step: str):
+    folder = only(home / "outputs", STEPS[step])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["stage"]["name"] == STEPS[step] and config["seed"] == 0
+    assert "${" not in (folder / "config.yaml").read_text()
+    assert status(folder)["status"] == "finished"
+    assert json.loads((folder / "lineage.json").read_text())["fingerprint"].startswith(folder.name)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["headline"] in summary["metrics"]
+    assert {"wall_s", "peak_memory_bytes", "versions", "hardware", "command", "seed"} <= summary.keys()
+    if step == "collect":
+        lines = (folder / "comparisons.jsonl").read_text().splitlines()
+        assert lines and all("prompt" in json.loads(line) for line in lines)
+        return
+    assert {"tokens_per_s", "samples_per_s", "median_step_s"} <= summary.keys()
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert rows and all(row["loss"] for row in rows) and any(row[summary["headline"]] for row in rows)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in (folder / "model").iterdir()
+    }
+
+
+def test_lineage_names_every_ancestor(pipeline: Done, home: Path):
+    lineage = json.loads((only(home / "outputs", "ppo") / "lineage.json").read_text())
+    assert sorted(x["stage"] for x in lineage["ancestors"].values()) == ["collect", "pretrain", "reward_model", "sft"]
+    assert {role: len(names) for role, names in lineage["inputs"].items()} == {"policy": 1, "reward_model": 1}
+
+
+def test_the_screen_says_what_happened_and_what_to_type_next(pipeline: Done):
+    assert pipeline.plan == "plan: pretrain -> sft -> collect -> reward_model -> align"
+    for text in ("[5/5] align", "finished in", "align against sft, 8 held-out prompts", "gold reward", "KL(after"):
+        assert text in pipeline.out
+    assert re.search(r"Next:\n +rlhf ", pipeline.out)
+    assert "Traceback" not in pipeline.err and "Warning" not in pipeline.err, pipeline.err
+
+
+def test_the_same_command_reuses_everything(pipeline: Done, home: Path, rlhf: Rlhf):
+    before = digests(runs(home / "outputs"))
+    again = rlhf(home, *INSTRUCTGPT, *PPO)
+    assert again.status == 0, again.err
+    assert again.out.count("  reused") >= 5 and "starts" not in again.out and "resumes" not in again.out
+    assert digests(runs(home / "outputs")) == before
+
+
+def test_what_cannot_change_the_result_reuses_too(pipeline: Done, home: Path, rlhf: Rlhf):
+    before = digests(runs(home / "outputs"))
+    again = rlhf(home, *INSTRUCTGPT, *PPO, "callbacks=quiet", "callbacks.checkpoints.every_n_batches=1", "until=sft")
+    assert again.status == 0, again.err
+    assert again.plan.startswith("plan: pretrain -> sft") and "starts" not in again.out
+    assert digests(runs(home / "outputs")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "plan", "trained"),
+    [
+        (["stage@align=dpo", *DPO], "pretrain -> sft -> collect -> align", ["dpo"]),
+        (
+            ["stage@align=dpo", "objective@align.objective=ipo", *DPO],
+            "pretrain -> sft -> collect -> align",
+            ["dpo"],
+        ),
+        (["reward@align.reward=gold", *PPO], "pretrain -> sft -> align", ["ppo"]),
+    ],
+    ids=["dpo", "ipo", "gold"],
+)
+def test_one_override_swaps_the_algorithm(
+    pipeline: Done, home: Path, rlhf: Rlhf, words: list[str], plan: str, trained: list[str]
+):
+    outputs = home / "outputs"
+    before, untouched = runs(outputs), digests(runs(outputs))
+    done = rlhf(home, *INSTRUCTGPT, *words)
+    assert done.status == 0, done.err
+    assert done.plan.partition(";")[0] == f"plan: {plan}"
+    assert stages(runs(outputs) - before) == trained
+    assert done.out.count(" starts") == 1 and "reward_model  outputs" not in done.out
+    assert digests(before) == untouched
+    assert all(status(folder)["status"] == "finished" for folder in runs(outputs))
+
+
+def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path):
+    outputs = home / "outputs"
+    before, untouched = runs(outputs), digests(runs(outputs))
+    done = shell(home, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m")
+    assert done.status == 0, done.out + done.err
+    new = runs(outputs) - before
+    assert stages(new) == ["ppo", "ppo"]
+    betas = {yaml.safe_load((folder / "config.yaml").read_text())["objective"]["beta"] for folder in new}
+    assert betas == {0.01, 0.1}
+    assert digests(before) == untouched
+    (sweep,) = (outputs / "sweeps").iterdir()
+    rows = list(csv.DictReader((sweep / "results.csv").open()))
+    assert [(row["align.objective.beta"], row["status"]) for row in rows] == [("0.01", "finished"), ("0.1", "finished")]
+    assert {(home / row["run"]).resolve() for row in rows} == {folder.resolve() for folder in new}
+    assert "2 of 2 jobs finished" in done.out
+
+
+def test_the_dpo_pipeline_shares_the_steps_of_the_other(pipeline: Done, home: Path, rlhf: Rlhf):
+    before = runs(home / "outputs")
+    done = rlhf(home, "pipeline=dpo", *MODEL, *POLICIES, *DPO, *COMPARE, "align.stage.epochs=2")
+    assert done.status == 0, done.err
+    assert done.plan == "plan: pretrain -> sft -> collect -> align"
+    assert stages(runs(home / "outputs") - before) == ["dpo"]
+
+
+def test_the_llama2_pipeline_samples_the_best_before_ppo(pipeline: Done, home: Path, rlhf: Rlhf):
+    before = runs(home / "outputs")
+    sampling = ["data.size=32", "rollout.max_new_tokens=8", "rollout.samples=2", "stage.batch_size=16"]
+    words = [f"rejection_sampling.{word}" for word in sampling]
+    done = rlhf(home, "pipeline=llama2_chat", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE, *words)
+    assert done.status == 0, done.err
+    new = runs(home / "outputs") - before
+    assert stages(new) == ["ppo", "rejection_sampling"]
+    (ppo,) = (folder for folder in new if folder.parent.name == "ppo")
+    ancestors = json.loads((ppo / "lineage.json").read_text())["ancestors"].values()
+    assert sorted(x["stage"] for x in ancestors) == ["collect", "pretrain", "rejection_sampling", "reward_model", "sft"]

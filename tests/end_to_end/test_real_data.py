@@ -1,0 +1,81 @@
+"""Data as it is found: a tokenizer trained on the file, a small random model, a few updates on a few records."""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import ROOT, Command, Done, only
+from tests.end_to_end.conftest import MODEL
+
+DATA = ROOT.parent / "shared/data"
+# The same few records again and again: the loss must fall whatever they are.
+SMALL = [
+    *MODEL,
+    "model.vocab_size=512",
+    "model.architecture.max_position_embeddings=256",
+    "data.max_length=256",
+    "data.validation=4",
+    "optimizer.lr=3e-3",
+]
+
+Rlhf = Callable[..., Done]
+
+
+def path_of(name: str) -> str:
+    """The file as an override; skips the test where there is none."""
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return f"data.source={path}"
+
+
+def losses(folder: Path, column: str = "loss") -> list[float]:
+    """A column of metrics.csv."""
+    return [float(row[column]) for row in csv.DictReader((folder / "metrics.csv").open()) if row[column]]
+
+
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory: pytest.TempPathFactory, _server: None) -> tuple[Done, Path]:
+    """SFT on instructions, and its run folder."""
+    source = path_of("alpaca_en_demo.json")
+    folder = tmp_path_factory.mktemp("alpaca")
+    words = ["stage=sft", "data=alpaca", source, "data.size=68", "stage.batch_size=16", "stage.epochs=4", *SMALL]
+    done = Command(folder, words).wait()
+    assert done.status == 0, done.err
+    return done, only(folder / "outputs", "sft")
+
+
+def test_sft_on_instructions(alpaca: tuple[Done, Path]):
+    done, folder = alpaca
+    loss = losses(folder)
+    # An untrained model guesses among 512 tokens: log 512 = 6.2 nats.
+    assert abs(loss[0] - math.log(512)) < 0.5
+    assert loss[-1] < loss[0] - 0.3
+    assert "68 read, 64 to train on, 4 held out" in done.out
+
+
+@pytest.mark.parametrize("option, name", [("hh_harmless", "hh_harmless.jsonl.gz"), ("graded_preferences",) * 2])
+def test_reward_model_on_preferences(tmp_path: Path, rlhf: Rlhf, option: str, name: str):
+    source = path_of(name if "." in name else f"{name}.jsonl")
+    words = ["data.size=24", "stage.batch_size=16", "stage.epochs=10"]
+    done = rlhf(tmp_path, "stage=reward_model", f"data={option}", source, *SMALL, *words)
+    assert done.status == 0, done.err
+    folder = only(tmp_path / "outputs", "reward_model")
+    loss = losses(folder)
+    assert len(loss) >= 8 and sum(loss[-3:]) < sum(loss[:3]) - 0.1
+    if option == "graded_preferences":
+        assert any(losses(folder, f"val/accuracy/{grade}") for grade in ("slightly", "better", "negligible"))
+
+
+def test_dpo_on_dialogues(tmp_path: Path, rlhf: Rlhf, alpaca: tuple[Done, Path]):
+    source = path_of("dpo_en_demo.json")
+    small = [word for word in SMALL if not word.startswith("model.")]
+    words = [f"inputs.policy={alpaca[1]}", "data.size=24", "stage.batch_size=8", "stage.epochs=6"]
+    done = rlhf(tmp_path, "stage=dpo", "data=dpo_demo", source, *small, *words)
+    assert done.status == 0, done.err
+    loss = losses(only(tmp_path / "outputs", "dpo"))
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are still the same
+    assert loss[-1] < loss[0] - 0.02
