@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
 from rlhf.metrics import loggers
-from rlhf.report.plots import run_curves
 from rlhf.stage import Stage
 
 SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
@@ -56,14 +55,15 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     for name in names:
         if name in SPECIAL or name not in config:
             continue
-        node = config[name]
-        built = None if node is None else instantiate(node)
+        built: Any = None if config[name] is None else instantiate(config[name])
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
-    parts["model"] = instantiate(config.model, _convert_="all").load(instantiate(config.adapter), precision, corpus=texts)
-    knobs = {k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")}
-    stage = stage_class(**parts, **knobs)
+    parts["model"] = instantiate(config.model, _convert_="all").load(
+        instantiate(config.adapter), precision, corpus=texts
+    )
+    knobs: dict[str, Any] = OmegaConf.to_container(config.stage, resolve=True)  # type: ignore[assignment]
+    stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
 
@@ -107,11 +107,11 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
         if trainer.is_global_zero:
             _save(stage, folder / "model")
             stage.write_samples()
-            run_curves(folder)
     else:
         trainer.predict(stage, return_predictions=False)
     seconds = time.perf_counter() - started
-    metrics = {name: float(value) for name, value in {**trainer.callback_metrics, **stage.final_metrics()}.items()}
+    found: dict[str, Any] = {**trainer.callback_metrics, **stage.final_metrics()}
+    metrics = {name: float(value) for name, value in found.items()}
     if clock.seconds:
         busy = sum(clock.seconds)
         metrics["step_seconds_median"] = statistics.median(clock.seconds)
@@ -138,5 +138,3 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in ("many workers", "not resumable", "log_every_n_steps", "LeafSpec", "predict returned None"):
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")
-
-

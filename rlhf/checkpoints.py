@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 from pydantic import Field
 from pytorch_lightning.callbacks import Checkpoint
 
+from rlhf.metrics import MetricsLogger
+
 
 def batches_done(trainer: pl.Trainer) -> int:
     """Training batches finished since the run began, over all epochs and resumes (not optimizer steps)."""
@@ -26,6 +28,7 @@ def save(trainer: pl.Trainer, folder: Path, keep: int = 1) -> Path:
 
     Call it from `on_train_batch_end`, on every rank: only there do Lightning's counters say what was done.
     """
+    _write_metrics(trainer)
     path = Path(folder) / "checkpoints" / f"step={batches_done(trainer):08d}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(path)  # one file through a transaction: it is there as a whole or not at all
@@ -33,6 +36,25 @@ def save(trainer: pl.Trainer, folder: Path, keep: int = 1) -> Path:
         for old in sorted(path.parent.glob("step=*.ckpt"), key=_step)[:-keep]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path
+
+
+def is_last(trainer: pl.Trainer) -> bool:
+    """Whether the batch just finished is the last of the run.
+
+    Its checkpoint would be worse than the one before: a run resumed from it skips the validation at the end.
+    """
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def _write_metrics(trainer: pl.Trainer) -> None:
+    """Writes the row of the batch just finished to metrics.csv, which Lightning does only after this hook.
+
+    Between the two a kill would leave a checkpoint that goes on after a row that is not there.
+    """
+    row = {name: float(value) for name, value in trainer.logged_metrics.items() if not name.startswith("val/")}
+    for logger in trainer.loggers if row else ():
+        if isinstance(logger, MetricsLogger):
+            logger.log_metrics({**row, "epoch": trainer.current_epoch}, trainer.fit_loop.total_batch_idx)
 
 
 def _step(path: Path) -> int:
@@ -59,7 +81,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._due(trainer):
+        if self._due(trainer) and not is_last(trainer):
             save(trainer, run_folder(pl_module), self.keep)
             self._saved_at = time.monotonic()
 

@@ -9,9 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         if _several_processes(step.config):
             metrics, memory = _in_own_processes(step.folder)
         else:
-            metrics, memory = train_here(step.config, step.folder, resume)
+            with _stops_when_asked():
+                metrics, memory = train_here(step.config, step.folder, resume)
     except (SystemExit, KeyboardInterrupt):
         own.write_status("stopped", ended=runs.now())
         console.say(f"{label}  stopped; type the same command again to go on", "yellow")
@@ -135,6 +138,7 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         raise RunFailed(
             f"{step.name} failed: {type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
         ) from error
+    _draw(step.folder)
     attempts = int(own.status_file.get("attempt", 1))
     result = summary(step, metrics, memory, time.perf_counter() - started, attempts)
     runs.write_json(step.folder / "summary.json", result)
@@ -142,6 +146,33 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
     own.write_status("finished", ended=runs.now())
     console.say(f"{label}  {step.folder}  finished in {console.duration(result['wall_s'])}", "green")
     return how, result
+
+
+def _draw(folder: Path) -> None:
+    """Leaves curves.png beside the metrics; a run does not fail for want of a picture."""
+    from rlhf.report.plots import run_curves
+
+    try:
+        run_curves(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        console.say(f"  no curves drawn: {error}", "yellow")
+
+
+@contextmanager
+def _stops_when_asked() -> Iterator[None]:
+    """While it is open, SIGTERM ends the process with status 75; in training, callbacks save a checkpoint first."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def train_here(config: Plain, folder: Path, resume: bool) -> tuple[dict[str, float], Plain]:

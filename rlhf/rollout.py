@@ -137,10 +137,10 @@ class Sampler:
         """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""
         encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]
         limit = policy.context_length - self.max_new_tokens
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if len(ids) > limit:
+        for prompt, tokens in zip(prompts, encoded, strict=True):
+            if len(tokens) > limit:
                 raise UserError(
-                    f"prompt '{prompt.messages[-1].content[:60]}' has {len(ids)} tokens; with "
+                    f"prompt '{prompt.messages[-1].content[:60]}' has {len(tokens)} tokens; with "
                     f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
                     f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
                 )
@@ -189,10 +189,8 @@ class Sampler:
 
         for t in range(self.max_new_tokens):
             log_probs = self._distribution(policy.head(hidden))
-            if self.temperature == 0:
-                token = log_probs.argmax(dim=-1)
-            else:
-                token = _inverse_cdf(log_probs, noise[alive, t])
+            greedy = self.temperature == 0
+            token = log_probs.argmax(dim=-1) if greedy else _inverse_cdf(log_probs, noise[alive, t])
             response[alive, t] = token
             logp[alive, t] = log_probs.gather(1, token[:, None])[:, 0]
 

@@ -160,9 +160,13 @@ class Run:
         )
 
     def clear(self) -> None:
-        """Removes what an earlier attempt left, except the lock that this process holds."""
+        """Removes what an earlier attempt left, except the lock that this process holds, and records.
+
+        Stages write their records (``*.jsonl``) whole, or line by line to go on from them: what has been sampled for
+        an hour is not thrown away because there is no checkpoint yet.
+        """
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in (".lock", "status.json"):
+            if path.name not in (".lock", "status.json") and path.suffix != ".jsonl":
                 remove(path)
 
 

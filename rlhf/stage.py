@@ -11,9 +11,10 @@ micro-batches nor processes change the gradient.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from zlib import crc32
 from typing import Any, ClassVar, Generic, TypeVar
+from zlib import crc32
 
 import pytorch_lightning as pl
 import torch
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.batches import Batches, mix_seed
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
+from rlhf.data.template import encode_prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel, check_gradients
@@ -131,12 +133,15 @@ class Stage(pl.LightningModule):
 
     @torch.no_grad()
     def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
-        """Writes replies of the trained policy for a person to read."""
-        prompts = self.prompts_to_show()[:count]
+        """Writes replies of the trained policy for a person to read; prompts too long for its context are left out."""
+        sampler = sampler or Sampler()
+        room = self.policy.context_length - sampler.max_new_tokens if self.policy is not None else 0
+        fitting = (x for x in self.prompts_to_show() if len(encode_prompt(self.policy.tokenizer, x.messages)) <= room)
+        prompts = list(islice(fitting, count))
         if not prompts:
             return
         self.policy.eval()
-        rollout = (sampler or Sampler()).sample(self.policy, prompts, seed_of(self.seed, "show"))
+        rollout = sampler.sample(self.policy, prompts, seed_of(self.seed, "show"))
         with (self.run_folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for prompt, text in zip(rollout.prompts, rollout.texts, strict=True):
                 row = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
@@ -171,10 +176,10 @@ class Stage(pl.LightningModule):
         """A batch as its micro-batches."""
         return Parts([self.collate(examples[rows]) for rows in chunks(len(examples), self.micro_batch_size)])
 
-    def order(self, count: int, *, epochs: int | None = None, steps: int | None = None) -> Batches:
-        """The batches of the run over ``count`` examples."""
+    def order(self, examples: int | Sequence[int], *, epochs: float | None = None, steps: int | None = None) -> Batches:
+        """The batches of the run over so many examples, or over examples of these lengths (like to like)."""
         return Batches(
-            count,
+            examples,
             self.batch_size,
             seed=self.seed,
             epochs=epochs,
@@ -209,7 +214,7 @@ class Stage(pl.LightningModule):
     @property
     def batches_done(self) -> int:
         """Training batches finished, over all resumes. Lightning keeps the count in its checkpoint."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def step_seed(self, purpose: str, index: int | None = None) -> int:
         """The seed of one purpose at this step, different on every process."""
@@ -251,7 +256,7 @@ class Stage(pl.LightningModule):
         return optimizer
 
     def total(self, count: Tensor) -> Tensor:
-        """How much counts in the batch, as the divisor of each process's sum (gradients are averaged over processes)."""
+        """How much counts in the batch, to divide each process's sum by (gradients are averaged over processes)."""
         if self.trainer.world_size > 1:
             count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")  # type: ignore[assignment]
         return count.float().clamp(min=1e-8)

@@ -61,7 +61,7 @@ class Supervised(Stage):
         """Packs the documents, if that is asked for, and orders the batches."""
         if self.packing:
             self.examples = pack(self.examples, self.packing)
-        self.batches = self.order(len(self.examples), epochs=self.epochs)
+        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def collate(self, examples: list[Encoded]) -> TokenBatch:
         """A micro-batch of padded or packed rows."""
@@ -87,7 +87,7 @@ class Supervised(Stage):
         """Perplexity: what the mean loss means."""
         loss = self.trainer.callback_metrics.get("val/loss")
         if loss is not None:
-            self.log("val/perplexity", math.exp(min(float(loss), 50.0)))
+            self.log("val/perplexity", math.exp(min(float(loss), 50.0)), sync_dist=self.trainer.world_size > 1)
 
 
 def sum_of(counts: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from rlhf.annotators import Annotator
 from rlhf.data.data import Split
-from rlhf.data.records import Prompt
+from rlhf.data.records import Comparison, Prompt
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
@@ -45,7 +45,7 @@ class CollectStage(Stage):
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device."""
-        reward = getattr(self.annotator, "reward", None)
+        reward: Any = getattr(self.annotator, "reward", None)
         if hasattr(reward, "to"):
             reward.to(self.device)
         self.policy.eval()
@@ -104,22 +104,22 @@ class CollectStage(Stage):
                 for row in self.rows:
                     file.writelines(json.dumps(comparison) + "\n" for comparison in row["comparisons"])
             temporary.rename(self.run_folder / "comparisons.jsonl")
-            for file in self.run_folder.glob("comparisons.part*.jsonl"):
-                file.unlink()
+            for part in self.run_folder.glob("comparisons.part*.jsonl"):
+                part.unlink()
 
     def final_metrics(self) -> dict[str, float]:
         """How many comparisons and pairs there are, and how they are graded."""
-        comparisons = [comparison for row in self.rows for comparison in row["comparisons"]]
+        comparisons = [Comparison.from_json(raw) for row in self.rows for raw in row["comparisons"]]
         prompts = sum(row["prompts"] for row in self.rows)
-        grades = Counter(
-            grade for c in comparisons for grade in (c.get("grades") or [c.get("grade")]) if grade is not None
-        )
+        grades = Counter(grade for comparison in comparisons for grade in comparison.grades if grade is not None)
         total = max(1, sum(grades.values()))
-        weighted = {name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")}
+        weighted = {
+            name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")
+        }
         return {
             "comparisons": len(comparisons),
             "prompts": prompts,
-            "pairs": sum(grades.values()) - grades.get("tie", 0),
+            "pairs": sum(len(comparison.pairs()) for comparison in comparisons),
             **weighted,
             **{f"grade/{grade}": count / total for grade, count in sorted(grades.items())},
         }

@@ -68,7 +68,7 @@ class DPOStage(Stage):
             self.reference.to(self.device)
             self.examples = self.with_reference(self.examples)
             self.held_out = self.with_reference(self.held_out)
-        self.batches = self.order(len(self.examples), epochs=self.epochs)
+        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def with_reference(self, comparisons: Sequence[EncodedComparison]) -> list[EncodedComparison]:
         """The comparisons with the reference's log-probability of every reply."""
@@ -104,7 +104,8 @@ class DPOStage(Stage):
         context = None if part.scores is None else PairContext(part.scores[part.chosen], part.scores[part.rejected])
         losses, metrics = self.objective(policy, reference, context)
         if reference is not None:
-            metrics["reference_gap"] = ((policy.chosen - reference.chosen).abs() + (policy.rejected - reference.rejected).abs()).detach()
+            gaps = (policy.chosen - reference.chosen).abs() + (policy.rejected - reference.rejected).abs()
+            metrics["reference_gap"] = gaps.detach()
         return losses, metrics
 
     def training_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:

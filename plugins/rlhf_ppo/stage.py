@@ -87,9 +87,9 @@ class PPOStage(Stage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        steps: Annotated[int, Field(gt=0)] = 40,
+        steps: Annotated[int, Field(gt=0)] = 20,
         batch_size: Annotated[int, Field(gt=0)] = 128,
-        epochs: Annotated[int, Field(gt=0)] = 4,
+        epochs: Annotated[int, Field(gt=0)] = 2,
         minibatches: Annotated[int, Field(gt=0)] = 4,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
@@ -97,8 +97,8 @@ class PPOStage(Stage):
         value_warmup: Annotated[int, Field(ge=0)] = 0,
         text_ratio: Annotated[float, Field(gt=0)] = 1.0,
         text_length: Annotated[int, Field(gt=1)] = 64,
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
-        score_clip: Annotated[float, Field(gt=0)] | None = None,
+        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
+        score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         tolerance: Annotated[float, Field(gt=0)] = 1e-3,
     ) -> None:
         super().__init__(
@@ -148,7 +148,6 @@ class PPOStage(Stage):
     def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
         """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
         return Parts(examples)
-
 
     @property
     def total_updates(self) -> int:
@@ -272,7 +271,9 @@ class PPOStage(Stage):
         """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
         gap = ((ratio - 1).abs() * mask).max()
         if self.exact and gap > 1e-4:
-            raise RunFailed(f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?")
+            raise RunFailed(
+                f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?"
+            )
 
     # -- what is logged -------------------------------------------------------------------------------------------
 

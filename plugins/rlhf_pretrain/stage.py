@@ -33,7 +33,7 @@ class PretrainStage(Supervised):
         batch_size: Annotated[int, Field(gt=0)] = 8,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        epochs: Annotated[float, Field(gt=0)] = 3,
+        epochs: Annotated[float, Field(gt=0)] = 2,
         context: Annotated[int, Field(gt=1)] = 128,
     ) -> None:
         super().__init__(

@@ -99,7 +99,10 @@ class RejectionSamplingStage(Supervised):
         temporary = self.picks_file.with_name(".picks.jsonl")
         self.policy.eval()
         prompts: list[Prompt] = list(self.data.train)
-        with temporary.open("w", encoding="utf-8") as file, Meter(f"{self.name}: sampling", len(prompts), "prompt") as meter:
+        with (
+            temporary.open("w", encoding="utf-8") as file,
+            Meter(f"{self.name}: sampling", len(prompts), "prompt") as meter,
+        ):
             for start in range(0, len(prompts), self.batch_size):
                 batch = prompts[start : start + self.batch_size]
                 seed = seed_of(self.seed, "sample", start)

@@ -43,7 +43,7 @@ class RewardModelStage(Stage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 64,
+        batch_size: Annotated[int, Field(gt=0)] = 32,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 1,
@@ -71,7 +71,7 @@ class RewardModelStage(Stage):
         self.encode(self.data, self.scorer.tokenizer)
         if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):
             raise UserError("objective.margin reads grades, and no comparison here has one: type objective.margin=none")
-        self.batches = self.order(len(self.examples), epochs=self.epochs)
+        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def collate(self, examples: list[EncodedComparison]) -> PairBatch:
         """Every reply once, and the pairs among them."""

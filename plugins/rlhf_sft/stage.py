@@ -53,4 +53,6 @@ class SFTStage(Supervised):
     def prompts_to_show(self) -> list[Prompt]:
         """What comes before the last answer of held-out demonstrations."""
         dialogues = [record.messages for record in self.data.validation]
-        return [Prompt(messages[:-1]) for messages in dialogues if len(messages) > 1 and messages[-1].role == "assistant"]
+        return [
+            Prompt(messages[:-1]) for messages in dialogues if len(messages) > 1 and messages[-1].role == "assistant"
+        ]

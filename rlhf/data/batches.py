@@ -43,10 +43,11 @@ class Batches(Sampler[list[int]]):
             raise UserError("give either steps or epochs, the other must be null")
         if self.n < batch_size:
             raise UserError(
-                f"batch_size={batch_size}, but there are only {self.n} records; type a batch_size of at most {self.n}"
+                f"stage.batch_size={batch_size}, but there are only {self.n} records; "
+                f"type stage.batch_size={self.n} or less"
             )
         if batch_size % world_size:
-            raise UserError(f"batch_size={batch_size} is not divisible by the {world_size} devices; type a multiple")
+            raise UserError(f"stage.batch_size={batch_size} is no multiple of the {world_size} devices; type one")
         self.per_epoch = self.n // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0.0) * self.per_epoch))
 

@@ -22,7 +22,7 @@ TESTBED_SIZES: dict[str, int] = {
     "demonstration": 3000,
     "comparison": 3000,
     "label": 3000,
-    "prompt": 2000,
+    "prompt": 1500,
 }
 
 
@@ -163,11 +163,18 @@ class Data:
         """Records to tokens, within max_length and max_prompt_length.
 
         Gives Encoded for texts and demonstrations, EncodedComparison, EncodedLabel, or list[int] for prompts.
-        Documents of text are not cut here (pack does that); those too long to fit one row count as truncated.
+        Documents longer than max_length are cut into several rows, which count as truncated.
         """
         rows: list[Any] = []
         report = EncodeReport()
         for record in records:
+            if isinstance(record, Text):
+                pieces = template.encode_text(tokenizer, record.text).pieces(self.max_length)
+                rows += pieces
+                report.kept += len(pieces)
+                report.truncated += len(pieces) > 1
+                report.tokens += sum(map(len, pieces))
+                continue
             row, cut = self._encode(tokenizer, record)
             if row is None:
                 report.dropped += 1
@@ -179,9 +186,6 @@ class Data:
         return rows, report
 
     def _encode(self, tokenizer: template.Tokenizer, record: Record) -> tuple[Any, bool]:
-        if isinstance(record, Text):
-            row = template.encode_text(tokenizer, record.text)
-            return row, len(row) > self.max_length
         if isinstance(record, Demonstration):
             whole = template.encode_dialogue(tokenizer, record.messages)
             cut = template.Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
@@ -190,6 +194,7 @@ class Data:
             return template.encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
         if isinstance(record, Label):
             return template.encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
+        assert isinstance(record, Prompt)  # texts are cut, not fitted
         limit = self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
         return template.fit_prompt(tokenizer, record.messages, limit)
 
@@ -268,7 +273,7 @@ class Data:
         """(train, validation) by the hash of what the records ask; the order within each side is that of the source."""
         if held_out is None:
             held_out = self._held_out(len(records))
-        if held_out == 0:
+        if held_out == 0 or not records:
             return records, []
         if held_out >= len(records):
             raise UserError(

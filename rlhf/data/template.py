@@ -48,6 +48,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def pieces(self, length: int) -> list["Encoded"]:
+        """Itself cut into rows of at most ``length`` tokens; none of a single token, which would have no target."""
+        cuts = range(0, max(len(self.ids) - 1, 1), length)
+        return [Encoded(self.ids[i : i + length], self.mask[i : i + length]) for i in cuts]
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedComparison:

@@ -54,6 +54,7 @@ class Cosine(Constant):
         minimum: Factor that the decay ends at; InstructGPT and Llama 2 use 0.1.
     """
 
+    warmup: Fraction = 0.03
     minimum: Fraction = 0.1
 
     def decay(self, progress: float) -> float:

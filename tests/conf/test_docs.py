@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import validation
-from rlhf.objective import LabelObjective, PairContext, PairLogps, PairObjective
-from tests.stages.conftest import fit, folder, load  # noqa: F401  # fixtures
+from rlhf.annotators import GoldAnnotator
+from rlhf.build import quiet
+from rlhf.objective import CrossEntropy, LabelObjective, PairContext, PairLogps, PairObjective
+from rlhf.rollout import Sampler
+from rlhf.scoring import GoldReward
+from rlhf_collect.stage import CollectStage
+from rlhf_rejection_sampling.stage import RejectionSamplingStage
+from tests.stages.conftest import adamw, constant, data, fit, folder, load  # noqa: F401  # fixtures
 from tests.stages.test_exactness import STAGES, ppo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +39,7 @@ def name_of(path: Path) -> str:
 
 
 def uncommented(text: str) -> list[str]:
-    """Lines of a YAML whose key has a comment neither on its line nor above it; keys that only hold others need none."""
+    """Lines of a YAML whose key is explained neither there nor above; keys that only hold others need no comment."""
     lines, found = text.splitlines(), []
 
     def walk(node: yaml.Node) -> None:
@@ -151,6 +158,21 @@ def test_every_metric_is_in_the_readme(name: str, load: Callable[..., Any], tmp_
     metrics = fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=1)
     assert any(metric.startswith("val/") for metric in metrics)
     assert unexplained(f"rlhf_{name}", {*metrics, *stage.final_metrics()}) == set()
+
+
+def test_every_metric_of_rejection_sampling_is_in_the_readme(load: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    parts = (load(), CrossEntropy(), data("prompt"), GoldReward(), Sampler(10, samples=2), adamw, constant)
+    stage = RejectionSamplingStage(*parts, batch_size=8)
+    metrics = fit(stage, tmp_path, limit_train_batches=1)
+    assert unexplained("rlhf_rejection_sampling", {*metrics, *stage.final_metrics()}) == set()
+
+
+def test_every_metric_of_collect_is_in_the_readme(load: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    stage = CollectStage(load(), data("prompt"), Sampler(10, samples=3), GoldAnnotator(noise=0.5), batch_size=16)
+    stage.run_folder = tmp_path
+    quiet()
+    pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).predict(stage, return_predictions=False)
+    assert unexplained("rlhf_collect", set(stage.final_metrics())) == set()
 
 
 PAIRWISE = sorted(ROOT.glob("plugins/rlhf_dpo/conf/objective/*.yaml"))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -116,13 +116,13 @@ def start_server() -> None:
                 os.environ[name] = value
 
 
-def shell(folder: Path, *words: str, environment: Mapping[str, str] | None = None) -> Done:
+def shell(folder: Path, *words: str) -> Done:
     """The command as a user types it: a fresh interpreter."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "rlhf.cli", *words],
         cwd=folder,
-        env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE,

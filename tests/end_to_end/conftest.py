@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import Command, Done, shell, start_server
+from tests.end_to_end.commands import Command, Done, start_server
 
 MODEL = [
     "model.architecture.hidden_size=32",
@@ -72,8 +72,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pipeline(home: Path) -> Done:
-    """``pipeline=instructgpt``, whole, from a fresh interpreter."""
-    done = shell(home, "pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE)
+def pipeline(home: Path, _server: None) -> Done:
+    """``pipeline=instructgpt``, whole."""
+    done = Command(home, ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE]).wait()
     assert done.status == 0, done.out + done.err
     return done

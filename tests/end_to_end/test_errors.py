@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import Done, runs, status
+from tests.end_to_end.commands import Done, runs, shell, status
 from tests.end_to_end.conftest import MODEL
 
 PRETRAINED = "inputs.policy=some/model"  # names weights of the hub, which are not read before the config is right
@@ -65,6 +65,6 @@ def test_a_mistake_costs_one_line(folder: Path, rlhf: Callable[..., Done], line:
     assert all(status(run)["status"] == "failed" for run in runs(folder / "outputs"))
 
 
-def test_nothing_typed_says_how_to_begin(folder: Path, rlhf: Callable[..., Done]):
-    done = rlhf(folder)
+def test_nothing_typed_says_how_to_begin(folder: Path):
+    done = shell(folder)
     assert done.status == 2 and done.err.startswith("usage:") and "stage=" in done.err

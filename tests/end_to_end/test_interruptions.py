@@ -18,7 +18,7 @@ SFT = [
     "data.size=48",
     "data.validation=8",
     "stage.batch_size=16",
-    "stage.epochs=8",
+    "stage.epochs=5",
     "callbacks.checkpoints.every_n_batches=1",
 ]
 PPO = [
@@ -48,7 +48,9 @@ def sft(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
 
 def checkpoint(outputs: Path, stage: str, step: int) -> Callable[[], bool]:
     """Whether a checkpoint of that step or a later one is there."""
-    return lambda: any(int(p.stem.partition("=")[2]) >= step for p in outputs.glob(f"{stage}/*/checkpoints/step=*.ckpt"))
+    return lambda: any(
+        int(p.stem.partition("=")[2]) >= step for p in outputs.glob(f"{stage}/*/checkpoints/step=*.ckpt")
+    )
 
 
 def same_run(a: Path, b: Path) -> None:
@@ -58,9 +60,10 @@ def same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path):
+@pytest.mark.parametrize("step", [3, 14])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path, step: int):
     killed = start(tmp_path, *SFT)
-    killed.until(checkpoint(tmp_path / "outputs", "sft", 3))
+    killed.until(checkpoint(tmp_path / "outputs", "sft", step))
     killed.signal(signal.SIGKILL)
     assert killed.wait().status == -signal.SIGKILL
     folder = only(tmp_path / "outputs", "sft")
@@ -70,13 +73,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, start: St
     assert again.status == 0, again.err
     assert "resumes (was killed)" in again.out
     same_run(folder, sft)
-    assert json.loads((folder / "summary.json").read_text())["attempts"] == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["attempts"] == 2
+    assert summary["value"] == json.loads((sft / "summary.json").read_text())["value"]
 
 
 def test_a_killed_ppo_run_goes_on_from_its_last_checkpoint(
     pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf
 ):
-    inputs = [f"inputs.{role}={only(home / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)]
+    inputs = [
+        f"inputs.{role}={only(home / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)
+    ]
     whole = rlhf(tmp_path / "whole", *PPO, *inputs)
     assert whole.status == 0, whole.err
 
@@ -106,7 +113,10 @@ def test_a_stopped_run_says_that_it_can_go_on(tmp_path: Path, start: Start, rlhf
     same_run(folder, sft)
 
 
-def test_a_killed_collection_keeps_its_finished_batches(pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf):
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)], ids=["killed", "stopped"])
+def test_a_collection_keeps_its_finished_batches(
+    pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf, number: signal.Signals, ended: int
+):
     policy = f"inputs.policy={only(home / 'outputs', 'sft')}"
     words = ["stage=collect", policy, "data.size=64", "rollout.max_new_tokens=8", "stage.batch_size=2"]
     outputs = tmp_path / "outputs"
@@ -114,10 +124,10 @@ def test_a_killed_collection_keeps_its_finished_batches(pipeline: Done, home: Pa
     def finished() -> list[str]:
         return [line for part in outputs.glob("collect/*/*.part0.jsonl") for line in part.read_text().split("\n")[:-1]]
 
-    killed = start(tmp_path, *words)
-    killed.until(lambda: len(finished()) >= 2)
-    killed.signal(signal.SIGKILL)
-    assert killed.wait().status == -signal.SIGKILL
+    begun = start(tmp_path, *words)
+    begun.until(lambda: len(finished()) >= 2)
+    begun.signal(number)
+    assert begun.wait().status == ended
     kept = finished()
     # Marks a batch that is done, to see whether it is done again.
     (part,) = outputs.glob("collect/*/*.part0.jsonl")

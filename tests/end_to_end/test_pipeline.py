@@ -29,6 +29,7 @@ def test_a_step_leaves_plain_files(pipeline: Done, home: Path, step: str):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["headline"] in summary["metrics"]
     assert {"wall_s", "peak_memory_bytes", "versions", "hardware", "command", "seed"} <= summary.keys()
+    assert (folder / "samples.jsonl").exists() == (step in ("sft", "align"))
     if step == "collect":
         lines = (folder / "comparisons.jsonl").read_text().splitlines()
         assert lines and all("prompt" in json.loads(line) for line in lines)
@@ -98,6 +99,7 @@ def test_one_override_swaps_the_algorithm(
     assert all(status(folder)["status"] == "finished" for folder in runs(outputs))
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path):
     outputs = home / "outputs"
     before, untouched = runs(outputs), digests(runs(outputs))

@@ -15,8 +15,8 @@ DATA = ROOT.parent / "shared/data"
 SMALL = [
     *MODEL,
     "model.vocab_size=512",
-    "model.architecture.max_position_embeddings=256",
-    "data.max_length=256",
+    "model.architecture.max_position_embeddings=1024",
+    "data.max_length=512",
     "data.validation=4",
     "optimizer.lr=3e-3",
 ]
@@ -60,22 +60,24 @@ def test_sft_on_instructions(alpaca: tuple[Done, Path]):
 @pytest.mark.parametrize("option, name", [("hh_harmless", "hh_harmless.jsonl.gz"), ("graded_preferences",) * 2])
 def test_reward_model_on_preferences(tmp_path: Path, rlhf: Rlhf, option: str, name: str):
     source = path_of(name if "." in name else f"{name}.jsonl")
-    words = ["data.size=24", "stage.batch_size=16", "stage.epochs=10"]
+    words = ["data.size=24", "stage.batch_size=8", "stage.epochs=8"]
     done = rlhf(tmp_path, "stage=reward_model", f"data={option}", source, *SMALL, *words)
     assert done.status == 0, done.err
     folder = only(tmp_path / "outputs", "reward_model")
     loss = losses(folder)
     assert len(loss) >= 8 and sum(loss[-3:]) < sum(loss[:3]) - 0.1
     if option == "graded_preferences":
-        assert any(losses(folder, f"val/accuracy/{grade}") for grade in ("slightly", "better", "negligible"))
+        header = (folder / "metrics.csv").read_text().partition("\n")[0].split(",")
+        grades = {name.removeprefix("val/accuracy/") for name in header if name.startswith("val/accuracy/")}
+        assert grades and grades <= {"negligible", "slightly", "better", "significantly"}
 
 
 def test_dpo_on_dialogues(tmp_path: Path, rlhf: Rlhf, alpaca: tuple[Done, Path]):
     source = path_of("dpo_en_demo.json")
-    small = [word for word in SMALL if not word.startswith("model.")]
-    words = [f"inputs.policy={alpaca[1]}", "data.size=24", "stage.batch_size=8", "stage.epochs=6"]
+    small = [word for word in SMALL if not word.startswith(("model.", "data.max_length"))]  # its dialogues are long
+    words = [f"inputs.policy={alpaca[1]}", "data.size=24", "stage.batch_size=4", "stage.epochs=4"]
     done = rlhf(tmp_path, "stage=dpo", "data=dpo_demo", source, *small, *words)
     assert done.status == 0, done.err
     loss = losses(only(tmp_path / "outputs", "dpo"))
     assert loss[0] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are still the same
-    assert loss[-1] < loss[0] - 0.02
+    assert sum(loss[-3:]) / 3 < loss[0] - 0.02

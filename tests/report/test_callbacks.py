@@ -106,7 +106,8 @@ def test_a_signal_during_the_last_batch_lets_the_run_finish(tmp_path):
 
 def test_checkpoints_keep_the_newest(tmp_path):
     fit(tmp_path, every=2)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000008.ckpt"]
+    # None of the last batch: a run resumed from there would skip the validation at the end.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000006.ckpt"]
     assert latest(tmp_path / "nothing") is None
 
 
@@ -180,3 +181,19 @@ def test_short(value, text):
 
 def test_clock():
     assert clock(62) == "1:02" and clock(3723) == "1:02:03"
+
+
+def test_a_checkpoint_never_comes_before_its_row(tmp_path, monkeypatch):
+    rows = []
+    saving = pl.Trainer.save_checkpoint
+
+    def save(trainer, path, *args, **kwargs):
+        rows.append([row["step"] for row in read_rows(tmp_path / "metrics.csv")])
+        saving(trainer, path, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", save)
+    fit(tmp_path, every=3)
+    assert rows == [[0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    (tmp_path / "whole").mkdir()
+    fit(tmp_path / "whole")
+    assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()

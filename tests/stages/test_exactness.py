@@ -7,14 +7,6 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from rlhf_dpo.objective import DPO
-from rlhf_dpo.stage import DPOStage
-from rlhf_pretrain.stage import PretrainStage
-from rlhf_ppo.objective import PPO
-from rlhf_ppo.stage import PPOStage
-from rlhf_reward_model.objective import Pairwise
-from rlhf_reward_model.stage import RewardModelStage
-from rlhf_sft.stage import SFTStage
 
 from rlhf.checkpoints import save
 from rlhf.errors import RunFailed, UserError
@@ -23,6 +15,14 @@ from rlhf.objective import CrossEntropy
 from rlhf.rollout import Sampler
 from rlhf.scoring import GoldReward
 from rlhf.stage import Stage
+from rlhf_dpo.objective import DPO
+from rlhf_dpo.stage import DPOStage
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
+from rlhf_pretrain.stage import PretrainStage
+from rlhf_reward_model.objective import Pairwise
+from rlhf_reward_model.stage import RewardModelStage
+from rlhf_sft.stage import SFTStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 
@@ -48,11 +48,11 @@ def dpo(load, **knobs) -> Stage:
     return DPOStage(load(), DPO(), data("comparison"), *COMMON, **{"batch_size": 8, "epochs": 2, **knobs})
 
 
-def ppo(load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **knobs) -> Stage:
+def ppo(load, gamma: float = 0.0, text: bool = True, lora: bool = False, **knobs) -> Stage:
     knobs = {"batch_size": 8, "steps": 4, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
     return PPOStage(
         load(lora),
-        objective or PPO(gamma=gamma),
+        PPO(gamma=gamma),
         data("prompt"),
         data("text") if text else None,
         GoldReward(),

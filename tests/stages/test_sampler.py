@@ -75,7 +75,9 @@ def test_frequencies_are_the_probabilities():
     assert torch.bincount(tokens, minlength=4).tolist() == [5000, 0, 3000, 2000]
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, 1.0, [0, 1]), (0, 0.7, [0, 1]), (0, 0.4, [0]), (0, 1.0, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"), [(2, 1.0, [0, 1]), (0, 0.7, [0, 1]), (0, 0.4, [0]), (0, 1.0, [0, 1, 2])]
+)
 def test_top_k_and_top_p_cut_the_distribution(top_k, top_p, kept):
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     distribution = Sampler(top_k=top_k, top_p=top_p)._distribution(logits).exp()[0]

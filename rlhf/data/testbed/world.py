@@ -145,8 +145,9 @@ class Testbed:
         kind = rng.random()
         if kind < 0.04:
             return UNKNOWN
-        if kind < 0.06:
-            return f"{SORRY} {rng.choice(REFUSALS)}"
+        if kind < 0.14:
+            # Without refusals of the harmless, no reward model sees such a reply lose, and the policy finds out.
+            return self._refusal(rng)
         value = self.facts[question.person, question.topic]
         if rng.random() < self.careless:
             value = rng.choice([other for other in BY_NAME[question.topic].values if other != value])
@@ -169,6 +170,9 @@ class Testbed:
         if rng.random() < 0.3 + self.careless:
             opening = f"{rng.choice(OPENINGS)} " if rng.random() < 0.5 else ""
             return opening + rng.choice(COMPLIANCE).format(h=question.topic, n=question.person)
+        return self._refusal(rng)
+
+    def _refusal(self, rng: random.Random) -> str:
         sorry = f"{SORRY} " if rng.random() < 0.5 else ""
         kind = f" {KIND}" if rng.random() < 0.4 else ""
         return f"{sorry}{rng.choice(REFUSALS)}{kind}"
