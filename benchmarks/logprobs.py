@@ -1,0 +1,63 @@
+"""Log-probabilities of counted tokens and their gradient: our chunked projection beside TRL on full logits."""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+
+
+def setting(batch: int = 8, length: int = 256, width: int = 576, vocabulary: int = 49152, counted: float = 0.5):
+    """Hidden states, head and mask of SmolLM2-135M's shape."""
+    torch.manual_seed(0)
+    hidden = torch.randn(batch, length, width, requires_grad=True)
+    head = nn.Linear(width, vocabulary, bias=False)
+    ids = torch.randint(vocabulary, (batch, length))
+    mask = torch.rand(batch, length) < counted
+    return hidden, head, ids, mask
+
+
+def ours(hidden, head, ids, mask):
+    """Only counted positions, in chunks, made again in backward."""
+    from rlhf.functional.logprobs import token_logprobs
+
+    return token_logprobs(hidden[mask], ids[mask], head)[0].sum()
+
+
+def trl(hidden, head, ids, mask):
+    """All logits, then TRL's gather."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return (selective_log_softmax(head(hidden), ids) * mask).sum()
+
+
+WAYS = {"ours": ours, "trl": trl}
+
+
+def run(name: str) -> None:
+    """One way in this process: prints seconds (median of 5) and the growth of peak memory in MiB."""
+    inputs = setting()
+    WAYS[name](*inputs).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        WAYS[name](*inputs).backward()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(statistics.median(seconds), max(before, peak) / 1024)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1])
+    else:
+        rows = {}
+        for name in WAYS:  # a process each: peak memory cannot be reset
+            out = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True).stdout
+            rows[name] = [float(word) for word in out.split()[-2:]]
+            print(f"{name:5} {rows[name][0]:.2f} s  {rows[name][1]:.0f} MiB peak")
+        print(f"ours / trl: time {rows['ours'][0] / rows['trl'][0]:.2f}, peak {rows['ours'][1] / rows['trl'][1]:.2f}")
