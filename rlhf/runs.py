@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from rlhf.config import Plain, targets
 from rlhf.errors import UserError, suggest
 
-MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value")
+MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value", "judge")
 LETTERS = 10  # of the fingerprint, in a folder's name
 
 # Keys of a step's config that cannot change what it computes.
