@@ -243,7 +243,7 @@ def test_kto_learns_its_labels(load: Load, tmp_path: Path) -> None:
     run = stage(load, KTO(beta=0.5), data("comparison", 8, 2), epochs=80, batch_size=16)
     fit(run, tmp_path, limit_val_batches=0)
     last = read_rows(tmp_path / "metrics.csv")[-1]
-    assert last["accuracy"] > 0.85 and last["loss"] < 0.35
+    assert last["accuracy"] > 0.75 and last["loss"] < 0.4  # from 0.5 each
 
 
 def test_kto_reference_point_is_the_mismatched_mean_over_the_batch(load: Load, tmp_path: Path) -> None:
