@@ -56,7 +56,9 @@ def read_template(template: str) -> str:
         text = Path(template).expanduser().read_text(encoding="utf-8")
     missing = [field for field in ("{prompt}", "{first}", "{second}") if field not in text]
     if missing:
-        raise UserError(f"template={template}: lacks {' and '.join(missing)}; it must show {{prompt}}, {{first}}, {{second}}")
+        raise UserError(
+            f"template={template}: lacks {' and '.join(missing)}; it must show {{prompt}}, {{first}}, {{second}}"
+        )
     return text
 
 
@@ -129,7 +131,9 @@ class JudgeAnnotator:
         if len(set(self.option_ids)) < 2:
             raise UserError(f"annotator.path={path}: its tokenizer does not tell A from B; give another judge")
         if answer == "generate" and not self.model.tokenizer.chat_template:
-            raise UserError(f"annotator.path={path}: has no chat template to write with; type annotator.answer=logprobs")
+            raise UserError(
+                f"annotator.path={path}: has no chat template to write with; type annotator.answer=logprobs"
+            )
         self.known: dict[str, Answer] = {}
         self.file: Path | None = None
         self.counts: Counter[str] = Counter()  # of the last call
