@@ -12,7 +12,12 @@ from rlhf.scoring import Reward
 
 
 class Annotator(Protocol):
-    """What an annotator is to the stages."""
+    """What an annotator is to the stages.
+
+    It may also have ``to(device)`` to move its weights; ``open(folder)`` for what it keeps from run to run; and
+    ``counts``, a Counter of what happened in the last call, with ``rates(counts)`` that turns the sum over a run into
+    numbers for its summary.
+    """
 
     def __call__(self, rollout: Rollout, samples: int, seed: int) -> list[Comparison]:
         """One comparison for each group of ``samples`` rows; groups without a preference are left out."""

@@ -81,6 +81,7 @@ class PairContext:
     chosen_score: Tensor | None = None  # [P] numeric score of the chosen response, by the annotator
     rejected_score: Tensor | None = None  # [P]
     prompt_embedding: Tensor | None = None  # [P, E] one vector per pair's prompt
+    prompt_index: Tensor | None = None  # [P] long, equal for pairs of one prompt; None: all prompts differ
 
 
 class PairObjective(Objective):
@@ -101,6 +102,11 @@ class PairObjective(Objective):
         """Whether `PairContext.prompt_embedding` is read."""
         return False
 
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the batch; it is then given all of them at once."""
+        return False
+
     @abstractmethod
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
@@ -109,7 +115,15 @@ class PairObjective(Objective):
 
 
 class LabelObjective(Objective):
-    """A loss per response that is labelled good or bad on its own; used by kto."""
+    """A loss per response that is labelled good or bad on its own; used by dpo and kto."""
+
+    @staticmethod
+    def reference_point(policy: Tensor, reference: Tensor) -> Tensor:
+        """z (scalar): the mean log-ratio of *mismatched* prompt and response pairs [M], at least 0, detached.
+
+        Mismatched: the response to another prompt. It is given the rows of the whole batch, of all processes.
+        """
+        return (policy - reference).mean().clamp(min=0).detach()
 
     @abstractmethod
     def __call__(self, policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Metrics]:

@@ -25,10 +25,10 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
-from rlhf.config import Plain, targets
+from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, suggest
 
-MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value")
+MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value", "judge")
 LETTERS = 10  # of the fingerprint, in a folder's name
 
 # Keys of a step's config that cannot change what it computes.
@@ -375,7 +375,7 @@ def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
     """Digests of the data that nodes read, from their own ``digest()``; data made by a run is named by that run."""
     found: dict[str, str] = {}
     for key, node in targets(config):
-        strings = [value for value in node.values() if isinstance(value, str)]
+        strings = [value for _, value in leaves(node, key) if isinstance(value, str)]
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
         if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None)):

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 from rlhf.annotators import Annotator
 from rlhf.data.data import Split
 from rlhf.data.records import Comparison, Prompt
+from rlhf.data.sources import TESTBED
+from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
-from rlhf.rollout import Sampler
+from rlhf.rollout import Rollout, Sampler
 from rlhf.stage import Parts, Stage
 
 
@@ -44,10 +46,12 @@ class CollectStage(Stage):
         self.data, self.rollout, self.annotator = data, rollout, annotator
 
     def prepare(self) -> None:
-        """Moves the annotator's model, if it has one, to the device."""
-        reward: Any = getattr(self.annotator, "reward", None)
-        if hasattr(reward, "to"):
-            reward.to(self.device)
+        """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
+        for part in (self.annotator, getattr(self.annotator, "reward", None)):
+            if hasattr(part, "to"):
+                part.to(self.device)
+        if hasattr(self.annotator, "open"):
+            self.annotator.open(self.run_folder.parent.parent / "judge")
         self.policy.eval()
 
     def predict_dataloader(self) -> DataLoader:
@@ -89,6 +93,8 @@ class CollectStage(Stage):
             "prompts": len(batch),
             "length": rollout.lengths.float().mean().item(),
             "ended": rollout.ended.float().mean().item(),
+            "annotator": dict(getattr(self.annotator, "counts", {})),
+            "agreement": agreement(rollout, comparisons) if self.data.data.source == TESTBED else {},
         }
         with self.part_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -113,6 +119,8 @@ class CollectStage(Stage):
         prompts = sum(row["prompts"] for row in self.rows)
         grades = Counter(grade for comparison in comparisons for grade in comparison.grades if grade is not None)
         total = max(1, sum(grades.values()))
+        counts = sum((Counter(row["annotator"]) for row in self.rows), Counter[str]())
+        agreed = sum((Counter(row["agreement"]) for row in self.rows), Counter[str]())
         weighted = {
             name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")
         }
@@ -122,4 +130,28 @@ class CollectStage(Stage):
             "pairs": sum(len(comparison.pairs()) for comparison in comparisons),
             **weighted,
             **{f"grade/{grade}": count / total for grade, count in sorted(grades.items())},
+            **(self.annotator.rates(counts) if hasattr(self.annotator, "rates") else {}),
+            **{
+                name.replace("of", "agreement", 1): agreed[name.replace("of", "right", 1)] / count
+                for name, count in sorted(agreed.items())
+                if name.startswith("of")
+            },
         }
+
+
+def agreement(rollout: Rollout, comparisons: list[Comparison]) -> dict[str, int]:
+    """How often the annotator's order of a pair is the gold order: counts of pairs (`of`) and of equal orders (`right`).
+
+    Ties, the annotator's and gold's, are left out. With a grade they are also counted by grade.
+    """
+    prompts = {prompt.messages: prompt for prompt in rollout.prompts}
+    counts: Counter[str] = Counter()
+    for comparison in comparisons:
+        totals = [gold(prompts[comparison.prompt], reply).total for reply in comparison.responses]
+        for better, worse, grade in comparison.pairs():
+            if totals[better] == totals[worse]:
+                continue
+            for name in ("", *([f"/{grade}"] if grade else [])):
+                counts[f"of{name}"] += 1
+                counts[f"right{name}"] += totals[better] > totals[worse]
+    return dict(counts)

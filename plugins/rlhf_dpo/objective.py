@@ -65,7 +65,7 @@ class DPO(PairObjective):
     """`-(1 - e) log sigmoid(beta * delta) - e log sigmoid(-beta * delta)`, with e = `label_smoothing`.
 
     Rafailov et al. 2023 (arXiv 2305.18290, eq. 7); e > 0 is conservative DPO (Mitchell 2023). `reference_free` takes
-    the reference as uniform (its log-ratio is 0), as in eric-mitchell/direct-preference-optimization.
+    the reference as uniform (its log-ratio is 0), as in eric-mitchell/direct-preference-optimization. Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -90,7 +90,8 @@ class DPO(PairObjective):
 class DPONLL(PairObjective):
     """`-log sigmoid(beta * delta) - nll_coefficient * mean log pi(y_c | x)`: DPO that keeps the chosen likely.
 
-    Iterative reasoning preference optimisation (Pang et al. 2024, arXiv 2404.19733).
+    Iterative reasoning preference optimisation (Pang et al. 2024, arXiv 2404.19733; TRL's `rpo_alpha` was the
+    coefficient). Log-ratios are sums over tokens, the likelihood is a mean per token.
     """
 
     beta: Positive = 0.1
@@ -106,7 +107,10 @@ class DPONLL(PairObjective):
 
 @dataclass(frozen=True)
 class DPONorm(PairObjective):
-    """`-log sigmoid(beta * (mean u_c - mean u_r))`: DPO on log-ratios per token (Tulu 3, arXiv 2411.15124)."""
+    """`-log sigmoid(beta * (mean u_c - mean u_r))`: DPO on log-ratios per token (Tulu 3, arXiv 2411.15124).
+
+    Means over tokens: its `beta` is some fifty times that of `DPO` (replies of fifty tokens).
+    """
 
     beta: Positive = 5.0
 
@@ -124,6 +128,7 @@ class Robust(PairObjective):
     """`[-(1 - e) log sigmoid(beta * delta) + e log sigmoid(-beta * delta)] / (1 - 2e)`, e = `flip_rate`.
 
     Provably robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased when a share e of the labels is flipped.
+    Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -162,7 +167,10 @@ class IPO(PairObjective):
 
 @dataclass(frozen=True)
 class Hinge(PairObjective):
-    """`max(0, 1 - beta * delta)`: the loss of SLiC-HF (arXiv 2305.10425) on DPO's margin (RSO, arXiv 2309.06657)."""
+    """`max(0, 1 - beta * delta)`: the loss of SLiC-HF (arXiv 2305.10425) on DPO's margin (RSO, arXiv 2309.06657).
+
+    Sums over tokens.
+    """
 
     beta: Positive = 0.1
 
@@ -179,8 +187,9 @@ class Hinge(PairObjective):
 class SimPO(PairObjective):
     """`-log sigmoid(beta * (mean log pi(y_c) - mean log pi(y_r)) - target_margin)`, without a reference.
 
-    Meng et al. 2024 (arXiv 2405.14734, eq. 6; their gamma is `target_margin`). The SimPO code gives gamma / beta
-    instead: multiply it by `beta`.
+    Meng et al. 2024 (arXiv 2405.14734, eq. 6; their gamma is `target_margin`). Means over tokens. The margin stands
+    outside beta, as in the paper, and as `simpo_gamma` of TRL and LLaMA-Factory; the SimPO code and open-instruct give
+    gamma / beta (`gamma_beta_ratio`): multiply that by `beta`.
     """
 
     beta: Positive = 2.0
@@ -203,7 +212,7 @@ class ORPO(PairObjective):
     """`-mean log pi(y_c) - odds_coefficient * log sigmoid(log odds(y_c) - log odds(y_r))`, without a reference.
 
     Hong et al. 2024 (arXiv 2403.07691, eq. 6 and 7; their lambda is `odds_coefficient`). odds = p / (1 - p) with p the
-    geometric mean of the token probabilities. The likelihood term is over the chosen response, not its prompt.
+    geometric mean of the token probabilities (means over tokens throughout). The likelihood term is over the chosen response, not its prompt.
     """
 
     odds_coefficient: NotNegative = 0.1
@@ -228,6 +237,7 @@ class APOZero(PairObjective):
     """`1 - sigmoid(beta * u_c) + sigmoid(beta * u_r)`: chosen up, rejected down.
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266, eq. 7), for chosen responses better than the model's own.
+    Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -246,6 +256,7 @@ class APODown(PairObjective):
     """`sigmoid(beta * u_c) + 1 - sigmoid(beta * delta)`: chosen down, rejected further down.
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266, eq. 8), for chosen responses worse than the model's own.
+    Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -263,7 +274,7 @@ class APODown(PairObjective):
 class SPPO(PairObjective):
     """`(u_c - 1 / (2 beta))^2 + (u_r + 1 / (2 beta))^2`: self-play PO with hard win probabilities 1 and 0.
 
-    Wu et al. 2024 (arXiv 2405.00675, eq. 4.7; their 1 / eta is `beta`).
+    Wu et al. 2024 (arXiv 2405.00675, eq. 4.7; their 1 / eta is `beta`). Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -283,7 +294,7 @@ class NCA(PairObjective):
     """`-log sigmoid(r_c) - [log sigmoid(-r_c) + log sigmoid(-r_r)] / 2` with r = beta * u.
 
     Noise contrastive alignment (Chen et al. 2024, arXiv 2402.05369), its form for pairs: works on absolute rewards, so
-    that the chosen does not fall with the rejected.
+    that the chosen does not fall with the rejected. Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -302,6 +313,7 @@ class EXO(PairObjective):
     """KL(Bernoulli(sigmoid(beta * delta)) || Bernoulli(1 - e)), e = `label_smoothing`: the reverse of DPO's KL.
 
     Ji et al. 2024 (arXiv 2402.00856, eq. 16), for pairs. e must be positive: at 0 the divergence is infinite.
+    Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -331,6 +343,7 @@ class DiscoPOP(PairObjective):
 
     The log-ratio modulated loss that a language model found (Lu et al. 2024, arXiv 2406.08414, eq. 5). It is not
     convex: at the default temperature its slope at l = 0 is positive, so training starts by shrinking the margin.
+    Sums over tokens.
     """
 
     beta: Positive = 0.1
@@ -347,20 +360,40 @@ class DiscoPOP(PairObjective):
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
 
+def contrasts(chosen: Tensor, rejected: Tensor, context: PairContext | None) -> tuple[Tensor, Tensor]:
+    """`u_c,i - u_r,j` of all chosen i and rejected j [P, P], and which of them count.
+
+    Within one prompt only the annotated pairs themselves count (i = j): in a ranking the chosen reply of one pair may
+    be worse than the rejected one of another.
+    """
+    own = torch.eye(len(chosen), dtype=torch.bool, device=chosen.device)
+    counts = torch.ones_like(own)
+    if context is not None and context.prompt_index is not None:
+        counts = own | (context.prompt_index.unsqueeze(1) != context.prompt_index.unsqueeze(0))
+    return chosen.unsqueeze(1) - rejected.unsqueeze(0), counts
+
+
 @dataclass(frozen=True)
 class Relative(PairObjective):
     """`mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
 
-    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired): each chosen response is set
-    against the rejected responses of all prompts of the batch, near prompts more. The value of one pair therefore
-    depends on the batch around it: it is not invariant to micro-batches. `e` [P, E] embeds the prompts.
+    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each
+    chosen response is set against the rejected responses of all prompts of the batch, near prompts more: the batch is
+    all processes' and all micro-batches', so neither changes the loss, and its size does. `e` [P, E] embeds the
+    prompts: hidden states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
     """
 
     beta: Positive = 0.1
     temperature: Positive = 0.5
+    pooling: Literal["mean", "last"] = "mean"
+    encoder: str | None = None
 
     @property
     def needs_prompt_embedding(self) -> bool:
+        return True
+
+    @property
+    def couples_pairs(self) -> bool:
         return True
 
     def __call__(
@@ -370,11 +403,42 @@ class Relative(PairObjective):
         if context is None or context.prompt_embedding is None:
             raise ValueError("relative preference optimisation needs an embedding of every prompt")
         chosen, rejected = log_ratios(policy, reference)
+        differences, counts = contrasts(chosen, rejected, context)
         embedding = F.normalize(context.prompt_embedding.detach().float(), dim=-1)
         # cos - 1 = -(distance); the constant 1 drops out of the softmax
-        weights = torch.softmax(embedding @ embedding.t() / self.temperature, dim=-1)
-        logits = self.beta * weights * (chosen.unsqueeze(1) - rejected.unsqueeze(0))
-        losses = -F.logsigmoid(logits).mean(dim=1)
+        nearness = (embedding @ embedding.t() / self.temperature).masked_fill(~counts, -torch.inf)
+        logits = self.beta * torch.softmax(nearness, dim=-1) * differences
+        losses = -F.logsigmoid(logits).masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)
+        return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
+
+
+@dataclass(frozen=True)
+class RelativeDiagonal(PairObjective):
+    """`w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
+
+    Relative preference optimisation with diagonal weighting (Yin et al. 2024, arXiv 2402.10958): no embeddings, all
+    other prompts of the batch count alike. Log-ratios are sums over tokens; the batch is as for `Relative`. w = 1 is DPO.
+    """
+
+    beta: Positive = 0.1
+    own_weight: Annotated[float, Field(ge=0, le=1)] = 0.8
+
+    @property
+    def couples_pairs(self) -> bool:
+        return True
+
+    def __call__(
+        self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [P]; log 2 when policy and reference agree."""
+        chosen, rejected = log_ratios(policy, reference)
+        differences, counts = contrasts(chosen, rejected, context)
+        terms = -F.logsigmoid(self.beta * differences)
+        own = terms.diagonal()
+        others = counts & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+        mean = terms.masked_fill(~others, 0.0).sum(dim=1) / others.sum(dim=1).clamp(min=1)
+        weight = torch.where(others.any(dim=1), self.own_weight, 1.0)  # a pair alone in its batch is all there is
+        losses = weight * own + (1 - weight) * mean
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
 
@@ -385,6 +449,7 @@ class RewardAware(PairObjective):
     Reward-aware preference optimisation (Sun et al. 2025, arXiv 2502.00203; Nemotron-4, arXiv 2406.11704). `distance`:
     `squared` difference of the two; or KL between the Bernoulli distributions that they are logits of, with the scores
     first (`kl_scores_policy`, NeMo's rpo_bwd_kl) or the policy first (`kl_policy_scores`, NeMo's rpo_fwd_kl).
+    Log-ratios are sums over tokens; scores are the annotator's, on its own scale.
     """
 
     beta: Positive = 0.1
@@ -420,20 +485,12 @@ class KTO(LabelObjective):
     """`w_d * (1 - sigmoid(beta * (u - z)))` for desirable, `w_u * (1 - sigmoid(beta * (z - u)))` for undesirable ones.
 
     Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8) on single responses with a
-    label. z is an estimate of KL(pi || pi_ref) that carries no gradient: see `reference_point`.
+    label. Sums over tokens. z is an estimate of KL(pi || pi_ref) that carries no gradient: see `reference_point`.
     """
 
     beta: Positive = 0.1
     desirable_weight: NotNegative = 1.0
     undesirable_weight: NotNegative = 1.0
-
-    @staticmethod
-    def reference_point(policy: Tensor, reference: Tensor) -> Tensor:
-        """z (scalar): the mean log-ratio of *mismatched* prompt and response pairs [M], at least 0, detached.
-
-        Mismatched: the response of another row of the batch. With several processes give it the rows of all of them.
-        """
-        return (policy - reference).mean().clamp(min=0).detach()
 
     def __call__(self, policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Metrics]:
         """Losses [N] from summed log-probabilities [N], labels [N] (bool) and z."""

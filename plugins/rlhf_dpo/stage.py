@@ -1,32 +1,36 @@
 """Direct preference optimisation and its family: the policy learns from comparisons without a reward model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
-from rlhf.data.template import EncodedComparison
 from rlhf.errors import RunFailed, UserError
 from rlhf.models.language_model import LanguageModel
-from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective
-from rlhf.stage import Optimizer, Parts, Schedule, Stage
+from rlhf.models.reference import load_reference
+from rlhf.objective import LabelObjective, PairObjective
+from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
+from rlhf_dpo.embedding import embed_prompts
+from rlhf_dpo.labels import Labels
+from rlhf_dpo.pairs import Pairs
 
 
 class DPOStage(Stage):
-    """Any ``PairObjective`` on pairs of replies; reference log-probabilities are computed once, before training.
+    """Any loss on pairs of replies (``PairObjective``) or on single labelled ones (``LabelObjective``).
+
+    Reference log-probabilities and embeddings are computed once, before training, from the very tokens that are
+    trained on; the reference is then dropped.
 
     Args:
-        batch_size: Prompts per update.
-        micro_batch_size: Prompts per forward pass, null: all.
+        batch_size: Prompts per update (labelled replies, for a loss on those).
+        micro_batch_size: Of these per forward pass, null: all.
         gradient_clip: Largest gradient norm, null: none.
         epochs: Times each comparison is seen.
+        reference: Model that log-ratios are measured against, null: the policy as it starts.
     """
 
     telling = ("loss", "accuracy", "val/accuracy")
@@ -35,7 +39,7 @@ class DPOStage(Stage):
     def __init__(
         self,
         model: LanguageModel,
-        objective: PairObjective,
+        objective: PairObjective | LabelObjective,
         data: Split,
         optimizer: Optimizer,
         scheduler: Schedule,
@@ -44,6 +48,7 @@ class DPOStage(Stage):
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 1,
+        reference: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -53,97 +58,89 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        if objective.needs_prompt_embedding:
-            raise UserError("this objective reads prompt embeddings, which stage=dpo does not make: type objective=dpo")
-        self.objective, self.data, self.epochs = objective, data, epochs
+        self.kind = Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
+        self.data, self.epochs = self.kind.records(data), epochs
+        self.kind.check_batch(batch_size)
+        if reference is not None and not self.kind.needs_reference:
+            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
         self.policy.disable_dropout()
-        self.reference = model.reference() if objective.needs_reference else None
+        self.starts_at_reference = self.kind.needs_reference and reference is None
+        self.reference = None
+        if self.kind.needs_reference:
+            self.reference = load_reference(reference, model) if reference is not None else model.reference()
 
     def prepare(self) -> None:
-        """Tokenises the comparisons and lets the reference read each of them once."""
+        """Tokenises the data and lets the reference read each reply once."""
         self.encode(self.data, self.policy.tokenizer)
-        if self.objective.needs_scores and any(x.scores is None for x in [*self.examples, *self.held_out]):
-            raise UserError("this objective reads numeric scores, which some comparisons lack: type objective=dpo")
+        self.check_lengths()
+        longest = min(self.policy.context_length, self.data.data.max_length)
+        self.examples = self.kind.complete(self.examples, longest, training=True)
+        self.held_out = self.kind.complete(self.held_out, longest, training=False)
+        if self.kind.embedding is not None:
+            pooling, encoder = self.kind.embedding
+            self.examples = embed_prompts(self.examples, self.reference, self.policy, pooling, encoder, self.batch_size)
+            self.held_out = embed_prompts(self.held_out, self.reference, self.policy, pooling, encoder, self.batch_size)
         if self.reference is not None:
             self.reference.to(self.device)
             self.examples = self.with_reference(self.examples)
             self.held_out = self.with_reference(self.held_out)
+            self.reference = None  # all it has to say is written down; a copy of the model is free again
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
-    def with_reference(self, comparisons: Sequence[EncodedComparison]) -> list[EncodedComparison]:
-        """The comparisons with the reference's log-probability of every reply."""
+    def check_lengths(self) -> None:
+        """Refuses rows that the model's context cannot hold."""
+        longest = max(len(example) for example in [*self.examples, *self.held_out])
+        context = self.policy.context_length
+        if longest > context:
+            raise UserError(
+                f"the longest prompt and reply have {longest} tokens, the model's context holds {context}: "
+                f"type data.max_length={context}"
+            )
+
+    def with_reference(self, examples: Sequence[Any]) -> list[Any]:
+        """The examples with the reference's log-probability of every reply."""
         assert self.reference is not None
-        done: list[EncodedComparison] = []
-        for start in range(0, len(comparisons), self.batch_size):
-            chosen = comparisons[start : start + self.batch_size]
-            for part, group in zip(self.parts(list(chosen)), self.groups(chosen), strict=True):
-                tokens = part.to(self.device).tokens
-                logp = self.reference.logprobs(*_inputs(tokens)).sum(dim=1).tolist()
-                for comparison in group:
-                    rows = comparison.used
-                    values = dict(zip(rows, logp, strict=False))
-                    logp = logp[len(rows) :]
-                    done.append(replace(comparison, reference=values))
+        done: list[Any] = []
+        for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
+            chosen = list(examples[rows])
+            part = self.collate(chosen).to(self.device)
+            logp = [self.reference.logprobs(*inputs).sum(dim=1).tolist() for inputs in self.kind.read(part)]
+            done += self.kind.with_reference(chosen, *logp)
         return done
 
-    def groups(self, comparisons: Sequence[EncodedComparison]) -> list[Sequence[EncodedComparison]]:
-        """Comparisons as ``parts`` cuts them into micro-batches."""
-        size = self.micro_batch_size or len(comparisons)
-        return [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
+    def collate(self, examples: list[Any]) -> Any:
+        """A micro-batch of examples as tensors."""
+        return self.kind.collate(examples, self.policy.pad_id)
 
-    def collate(self, examples: list[EncodedComparison]) -> PairBatch:
-        """Every reply once, and the pairs among them."""
-        return collate_comparisons(examples, self.policy.pad_id)
-
-    def losses(self, part: PairBatch) -> tuple[Tensor, Metrics]:
-        """The objective per pair and its metrics, [P] each."""
-        logp, _ = self.policy.logprobs(*_inputs(part.tokens))
-        lengths = part.tokens.loss_mask.sum(dim=1)
-        policy = pair(logp.sum(dim=1), lengths, part)
-        reference = None if part.reference is None else pair(part.reference, lengths, part)
-        context = None if part.scores is None else PairContext(part.scores[part.chosen], part.scores[part.rejected])
-        losses, metrics = self.objective(policy, reference, context)
-        if reference is not None:
-            gaps = (policy.chosen - reference.chosen).abs() + (policy.rejected - reference.rejected).abs()
-            metrics["reference_gap"] = gaps.detach()
-        return losses, metrics
-
-    def training_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:
-        """Mean over prompts of the mean over their pairs of the objective."""
-        total = self.total(sum_of(part.weight.sum() for part in batch))
-        for part in batch:
-            losses, metrics = self.losses(part)
-            if self.updates_done == 0 and self.reference is not None:
+    def training_step(self, batch: Parts[Any], batch_idx: int) -> None:
+        """Pairs: mean over prompts of the mean over their pairs of the objective; labels: mean over replies."""
+        total = self.total(sum_of(self.kind.weight(part).sum() for part in batch))
+        around = self.kind.around(self.policy, list(batch))
+        for index, part in enumerate(batch):
+            losses, metrics = self.kind.losses(self.policy, part, around, index)
+            if self.updates_done == 0 and self.starts_at_reference:
                 self.check_start(metrics["reference_gap"])
-            self.backward_mean(losses, part.weight, total, metrics)
+            self.backward_mean(losses, self.kind.weight(part), total, metrics)
             self.count(len(part.tokens), part.tokens.attention_mask.sum())
         self.record(self.step())
 
-    def check_start(self, gap: Tensor) -> None:
-        """At step 0 policy and reference are the same model, so every log-ratio is 0 and the loss is log 2."""
+    def check_start(self, gap: torch.Tensor) -> None:
+        """At step 0 policy and reference are the same model, so every log-ratio is 0 and DPO's loss is log 2."""
         if self.trainer.precision in ("32-true", "64-true") and gap.max() > 1e-2:
             raise RunFailed(
-                f"policy and reference differ by {gap.max():.2g} nats before the first update: "
-                "inputs.reference is another model, or dropout or padding differs"
+                f"policy and reference differ by {gap.max():.2g} nats before the first update, though the reference is "
+                "the policy as it starts: dropout, padding or a resumed adapter makes them differ"
             )
 
     def prompts_to_show(self) -> list[Prompt]:
         """Prompts of held-out comparisons."""
-        return [Prompt(record.prompt, record.tags) for record in self.data.validation]
+        return [Prompt(record.prompt, getattr(record, "tags", ())) for record in self.data.validation]
 
     @torch.no_grad()
-    def validation_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:
-        """The same on held-out comparisons."""
-        for part in batch:
-            losses, metrics = self.losses(part)
+    def validation_step(self, batch: Parts[Any], batch_idx: int) -> None:
+        """The same on held-out comparisons; what a loss reads of the batch around is this process's batch."""
+        around = self.kind.around(self.policy, list(batch), together=False)
+        for index, part in enumerate(batch):
+            losses, metrics = self.kind.losses(self.policy, part, around, index)
             for name, values in {"loss": losses, **metrics}.items():
-                self.log_mean(f"val/{name}", values, part.weight)
-
-
-def pair(logp: Tensor, lengths: Tensor, part: PairBatch) -> PairLogps:
-    """Log-probabilities of replies [R] as those of pairs [P]."""
-    return PairLogps(logp[part.chosen], logp[part.rejected], lengths[part.chosen], lengths[part.rejected])
-
-
-def _inputs(tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tokens.ids, tokens.attention_mask, tokens.position_ids, tokens.loss_mask
+                self.log_mean(f"val/{name}", values, self.kind.weight(part))

@@ -1,7 +1,7 @@
 """Tokens to tensors. B rows, T tokens, P pairs, R unique responses (one row each)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
 import torch
@@ -52,6 +52,7 @@ class PairBatch(Movable):
     prompt_index: Tensor  # [P] long, which comparison of the batch the pair is from
     scores: Tensor | None  # [R] float, or None unless every response has one
     reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
+    embedding: Tensor | None = None  # [P, E] float, a vector of each pair's prompt, or None
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -59,11 +60,13 @@ class PairBatch(Movable):
 
 @dataclass(frozen=True)
 class LabelBatch(Movable):
-    """Unpaired answers. Row i of `mismatched` is prompt i with the response of row i+1 (the KL estimate of KTO)."""
+    """Unpaired answers."""
 
-    tokens: TokenBatch
-    mismatched: TokenBatch | None  # None in a batch of one, where no other response exists
+    tokens: TokenBatch  # B rows of prompt + response, loss_mask on the response
     desirable: Tensor  # [B] bool
+    mismatched: TokenBatch | None  # M <= B rows of a prompt + the response to another one, None where there is none
+    reference: Tensor | None = None  # [B] float, reference log-probability of each response, or None
+    mismatched_reference: Tensor | None = None  # [M] float
 
     def __len__(self) -> int:
         return self.desirable.shape[0]
@@ -106,6 +109,7 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     pairs: list[tuple[int, int, int, float, int]] = []
     scores: list[float] = []
     reference: list[float] = []
+    embeddings: list[Tensor] = []
     for index, item in enumerate(comparisons):
         place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
         rows += [_row(item.prompt, item.responses[response]) for response in item.used]
@@ -116,6 +120,8 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         for better, worse, grade in item.pairs:
             code = -1 if grade is None else GRADES.index(grade)
             pairs.append((place[better], place[worse], code, 1.0 / len(item.pairs), index))
+            if item.embedding is not None:
+                embeddings.append(item.embedding)
     if not pairs:
         raise UserError("a batch of comparisons holds only ties or identical responses: drop such records")
     chosen, rejected, grades, weight, prompt_index = zip(*pairs, strict=True)
@@ -128,19 +134,41 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         prompt_index=torch.tensor(prompt_index, dtype=torch.long),
         scores=torch.tensor(scores, dtype=torch.float32) if len(scores) == len(rows) else None,
         reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(rows) else None,
+        embedding=torch.stack(embeddings) if len(embeddings) == len(pairs) else None,
     )
 
 
 def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
-    """Unpaired answers, and each prompt with the next row's response."""
-    rows = [_row(label.prompt, label.response) for label in labels]
-    shifted = [*labels[1:], labels[0]]
-    mismatched = [_row(own.prompt, other.response) for own, other in zip(labels, shifted, strict=True)]
+    """Unpaired answers, and the prompts of those that have one with a response to another prompt."""
+    others = [(label.prompt, label.mismatched) for label in labels if label.mismatched is not None]
+    reference = [label.reference for label in labels if label.reference is not None]
+    mismatched = [label.mismatched_reference for label in labels if label.mismatched_reference is not None]
     return LabelBatch(
-        tokens=collate(rows, pad_id),
-        mismatched=collate(mismatched, pad_id) if len(labels) > 1 else None,
+        tokens=collate([_row(label.prompt, label.response) for label in labels], pad_id),
         desirable=torch.tensor([label.desirable for label in labels], dtype=torch.bool),
+        mismatched=collate([_row(*other) for other in others], pad_id) if others else None,
+        reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(labels) else None,
+        mismatched_reference=torch.tensor(mismatched, dtype=torch.float32) if len(mismatched) == len(others) else None,
     )
+
+
+def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 64) -> list[EncodedLabel]:
+    """Every label with the response of the nearest following row that answers another prompt.
+
+    Chosen once for the whole data set rather than within a batch, so that neither micro-batches nor processes change
+    the estimate, and the reference reads it once. A row keeps None where none of the next `tries` rows answers another
+    prompt and fits `longest` tokens.
+    """
+    done = []
+    for index, label in enumerate(labels):
+        following = (labels[(index + step) % len(labels)] for step in range(1, min(tries, len(labels) - 1) + 1))
+        fitting = (
+            other.response
+            for other in following
+            if other.prompt != label.prompt and len(label.prompt) + len(other.response) <= longest
+        )
+        done.append(replace(label, mismatched=next(fitting, None)))
+    return done
 
 
 def pack(documents: Sequence[Encoded], length: int) -> list[Encoded]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -350,6 +351,22 @@ def find_adapter(name: str) -> Adapter | None:
     return found
 
 
+def labels_of(comparison: Comparison) -> list[Label]:
+    """The responses that win more of their pairs than they lose as good ones, those that lose more as bad ones.
+
+    Of a pair that is the chosen and the rejected; the middle of a ranking is neither and is left out.
+    """
+    balance = Counter[int]()
+    for better, worse, _ in comparison.pairs():
+        balance[better] += 1
+        balance[worse] -= 1
+    return [
+        Label(comparison.prompt, response, desirable=balance[i] > 0)
+        for i, response in enumerate(comparison.responses)
+        if balance[i] != 0 and response.strip()
+    ]
+
+
 def convert(record: Record, wanted: str) -> Iterable[Record]:
     """The record as the wanted type, where it holds what that needs. Raises ValueError where it does not."""
     if record.name == wanted:
@@ -368,11 +385,7 @@ def convert(record: Record, wanted: str) -> Iterable[Record]:
         if wanted == "demonstration":
             return (Demonstration((*record.prompt, Message("assistant", record.responses[0]))),)
         if wanted == "label":
-            return [
-                Label(record.prompt, record.responses[i], good)
-                for better, worse, _ in record.pairs()[:1]
-                for i, good in ((better, True), (worse, False))
-            ]
+            return labels_of(record)
     if wanted == "demonstration" and isinstance(record, Label):
         return (Demonstration((*record.prompt, Message("assistant", record.response))),) if record.desirable else ()
     raise ValueError(f"holds a {record.name}, which cannot serve as a {wanted}")

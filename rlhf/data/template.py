@@ -60,6 +60,7 @@ class EncodedComparison:
 
     `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
     of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
+    `embedding` is a vector [E] of the prompt, where an objective asks for one.
     """
 
     prompt: list[int]
@@ -67,6 +68,7 @@ class EncodedComparison:
     pairs: list[tuple[int, int, str | None]]
     scores: tuple[float, ...] | None = None
     reference: dict[int, float] | None = None
+    embedding: Any = None
 
     @property
     def used(self) -> list[int]:
@@ -79,11 +81,18 @@ class EncodedComparison:
 
 @dataclass(frozen=True, slots=True)
 class EncodedLabel:
-    """An unpaired answer in tokens."""
+    """An unpaired answer in tokens.
+
+    `mismatched` is the response to another prompt (the KL estimate of KTO reads it after this one's prompt); the two
+    references are the reference policy's log-probabilities of `response` and of `mismatched`, computed once.
+    """
 
     prompt: list[int]
     response: list[int]
     desirable: bool
+    mismatched: list[int] | None = None
+    reference: float | None = None
+    mismatched_reference: float | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf.data.collate import collate, collate_comparisons, collate_labels, collate_prompts, pack
+from rlhf.data.collate import collate, collate_comparisons, collate_labels, collate_prompts, pack, with_mismatches
 from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
 from rlhf.errors import UserError
 
@@ -57,12 +57,18 @@ def test_rows_in_no_pair_are_left_out_and_scores_follow_their_rows():
         collate_comparisons([EncodedComparison([1], [[2], [2]], [])], PAD)
 
 
-def test_labels_are_mismatched_by_one():
-    batch = collate_labels([EncodedLabel([1], [2, 9], True), EncodedLabel([3], [4, 5, 9], False)], PAD)
-    assert batch.tokens.ids.tolist() == [[1, 2, 9, 0], [3, 4, 5, 9]]
-    assert batch.mismatched.ids.tolist() == [[1, 4, 5, 9], [3, 2, 9, 0]]
-    assert batch.desirable.tolist() == [True, False]
-    assert collate_labels([EncodedLabel([1], [2], True)], PAD).mismatched is None
+def test_labels_get_the_response_to_another_prompt():
+    """Rows 0 and 1 answer one prompt (as two labels of a comparison do), so both take row 2's response."""
+    rows = [EncodedLabel([1], [2, 9], True), EncodedLabel([1], [6, 9], False), EncodedLabel([3], [4, 5, 9], False)]
+    done = with_mismatches(rows, longest=16)
+    batch = collate_labels(done, PAD)
+    assert batch.tokens.ids.tolist() == [[1, 2, 9, 0], [1, 6, 9, 0], [3, 4, 5, 9]]
+    assert batch.mismatched.ids.tolist() == [[1, 4, 5, 9], [1, 4, 5, 9], [3, 2, 9, 0]]
+    assert batch.desirable.tolist() == [True, False, False]
+    # cutting the batch does not change who is set against whom
+    assert collate_labels(done[2:], PAD).mismatched.ids.tolist() == [[3, 2, 9]]
+    assert [row.mismatched for row in with_mismatches(rows, longest=3)] == [None, None, [2, 9]]
+    assert collate_labels(with_mismatches(rows[:2], longest=16), PAD).mismatched is None
 
 
 def test_packing_keeps_every_token_and_restarts_positions():

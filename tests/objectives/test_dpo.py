@@ -23,6 +23,7 @@ from rlhf_dpo.objective import (
     DPONorm,
     Hinge,
     Relative,
+    RelativeDiagonal,
     RewardAware,
     Robust,
     SimPO,
@@ -131,6 +132,7 @@ ALL = [
     EXO(),
     DiscoPOP(),
     Relative(),
+    RelativeDiagonal(),
     RewardAware(score_scale=5.0),
 ]
 
@@ -221,7 +223,7 @@ def test_losses_are_per_pair(pairs):
     policy, reference = pairs
     take = [PairLogps(*(getattr(p, f)[2:4] for f in PairLogps.__dataclass_fields__)) for p in (policy, reference)]
     for objective in ALL:
-        if objective.needs_prompt_embedding:
+        if objective.couples_pairs:
             continue
         whole = objective(policy, reference, context_for(objective, 6))[0]
         torch.testing.assert_close(objective(*take, context_for(objective, 2))[0], whole[2:4])

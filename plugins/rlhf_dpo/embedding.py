@@ -1,0 +1,90 @@
+"""Vectors of prompts, for objectives that ask how near two prompts are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from rlhf.data.collate import collate_prompts
+from rlhf.data.template import EncodedComparison
+from rlhf.errors import UserError
+from rlhf.functional.masking import last_index
+from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.stage import chunks
+
+
+@torch.no_grad()
+def embed_prompts(
+    examples: Sequence[EncodedComparison],
+    reference: Reference | None,
+    policy: LanguageModel,
+    pooling: str,
+    encoder: str | None,
+    batch_size: int,
+) -> list[EncodedComparison]:
+    """The comparisons with an embedding [E] of each prompt, on the CPU.
+
+    Args:
+        examples: Encoded comparisons.
+        reference: The frozen model whose last hidden states are pooled.
+        policy: Whose tokens the prompts are in.
+        pooling: ``mean`` over the prompt's tokens, or its ``last`` one.
+        encoder: Folder or hub id of a model that reads the prompt's text instead; null: the reference.
+        batch_size: Prompts embedded at a time.
+    """
+    assert reference is not None
+    read = _Own(reference.to(policy.device), policy) if encoder is None else _Encoder(encoder, policy)
+    done = []
+    for rows in chunks(len(examples), batch_size):
+        chosen = examples[rows]
+        hidden, mask = read([list(example.prompt) for example in chosen])
+        vectors = pooled(hidden.float(), mask.bool(), pooling).cpu()
+        done += [replace(example, embedding=vector) for example, vector in zip(chosen, vectors, strict=True)]
+    return done
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """[B, T, E] hidden states and their mask [B, T] -> one vector a row, [B, E]; padding does not count."""
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden)), last_index(mask)]
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+class _Own:
+    """The reference reads the policy's tokens."""
+
+    def __init__(self, reference: Reference, policy: LanguageModel) -> None:
+        self.reference, self.policy = reference, policy
+
+    def __call__(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        batch = collate_prompts(prompts, self.policy.pad_id).to(self.policy.device)
+        with self.reference.active() as model:
+            return model.hidden(batch.ids, batch.attention_mask, batch.position_ids), batch.attention_mask
+
+
+class _Encoder:
+    """Another model reads the prompts' text, special tokens of the policy's template left out."""
+
+    def __init__(self, path: str, policy: LanguageModel) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model: Any = AutoModel.from_pretrained(path).eval().to(policy.device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"objective.encoder={path}: cannot be read ({reason}); give a model folder or hub id, or null for the "
+                "reference"
+            ) from error
+        self.policy = policy
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def __call__(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        texts = self.policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.policy.device)
+        batch.pop("token_type_ids", None)
+        return self.model(**batch).last_hidden_state, batch["attention_mask"]
