@@ -32,9 +32,8 @@ from rlhf.models.roles import reference_of, require_same_vocabulary
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, PolicyObjective
 from rlhf.rollout import Rollout, Sampler
-from rlhf.scoring import Reward
+from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
-
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
 COARSE = 50
@@ -171,9 +170,9 @@ class PPOStage(Stage):
                 f"{self.minibatches * self.trainer.world_size}"
             )
         self.reference.to(self.device)
-        self.rollout.check(self.policy, [*self.data.train, *self.data.validation])
-        if hasattr(self.reward, "to"):
-            self.reward.to(self.device)
+        prompts = [*self.data.train, *self.data.validation]
+        self.rollout.check(self.policy, prompts)
+        make_ready(self.reward, self.device, prompts, self.rollout.max_new_tokens)
         self.examples, self.held_out = self.data.train, self.data.validation
         self.batches = self.order(len(self.examples), steps=self.steps)
         if self.average_decay is not None:
@@ -361,7 +360,7 @@ class PPOStage(Stage):
         """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
         gap = ((ratio - 1).abs() * mask).max()
         if self.exact and not gap <= 1e-4:
-            raise RunFailed(f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?")
+            raise RunFailed(f"ratio is off 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?")
 
     # -- what is logged -------------------------------------------------------------------------------------------
 
@@ -390,6 +389,7 @@ class PPOStage(Stage):
             "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
             "rlhf_reward": (learnt - self.beta * kl).mean(),
             **rollout.diagnostics(),
+            **{f"reward/{name}": value for name, value in getattr(self.reward, "parts", {}).items()},
         }
 
     @torch.no_grad()

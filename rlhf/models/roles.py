@@ -24,8 +24,8 @@ def require_same_vocabulary(
     if ours != theirs:
         shared = sum(theirs.get(token) == number for token, number in ours.items())
         raise UserError(
-            f"{what} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} of them "
-            f"the same), so it cannot read the policy's tokens: type {instead}"
+            f"{what} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} the "
+            f"same), so it cannot read the policy's tokens: type {instead}"
         )
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlhf_ppo.objective import PPO
-from rlhf_ppo.stage import PPOStage
 
 from rlhf.checkpoints import Checkpoints
 from rlhf.errors import RunFailed, UserError
@@ -19,9 +17,11 @@ from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.rollout import Rollout, Sampler
 from rlhf.testing import tiny_model
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
 
 from .conftest import adamw, constant, data, fit, same, weights
-from .test_exactness import Stop, ppo
+from .test_exactness import Stop
 
 COMMON = (adamw, constant)
 
