@@ -7,7 +7,6 @@
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,20 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlhf.data.collate import TokenBatch, collate, pack
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
-from rlhf.data.template import encode_text
-from rlhf.errors import RunFailed, UserError
+from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance, sequence_kl
-from rlhf.functional.kl import k3
 from rlhf.functional.masking import masked_mean
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, PolicyObjective
+from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward
-from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+from rlhf.stage import Optimizer, Parts, Schedule, chunks
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Experience:
         return len(self.ids)
 
 
-class PPOStage(Stage):
+class PPOStage(RolloutStage):
     """Proximal policy optimisation with a learnt critic.
 
     Args:
@@ -72,9 +69,6 @@ class PPOStage(Stage):
         score_clip: Scores are clipped to plus or minus this, null: not.
         tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
     """
-
-    telling = ("score", "kl", "length", "loss")
-    headline = "val/score"
 
     def __init__(
         self,
@@ -103,57 +97,35 @@ class PPOStage(Stage):
     ) -> None:
         super().__init__(
             model,
+            objective,
+            data,
+            text,
+            reward,
+            rollout,
             optimizer,
             scheduler,
+            steps=steps,
             batch_size=batch_size,
+            epochs=epochs,
+            minibatches=minibatches,
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
+            text_ratio=text_ratio,
+            text_length=text_length,
+            missing_end_penalty=missing_end_penalty,
+            score_clip=score_clip,
+            tolerance=tolerance,
         )
         if not rollout.exact or rollout.samples != 1:
             raise UserError(
                 "PPO samples one reply per prompt from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
             )
-        if batch_size % minibatches:
-            raise UserError(
-                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
-                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
-            )
-        check_context(model, text_length, "stage.text_length")
-        self.objective, self.data, self.text, self.reward, self.rollout = objective, data, text, reward, rollout
-        self.steps, self.epochs, self.minibatches, self.value_warmup = steps, epochs, minibatches, value_warmup
-        self.text_ratio, self.text_length = text_ratio, text_length
-        self.missing_end_penalty, self.score_clip, self.tolerance = missing_end_penalty, score_clip, tolerance
-        self.policy.disable_dropout()
-        self.reference = model.reference()
+        self.value_warmup = value_warmup
         self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
         self.critic.disable_dropout()
-        self.beta = objective.beta
 
     # -- set-up ---------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Prompts, the stream of pretraining text, and the frozen models on the device."""
-        self.reference.to(self.device)
-        if hasattr(self.reward, "to"):
-            self.reward.to(self.device)
-        self.examples, self.held_out = self.data.train, self.data.validation
-        self.batches = self.order(len(self.examples), steps=self.steps)
-        if self.objective.gamma:
-            if self.text is None:
-                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
-            tokenizer = self.policy.tokenizer
-            self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
-
-    def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
-        """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
-        return Parts(examples)
-
-
-    @property
-    def total_updates(self) -> int:
-        """Minibatches of all rollouts."""
-        return self.steps * self.epochs * self.minibatches
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""
@@ -176,13 +148,6 @@ class PPOStage(Stage):
         self.report(rollout, scores, experience, metrics)
         kl = sequence_kl(experience.logp, experience.ref_logp, experience.mask).mean()
         self.beta = self.objective.next_beta(self.beta, float(self.total(kl)), self.batch_size)
-
-    def scores(self, rollout: Rollout) -> Tensor:
-        """What the reward says of each reply, [B], less the penalty for not ending."""
-        scores = self.reward(rollout).float()
-        if self.score_clip is not None:
-            scores = scores.clamp(-self.score_clip, self.score_clip)
-        return scores - self.missing_end_penalty * (~rollout.ended).float()
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:
@@ -209,14 +174,6 @@ class PPOStage(Stage):
         _, advantages, returns = self.objective.estimate(scores, logp, ref_logp, values, rollout.mask, self.beta)
         return Experience(*inputs, rollout.mask, logp, ref_logp, values, advantages, returns)
 
-    def order_of_updates(self, experience: Experience) -> Iterator[tuple[bool, Experience]]:
-        """Minibatches, every epoch in an order of its own; the flag marks the first, where the ratio must be 1."""
-        for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
-            order = torch.randperm(len(experience), generator=generator).to(experience.ids.device)
-            for index, rows in enumerate(order.chunk(self.minibatches)):
-                yield epoch == index == 0, experience[rows]
-
     def update(self, minibatch: Experience, first: bool) -> Metrics:
         """One optimizer step on L_PPO + gamma * L_pretraining."""
         total = self.total(minibatch.mask.sum())
@@ -239,41 +196,6 @@ class PPOStage(Stage):
             self.pretraining_term(len(minibatch))
         return self.step(frozen=self.policy if warming else None)  # waits for a critic that has seen some returns
 
-    def pretraining_term(self, replies: int) -> None:
-        """Adds gamma * cross-entropy on pretraining text to the gradient of this update."""
-        generator = torch.Generator().manual_seed(self.step_seed(f"text {self.updates_done}"))
-        picked = torch.randint(len(self.documents), (max(1, round(self.text_ratio * replies)),), generator=generator)
-        parts: list[TokenBatch] = [
-            collate([self.documents[i] for i in picked[part].tolist()], self.policy.pad_id).to(self.device)
-            for part in chunks(len(picked), self.micro_batch_size)
-        ]
-        total = self.total(torch.stack([part.loss_mask.sum() for part in parts]).sum())
-        for part in parts:
-            logp, _ = self.policy.logprobs(part.ids, part.attention_mask, part.position_ids, part.loss_mask)
-            self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
-
-    # -- checks ---------------------------------------------------------------------------------------------------
-
-    @property
-    def exact(self) -> bool:
-        """Whether arithmetic is fp32, where two ways to the same number may be held against each other."""
-        return self.trainer.precision in ("32-true", "64-true")
-
-    def check_sampler(self, rollout: Rollout, logp: Tensor) -> None:
-        """The sampler must have drawn from the distribution that is scored, or KL and ratio mean nothing."""
-        gap = ((rollout.logp - logp).abs() * rollout.mask).max()
-        if self.exact and gap > self.tolerance:
-            raise RunFailed(
-                f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats "
-                f"(stage.tolerance={self.tolerance}): the replies were not drawn from the distribution that is scored"
-            )
-
-    def check_ratio(self, ratio: Tensor, mask: Tensor) -> None:
-        """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
-        gap = ((ratio - 1).abs() * mask).max()
-        if self.exact and gap > 1e-4:
-            raise RunFailed(f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?")
-
     # -- what is logged -------------------------------------------------------------------------------------------
 
     def report(self, rollout: Rollout, scores: Tensor, experience: Experience, metrics: list[Metrics]) -> None:
@@ -287,39 +209,6 @@ class PPOStage(Stage):
             value=masked_mean(experience.values, experience.mask),
             beta=self.beta,
         )
-
-    def describe(self, rollout: Rollout, scores: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
-        """Score, KL (nats per reply) and the signs of reward hacking."""
-        kl = sequence_kl(logp, ref_logp, rollout.mask)
-        return {
-            "score": scores.mean(),
-            "score_std": scores.std(),
-            "kl": kl.mean(),
-            "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
-            "rlhf_reward": (scores - self.beta * kl).mean(),
-            **rollout.diagnostics(),
-        }
-
-    @torch.no_grad()
-    def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
-        """Score and KL on held-out prompts."""
-        rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        width = rollout.mask.shape[1]
-        logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
-        ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
-        metrics = self.describe(rollout, self.scores(rollout), logp, ref_logp)
-        self.log_dict(
-            {f"val/{name}": value for name, value in metrics.items()},
-            batch_size=len(batch),
-            on_step=False,
-            on_epoch=True,
-            sync_dist=self.trainer.world_size > 1,
-        )
-
-    def prompts_to_show(self) -> list[Prompt]:
-        """Held-out prompts."""
-        return list(self.held_out)
 
     def save(self, folder: Path) -> None:
         """The policy; the critic beside it."""

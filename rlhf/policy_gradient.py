@@ -1,0 +1,227 @@
+"""What reinforcement learning stages share: rollouts, scores, the gamma term, checks and diagnostics.
+
+A stage on top of ``RolloutStage`` says how advantages come from scores and what loss they go into; everything that
+must be the same in PPO, GRPO and RLOO for a comparison to mean something is here.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.data.collate import TokenBatch, collate, pack
+from rlhf.data.data import Split
+from rlhf.data.records import Prompt
+from rlhf.data.template import encode_text
+from rlhf.errors import RunFailed, UserError
+from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.kl import k3
+from rlhf.models.language_model import LanguageModel
+from rlhf.objective import Metrics
+from rlhf.rollout import Rollout, Sampler
+from rlhf.scoring import Reward
+from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+
+
+class SampledObjective(Protocol):
+    """What every objective over sampled replies has."""
+
+    @property
+    def beta(self) -> float:
+        """KL coefficient, at the start where it adapts."""
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the pretraining loss in the same optimizer step; 0 reads no text."""
+
+
+class RowsOfTensors(Protocol):
+    """Experience: rows that can be counted and picked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice) -> Self: ...
+
+
+E = TypeVar("E", bound=RowsOfTensors)
+
+
+class RolloutStage(Stage):
+    """Base class of the stages that sample from the policy, score the replies, and update on them.
+
+    Args:
+        steps: Rollouts, each of ``batch_size`` prompts.
+        batch_size: Prompts per rollout.
+        epochs: Passes over each rollout.
+        minibatches: Updates per pass.
+        micro_batch_size: Rows per forward pass, null: a whole minibatch.
+        gradient_clip: Largest gradient norm, null: none.
+        text_ratio: Rows of pretraining text per reply in the gamma term.
+        text_length: Tokens in a row of pretraining text.
+        missing_end_penalty: Taken from the score of a reply that did not end by itself.
+        score_clip: Scores are clipped to plus or minus this, null: not.
+        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+    """
+
+    telling = ("score", "kl", "length", "loss")
+    headline = "val/score"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: SampledObjective,
+        data: Split,
+        text: Split | None,
+        reward: Reward,
+        rollout: Sampler,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        steps: int,
+        batch_size: int,
+        epochs: int,
+        minibatches: int,
+        micro_batch_size: int | None,
+        gradient_clip: float | None,
+        text_ratio: float,
+        text_length: int,
+        missing_end_penalty: float,
+        score_clip: float | None,
+        tolerance: float,
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            scheduler,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+        )
+        if batch_size % minibatches:
+            raise UserError(
+                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
+                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+            )
+        check_context(model, text_length, "stage.text_length")
+        self.objective: Any = objective
+        self.data, self.text, self.reward, self.rollout = data, text, reward, rollout
+        self.steps, self.epochs, self.minibatches = steps, epochs, minibatches
+        self.text_ratio, self.text_length = text_ratio, text_length
+        self.missing_end_penalty, self.score_clip, self.tolerance = missing_end_penalty, score_clip, tolerance
+        self.policy.disable_dropout()
+        self.reference = model.reference()
+        self.beta = objective.beta
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+        self.reference.to(self.device)
+        if hasattr(self.reward, "to"):
+            self.reward.to(self.device)
+        self.examples, self.held_out = self.data.train, self.data.validation
+        self.batches = self.order(len(self.examples), steps=self.steps)
+        if self.objective.gamma:
+            if self.text is None:
+                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
+            tokenizer = self.policy.tokenizer
+            self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
+
+    def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
+        """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
+        return Parts(examples)
+
+    @property
+    def total_updates(self) -> int:
+        """Minibatches of all rollouts."""
+        return self.steps * self.epochs * self.minibatches
+
+    # -- scores and updates -----------------------------------------------------------------------------------------
+
+    def scores(self, rollout: Rollout) -> Tensor:
+        """What the reward says of each reply, [B], less the penalty for not ending."""
+        scores = self.reward(rollout).float()
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        return scores - self.missing_end_penalty * (~rollout.ended).float()
+
+    def order_of_updates(self, experience: E) -> Iterator[tuple[bool, E]]:
+        """Minibatches, every epoch in an order of its own; the flag marks the first, where the ratio must be 1."""
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
+            order = torch.randperm(len(experience), generator=generator).to(self.device)
+            for index, rows in enumerate(order.chunk(self.minibatches)):
+                yield epoch == index == 0, experience[rows]
+
+    def pretraining_term(self, replies: int) -> None:
+        """Adds gamma * cross-entropy on pretraining text to the gradient of this update."""
+        generator = torch.Generator().manual_seed(self.step_seed(f"text {self.updates_done}"))
+        picked = torch.randint(len(self.documents), (max(1, round(self.text_ratio * replies)),), generator=generator)
+        parts: list[TokenBatch] = [
+            collate([self.documents[i] for i in picked[part].tolist()], self.policy.pad_id).to(self.device)
+            for part in chunks(len(picked), self.micro_batch_size)
+        ]
+        total = self.total(torch.stack([part.loss_mask.sum() for part in parts]).sum())
+        for part in parts:
+            logp, _ = self.policy.logprobs(part.ids, part.attention_mask, part.position_ids, part.loss_mask)
+            self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether arithmetic is fp32, where two ways to the same number may be held against each other."""
+        return self.trainer.precision in ("32-true", "64-true")
+
+    def check_sampler(self, rollout: Rollout, logp: Tensor) -> None:
+        """The sampler must have drawn from the distribution that is scored, or KL and ratio mean nothing."""
+        gap = ((rollout.logp - logp).abs() * rollout.mask).max()
+        if self.exact and gap > self.tolerance:
+            raise RunFailed(
+                f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats "
+                f"(stage.tolerance={self.tolerance}): the replies were not drawn from the distribution that is scored"
+            )
+
+    def check_ratio(self, ratio: Tensor, mask: Tensor) -> None:
+        """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
+        gap = ((ratio - 1).abs() * mask).max()
+        if self.exact and gap > 1e-4:
+            raise RunFailed(
+                f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?"
+            )
+
+    # -- what is logged -------------------------------------------------------------------------------------------
+
+    def describe(self, rollout: Rollout, scores: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
+        """Score, KL (nats per reply) and the signs of reward hacking."""
+        kl = sequence_kl(logp, ref_logp, rollout.mask)
+        return {
+            "score": scores.mean(),
+            "score_std": scores.std(),
+            "kl": kl.mean(),
+            "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
+            "rlhf_reward": (scores - self.beta * kl).mean(),
+            **rollout.diagnostics(),
+        }
+
+    @torch.no_grad()
+    def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
+        """Score and KL on held-out prompts."""
+        rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
+        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+        width = rollout.mask.shape[1]
+        logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
+        ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
+        metrics = self.describe(rollout, self.scores(rollout), logp, ref_logp)
+        self.log_dict(
+            {f"val/{name}": value for name, value in metrics.items()},
+            batch_size=len(batch),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=self.trainer.world_size > 1,
+        )
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """Held-out prompts."""
+        return list(self.held_out)
