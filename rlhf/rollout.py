@@ -132,6 +132,11 @@ class Sampler:
         """Whether the distribution sampled from is the model's own at this temperature."""
         return self.top_k == 0 and self.top_p == 1.0 and self.temperature > 0
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of its own that a reply may have."""
+        return self.max_new_tokens
+
     @torch.no_grad()
     def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
         """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""
