@@ -125,6 +125,8 @@ class RolloutStage(Stage):
         if hasattr(self.reward, "to"):
             self.reward.to(self.device)
         self.examples, self.held_out = self.data.train, self.data.validation
+        if hasattr(self.reward, "check"):  # a reward that cannot score these prompts says so before anything is sampled
+            self.reward.check([*self.examples, *self.held_out])
         self.batches = self.order(len(self.examples), steps=self.steps)
         if self.objective.gamma:
             if self.text is None:
