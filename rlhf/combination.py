@@ -27,10 +27,10 @@ class Combination:
             make_ready(reward, device)
         return self
 
-    def check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for a prompt that one of them cannot score."""
         for reward in self.rewards.values():
-            make_ready(reward, None, prompts, max_new_tokens)
+            make_ready(reward, None, prompts)
 
     def each(self, rollout: Rollout) -> dict[str, Tensor]:
         """The scores of each, [B]."""

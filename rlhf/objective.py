@@ -172,6 +172,41 @@ class PolicyObjective(Objective):
         """Losses [B, R] and metrics [B, R]; the stage averages both under the response mask."""
 
 
+class GroupObjective(Objective):
+    """A loss per sampled token whose baseline is the other replies to the same prompt; used by grpo and rloo."""
+
+    beta: float  # KL coefficient
+    gamma: float  # weight of the pretraining loss in the same optimizer step; 0 reads no text
+
+    @abstractmethod
+    def advantages(
+        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages [B] of a whole rollout, and which replies the loss counts [B] (bool).
+
+        `scores` [B], the rest [B, R]; the `samples` replies to one prompt stand in consecutive rows.
+        """
+
+    @abstractmethod
+    def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Weight of every token's loss [B, R], and what each reply adds to the divisor of their sum [B].
+
+        `longest` is the most tokens a reply may have.
+        """
+
+    @abstractmethod
+    def __call__(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        entropy: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [B, R] and metrics [B, R], `ratio` and `approx_kl` among them; `advantages` [B], the rest [B, R]."""
+
+
 @dataclass(frozen=True)
 class CrossEntropy(TokenObjective):
     """Negative log-likelihood of the target tokens: `-log p(x_t | x_<t)`. No knobs."""

@@ -132,6 +132,11 @@ class Sampler:
         """Whether the distribution sampled from is the model's own at this temperature."""
         return self.top_k == 0 and self.top_p == 1.0 and self.temperature > 0
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of its own that a reply may have."""
+        return self.max_new_tokens
+
     def check(self, policy: LanguageModel, prompts: list[Prompt]) -> list[list[int]]:
         """The prompts in tokens. Raises UserError for one that leaves no room for a reply in the model's context."""
         encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]

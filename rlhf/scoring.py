@@ -27,21 +27,18 @@ class Reward(Protocol):
         ...
 
 
-def make_ready(
-    reward: Reward, device: torch.device | None, prompts: Sequence[Prompt] = (), max_new_tokens: int = 0
-) -> None:
+def make_ready(reward: Reward, device: torch.device | None, prompts: Sequence[Prompt] = ()) -> None:
     """Moves a reward's weights, if it has any, to ``device``; lets it refuse prompts before anything is trained.
 
     Args:
         reward: Any reward; its ``to`` and ``check`` are called if it has them.
         device: Where its weights are to be; None leaves them.
         prompts: All prompts whose replies it will score.
-        max_new_tokens: Longest of these replies, in the policy's tokens.
     """
     if device is not None and hasattr(reward, "to"):
         reward.to(device)
     if prompts and hasattr(reward, "check"):
-        reward.check(prompts, max_new_tokens)
+        reward.check(prompts)
 
 
 class GoldReward:
@@ -54,7 +51,7 @@ class GoldReward:
     def __init__(self, aspect: Literal["total", "helpfulness", "safety"] = "total") -> None:
         self.aspect = aspect
 
-    def check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for a prompt that is not the testbed's."""
         for prompt in prompts:
             gold(prompt, "")
@@ -87,15 +84,15 @@ class ModelReward:
         self.model.to(device)
         return self
 
-    def check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for a prompt that leaves no room for a reply in the reward model's context."""
         for prompt in prompts:
-            self._fits(len(encode_prompt(self.model.tokenizer, prompt.messages)) + max_new_tokens, prompt)
+            self._fits(len(encode_prompt(self.model.tokenizer, prompt.messages)) + 1, prompt)
 
     def _fits(self, length: int, prompt: Prompt) -> None:
         if length > self.model.context_length:
             raise UserError(
-                f"prompt '{prompt.messages[-1].content[:60]}' and its reply have {length} tokens, the reward model "
+                f"prompt '{prompt.messages[-1].content[:60]}' with its reply has {length} tokens, the reward model "
                 f"{self.path} reads {self.model.context_length}: set data.max_prompt_length or rollout.max_new_tokens lower"
             )
 

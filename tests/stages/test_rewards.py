@@ -139,7 +139,7 @@ def test_gold_aspects():
 
 def test_gold_refuses_foreign_prompts_before_training():
     with pytest.raises(UserError, match="gold scores only the testbed's own prompts"):
-        make_ready(GoldReward(), None, asked(False).prompts, 8)
+        make_ready(GoldReward(), None, asked(False).prompts)
 
 
 def test_a_rule_takes_arguments():
@@ -188,7 +188,7 @@ def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, fore
 def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(foreign):
     long = Prompt((Message("user", "word " * 300),))
     with pytest.raises(UserError, match=r"the reward model .* reads 128"):
-        make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long], 8)
+        make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long])
 
 
 def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign, tmp_path):
