@@ -30,7 +30,14 @@ class Combination:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for a prompt that one of them cannot score."""
         for reward in self.rewards.values():
-            make_ready(reward, None, prompts)
+            if hasattr(reward, "check"):
+                reward.check(prompts)
+
+    def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raises UserError for a prompt that is too long for one of them."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "check_length"):
+                reward.check_length(prompts, max_new_tokens)
 
     def each(self, rollout: Rollout) -> dict[str, Tensor]:
         """The scores of each, [B]."""
@@ -77,7 +84,8 @@ class GatedReward(Combination):
             return scores.sigmoid()
         if ((scores < 0) | (scores > 1)).any():
             raise UserError(
-                f"reward.{name} gives {scores.min():.3g} to {scores.max():.3g}, no probabilities: type reward.scale=logit"
+                f"reward.{name} gives {scores.min():.3g} to {scores.max():.3g}: no probabilities, "
+                "type reward.scale=logit"
             )
         return scores
 

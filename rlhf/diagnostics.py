@@ -132,28 +132,28 @@ class HackingWarnings(pl.Callback):
                 )
             elif length < first / self.length_factor:
                 found["length_factor"] = (
-                    f"replies have shrunk from {first:.1f} to {length:.1f} tokens: the reward may pay for saying little; "
-                    "read samples.jsonl, try a larger objective.beta"
+                    f"replies have shrunk from {first:.1f} to {length:.1f} tokens: the reward may pay for saying "
+                    "little; read samples.jsonl, try a larger objective.beta"
                 )
         if self.ended is not None and now.get("ended", 1.0) < self.ended:
             found["ended"] = (
-                f"only {now['ended']:.0%} of the replies end by themselves: the policy forgets to stop; try a larger "
-                "stage.missing_end_penalty or rollout.max_new_tokens"
+                f"only {now['ended']:.0%} of the replies end by themselves: the policy does not stop; try a larger "
+                "rollout.max_new_tokens, or stage.missing_end_penalty where it is trained"
             )
         if self.repetition is not None and now.get("repetition", 0.0) > self.repetition:
             found["repetition"] = (
-                f"{now['repetition']:.0%} of the word pairs in a reply repeat themselves: the policy loops; try a larger "
+                f"{now['repetition']:.0%} of the pairs of tokens in a reply repeat: the policy loops; try a larger "
                 "objective.beta, a smaller optimizer.lr"
             )
         if self.distinct is not None and now.get("distinct", 1.0) < self.distinct:
             found["distinct"] = (
-                f"only {now['distinct']:.0%} of the replies differ: the policy says the same to everything; try a larger "
+                f"only {now['distinct']:.0%} of the replies differ: the policy says the same to all; try a larger "
                 "objective.beta, a smaller optimizer.lr"
             )
         if self.kl is not None and now.get("kl", 0.0) > self.kl:
             found["kl"] = (
-                f"the policy is {now['kl']:.1f} nats per reply from its reference, where the reward has seen little; try "
-                "a larger objective.beta, or stage.kl_budget"
+                f"the policy is {now['kl']:.1f} nats per reply from its reference, where the reward has seen little; "
+                "try a larger objective.beta, or stage.kl_budget"
             )
         if self.proxy_gold_gap is not None and now.get("proxy_gold_gap", 0.0) > self.proxy_gold_gap:
             found["proxy_gold_gap"] = (

@@ -34,7 +34,6 @@ from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 
-
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
 COARSE = 50
 
@@ -171,7 +170,7 @@ class RolloutStage(Stage):
         self.examples, self.held_out = self.data.train, self.data.validation
         prompts = [*self.examples, *self.held_out]
         self.rollout.check(self.policy, prompts)
-        make_ready(self.reward, self.device, prompts)
+        make_ready(self.reward, self.device, prompts, self.rollout.longest)
         self.batches = self.order(len(self.examples), steps=self.steps)
         if self.average_decay is not None:
             self.average = MovingAverage(self.policy, self.average_decay)

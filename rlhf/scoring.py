@@ -27,18 +27,24 @@ class Reward(Protocol):
         ...
 
 
-def make_ready(reward: Reward, device: torch.device | None, prompts: Sequence[Prompt] = ()) -> None:
+def make_ready(
+    reward: Reward, device: torch.device | None, prompts: Sequence[Prompt] = (), max_new_tokens: int = 1
+) -> None:
     """Moves a reward's weights, if it has any, to ``device``; lets it refuse prompts before anything is trained.
 
     Args:
-        reward: Any reward; its ``to`` and ``check`` are called if it has them.
+        reward: Any reward; its ``to(device)``, ``check(prompts)`` and ``check_length(prompts, max_new_tokens)`` are
+            called if it has them.
         device: Where its weights are to be; None leaves them.
         prompts: All prompts whose replies it will score.
+        max_new_tokens: Longest of these replies, in the policy's tokens.
     """
     if device is not None and hasattr(reward, "to"):
         reward.to(device)
     if prompts and hasattr(reward, "check"):
         reward.check(prompts)
+    if prompts and hasattr(reward, "check_length"):
+        reward.check_length(prompts, max_new_tokens)
 
 
 class GoldReward:
@@ -84,16 +90,17 @@ class ModelReward:
         self.model.to(device)
         return self
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises UserError for a prompt that leaves no room for a reply in the reward model's context."""
+    def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raises UserError for a prompt that leaves no room for such a reply in the reward model's context."""
         for prompt in prompts:
-            self._fits(len(encode_prompt(self.model.tokenizer, prompt.messages)) + 1, prompt)
+            self._fits(len(encode_prompt(self.model.tokenizer, prompt.messages)) + max_new_tokens, prompt)
 
     def _fits(self, length: int, prompt: Prompt) -> None:
         if length > self.model.context_length:
             raise UserError(
                 f"prompt '{prompt.messages[-1].content[:60]}' with its reply has {length} tokens, the reward model "
-                f"{self.path} reads {self.model.context_length}: set data.max_prompt_length or rollout.max_new_tokens lower"
+                f"{self.path} reads {self.model.context_length}: set a smaller data.max_prompt_length or "
+                "rollout.max_new_tokens"
             )
 
     @torch.no_grad()
@@ -153,5 +160,5 @@ class FunctionReward:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"reward.function={self.name} gave {value!r} for the reply {text[:60]!r}: not a finite number")
+            raise UserError(f"reward.function={self.name} gave {value!r} for the reply {text[:60]!r}: no finite number")
         return number

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from rlhf.annotators import Annotator
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
+from rlhf.diagnostics import look, reply_metrics
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
@@ -87,8 +88,7 @@ class CollectStage(Stage):
             "batch": batch_idx,
             "comparisons": [comparison.to_json() for comparison in comparisons],
             "prompts": len(batch),
-            "length": rollout.lengths.float().mean().item(),
-            "ended": rollout.ended.float().mean().item(),
+            "replies": {name: value.item() for name, value in reply_metrics(rollout).items()},
         }
         with self.part_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -115,7 +115,11 @@ class CollectStage(Stage):
             grade for c in comparisons for grade in (c.get("grades") or [c.get("grade")]) if grade is not None
         )
         total = max(1, sum(grades.values()))
-        weighted = {name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")}
+        names = set.intersection(*(set(row["replies"]) for row in self.rows))
+        weighted = {
+            name: sum(row["replies"][name] * row["prompts"] for row in self.rows) / prompts for name in sorted(names)
+        }
+        look(self.trainer, self.name, weighted)
         return {
             "comparisons": len(comparisons),
             "prompts": prompts,

@@ -9,7 +9,7 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -170,21 +170,14 @@ class PPOStage(RolloutStage):
         """Log-probabilities, values, advantages and returns of a rollout."""
         inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
         width, temperature = rollout.mask.shape[1], self.rollout.temperature
-        rows = chunks(len(rollout.ids), self.micro_batch_size or self.batch_size // self.minibatches)
-        logp, ref_logp, values = (
-            torch.cat(parts)
-            for parts in zip(
-                *(
-                    (
-                        self.policy.logprobs(*(x[part] for x in inputs), temperature)[0][:, -width:],
-                        self.reference.logprobs(*(x[part] for x in inputs), temperature)[:, -width:],
-                        self.critic.values(*(x[part] for x in inputs[:3]))[:, -width - 1 : -1],
-                    )
-                    for part in rows
-                ),
-                strict=True,
-            )
-        )
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in chunks(len(rollout.ids), self.micro_batch_size or self.batch_size // self.minibatches):
+            ids, attention_mask, positions, loss_mask = (x[rows] for x in inputs)
+            logp, _ = self.policy.logprobs(ids, attention_mask, positions, loss_mask, temperature)
+            ref_logp = self.reference.logprobs(ids, attention_mask, positions, loss_mask, temperature)
+            values = self.critic.values(ids, attention_mask, positions)  # V_t is read before token t is chosen
+            parts.append((logp[:, -width:], ref_logp[:, -width:], values[:, -width - 1 : -1]))
+        logp, ref_logp, values = (torch.cat(column) for column in zip(*parts, strict=True))
         self.check_sampler(rollout, logp)
         values = values.float() * rollout.mask
         _, advantages, returns = self.objective.estimate(

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rlhf_ppo.objective import PPO
-from rlhf_ppo.stage import PPOStage
 
 from rlhf.combination import GatedReward, WeightedReward
 from rlhf.data.collate import collate
@@ -21,6 +19,8 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready
 from rlhf.testing import check_reward, rollout, tiny_model
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
 
 from .conftest import adamw, constant, data, fit
 
@@ -83,7 +83,7 @@ def test_the_logit_is_clamped():
 def test_the_gate_on_probabilities():
     reward = GatedReward(fixed(0.9, 0.9), fixed(0.5, 0.1), scale="probability")
     torch.testing.assert_close(reward(asked(False, False)), torch.logit(torch.tensor([0.9, 0.1])))
-    with pytest.raises(UserError, match=r"reward\.safety gives -1 to 0\.5.*type reward\.scale=logit"):
+    with pytest.raises(UserError, match=r"reward\.safety gives -1 to 0\.5: .*type reward\.scale=logit"):
         GatedReward(fixed(0.9, 0.9), fixed(0.5, -1.0), scale="probability")(asked(False, False))
 
 
@@ -188,7 +188,7 @@ def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, fore
 def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(foreign):
     long = Prompt((Message("user", "word " * 300),))
     with pytest.raises(UserError, match=r"the reward model .* reads 128"):
-        make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long])
+        make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long], 8)
 
 
 def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign, tmp_path):
