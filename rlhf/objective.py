@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.functional.masking import SumOver
+
 Metrics = dict[str, Tensor]
 
 
@@ -151,11 +153,19 @@ class PolicyObjective(Objective):
 
     @abstractmethod
     def estimate(
-        self, score: Tensor, logp: Tensor, ref_logp: Tensor, values: Tensor, mask: Tensor, beta: float | None = None
+        self,
+        score: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        beta: float | None = None,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, advantages and returns, [B, R] each, of a whole rollout batch: `score` [B], the rest [B, R].
 
-        `beta` is the current KL coefficient; None means the field's.
+        `beta` is the current KL coefficient; None means the field's. `sum_over` adds up a tensor over all processes,
+        where each holds a part of the rollout.
         """
 
     def next_beta(self, beta: float, kl: float, n: int) -> float:
@@ -174,6 +184,41 @@ class PolicyObjective(Objective):
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Losses [B, R] and metrics [B, R]; the stage averages both under the response mask."""
+
+
+class GroupObjective(Objective):
+    """A loss per sampled token whose baseline is the other replies to the same prompt; used by grpo and rloo."""
+
+    beta: float  # KL coefficient
+    gamma: float  # weight of the pretraining loss in the same optimizer step; 0 reads no text
+
+    @abstractmethod
+    def advantages(
+        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages [B] of a whole rollout, and which replies the loss counts [B] (bool).
+
+        `scores` [B], the rest [B, R]; the `samples` replies to one prompt stand in consecutive rows.
+        """
+
+    @abstractmethod
+    def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Weight of every token's loss [B, R], and what each reply adds to the divisor of their sum [B].
+
+        `longest` is the most tokens a reply may have.
+        """
+
+    @abstractmethod
+    def __call__(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        entropy: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [B, R] and metrics [B, R], `ratio` and `approx_kl` among them; `advantages` [B], the rest [B, R]."""
 
 
 @dataclass(frozen=True)

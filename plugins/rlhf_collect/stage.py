@@ -14,6 +14,7 @@ from rlhf.data.data import Split
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.sources import TESTBED
 from rlhf.data.testbed.gold import gold
+from rlhf.diagnostics import look, reply_metrics
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Rollout, Sampler
@@ -91,8 +92,7 @@ class CollectStage(Stage):
             "batch": batch_idx,
             "comparisons": [comparison.to_json() for comparison in comparisons],
             "prompts": len(batch),
-            "length": rollout.lengths.float().mean().item(),
-            "ended": rollout.ended.float().mean().item(),
+            "replies": {name: value.item() for name, value in reply_metrics(rollout).items()},
             "annotator": dict(getattr(self.annotator, "counts", {})),
             "agreement": agreement(rollout, comparisons) if self.data.data.source == TESTBED else {},
         }
@@ -121,9 +121,11 @@ class CollectStage(Stage):
         total = max(1, sum(grades.values()))
         counts = sum((Counter(row["annotator"]) for row in self.rows), Counter[str]())
         agreed = sum((Counter(row["agreement"]) for row in self.rows), Counter[str]())
+        names = set.intersection(*(set(row["replies"]) for row in self.rows))
         weighted = {
-            name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")
+            name: sum(row["replies"][name] * row["prompts"] for row in self.rows) / prompts for name in sorted(names)
         }
+        look(self.trainer, self.name, weighted)
         return {
             "comparisons": len(comparisons),
             "prompts": prompts,

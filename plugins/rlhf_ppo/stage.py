@@ -7,29 +7,28 @@
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlhf.data.collate import TokenBatch, collate, pack
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
-from rlhf.data.template import encode_text
-from rlhf.errors import RunFailed, UserError
-from rlhf.functional.advantages import explained_variance, sequence_kl
-from rlhf.functional.kl import k3
+from rlhf.errors import UserError
+from rlhf.functional.advantages import explained_variance
 from rlhf.functional.masking import masked_mean
+from rlhf.functional.scores import MissingEnd, ScoreScale
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.roles import require_same_vocabulary
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, PolicyObjective
+from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward
-from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+from rlhf.stage import Optimizer, Parts, Schedule, chunks
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Experience:
         return len(self.ids)
 
 
-class PPOStage(Stage):
+class PPOStage(RolloutStage):
     """Proximal policy optimisation with a learnt critic.
 
     Args:
@@ -64,17 +63,21 @@ class PPOStage(Stage):
         minibatches: Updates per pass.
         micro_batch_size: Rows per forward pass, null: a whole minibatch.
         gradient_clip: Largest gradient norm, null: none.
+        reference: Model that KL is measured against, null: the policy as it starts.
         value: Where the critic starts: model of a reward run, or null for the policy's own weights and a zero head.
         value_warmup: Rollouts at the start that train the critic alone.
         text_ratio: Rows of pretraining text per reply in the gamma term.
         text_length: Tokens in a row of pretraining text.
-        missing_end_penalty: Taken from the score of a reply that did not end by itself.
-        score_clip: Scores are clipped to plus or minus this, null: not.
+        normalize_scores: "none"; "batch": mean 0 and deviation 1 over each rollout; "running": over all so far.
+        score_clip: Scores are then clipped to plus or minus this, null: not.
+        missing_end: What is done to the score of a reply that did not end by itself: "subtract" takes the penalty
+            off, "replace" makes it minus the penalty.
+        missing_end_penalty: That penalty, in units of the score as it is by then.
+        kl_budget: Nats per reply from the reference; a rollout beyond it ends the training. Null: no budget.
+        average: Decay per update of a moving average of the weights, which is then what is validated and saved. Null:
+            none.
         tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
     """
-
-    telling = ("score", "kl", "length", "loss")
-    headline = "val/score"
 
     def __init__(
         self,
@@ -93,128 +96,94 @@ class PPOStage(Stage):
         minibatches: Annotated[int, Field(gt=0)] = 4,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        reference: str | None = None,
         value: str | None = None,
         value_warmup: Annotated[int, Field(ge=0)] = 0,
         text_ratio: Annotated[float, Field(gt=0)] = 1.0,
         text_length: Annotated[int, Field(gt=1)] = 64,
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
+        normalize_scores: ScoreScale = "none",
         score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
+        missing_end: MissingEnd = "subtract",
+        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
+        kl_budget: Annotated[float, Field(gt=0)] | None = None,
+        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
         tolerance: Annotated[float, Field(gt=0)] = 1e-3,
     ) -> None:
         super().__init__(
             model,
+            objective,
+            data,
+            text,
+            reward,
+            rollout,
             optimizer,
             scheduler,
+            steps=steps,
             batch_size=batch_size,
+            epochs=epochs,
+            minibatches=minibatches,
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
+            text_ratio=text_ratio,
+            text_length=text_length,
+            missing_end_penalty=missing_end_penalty,
+            score_clip=score_clip,
+            tolerance=tolerance,
+            reference=reference,
+            normalize_scores=normalize_scores,
+            missing_end=missing_end,
+            kl_budget=kl_budget,
+            average=average,
         )
         if not rollout.exact or rollout.samples != 1:
             raise UserError(
                 "PPO samples one reply per prompt from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
             )
-        if batch_size % minibatches:
-            raise UserError(
-                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
-                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
-            )
-        check_context(model, text_length, "stage.text_length")
-        self.objective, self.data, self.text, self.reward, self.rollout = objective, data, text, reward, rollout
-        self.steps, self.epochs, self.minibatches, self.value_warmup = steps, epochs, minibatches, value_warmup
-        self.text_ratio, self.text_length = text_ratio, text_length
-        self.missing_end_penalty, self.score_clip, self.tolerance = missing_end_penalty, score_clip, tolerance
-        self.policy.disable_dropout()
-        self.reference = model.reference()
+        self.value_warmup = value_warmup
         self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
         self.critic.disable_dropout()
-        self.beta = objective.beta
+        if value:
+            instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
+            require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Prompts, the stream of pretraining text, and the frozen models on the device."""
-        self.reference.to(self.device)
-        if hasattr(self.reward, "to"):
-            self.reward.to(self.device)
-        self.examples, self.held_out = self.data.train, self.data.validation
-        self.batches = self.order(len(self.examples), steps=self.steps)
-        if self.objective.gamma:
-            if self.text is None:
-                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
-            tokenizer = self.policy.tokenizer
-            self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
-
-    def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
-        """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
-        return Parts(examples)
-
-    @property
-    def total_updates(self) -> int:
-        """Minibatches of all rollouts."""
-        return self.steps * self.epochs * self.minibatches
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""
         return [self.policy, self.critic]
-
-    def counters(self) -> dict[str, Any]:
-        """The adapted beta too, which other frameworks forget."""
-        return super().counters() | {"beta": self.beta}
 
     # -- the algorithm --------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """One rollout and the updates on it."""
         rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("sample"))
-        scores = self.scores(rollout)
+        raw, scores = self.scores(rollout)
         experience = self.evaluate(rollout, scores)
-        metrics: list[Metrics] = []
-        for first, minibatch in self.order_of_updates(experience):
-            metrics.append(self.update(minibatch, first))
-        self.report(rollout, scores, experience, metrics)
-        kl = sequence_kl(experience.logp, experience.ref_logp, experience.mask).mean()
-        self.beta = self.objective.next_beta(self.beta, float(self.total(kl)), self.batch_size)
-
-    def scores(self, rollout: Rollout) -> Tensor:
-        """What the reward says of each reply, [B], less the penalty for not ending."""
-        scores = self.reward(rollout).float()
-        if self.score_clip is not None:
-            scores = scores.clamp(-self.score_clip, self.score_clip)
-        return scores - self.missing_end_penalty * (~rollout.ended).float()
+        kl = self.kl(experience)
+        metrics = self.updates(experience, kl)
+        self.report(rollout, raw, experience, metrics)
+        self.beta = self.objective.next_beta(self.beta, kl, self.batch_size)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:
         """Log-probabilities, values, advantages and returns of a rollout."""
         inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
         width, temperature = rollout.mask.shape[1], self.rollout.temperature
-        rows = chunks(len(rollout.ids), self.micro_batch_size or self.batch_size // self.minibatches)
-        logp, ref_logp, values = (
-            torch.cat(parts)
-            for parts in zip(
-                *(
-                    (
-                        self.policy.logprobs(*(x[part] for x in inputs), temperature)[0][:, -width:],
-                        self.reference.logprobs(*(x[part] for x in inputs), temperature)[:, -width:],
-                        self.critic.values(*(x[part] for x in inputs[:3]))[:, -width - 1 : -1],
-                    )
-                    for part in rows
-                ),
-                strict=True,
-            )
-        )
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in chunks(len(rollout.ids), self.micro_batch_size or self.batch_size // self.minibatches):
+            ids, attention_mask, positions, loss_mask = (x[rows] for x in inputs)
+            logp, _ = self.policy.logprobs(ids, attention_mask, positions, loss_mask, temperature)
+            ref_logp = self.reference.logprobs(ids, attention_mask, positions, loss_mask, temperature)
+            values = self.critic.values(ids, attention_mask, positions)  # V_t is read before token t is chosen
+            parts.append((logp[:, -width:], ref_logp[:, -width:], values[:, -width - 1 : -1]))
+        logp, ref_logp, values = (torch.cat(column) for column in zip(*parts, strict=True))
         self.check_sampler(rollout, logp)
         values = values.float() * rollout.mask
-        _, advantages, returns = self.objective.estimate(scores, logp, ref_logp, values, rollout.mask, self.beta)
+        _, advantages, returns = self.objective.estimate(
+            scores, logp, ref_logp, values, rollout.mask, self.beta, self.sum_over_processes
+        )
         return Experience(*inputs, rollout.mask, logp, ref_logp, values, advantages, returns)
-
-    def order_of_updates(self, experience: Experience) -> Iterator[tuple[bool, Experience]]:
-        """Minibatches, every epoch in an order of its own; the flag marks the first, where the ratio must be 1."""
-        for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
-            order = torch.randperm(len(experience), generator=generator).to(experience.ids.device)
-            for index, rows in enumerate(order.chunk(self.minibatches)):
-                yield epoch == index == 0, experience[rows]
 
     def update(self, minibatch: Experience, first: bool) -> Metrics:
         """One optimizer step on L_PPO + gamma * L_pretraining."""
@@ -238,89 +207,16 @@ class PPOStage(Stage):
             self.pretraining_term(len(minibatch))
         return self.step(frozen=self.policy if warming else None)  # waits for a critic that has seen some returns
 
-    def pretraining_term(self, replies: int) -> None:
-        """Adds gamma * cross-entropy on pretraining text to the gradient of this update."""
-        generator = torch.Generator().manual_seed(self.step_seed(f"text {self.updates_done}"))
-        picked = torch.randint(len(self.documents), (max(1, round(self.text_ratio * replies)),), generator=generator)
-        parts: list[TokenBatch] = [
-            collate([self.documents[i] for i in picked[part].tolist()], self.policy.pad_id).to(self.device)
-            for part in chunks(len(picked), self.micro_batch_size)
-        ]
-        total = self.total(torch.stack([part.loss_mask.sum() for part in parts]).sum())
-        for part in parts:
-            logp, _ = self.policy.logprobs(part.ids, part.attention_mask, part.position_ids, part.loss_mask)
-            self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
-
-    # -- checks ---------------------------------------------------------------------------------------------------
-
-    @property
-    def exact(self) -> bool:
-        """Whether arithmetic is fp32, where two ways to the same number may be held against each other."""
-        return self.trainer.precision in ("32-true", "64-true")
-
-    def check_sampler(self, rollout: Rollout, logp: Tensor) -> None:
-        """The sampler must have drawn from the distribution that is scored, or KL and ratio mean nothing."""
-        gap = ((rollout.logp - logp).abs() * rollout.mask).max()
-        if self.exact and gap > self.tolerance:
-            raise RunFailed(
-                f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats "
-                f"(stage.tolerance={self.tolerance}): the replies were not drawn from the distribution that is scored"
-            )
-
-    def check_ratio(self, ratio: Tensor, mask: Tensor) -> None:
-        """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
-        gap = ((ratio - 1).abs() * mask).max()
-        if self.exact and gap > 1e-4:
-            raise RunFailed(
-                f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?"
-            )
-
     # -- what is logged -------------------------------------------------------------------------------------------
 
-    def report(self, rollout: Rollout, scores: Tensor, experience: Experience, metrics: list[Metrics]) -> None:
-        """One row per rollout: means over its updates, and what the replies are like."""
-        means = {name: torch.stack([row[name] for row in metrics]).mean() for name in metrics[0]}
+    def report(self, rollout: Rollout, raw: Tensor, experience: Experience, metrics: list[Metrics]) -> None:
+        """One row per rollout: means over its updates, if there were any, and what the replies are like."""
         self.record(
-            {**means, **self.describe(rollout, scores, experience.logp, experience.ref_logp)},
-            first_ratio=metrics[0]["ratio"],
-            first_approx_kl=metrics[0]["approx_kl"],
+            {**self.of_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
             explained_variance=explained_variance(experience.values, experience.returns, experience.mask),
             value=masked_mean(experience.values, experience.mask),
             beta=self.beta,
         )
-
-    def describe(self, rollout: Rollout, scores: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
-        """Score, KL (nats per reply) and the signs of reward hacking."""
-        kl = sequence_kl(logp, ref_logp, rollout.mask)
-        return {
-            "score": scores.mean(),
-            "score_std": scores.std(),
-            "kl": kl.mean(),
-            "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
-            "rlhf_reward": (scores - self.beta * kl).mean(),
-            **rollout.diagnostics(),
-        }
-
-    @torch.no_grad()
-    def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
-        """Score and KL on held-out prompts."""
-        rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        width = rollout.mask.shape[1]
-        logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
-        ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
-        metrics = self.describe(rollout, self.scores(rollout), logp, ref_logp)
-        self.log_dict(
-            {f"val/{name}": value for name, value in metrics.items()},
-            batch_size=len(batch),
-            on_step=False,
-            on_epoch=True,
-            sync_dist=self.trainer.world_size > 1,
-        )
-
-    def prompts_to_show(self) -> list[Prompt]:
-        """Held-out prompts."""
-        return list(self.held_out)
 
     def save(self, folder: Path) -> None:
         """The policy; the critic beside it."""

@@ -12,7 +12,8 @@ from pydantic import Field
 from rlhf.data import template
 from rlhf.data.formats import convert, detect, find_adapter
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text
-from rlhf.data.sources import TESTBED, Row, digest_files, find_files, read_files, read_hub
+from rlhf.data.sources import ARITHMETIC, TESTBED, Row, digest_files, find_files, read_files, read_hub
+from rlhf.data.testbed.arithmetic import Arithmetic
 from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
 
@@ -99,7 +100,7 @@ class Data:
 
     Arguments:
         record: the record type the stage needs; rows of other shapes are converted where they hold what it takes.
-        source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), or testbed.
+        source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), testbed, or arithmetic.
         size: testbed: records to train on (null: its default); else the most records that are read (null: all).
         validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
             by order: more data or another order moves no record from one side to the other, and records with the same
@@ -113,6 +114,7 @@ class Data:
         max_bad: share of rows that may be unusable before loading stops.
         tags: added to every prompt, for example [unsafe].
         testbed: the world, for source=testbed.
+        arithmetic: the problems, for source=arithmetic.
     """
 
     def __init__(
@@ -129,12 +131,14 @@ class Data:
         max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05,
         tags: list[str] | None = None,
         testbed: Testbed | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         self.record, self.source, self.size, self.validation = record, str(source), size, validation
         self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
         self.split, self.seed, self.max_bad = split, seed, max_bad
         self.tags = tuple(tags or ())
         self.testbed = testbed or Testbed()
+        self.arithmetic = arithmetic or Arithmetic()
         if validation >= 1 and validation != int(validation):
             raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
 
@@ -142,6 +146,8 @@ class Data:
         """sha256 of what is read: contents of files, the testbed's knobs, or a data set's name."""
         if self.source == TESTBED:
             return hashlib.sha256(json.dumps(self.testbed.knobs(), sort_keys=True).encode()).hexdigest()
+        if self.source == ARITHMETIC:
+            return hashlib.sha256(json.dumps(self.arithmetic.knobs(), sort_keys=True).encode()).hexdigest()
         files = find_files(self.source, self.record)
         if files:
             return digest_files(files)
@@ -150,7 +156,7 @@ class Data:
     def load(self) -> Split:
         """All records, split. Raises UserError naming file, row and field where too many rows are unusable."""
         report = LoadReport(source=self.source)
-        if self.source == TESTBED:
+        if self.source in (TESTBED, ARITHMETIC):
             train, validation = self._from_testbed(report)
         else:
             train, validation = self._split(list(self._records(report)))
@@ -199,18 +205,17 @@ class Data:
         return template.fit_prompt(tokenizer, record.messages, limit)
 
     def _from_testbed(self, report: LoadReport) -> tuple[list[Any], list[Any]]:
-        world, size = self.testbed, self.size or TESTBED_SIZES[self.record]
+        size = self.size or TESTBED_SIZES[self.record]
         held_out = self._held_out(size)
+        world = self.testbed if self.source == TESTBED else self.arithmetic
         if self.record == "text":
             train, validation = self._split(list(world.texts(size + held_out, self.seed)), held_out)
         else:
-            draws: dict[str, Callable[..., Sequence[Record]]] = {
-                "demonstration": world.demonstrations,
-                "comparison": world.comparisons,
-                "label": world.labels,
-                "prompt": world.prompts,
-            }
-            draw = draws[self.record]
+            draw: Callable[..., Sequence[Record]] | None = getattr(world, f"{self.record}s", None)
+            if draw is None:
+                raise UserError(
+                    f"data.source={self.source}: has no {self.record}s; it has texts, demonstrations and prompts"
+                )
             train, validation = list(draw(size, self.seed)), list(draw(held_out, self.seed, held_out=True))
         report.read = report.kept = len(train) + len(validation)
         return train, validation

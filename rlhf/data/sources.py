@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 TESTBED = "testbed"
+ARITHMETIC = "arithmetic"  # the testbed's word problems
 
 
 @dataclass(frozen=True, slots=True)

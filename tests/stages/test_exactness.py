@@ -48,11 +48,13 @@ def dpo(load, **knobs) -> Stage:
     return DPOStage(load(), DPO(), data("comparison"), *COMMON, **{"batch_size": 8, "epochs": 2, **knobs})
 
 
-def ppo(load, gamma: float = 0.0, text: bool = True, lora: bool = False, **knobs) -> Stage:
+def ppo(
+    load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **knobs
+) -> Stage:
     knobs = {"batch_size": 8, "steps": 4, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
     return PPOStage(
         load(lora),
-        PPO(gamma=gamma),
+        objective or PPO(gamma=gamma),
         data("prompt"),
         data("text") if text else None,
         GoldReward(),
@@ -200,7 +202,7 @@ def test_ppo_stops_when_the_sampler_is_not_the_policy(load, tmp_path):
     inner = stage.rollout.sample
 
     class Stale:
-        temperature, samples, exact = 1.0, 1, True
+        temperature, samples, exact, check = 1.0, 1, True, stage.rollout.check
 
         def sample(self, policy, prompts, seed):
             rollout = inner(policy, prompts, seed)

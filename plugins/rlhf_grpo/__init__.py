@@ -1,0 +1,1 @@
+"""Group relative policy optimisation: advantages from the other replies to the same prompt, no critic."""

@@ -1,0 +1,116 @@
+"""Group relative policy optimisation: the loss, and the normalisations in which its variants differ."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.groups import (
+    LengthNormalization,
+    Scale,
+    clipped_surrogate,
+    group_advantages,
+    has_spread,
+    length_weights,
+)
+from rlhf.functional.kl import k3
+from rlhf.functional.masking import masked_mean
+from rlhf.objective import GroupObjective, Metrics, require_same_shape
+
+
+@dataclass(frozen=True)
+class GRPO(GroupObjective):
+    """`max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) + beta KL`, per sampled token (arXiv 2402.03300, eq. 3).
+
+    `A = (r - mean) / (std + 1e-4)` over the replies to one prompt, the same for every token of a reply.
+    """
+
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    scale: Scale = "group"
+    length_normalization: LengthNormalization = "sequence"
+    importance: Literal["token", "sequence"] = "token"
+    kl_in: Literal["loss", "reward"] = "loss"
+    drop_zero_spread: bool = False
+
+    def advantages(
+        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages [B], and which replies count [B]: all, or those of groups whose scores differ."""
+        shaped = scores
+        if self.kl_in == "reward":
+            shaped = scores - self.beta * sequence_kl(logp, ref_logp, mask)
+        spread = has_spread(scores, samples)
+        keep = spread if self.drop_zero_spread else torch.ones_like(spread)
+        return group_advantages(shaped, samples, self.scale), keep
+
+    def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """As `rlhf.functional.groups.length_weights`."""
+        return length_weights(mask, self.length_normalization, longest)
+
+    def __call__(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        entropy: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [B, R] and metrics [B, R]; `advantages` [B]."""
+        require_same_shape(logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
+        require_same_shape(advantages=advantages, rows=mask[:, 0])
+        log_ratio = logp - old_logp
+        if self.importance == "sequence":  # GSPO: the geometric mean of a reply's ratios, for all its tokens
+            log_ratio = masked_mean(log_ratio, mask, 1).unsqueeze(1).expand_as(logp)
+        spread_out = advantages.unsqueeze(1).expand_as(logp)
+        policy_loss = clipped_surrogate(log_ratio, spread_out, self.clip_low, self.clip_high)
+        kl = k3(logp, ref_logp)
+        losses = policy_loss + self.beta * kl if self.kl_in == "loss" else policy_loss
+
+        ratio = log_ratio.detach().exp()
+        useless = ((ratio < 1 - self.clip_low) & (spread_out < 0)) | ((ratio > 1 + self.clip_high) & (spread_out > 0))
+        metrics = {
+            "policy_loss": policy_loss,
+            "kl_loss": kl,
+            "ratio": ratio,
+            "approx_kl": 0.5 * (logp - old_logp).square(),  # of the update so far, not of the reference
+            "clip_fraction": useless.to(ratio.dtype),
+        }
+        if entropy is not None:
+            metrics["entropy"] = entropy
+        return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+@dataclass(frozen=True)
+class DrGRPO(GRPO):
+    """GRPO done right (Liu et al. 2025, arXiv 2503.20783): no division by the group's spread or the reply's length."""
+
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    scale: Scale = "none"
+    length_normalization: LengthNormalization = "constant"
+
+
+@dataclass(frozen=True)
+class DAPO(GRPO):
+    """DAPO (Yu et al. 2025, arXiv 2503.14476): higher upper clip, mean over tokens, no groups without spread, no KL."""
+
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    length_normalization: LengthNormalization = "token"
+    drop_zero_spread: bool = True
+
+
+@dataclass(frozen=True)
+class GSPO(GRPO):
+    """Group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071): one ratio per reply, tight clipping."""
+
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    clip_high: Annotated[float, Field(gt=0)] = 4e-4
+    importance: Literal["token", "sequence"] = "sequence"

@@ -1,0 +1,176 @@
+"""Small word problems whose answers can be checked: `data.source=arithmetic`, deterministic by seed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf.data.calls import Call
+from rlhf.data.records import Demonstration, Message, Prompt, Text
+from rlhf.data.testbed.language import NAMES
+from rlhf.errors import UserError
+
+PEOPLE = NAMES[:12]
+THINGS = ("figs", "plums", "cakes", "coins", "books", "cups")
+
+# The same number of stories for both, so that each has the same chance to be asked.
+STORIES = {
+    "+": (
+        "What is {a} plus {b}?",
+        "{n} has {a} {t} and gets {b} more. How many {t} does {n} have?",
+        "There are {a} {t} in a box. {n} puts {b} more in. How many are in the box?",
+        "{n} buys {a} {t} today and {b} {t} the day after. How many {t} is that?",
+    ),
+    "-": (
+        "What is {a} minus {b}?",
+        "{n} has {a} {t} and loses {b}. How many {t} does {n} have?",
+        "There are {a} {t} in a box. {n} takes {b} out. How many are in the box?",
+        "{n} buys {a} {t} and sells {b} of them. How many {t} are left?",
+    ),
+}
+ANSWERS = ("The answer is {r}.", "That makes {r}.", "It is {r}.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`a + b` or `a - b` in the words of one story."""
+
+    a: int
+    operation: Literal["+", "-"]
+    b: int
+    story: int
+    person: str
+    thing: str
+
+    @property
+    def result(self) -> int:
+        return self.a + self.b if self.operation == "+" else self.a - self.b
+
+    @property
+    def key(self) -> tuple[int, str, int, int]:
+        """What is held out together: numbers and story, whoever and whatever it is about."""
+        return self.a, self.operation, self.b, self.story
+
+    @property
+    def expression(self) -> str:
+        return f"{self.a}{self.operation}{self.b}"
+
+    @property
+    def text(self) -> str:
+        story = STORIES[self.operation][self.story]
+        return story.format(a=self.a, b=self.b, n=self.person, t=self.thing)
+
+
+class Arithmetic:
+    """Addition and subtraction of small numbers in a few stories.
+
+    Every sum is held out in one of its stories, which follows from ``seed`` alone: held-out problems ask for sums that
+    were seen, in words that were seen, never in both together.
+
+    Arguments:
+        seed: which problems are held out.
+        largest: largest number in a problem; results are from 0 to twice it.
+        careless: share of demonstrations with a wrong result.
+        calls: share of demonstrations that ask the calculator (see rollout=tools) instead of their head.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        largest: Annotated[int, Field(ge=2, le=999)] = 9,
+        careless: Annotated[float, Field(ge=0, le=1)] = 0.3,
+        calls: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    ) -> None:
+        self.seed, self.largest, self.careless, self.calls = seed, largest, careless, calls
+
+    def knobs(self) -> dict[str, float | int]:
+        """What the data depend on, besides sizes and seeds of the draws."""
+        return {"seed": self.seed, "largest": self.largest, "careless": self.careless, "calls": self.calls}
+
+    def _rng(self, *parts: object) -> random.Random:
+        return random.Random(f"arithmetic/{self.seed}/{'/'.join(map(str, parts))}")
+
+    def is_held_out(self, problem: Problem) -> bool:
+        """Whether this story of this sum is kept for validation."""
+        stories = len(STORIES[problem.operation])
+        return self._rng("held out", problem.expression).randrange(stories) == problem.story
+
+    def problem(self, rng: random.Random, held_out: bool) -> Problem:
+        """A problem of one side of the split."""
+        while True:
+            operation: Literal["+", "-"] = rng.choice(("+", "-"))
+            a, b = rng.randint(0, self.largest), rng.randint(0, self.largest)
+            if operation == "-" and a < b:
+                a, b = b, a
+            story = rng.randrange(len(STORIES[operation]))
+            problem = Problem(a, operation, b, story, rng.choice(PEOPLE), rng.choice(THINGS))
+            if self.is_held_out(problem) == held_out:
+                return problem
+
+    def problems(self, n: int, rng: random.Random, held_out: bool = False) -> list[Problem]:
+        """n problems; held-out ones are all different."""
+        if not held_out:
+            return [self.problem(rng, held_out) for _ in range(n)]
+        found: dict[str, Problem] = {}
+        for _ in range(100 * n):
+            problem = self.problem(rng, held_out)
+            found.setdefault(problem.text, problem)
+            if len(found) == n:
+                return list(found.values())
+        raise UserError(
+            f"data.validation={n}: numbers up to {self.largest} make only {len(found)} held-out problems or few more; "
+            "type a smaller number, or a larger data.arithmetic.largest"
+        )
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The problem with its result as reference."""
+        identity = "/".join(map(str, (*problem.key, problem.person, problem.thing)))
+        return Prompt((Message("user", problem.text),), reference=str(problem.result), id=identity)
+
+    def turns(self, problem: Problem, rng: random.Random) -> list[Message]:
+        """What a demonstrator says: the sum and its result, or a call of the calculator and its result."""
+        a, b, operation = problem.a, problem.b, problem.operation
+        careless = rng.random() < self.careless
+        answer = rng.choice(ANSWERS)
+        if rng.random() < self.calls:
+            if careless:  # asks for the wrong thing; what the calculator says is right
+                operation = "-" if operation == "+" and a >= b else "+"
+            result = a + b if operation == "+" else a - b
+            call = Call("calculator", f"{a}{operation}{b}")
+            return [
+                Message("assistant", str(call)),
+                Message("tool", str(result)),
+                Message("assistant", answer.format(r=result)),
+            ]
+        result = problem.result
+        if careless:
+            result = max(0, result + rng.choice((-2, -1, 1, 2)))
+        return [Message("assistant", f"{a} {operation} {b} = {result}. {answer.format(r=result)}")]
+
+    # Records
+
+    def prompts(self, n: int, seed: int, held_out: bool = False) -> list[Prompt]:
+        """Problems alone."""
+        return [self.prompt(problem) for problem in self.problems(n, self._rng("prompt", seed, held_out), held_out)]
+
+    def demonstrations(self, n: int, seed: int, held_out: bool = False) -> list[Demonstration]:
+        """Problems with what a demonstrator, now and then careless, wrote."""
+        rng = self._rng("demonstration", seed, held_out)
+        return [
+            Demonstration((Message("user", problem.text), *self.turns(problem, rng)))
+            for problem in self.problems(n, rng, held_out)
+        ]
+
+    def texts(self, n: int, seed: int) -> Sequence[Text]:
+        """Right sums and problems with right answers, none of them held out."""
+        rng = self._rng("text", seed)
+        documents = []
+        for _ in range(n):
+            problem = self.problem(rng, held_out=False)
+            line = f"{problem.a} {problem.operation} {problem.b} = {problem.result}."
+            if rng.random() < 0.5:
+                line = f"Question: {problem.text} Answer: {line} {rng.choice(ANSWERS).format(r=problem.result)}"
+            documents.append(Text(line))
+        return documents

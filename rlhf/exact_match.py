@@ -1,0 +1,122 @@
+"""A verifiable reward: is the answer in the reply the prompt's reference?"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+from rlhf.rollout import Rollout
+
+# A number in running text: grouped by commas or not, a decimal part or a fraction, perhaps a sign that is no minus.
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\s?/\s?\d+)?|(?<![\w.])[-+]?\$?\.\d+")
+_PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/\d+)")
+_MARKER = "####"
+
+Extract = Literal["last_number", "after_marker", "regex", "whole"]
+
+
+def number(text: str) -> Fraction | None:
+    """The number a text is, or None: `1,000`, `1000.0`, `$1000` and `2000/2` are one and the same."""
+    plain = text.strip().rstrip(".").replace(",", "").replace("$", "").replace(" ", "").removesuffix("%")
+    if len(plain) > 100 or not _PLAIN.fullmatch(plain):  # a policy can write anything, 1e999999999 too
+        return None
+    try:
+        return Fraction(plain)
+    except ZeroDivisionError:
+        return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in running text, as it stands there. A minus between two numbers is not a sign."""
+    found = [match[0] for match in _NUMBER.finditer(text)]
+    return found[-1] if found else None
+
+
+class ExactMatch:
+    """1 where the answer extracted from the reply equals the prompt's reference, else 0.
+
+    Args:
+        extract: Where the answer is in the reply: "last_number"; "after_marker" is the rest of the line after the last
+            `####` (GSM8K); "regex" is the first group of the last match of ``pattern``; "whole" is the reply.
+        pattern: Regular expression with one group, for extract=regex.
+        numbers: Whether numbers are compared as numbers (1,000 equals 1000.0); other text as text, without regard to
+            case and spaces.
+        correct: Score of the right answer.
+        wrong: Score of another answer.
+        missing: Score of a reply with no answer in it.
+    """
+
+    def __init__(
+        self,
+        extract: Extract = "last_number",
+        pattern: str | None = None,
+        numbers: bool = True,
+        correct: float = 1.0,
+        wrong: float = 0.0,
+        missing: float = 0.0,
+    ) -> None:
+        self.extract, self.numbers = extract, numbers
+        self.correct, self.wrong, self.missing = correct, wrong, missing
+        if (pattern is not None) != (extract == "regex"):
+            raise UserError(
+                f"reward.extract={extract} with reward.pattern={pattern}: a pattern is read by extract=regex, and only "
+                "by it; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
+            )
+        try:
+            self.pattern = re.compile(pattern) if pattern is not None else None
+        except re.error as error:
+            raise UserError(f"reward.pattern={pattern}: no regular expression ({error})") from error
+        if self.pattern is not None and self.pattern.groups != 1:
+            raise UserError(f"reward.pattern={pattern}: needs one group (in parentheses), has {self.pattern.groups}")
+        if not correct > max(wrong, missing):
+            raise UserError(f"reward.correct={correct} must be above reward.wrong={wrong} and reward.missing={missing}")
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError unless every prompt has a reference answer; called before anything is sampled."""
+        without = [prompt for prompt in prompts if prompt.reference is None]
+        if without:
+            raise UserError(
+                f"reward=exact_match: {len(without)} of {len(prompts)} prompts have no reference answer, such as "
+                f"'{without[0].messages[-1].content[:60]}'; type data=arithmetic, data=gsm8k, or prompts with a "
+                '"reference" field'
+            )
+
+    def answer(self, reply: str) -> str | None:
+        """What a reply gives as its answer, None where it gives none."""
+        if self.extract == "last_number":
+            return last_number(reply)
+        if self.extract == "after_marker":
+            head, marker, rest = reply.rpartition(_MARKER)
+            return rest.strip().split("\n")[0].strip() or None if marker else None
+        if self.pattern is not None:
+            found = [match[1] for match in self.pattern.finditer(reply)]
+            return found[-1] if found else None
+        return reply.strip() or None
+
+    def equal(self, answer: str, reference: str) -> bool:
+        """Whether two answers are the same."""
+        if self.numbers:
+            given, wanted = number(answer), number(reference)
+            if given is not None and wanted is not None:
+                return given == wanted
+        return " ".join(answer.split()).casefold() == " ".join(reference.split()).casefold()
+
+    def score(self, prompt: Prompt, reply: str) -> float:
+        """The score of one reply."""
+        answer = self.answer(reply)
+        if answer is None:
+            return self.missing
+        if prompt.reference is None:
+            self.check([prompt])
+        return self.correct if self.equal(answer, str(prompt.reference)) else self.wrong
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """Scores, [B]. Of a reply with tool calls the last turn is read."""
+        pairs = zip(rollout.prompts, rollout.texts, strict=True)
+        scores = [self.score(prompt, text) for prompt, text in pairs]
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.mask.device)

@@ -1,0 +1,549 @@
+"""What reinforcement learning stages share: rollouts, scores, the gamma term, checks and diagnostics.
+
+A stage on top of ``RolloutStage`` says how advantages come from scores and what loss they go into; everything that
+must be the same in PPO, GRPO and RLOO for a comparison to mean something is here.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rlhf.data.collate import TokenBatch, collate, pack
+from rlhf.data.data import Split
+from rlhf.data.records import Prompt
+from rlhf.data.template import encode_text
+from rlhf.diagnostics import proxy_gold_gap, reply_metrics
+from rlhf.errors import RunFailed, UserError
+from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.groups import grouped, has_spread
+from rlhf.functional.kl import k3
+from rlhf.functional.masking import masked_mean
+from rlhf.functional.reduction import weighted_mean
+from rlhf.functional.scores import MissingEnd, Moments, ScoreScale, missing_end
+from rlhf.models.average import MovingAverage
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.roles import reference_of
+from rlhf.objective import GroupObjective, Metrics
+from rlhf.rollout import Rollout, Sampler
+from rlhf.scoring import Reward, make_ready
+from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+
+#: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
+COARSE = 50
+
+
+class SampledObjective(Protocol):
+    """What every objective over sampled replies has."""
+
+    @property
+    def beta(self) -> float:
+        """KL coefficient, at the start where it adapts."""
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the pretraining loss in the same optimizer step; 0 reads no text."""
+
+
+class RowsOfTensors(Protocol):
+    """Experience: rows that can be counted and picked."""
+
+    @property
+    def mask(self) -> Tensor: ...
+
+    @property
+    def logp(self) -> Tensor: ...
+
+    @property
+    def ref_logp(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice) -> Self: ...
+
+
+E = TypeVar("E", bound=RowsOfTensors)
+
+
+class RolloutStage(Stage):
+    """Base class of the stages that sample from the policy, score the replies, and update on them.
+
+    Args:
+        steps: Rollouts, each of ``batch_size`` prompts.
+        batch_size: Prompts per rollout.
+        epochs: Passes over each rollout.
+        minibatches: Updates per pass.
+        micro_batch_size: Rows per forward pass, null: a whole minibatch.
+        gradient_clip: Largest gradient norm, null: none.
+        text_ratio: Rows of pretraining text per reply in the gamma term.
+        text_length: Tokens in a row of pretraining text.
+        missing_end_penalty: What a reply loses, or gets, that did not end by itself, in units of the score by then.
+        score_clip: Scores are clipped to plus or minus this, null: not.
+        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+        reference: Model that KL is measured against, null: the policy as it starts.
+        normalize_scores: "none"; "batch": mean 0 and deviation 1 over each rollout; "running": over all so far.
+        missing_end: What is done to the score of a reply that did not end by itself: "subtract" takes the penalty
+            off, "replace" makes it minus the penalty.
+        kl_budget: Nats per reply from the reference; a rollout beyond it ends the training. Null: no budget.
+        average: Decay per update of a moving average of the weights, which is then what is validated and saved. Null:
+            none.
+    """
+
+    telling = ("score", "kl", "length", "loss")
+    headline = "val/score"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: SampledObjective,
+        data: Split,
+        text: Split | None,
+        reward: Reward,
+        rollout: Sampler,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        steps: int,
+        batch_size: int,
+        epochs: int,
+        minibatches: int,
+        micro_batch_size: int | None,
+        gradient_clip: float | None,
+        text_ratio: float,
+        text_length: int,
+        missing_end_penalty: float,
+        score_clip: float | None,
+        tolerance: float,
+        reference: str | None = None,
+        normalize_scores: ScoreScale = "none",
+        missing_end: MissingEnd = "subtract",
+        kl_budget: float | None = None,
+        average: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            scheduler,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+        )
+        if batch_size % minibatches:
+            raise UserError(
+                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
+                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+            )
+        check_context(model, text_length, "stage.text_length")
+        self.objective: Any = objective
+        self.data, self.text, self.reward, self.rollout = data, text, reward, rollout
+        self.steps, self.epochs, self.minibatches = steps, epochs, minibatches
+        self.text_ratio, self.text_length = text_ratio, text_length
+        self.missing_end_penalty, self.score_clip, self.tolerance = missing_end_penalty, score_clip, tolerance
+        self.normalize_scores, self.missing_end = normalize_scores, missing_end
+        self.kl_budget, self.average_decay = kl_budget, average
+        self.policy.disable_dropout()
+        self.reference = reference_of(model, reference)
+        self.beta = objective.beta
+        self.score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self.start: dict[str, float] = {}
+        self.over_budget = False
+        self.average: MovingAverage | None = None
+        self._average_state: dict[str, Tensor] | None = None
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+        mine = self.batch_size // self.trainer.world_size
+        if mine % self.minibatches:
+            raise UserError(
+                f"stage.minibatches={self.minibatches} does not divide the {mine} prompts of each of the "
+                f"{self.trainer.world_size} processes: type a stage.batch_size that is a multiple of "
+                f"{self.minibatches * self.trainer.world_size}"
+            )
+        self.reference.to(self.device)
+        self.examples, self.held_out = self.data.train, self.data.validation
+        prompts = [*self.examples, *self.held_out]
+        self.rollout.check(self.policy, prompts)
+        make_ready(self.reward, self.device, prompts, self.rollout.longest)
+        self.batches = self.order(len(self.examples), steps=self.steps)
+        if self.average_decay is not None:
+            self.average = MovingAverage(self.policy, self.average_decay)
+            if self._average_state is not None:
+                self.average.load(self._average_state)
+        if self.objective.gamma:
+            if self.text is None:
+                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
+            tokenizer = self.policy.tokenizer
+            self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
+
+    def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
+        """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
+        return Parts(examples)
+
+    @property
+    def total_updates(self) -> int:
+        """Minibatches of all rollouts."""
+        return self.steps * self.epochs * self.minibatches
+
+    def schedule_position(self) -> tuple[int, int]:
+        """The learning rate stays the same for all updates on a rollout."""
+        return self.batches_done, self.steps
+
+    # -- what a checkpoint holds ------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, Any]:
+        """The adapted beta, the running moments and the start of the diagnostics too."""
+        names = ("beta", "score_moments", "start")
+        return super().counters() | {name: getattr(self, name) for name in names}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The moving average too."""
+        super().on_save_checkpoint(checkpoint)
+        if self.average is not None:
+            checkpoint["average"] = self.average.state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Taken up again in ``prepare``, once the weights are on their device."""
+        super().on_load_checkpoint(checkpoint)
+        self._average_state = checkpoint.get("average")
+
+    # -- scores and updates -----------------------------------------------------------------------------------------
+
+    def scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """What the reward says of each reply of a training rollout, and the score that is learnt from, [B] each."""
+        raw = self.reward(rollout).float()
+        if self.normalize_scores != "none":
+            before = Moments(*self.score_moments) if self.normalize_scores == "running" else Moments()
+            now = before.updated(raw, self.sum_over_processes)
+            self.score_moments = (now.count, now.mean, now.squares)
+        return raw, self.learnt(raw, rollout.ended)
+
+    def learnt(self, raw: Tensor, ended: Tensor) -> Tensor:
+        """Scores normalised, clipped, and worse for replies that did not end, [B]."""
+        scores = raw if self.normalize_scores == "none" else Moments(*self.score_moments).normalize(raw)
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        return missing_end(scores, ended, self.missing_end_penalty, self.missing_end)
+
+    def mean_over_processes(self, values: Tensor) -> float:
+        """Mean of the values [B] of all processes."""
+        total, count = self.sum_over_processes(torch.stack([values.sum(), values.new_tensor(len(values))])).tolist()
+        return total / count
+
+    def updates(self, experience: E, kl: float) -> list[Metrics]:
+        """Every update on a rollout that is ``kl`` nats per reply from the reference; none beyond the budget."""
+        if self.kl_budget is not None and not kl <= self.kl_budget:
+            self.stop(kl)
+            return []
+        return [self.update(minibatch, first) for first, minibatch in self.order_of_updates(experience)]
+
+    def update(self, minibatch: Any, first: bool) -> Metrics:
+        """One optimizer step."""
+        raise NotImplementedError
+
+    def kl(self, experience: RowsOfTensors) -> float:
+        """Nats per reply from the reference, mean over the replies of all processes."""
+        return self.mean_over_processes(sequence_kl(experience.logp, experience.ref_logp, experience.mask))
+
+    def stop(self, kl: float) -> None:
+        """Ends the training before this rollout is learnt from: what is saved is the policy that sampled it."""
+        self.over_budget = True
+        self.trainer.should_stop = True
+        self.note(
+            f"rollout {self.batches_done + 1} of {self.steps} is {kl:.1f} nats per reply from the reference, more than "
+            f"stage.kl_budget={self.kl_budget}: training ends here, the policy is saved"
+        )
+
+    def step(self, frozen: nn.Module | None = None) -> Metrics:
+        """One optimizer step, and one of the moving average."""
+        metrics = super().step(frozen)
+        if self.average is not None:
+            self.average.update()
+        return metrics
+
+    def order_of_updates(self, experience: E) -> Iterator[tuple[bool, E]]:
+        """Minibatches, every epoch in an order of its own; the flag marks the first, where the ratio must be 1."""
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
+            order = torch.randperm(len(experience), generator=generator).to(self.device)
+            for index, rows in enumerate(order.chunk(self.minibatches)):
+                yield epoch == index == 0, experience[rows]
+
+    def pretraining_term(self, replies: int) -> None:
+        """Adds gamma * cross-entropy on pretraining text to the gradient of this update."""
+        generator = torch.Generator().manual_seed(self.step_seed(f"text {self.updates_done}"))
+        picked = torch.randint(len(self.documents), (max(1, round(self.text_ratio * replies)),), generator=generator)
+        parts: list[TokenBatch] = [
+            collate([self.documents[i] for i in picked[part].tolist()], self.policy.pad_id).to(self.device)
+            for part in chunks(len(picked), self.micro_batch_size)
+        ]
+        total = self.total(torch.stack([part.loss_mask.sum() for part in parts]).sum())
+        for part in parts:
+            logp, _ = self.policy.logprobs(part.ids, part.attention_mask, part.position_ids, part.loss_mask)
+            self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether arithmetic is fp32, where two ways to the same number may be held against each other."""
+        return self.trainer.precision in ("32-true", "64-true")
+
+    def check_sampler(self, rollout: Rollout, logp: Tensor) -> None:
+        """The sampler must have drawn from the distribution that is scored, or KL and ratio mean nothing."""
+        gaps = (rollout.logp - logp).abs()
+        if self.exact:
+            gap, limit, key = (gaps * rollout.mask).max(), self.tolerance, "stage.tolerance"
+        else:
+            gap, limit, key = masked_mean(gaps, rollout.mask), COARSE * self.tolerance, f"{COARSE} x stage.tolerance"
+        if not gap <= limit:  # nan too
+            raise RunFailed(
+                f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats "
+                f"({key}={limit:g}): the replies were not drawn from the distribution that is scored"
+            )
+
+    def check_ratio(self, ratio: Tensor, mask: Tensor) -> None:
+        """Before the first update of a rollout the policy is the one that sampled: ratio 1, KL 0."""
+        gap = ((ratio - 1).abs() * mask).max()
+        if self.exact and not gap <= 1e-4:
+            raise RunFailed(
+                f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?"
+            )
+
+    # -- what is logged -------------------------------------------------------------------------------------------
+
+    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
+        """Scores, KL (nats per reply) and the signs of reward hacking."""
+        kl = sequence_kl(logp, ref_logp, rollout.mask)
+        learnt = self.learnt(raw, rollout.ended)
+        metrics = {
+            **reply_metrics(rollout, raw),
+            "learnt_score": learnt.mean(),
+            "kl": kl.mean(),
+            "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
+            "rlhf_reward": (learnt - self.beta * kl).mean(),
+            **{f"reward/{name}": value for name, value in getattr(self.reward, "parts", {}).items()},
+        }
+        if "gold" in metrics:
+            if not self.start:
+                names = ("score", "score_std", "gold", "gold_std")
+                self.start = {name: self.mean_over_processes(metrics[name][None]) for name in names}
+            metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, self.start)
+        return metrics
+
+    def of_updates(self, metrics: list[Metrics]) -> Metrics:
+        """Means over the updates on a rollout, and what must be 1 and 0 at the first of them; empty without updates."""
+        if not metrics:
+            return {}
+        means = {name: torch.stack([row[name] for row in metrics]).mean() for name in metrics[0]}
+        return {**means, "first_ratio": metrics[0]["ratio"], "first_approx_kl": metrics[0]["approx_kl"]}
+
+    @torch.no_grad()
+    def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
+        """Score and KL on held-out prompts."""
+        with self.averaged():
+            rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
+            inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+            width = rollout.mask.shape[1]
+            logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
+        ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
+        metrics = self.describe(rollout, self.reward(rollout).float(), logp, ref_logp)
+        self.log_dict(
+            {f"val/{name}": value for name, value in metrics.items()},
+            batch_size=len(batch),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=self.trainer.world_size > 1,
+        )
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """Held-out prompts."""
+        return list(self.held_out)
+
+    # -- the result -------------------------------------------------------------------------------------------------
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The policy with the weights that are the result: their moving average, where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def save(self, folder: Path) -> None:
+        """The policy."""
+        with self.averaged():
+            super().save(folder)
+
+    def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
+        """Replies of the policy that is saved."""
+        with self.averaged():
+            super().write_samples(count, sampler)
+
+    def final_metrics(self) -> dict[str, float]:
+        """Whether the KL budget ended the training."""
+        return {} if self.kl_budget is None else {"over_kl_budget": float(self.over_budget)}
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What an update of a group stage reads of a rollout. Rows are prompt + reply; the last R columns are the reply."""
+
+    ids: Tensor  # [B, P+R]
+    attention_mask: Tensor  # [B, P+R]
+    position_ids: Tensor  # [B, P+R]
+    loss_mask: Tensor  # [B, P+R], 1 on the policy's own tokens
+    mask: Tensor  # [B, R], the same of the reply alone
+    logp: Tensor  # [B, R], of the policy that sampled
+    ref_logp: Tensor  # [B, R]
+    advantages: Tensor  # [B]
+    keep: Tensor  # [B] bool, whether the loss counts the reply
+
+    @classmethod
+    def of(cls, rollout: Rollout, logp: Tensor, ref_logp: Tensor, advantages: Tensor, keep: Tensor) -> "Replies":
+        """A rollout with what was worked out about it."""
+        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask, rollout.mask)
+        return cls(*inputs, logp, ref_logp, advantages, keep)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Replies":
+        return Replies(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def counted(self) -> "Replies":
+        """Without the rows that do not count; one row stays in any case, so that every process has a gradient."""
+        keep = self.keep.nonzero()[:, 0]
+        return self[keep if len(keep) else slice(0, 1)]
+
+
+class GroupStage(RolloutStage):
+    """Base class of the stages whose baseline is the other replies to the same prompt.
+
+    Args:
+        steps: Rollouts, each of ``rollout.samples`` replies to ``batch_size`` prompts.
+        batch_size: Prompts per rollout.
+        epochs: Passes over each rollout.
+        minibatches: Updates per pass.
+        micro_batch_size: Rows per forward pass, null: a whole minibatch.
+        gradient_clip: Largest gradient norm, null: none.
+        text_ratio: Rows of pretraining text per reply in the gamma term.
+        text_length: Tokens in a row of pretraining text.
+        missing_end_penalty: Taken from the score of a reply that did not end by itself.
+        score_clip: Scores are clipped to plus or minus this, null: not.
+        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: GroupObjective,
+        data: Split,
+        text: Split | None,
+        reward: Reward,
+        rollout: Sampler,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        steps: Annotated[int, Field(gt=0)] = 40,
+        batch_size: Annotated[int, Field(gt=0)] = 32,
+        epochs: Annotated[int, Field(gt=0)] = 1,
+        minibatches: Annotated[int, Field(gt=0)] = 1,
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
+        text_length: Annotated[int, Field(gt=1)] = 64,
+        missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
+        score_clip: Annotated[float, Field(gt=0)] | None = None,
+        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
+    ) -> None:
+        super().__init__(
+            model,
+            objective,
+            data,
+            text,
+            reward,
+            rollout,
+            optimizer,
+            scheduler,
+            steps=steps,
+            batch_size=batch_size,
+            epochs=epochs,
+            minibatches=minibatches,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+            text_ratio=text_ratio,
+            text_length=text_length,
+            missing_end_penalty=missing_end_penalty,
+            score_clip=score_clip,
+            tolerance=tolerance,
+        )
+        if rollout.samples < 2:
+            raise UserError(
+                f"rollout.samples={rollout.samples}: the baseline of a reply is the other replies to its prompt; "
+                "type rollout.samples=8"
+            )
+        if not rollout.exact:
+            raise UserError(
+                "replies must come from the policy's own distribution: "
+                "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"
+            )
+
+    @torch.no_grad()
+    def log_probabilities(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Of the replies' tokens under the policy that sampled and under the reference, [B, R] each."""
+        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+        width, temperature = rollout.mask.shape[1], self.rollout.temperature
+        logp, ref_logp = [], []
+        for part in chunks(len(rollout.ids), self.micro_batch_size or -(-len(rollout.ids) // self.minibatches)):
+            x = [values[part] for values in inputs]
+            logp.append(self.policy.logprobs(x[0], x[1], x[2], x[3], temperature)[0][:, -width:])
+            ref_logp.append(self.reference.logprobs(x[0], x[1], x[2], x[3], temperature)[:, -width:])
+        self.check_sampler(rollout, torch.cat(logp))
+        return torch.cat(logp), torch.cat(ref_logp)
+
+    def update(self, minibatch: Replies, first: bool) -> Metrics:
+        """One optimizer step on the objective + gamma * L_pretraining."""
+        x = minibatch.counted()
+        kept = x.keep.unsqueeze(1)
+        weights, divisor = self.objective.weights(x.mask, self.rollout.longest)
+        weights, total = weights * kept, self.total((divisor * x.keep).sum())
+        counted = self.total((x.mask & kept).sum())
+        for part in chunks(len(x), self.micro_batch_size):
+            y, width = x[part], x.mask.shape[1]
+            logp, entropy = self.policy.logprobs(
+                y.ids, y.attention_mask, y.position_ids, y.loss_mask, self.rollout.temperature, entropy=True
+            )
+            assert entropy is not None
+            logp, entropy = logp[:, -width:], entropy[:, -width:]
+            if first:
+                self.check_ratio((logp.detach() - y.logp).exp(), y.mask)
+            losses, metrics = self.objective(logp, y.logp, y.ref_logp, y.advantages, y.mask, entropy)
+            self.backward_mean(losses, weights[part], total)
+            self.gather_means(metrics, y.mask & kept[part], counted)
+            self.count(len(y), y.attention_mask.sum())
+        if self.objective.gamma:
+            self.pretraining_term(len(minibatch))
+        # Where nothing counted there is no gradient, and momentum alone must not move the policy.
+        idle = bool(counted < 0.5) and not self.objective.gamma
+        return self.step(frozen=self.policy if idle else None)
+
+    def gather_means(self, metrics: Metrics, mask: Tensor, total: Tensor) -> None:
+        """Adds means over tokens to the metrics of this update, whatever the loss is divided by."""
+        for name, values in metrics.items():
+            mean = weighted_mean(values.float(), mask.float(), total)
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+
+    def report(
+        self, rollout: Rollout, raw: Tensor, scores: Tensor, experience: Replies, metrics: list[Metrics]
+    ) -> None:
+        """One row per rollout: means over its updates, what the replies are like, and what groups had to teach."""
+        samples = self.rollout.samples
+        self.record(
+            {**self.of_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
+            group_std=grouped(scores, samples).std(1).mean(),
+            zero_spread=1.0 - has_spread(scores, samples).float().mean(),
+            dropped=1.0 - experience.keep.float().mean(),
+        )

@@ -1,0 +1,112 @@
+"""Signs of reward hacking: measured right, logged by the stages, said once and in words."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from rlhf.data.testbed import gold
+from rlhf.diagnostics import HackingWarnings, gold_scores, look, proxy_gold_gap, reply_metrics
+from rlhf.metrics_file import read_rows
+from rlhf.testing import rollout
+
+from .conftest import data, fit
+from .test_exactness import Stop
+from .test_ppo import varied
+
+CONF = Path(__file__).parents[2] / "conf" / "callbacks" / "default.yaml"
+CALM = {"length": 10.0, "ended": 1.0, "repetition": 0.0, "distinct": 1.0, "kl": 1.0, "proxy_gold_gap": 0.0}
+
+
+def test_reply_metrics_by_hand():
+    """'aaaa' and the end: bigrams aa aa aa a., two of four seen before; 'abc': none of three."""
+    metrics = reply_metrics(rollout(["x"] * 3, ["aaaa", "abc", "abc"]), torch.tensor([1.0, 2.0, 3.0]))
+    assert metrics["length"].item() == pytest.approx((5 + 4 + 4) / 3)
+    assert metrics["repetition"].item() == pytest.approx(2 / 10)
+    assert metrics["distinct"].item() == pytest.approx(2 / 3)
+    assert metrics["ended"].item() == 1
+    assert (metrics["score"].item(), metrics["score_std"].item()) == (2, 1)
+    assert "gold" not in metrics  # nobody knows it for these prompts
+
+
+def test_gold_is_known_for_the_testbed_alone():
+    sampled = rollout(["x"] * 4, ["Sorry, I cannot help with that.", "", "I do not know.", "Yes yes yes."])
+    assert gold_scores(sampled) is None
+    sampled.prompts[:] = data("prompt").train[:4]
+    expected = torch.tensor([gold(p, t).total for p, t in zip(sampled.prompts, sampled.texts, strict=True)])
+    assert torch.equal(gold_scores(sampled), expected)
+    agree, against, flat = (reply_metrics(sampled, x) for x in (2 * expected - 1, -expected, torch.ones(4)))
+    assert agree["gold_correlation"].item() == pytest.approx(1, abs=1e-5)
+    assert against["gold_correlation"].item() == pytest.approx(-1, abs=1e-5)
+    assert flat["gold_correlation"].item() == 0
+    assert agree["gold"].item() == pytest.approx(expected.mean().item())
+
+
+def test_one_reply_has_no_spread():
+    metrics = reply_metrics(rollout(["x"], ["a"]), torch.ones(1))
+    assert metrics["score_std"].item() == 0
+
+
+def test_the_gap_is_in_standard_deviations_of_the_start():
+    """The score rises by 3 of its deviations, gold by 1 of its own."""
+    start = {"score": 1.0, "score_std": 2.0, "gold": 0.5, "gold_std": 0.1}
+    assert proxy_gold_gap({"score": 7.0, "gold": 0.6}, start) == pytest.approx(2.0)
+    assert proxy_gold_gap(start, start) == 0
+
+
+@pytest.mark.parametrize(
+    ("sign", "metric", "value", "words"),
+    [
+        ("length_factor", "length", 16.0, "grown from 10.0 to 16.0"),
+        ("length_factor", "length", 6.0, "shrunk from 10.0 to 6.0"),
+        ("ended", "ended", 0.7, "only 70% of the replies end"),
+        ("repetition", "repetition", 0.3, "30% of the pairs of tokens"),
+        ("distinct", "distinct", 0.1, "only 10% of the replies differ"),
+        ("kl", "kl", 31.0, "31.0 nats per reply"),
+        ("proxy_gold_gap", "proxy_gold_gap", 1.5, "1.5 standard deviations more than gold"),
+    ],
+)
+def test_each_sign_is_said_once_and_can_be_moved(sign, metric, value, words, capsys):
+    watch = HackingWarnings()
+    watch.look("ppo", CALM)
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        watch.look("ppo", CALM | {metric: value})
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and words in out and f"(callbacks.hacking.{sign})" in out
+    limits = {"length_factor": 5.0, "ended": 0.1, "repetition": 0.9, "distinct": 0.01, "kl": 1e3, "proxy_gold_gap": 9.0}
+    for limit in (limits[sign], None):
+        watch = HackingWarnings(**{sign: limit})
+        watch.look("ppo", CALM)
+        watch.look("ppo", CALM | {metric: value})
+    assert capsys.readouterr().out == ""
+
+
+def test_the_options_are_the_class_and_a_null_turns_it_off():
+    node = OmegaConf.load(CONF).hacking
+    assert instantiate(node).__dict__ == HackingWarnings().__dict__
+    look(type("T", (), {"callbacks": [], "is_global_zero": True})(), "collect", CALM | {"kl": 1e3})  # nothing to say
+
+
+def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path, capsys):
+    """From a model that rambles: 'ended' trips in the first rollout, and not again after a kill."""
+
+    def run(folder, resume=None, stop=None):
+        watch = HackingWarnings(ended=1.0, length_factor=None, repetition=None, distinct=None)
+        callbacks = [watch] if stop is None else [watch, stop]
+        return fit(varied(load), folder, resume=resume, callbacks=callbacks, limit_val_batches=0)
+
+    metrics = run(tmp_path / "whole")
+    assert capsys.readouterr().out.count("warning: only") == 1
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tmp_path / "killed", stop=Stop(2, tmp_path / "killed"))
+    capsys.readouterr()
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.ckpt")
+    assert run(tmp_path / "killed", resume=checkpoint) == metrics
+    assert "warning" not in capsys.readouterr().out
+    rows = read_rows(tmp_path / "whole" / "metrics.csv")
+    signs = {"length", "ended", "repetition", "distinct", "kl", "gold", "gold_correlation", "proxy_gold_gap"}
+    assert all(signs <= row.keys() for row in rows)
+    assert rows[0]["proxy_gold_gap"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,229 @@
+"""GRPO and RLOO as stages: exact under cuts and kills, groups kept together, nothing learnt from nothing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
+from rlhf_grpo.stage import GRPOStage
+from rlhf_rloo.objective import RLOO
+from rlhf_rloo.stage import RLOOStage
+
+from rlhf.errors import RunFailed, UserError
+from rlhf.metrics_file import read_rows
+from rlhf.rollout import Sampler
+from rlhf.scoring import GoldReward
+from rlhf.stage import Stage
+
+from .conftest import adamw, constant, data, fit, same, weights
+from .test_exactness import Stop, gradient
+
+
+class Length:
+    """A reward that differs between replies: their number of words and of letters."""
+
+    def __call__(self, rollout):
+        return torch.tensor([0.1 * len(text) + len(text.split()) for text in rollout.texts])
+
+
+def make(kind, load, objective, samples=4, sampler=None, text=True, lora=False, reward=None, **knobs) -> Stage:
+    knobs = {"batch_size": 4, "steps": 3, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
+    return kind(
+        load(lora),
+        objective,
+        data("prompt"),
+        data("text") if text else None,
+        reward or Length(),
+        sampler or Sampler(10, samples=samples),
+        adamw,
+        constant,
+        **knobs,
+    )
+
+
+def grpo(load, objective=None, **knobs) -> Stage:
+    return make(GRPOStage, load, objective or GRPO(), **knobs)
+
+
+def rloo(load, objective=None, **knobs) -> Stage:
+    return make(RLOOStage, load, objective or RLOO(), **knobs)
+
+
+STAGES: dict[str, Callable[..., Stage]] = {
+    "grpo": grpo,
+    "dr_grpo": lambda load, **knobs: grpo(load, DrGRPO(), **knobs),
+    "dapo": lambda load, **knobs: grpo(load, DAPO(beta=0.1), **knobs),
+    "rloo": rloo,
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches_do_not_change_the_weights(name, load, tmp_path):
+    """1 x 8, 2 x 4 and 8 x 1, whatever the loss is divided by."""
+    results = []
+    for size in (None, 4, 1):
+        stage = STAGES[name](load, micro_batch_size=size)
+        fit(stage, tmp_path / str(size), limit_train_batches=2)
+        results.append(weights(stage))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            torch.testing.assert_close(other[key], value, atol=2e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_run_ends_with_the_same_bits(name, load, tmp_path):
+    whole = STAGES[name](load)
+    metrics = fit(whole, tmp_path / "whole")
+    killed = STAGES[name](load)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(killed, tmp_path / "killed", callbacks=[Stop(2, tmp_path / "killed")])
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.ckpt")
+    resumed = STAGES[name](load)
+    again = fit(resumed, tmp_path / "killed", resume=checkpoint)
+    assert resumed.updates_done == whole.updates_done == resumed.total_updates
+    assert same(weights(resumed), weights(whole))
+    assert again == metrics
+    assert read_rows(tmp_path / "killed" / "metrics.csv") == read_rows(tmp_path / "whole" / "metrics.csv")
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_starts_at_ratio_one_and_no_kl(name, lora, load, tmp_path):
+    fit(STAGES[name](load, lora=lora), tmp_path)
+    rows = [row for row in read_rows(tmp_path / "metrics.csv") if "first_ratio" in row]
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    for row in rows:
+        assert row["first_ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert row["first_approx_kl"] == pytest.approx(0.0, abs=1e-10)
+    assert any(row["approx_kl"] > 1e-8 for row in rows)
+
+
+def test_the_first_gradient_is_the_formula(load, tmp_path):
+    """Worked out anew from the rollout: mean over replies of mean over tokens of -A grad log pi, + beta grad k3 (0)."""
+    stage = grpo(load, epochs=1, minibatches=1)
+    found = gradient(stage, tmp_path)
+    fresh = grpo(load)
+    prompts = [stage.examples[i] for i in next(iter(stage.batches))]
+    seeds: list[int] = []
+    inner = fresh.rollout.sample
+    again = grpo(load, epochs=1, minibatches=1)
+    again.rollout.sample = lambda policy, batch, seed: seeds.append(seed) or inner(policy, batch, seed)  # type: ignore[method-assign]
+    fit(again, tmp_path / "again", limit_train_batches=1, limit_val_batches=0)
+    rollout = inner(fresh.policy, prompts, seeds[0])
+    scores = Length()(rollout).view(-1, 4)
+    advantages = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)).view(-1)
+    logp, _ = fresh.policy.logprobs(rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+    logp = logp[:, -rollout.mask.shape[1] :]
+    loss = -(advantages.unsqueeze(1) * logp * rollout.mask / rollout.mask.sum(1, keepdim=True)).sum(1).mean()
+    loss.backward()
+    order = [p for group in stage.trainer.optimizers[0].param_groups for p in group["params"]]
+    names = {id(p): name for name, p in stage.policy.named_parameters()}
+    mine = dict(fresh.policy.named_parameters())
+    expected = torch.cat([mine[names[id(p)]].grad.flatten() for p in order])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_scores_rise(load, tmp_path):
+    """A reward that asks for long replies gets them."""
+    for name, stage in {"grpo": grpo(load, steps=25, epochs=1), "rloo": rloo(load, steps=25, epochs=1)}.items():
+        fit(stage, tmp_path / name)
+        scores = [row["score"] for row in read_rows(tmp_path / name / "metrics.csv") if "score" in row]
+        assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.3, name
+
+
+class Equal:
+    """The same score for every reply."""
+
+    def __call__(self, rollout):
+        return torch.ones(len(rollout.texts))
+
+
+def test_groups_without_spread_leave_the_policy_alone(load, tmp_path):
+    """Not by a momentum left over, nor by weight decay: no step is made."""
+    stage = grpo(load, DAPO(), reward=Equal())
+    stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
+    before = weights(stage)
+    fit(stage, tmp_path)
+    assert same(before, weights(stage))
+    row = read_rows(tmp_path / "metrics.csv")[0]
+    assert row["zero_spread"] == row["dropped"] == 1.0 and row["loss"] == 0.0
+
+
+class Half:
+    """Differs within the first group alone."""
+
+    def __call__(self, rollout):
+        return torch.tensor([1.0, 0.0] + [0.5] * (len(rollout.texts) - 2))
+
+
+def test_dropped_groups_are_counted_and_cost_nothing(load, tmp_path):
+    """The update of a rollout with groups left out is that of the other groups alone."""
+    stage = grpo(load, DAPO(), reward=Half(), epochs=1, minibatches=1)
+    fit(stage, tmp_path, limit_train_batches=1)
+    row = read_rows(tmp_path / "metrics.csv")[0]
+    assert row["zero_spread"] == row["dropped"] == pytest.approx(0.75)
+    assert stage.examples_seen == 4  # of 16
+
+
+def test_the_gradient_is_linear_in_gamma(load, tmp_path):
+    for kind, objective in ((GRPOStage, GRPO), (RLOOStage, RLOO)):
+        at = {
+            gamma: gradient(make(kind, load, objective(gamma=gamma)), tmp_path / f"{kind.__name__}{gamma}")
+            for gamma in (0.0, 1.0, 2.0)
+        }
+        assert (at[1.0] - at[0.0]).norm() > 1e-3
+        torch.testing.assert_close(at[2.0] - at[0.0], 2 * (at[1.0] - at[0.0]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"steps": 2},
+        {"batch_size": 2},
+        {"epochs": 1},
+        {"minibatches": 1},
+        {"gradient_clip": 0.01},
+        {"missing_end_penalty": 3.0},
+        {"score_clip": 0.5},
+    ],
+    ids=lambda knob: next(iter(knob)),
+)
+def test_every_knob_of_the_stage_changes_the_weights(kind, knob, load, tmp_path):
+    plain, other = STAGES[kind](load), STAGES[kind](load, **knob)
+    fit(plain, tmp_path / "a", limit_val_batches=0)
+    fit(other, tmp_path / "b", limit_val_batches=0)
+    assert not same(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize("knob", [{"text_ratio": 2.0}, {"text_length": 16}], ids=lambda knob: next(iter(knob)))
+def test_every_knob_of_the_text_changes_the_weights(knob, load, tmp_path):
+    plain, other = grpo(load, GRPO(gamma=1.0)), grpo(load, GRPO(gamma=1.0), **knob)
+    fit(plain, tmp_path / "a", limit_val_batches=0)
+    fit(other, tmp_path / "b", limit_val_batches=0)
+    assert not same(weights(plain), weights(other))
+
+
+def test_what_cannot_be_is_refused(load, tmp_path):
+    with pytest.raises(UserError, match="rollout.samples=1.*type rollout.samples=8"):
+        grpo(load, samples=1)
+    for sampler in (Sampler(samples=4, top_k=5), Sampler(samples=4, top_p=0.9), Sampler(samples=4, temperature=0)):
+        with pytest.raises(UserError, match="rollout.top_k=0"):
+            rloo(load, sampler=sampler)
+    with pytest.raises(UserError, match="type stage.batch_size=6"):
+        grpo(load, batch_size=4, minibatches=3)
+    with pytest.raises(UserError, match="objective.gamma"):
+        fit(grpo(load, GRPO(gamma=1.0), text=False), tmp_path)
+
+
+def test_a_sampler_that_is_not_the_policy_stops_the_run(load, tmp_path):
+    stage = grpo(load, reward=GoldReward())
+    inner = stage.rollout.sample
+
+    def stale(policy, prompts, seed):
+        rollout = inner(policy, prompts, seed)
+        return type(rollout)(**{**rollout.__dict__, "logp": rollout.logp - 0.1})
+
+    stage.rollout.sample = stale  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match="sampler"):
+        fit(stage, tmp_path)
