@@ -23,7 +23,7 @@ from rlhf.functional.kl import k3
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import GroupObjective, Metrics
-from rlhf.rollout import Rollout, Sampler
+from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 
@@ -231,6 +231,10 @@ class RolloutStage(Stage):
     def prompts_to_show(self) -> list[Prompt]:
         """Held-out prompts."""
         return list(self.held_out)
+
+    def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
+        """Replies to read, sampled as in training, one to a prompt."""
+        super().write_samples(count, sampler or single(self.rollout))
 
 
 @dataclass(frozen=True)
