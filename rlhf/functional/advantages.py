@@ -30,8 +30,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lamb
     """Advantages and returns [B, R] by generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
     `delta_t = r_t + discount * V_{t+1} - V_t` with `V = 0` after the last real token, and
-    `A_t = delta_t + discount * gae_lambda * A_{t+1}`; returns are `A + V`. Both are 0 where `mask` is 0. Tokens that are
-    masked in the middle (a tool's answer) are no steps: the next one is the next counted token.
+    `A_t = delta_t + discount * gae_lambda * A_{t+1}`; returns are `A + V`. Both are 0 where `mask` is 0. Tokens
+    that are masked in the middle (a tool's answer) are no steps.
     """
     mask = mask.bool()
     zeros = torch.zeros_like(values)

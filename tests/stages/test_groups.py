@@ -4,10 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
-from rlhf_grpo.stage import GRPOStage
-from rlhf_rloo.objective import RLOO
-from rlhf_rloo.stage import RLOOStage
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.metrics_file import read_rows
@@ -15,6 +11,10 @@ from rlhf.rollout import Sampler
 from rlhf.scoring import GoldReward
 from rlhf.stage import Stage
 from rlhf.tools import Calculator, ToolSampler
+from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
+from rlhf_grpo.stage import GRPOStage
+from rlhf_rloo.objective import RLOO
+from rlhf_rloo.stage import RLOOStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import Stop, gradient

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from rlhf_grpo.objective import GRPO
-from rlhf_ppo.objective import PPO
-from rlhf_ppo.stage import PPOStage
 
 import rlhf.tools
 from rlhf.data.calls import Call
@@ -17,6 +14,9 @@ from rlhf.metrics_file import read_rows
 from rlhf.rollout import Sampler, single
 from rlhf.scoring import GoldReward
 from rlhf.tools import Calculator, Search, ToolSampler
+from rlhf_grpo.objective import GRPO
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import Stop
@@ -108,7 +108,8 @@ def test_without_calls_it_is_the_plain_sampler(policy, prompts, monkeypatch):
 def test_limits(policy, prompts, monkeypatch):
     """No more calls, turns and answers than allowed, and a context too short for them is named."""
     monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("long", ""))
-    long = ToolSampler({"long": lambda argument: "word " * 50}, max_new_tokens=6, samples=2, max_calls=3, max_result_tokens=5)
+    tools = {"long": lambda argument: "word " * 50}
+    long = ToolSampler(tools, max_new_tokens=6, samples=2, max_calls=3, max_result_tokens=5)
     rollout = long.sample(policy, prompts, seed=0)
     calls = [sum(turn.role == "tool" for turn in turns) for turns in rollout.turns]
     assert max(calls) == 3
@@ -242,7 +243,8 @@ def test_the_context_is_that_of_sft(load, prompts):
     """A dialogue with a call has the same tokens and the same mask in SFT and in a rollout."""
     tokenizer = load().tokenizer
     messages = prompts[0].messages
-    dialogue = [*messages, Message("assistant", "<call>calculator(3+4)</call>"), Message("tool", "7"), Message("assistant", "7.")]
+    said = [("assistant", "<call>calculator(3+4)</call>"), ("tool", "7"), ("assistant", "7.")]
+    dialogue = [*messages, *(Message(role, text) for role, text in said)]
     row = encode_dialogue(tokenizer, dialogue)
     call, answer = (encode_dialogue(tokenizer, [*messages, turn]) for turn in (dialogue[-3], dialogue[-1]))
     pieces = [
@@ -337,4 +339,4 @@ def test_search_finds_the_facts_of_the_world():
             assert person in search(query) and value in search(query), query
     assert search("zebra") == search("") == "nothing found"
     assert search("Mia").count(".") == 1 and Search(world, results=4)("Mia").count(".") == 4
-    assert Search(Testbed(seed=4))("Mia home") != search("Mia home") or Search(Testbed(seed=5))("Mia home") != search("Mia home")
+    assert len({Search(Testbed(seed=seed))("Mia home") for seed in range(6)}) > 1
