@@ -50,7 +50,7 @@ def read_template(template: str) -> str:
         # A path must look like one: a run's fingerprint hashes the content of what looks like a path.
         if "/" not in template or not Path(template).expanduser().is_file():
             raise UserError(
-                f"template={template}: no such template; type one of {', '.join(TEMPLATES)}, or a text file's path with "
+                f"template={template}: no such template; type one of {', '.join(TEMPLATES)}, or a text file with "
                 "a slash in it, such as ./judge.txt"
             )
         text = Path(template).expanduser().read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ class JudgeAnnotator:
         template: How a question is put: the name of a template, or a text file with {prompt}, {first} and {second}.
         answer: Read the verdict from the probabilities of the next token (``logprobs``), or from greedily written text.
         both_orders: Whether each pair is asked twice, with the replies exchanged.
-        thresholds: Smallest log-odds that count as slightly better, better and significantly better (with ``logprobs``).
+        thresholds: Smallest log-odds that count as slightly better, better, significantly better (with ``logprobs``).
         least_mass: An answer is nonsense where A and B together have less probability (with ``logprobs``).
         max_nonsense: Share of nonsense answers above which the run stops.
         max_new_tokens: Longest written answer, tokens (with ``generate``).

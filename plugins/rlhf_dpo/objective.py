@@ -417,7 +417,7 @@ class RelativeDiagonal(PairObjective):
     """`w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
 
     Relative preference optimisation with diagonal weighting (Yin et al. 2024, arXiv 2402.10958): no embeddings, all
-    other prompts of the batch count alike. Log-ratios are sums over tokens; the batch is as for `Relative`. w = 1 is DPO.
+    other prompts of the batch count alike. Log-ratios are sums over tokens; the batch is as for `Relative`; w = 1: DPO.
     """
 
     beta: Positive = 0.1
