@@ -54,7 +54,7 @@ class Sampler:
 class Data:
     """Data with a digest: counts how often it was asked for."""
 
-    def __init__(self, record: str = "text", source: str = "testbed") -> None:
+    def __init__(self, record: str = "text", source: str | list[str] = "testbed") -> None:
         self.record, self.source = record, source
 
     def digest(self) -> str:
