@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -277,8 +277,7 @@ class Data:
         if isinstance(record, Prompt):
             return Prompt(record.messages, (*record.tags, *self.tags), record.reference, record.id)
         if isinstance(record, Comparison):
-            tags = (*record.tags, *self.tags)
-            return Comparison(record.prompt, record.responses, record.grades, record.scores, tags)
+            return replace(record, tags=(*record.tags, *self.tags))
         raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
 
     def _split(self, records: list[Any], held_out: int | None = None) -> tuple[list[Any], list[Any]]:
