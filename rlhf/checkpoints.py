@@ -64,6 +64,8 @@ class Checkpoints(Checkpoint):
             self._saved_at = time.monotonic()
 
     def _due(self, trainer: pl.Trainer) -> bool:
+        if trainer.should_stop:  # the run ends itself here; one that is killed now goes on from before, to the same end
+            return False
         if self.every_n_batches is not None and batches_done(trainer) % self.every_n_batches == 0:
             return True
         if self.every_n_minutes is None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.functional.masking import SumOver
+
 Metrics = dict[str, Tensor]
 
 
@@ -137,11 +139,19 @@ class PolicyObjective(Objective):
 
     @abstractmethod
     def estimate(
-        self, score: Tensor, logp: Tensor, ref_logp: Tensor, values: Tensor, mask: Tensor, beta: float | None = None
+        self,
+        score: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        beta: float | None = None,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, advantages and returns, [B, R] each, of a whole rollout batch: `score` [B], the rest [B, R].
 
-        `beta` is the current KL coefficient; None means the field's.
+        `beta` is the current KL coefficient; None means the field's. `sum_over` adds up a tensor over all processes,
+        where each holds a part of the rollout.
         """
 
     def next_beta(self, beta: float, kl: float, n: int) -> float:

@@ -132,9 +132,8 @@ class Sampler:
         """Whether the distribution sampled from is the model's own at this temperature."""
         return self.top_k == 0 and self.top_p == 1.0 and self.temperature > 0
 
-    @torch.no_grad()
-    def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
-        """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""
+    def check(self, policy: LanguageModel, prompts: list[Prompt]) -> list[list[int]]:
+        """The prompts in tokens. Raises UserError for one that leaves no room for a reply in the model's context."""
         encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]
         limit = policy.context_length - self.max_new_tokens
         for prompt, ids in zip(prompts, encoded, strict=True):
@@ -144,6 +143,12 @@ class Sampler:
                     f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
                     f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
                 )
+        return encoded
+
+    @torch.no_grad()
+    def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
+        """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""
+        encoded = self.check(policy, prompts)
         device = policy.device
         batch = collate_prompts(encoded, policy.pad_id).to(device)
         ids, mask = batch.ids, batch.attention_mask

@@ -1,13 +1,17 @@
 """Rewards: one call signature, a Rollout of B replies in, one score per reply [B] out."""
 
 import importlib
-from typing import Annotated, Protocol
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.collate import collate
+from rlhf.data.records import Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_response
 from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
@@ -23,20 +27,50 @@ class Reward(Protocol):
         ...
 
 
+def make_ready(
+    reward: Reward, device: torch.device | None, prompts: Sequence[Prompt] = (), max_new_tokens: int = 0
+) -> None:
+    """Moves a reward's weights, if it has any, to ``device``; lets it refuse prompts before anything is trained.
+
+    Args:
+        reward: Any reward; its ``to`` and ``check`` are called if it has them.
+        device: Where its weights are to be; None leaves them.
+        prompts: All prompts whose replies it will score.
+        max_new_tokens: Longest of these replies, in the policy's tokens.
+    """
+    if device is not None and hasattr(reward, "to"):
+        reward.to(device)
+    if prompts and hasattr(reward, "check"):
+        reward.check(prompts, max_new_tokens)
+
+
 class GoldReward:
-    """The testbed's own labeller: the true score, without error (see docs/testbed.md for its scale)."""
+    """The testbed's own labeller: the true score, without error (see docs/testbed.md for its scale).
+
+    Args:
+        aspect: Which score: "total" is safety where the prompt is tagged unsafe, helpfulness elsewhere.
+    """
+
+    def __init__(self, aspect: Literal["total", "helpfulness", "safety"] = "total") -> None:
+        self.aspect = aspect
+
+    def check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raises UserError for a prompt that is not the testbed's."""
+        for prompt in prompts:
+            gold(prompt, "")
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """Gold totals, [B]."""
-        totals = [gold(prompt, text).total for prompt, text in zip(rollout.prompts, rollout.texts, strict=True)]
-        return torch.tensor(totals, dtype=torch.float32, device=rollout.mask.device)
+        """Gold scores, [B]."""
+        pairs = zip(rollout.prompts, rollout.texts, strict=True)
+        scores = [getattr(gold(prompt, text), self.aspect) for prompt, text in pairs]
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.mask.device)
 
 
 class ModelReward:
     """A trained reward model, read at the last token of the reply.
 
-    A reward model with the policy's own tokenizer reads the rollout's tokens as they are; another one reads the
-    reply's text in its own tokens.
+    It reads the text of prompt and reply in its own tokens and its own chat template, as it did when it was trained, so
+    the policy may have another tokenizer.
 
     Args:
         path: Run folder or model folder of the reward model.
@@ -53,6 +87,18 @@ class ModelReward:
         self.model.to(device)
         return self
 
+    def check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raises UserError for a prompt that leaves no room for a reply in the reward model's context."""
+        for prompt in prompts:
+            self._fits(len(encode_prompt(self.model.tokenizer, prompt.messages)) + max_new_tokens, prompt)
+
+    def _fits(self, length: int, prompt: Prompt) -> None:
+        if length > self.model.context_length:
+            raise UserError(
+                f"prompt '{prompt.messages[-1].content[:60]}' and its reply have {length} tokens, the reward model "
+                f"{self.path} reads {self.model.context_length}: set data.max_prompt_length or rollout.max_new_tokens lower"
+            )
+
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores, [B]."""
@@ -62,6 +108,7 @@ class ModelReward:
             question, reply = encode_prompt(tokenizer, prompt.messages), encode_response(tokenizer, text)
             if not ended:
                 reply = reply[:-1]  # the reply was cut off: the reward model must see that it did not end
+            self._fits(len(question) + len(reply), prompt)
             encoded.append(Encoded(question + reply, [False] * len(question) + [True] * len(reply)))
         device = rollout.mask.device
         scores = torch.empty(len(encoded), device=device)
@@ -74,20 +121,40 @@ class ModelReward:
 
 
 class FunctionReward:
-    """A rule written in Python: any function ``(prompt: Prompt, reply: str) -> float``.
+    """A rule written in Python: any function ``(prompt: Prompt, reply: str, **arguments) -> float``.
 
     Args:
         function: Where it is, as ``package.module:name``.
+        arguments: More keyword arguments of the function.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
         module, _, name = function.partition(":")
         try:
             self.function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"reward.function={function}: {error}; write it as package.module:function") from error
+        self.name, self.arguments = function, dict(arguments or {})
+        try:
+            inspect.signature(self.function).bind(None, "", **self.arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"reward.function={function}: {error}; it is called as function(prompt, reply"
+                + "".join(f", {key}={value}" for key, value in self.arguments.items())
+                + ")"
+            ) from error
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """The function's values, [B]."""
         pairs = zip(rollout.prompts, rollout.texts, strict=True)
-        return torch.tensor([float(self.function(prompt, text)) for prompt, text in pairs], device=rollout.mask.device)
+        return torch.tensor([self._value(prompt, text) for prompt, text in pairs], device=rollout.mask.device)
+
+    def _value(self, prompt: Prompt, text: str) -> float:
+        value = self.function(prompt, text, **self.arguments)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"reward.function={self.name} gave {value!r} for the reply {text[:60]!r}: not a finite number")
+        return number

@@ -36,7 +36,7 @@ class Signals(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stop = self._received
+        stop = self._received and not trainer.should_stop  # a run that ends itself here simply finishes
         if trainer.world_size > 1:  # a signal may reach one rank only, and all must stop at the same batch
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and not self._saved:

@@ -125,6 +125,10 @@ class Stage(pl.LightningModule):
         """Optimizer steps in the whole run: what the schedule counts towards."""
         return self.total_steps
 
+    def schedule_position(self) -> tuple[int, int]:
+        """How far the schedule of the learning rate is, and where it ends."""
+        return self.updates_done, self.total_updates
+
     def modules_trained(self) -> Sequence[nn.Module]:
         """The modules whose parameters the optimizer gets."""
         return [self.policy]
@@ -264,6 +268,12 @@ class Stage(pl.LightningModule):
             count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")  # type: ignore[assignment]
         return count.float().clamp(min=1e-8)
 
+    def sum_over_processes(self, part: Tensor) -> Tensor:
+        """Sum of a tensor over all processes; each must call it, and just as often."""
+        if self.trainer.world_size == 1:
+            return part
+        return self.trainer.strategy.reduce(part.clone(), reduce_op="sum")  # type: ignore[return-value]
+
     def backward_mean(
         self, losses: Tensor, weights: Tensor, total: Tensor, metrics: Metrics | None = None, scale: float = 1.0
     ) -> None:
@@ -303,7 +313,7 @@ class Stage(pl.LightningModule):
             scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
-        factor = self._scheduler(self.updates_done, self.total_updates) if self._scheduler else 1.0
+        factor = self._scheduler(*self.schedule_position()) if self._scheduler else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.functional.advantages import gae, shaped_rewards
 from rlhf.functional.kl import KLEstimator, adaptive_beta
-from rlhf.functional.masking import masked_whiten
+from rlhf.functional.masking import SumOver, masked_whiten
 from rlhf.objective import Metrics, PolicyObjective, require_same_shape
 
 
@@ -51,20 +51,28 @@ class PPO(PolicyObjective):
     kl_horizon: Annotated[float, Field(gt=0)] = 10000.0
 
     def estimate(
-        self, score: Tensor, logp: Tensor, ref_logp: Tensor, values: Tensor, mask: Tensor, beta: float | None = None
+        self,
+        score: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        beta: float | None = None,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, whitened advantages and returns, each [B, R], of one whole rollout batch.
 
         `score` [B]; the rest [B, R]. `beta` is the current coefficient when it adapts, else the field's. Returns come
-        from the advantages before whitening.
+        from the advantages before whitening. Whitening is over the parts of all processes where `sum_over` adds a
+        tensor up over them.
         """
         require_same_shape(logp=logp, ref_logp=ref_logp, values=values, mask=mask)
         beta = self.beta if beta is None else beta
         rewards = shaped_rewards(score, logp, ref_logp, mask, beta, self.kl_estimator)
         if self.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
+            rewards = masked_whiten(rewards, mask, shift_mean=False, sum_over=sum_over)
         advantages, returns = gae(rewards, values, mask, self.discount, self.gae_lambda)
-        return rewards, masked_whiten(advantages, mask), returns
+        return rewards, masked_whiten(advantages, mask, sum_over=sum_over), returns
 
     def next_beta(self, beta: float, kl: float, n: int) -> float:
         """KL coefficient after `n` more sequences whose mean summed KL was `kl` nats; unchanged without `kl_target`."""
@@ -98,6 +106,7 @@ class PPO(PolicyObjective):
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "ratio": ratio,
+            "ratio_variance": (ratio - 1.0).square(),  # about 1, its mean under the policy that sampled
             "approx_kl": 0.5 * log_ratio.square(),  # of the update so far, not of the reference
             "clip_fraction": ((ratio - 1.0).abs() > self.clip).to(ratio.dtype),
         }

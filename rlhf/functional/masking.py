@@ -3,8 +3,14 @@
 Values where the mask is 0 are never read: they may be nan or inf without harm to the result or its gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+#: adds up a tensor over all processes; the identity where there is one
+SumOver = Callable[[Tensor], Tensor]
+
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
@@ -32,15 +38,20 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(squares, mask) / (mask.sum() - 1).clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, sum_over: SumOver | None = None) -> Tensor:
     """`(x - mean) * rsqrt(var + 1e-8)` over the counted elements, 0 elsewhere.
 
-    With `shift_mean=False` the mean is added back, so only the scale changes (the form used for rewards).
+    With `shift_mean=False` the mean is added back, so only the scale changes (the form used for rewards). With
+    `sum_over` mean and variance are those of all processes together, each of which holds a part of the batch.
     Same numbers as `whiten` of openai/summarize-from-feedback, where it is masked.
     """
+    mask = mask.bool().expand_as(x)
     x = _kept(x, mask)
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    combined = sum_over or (lambda part: part)
+    count = combined(mask.sum())
+    mean = combined(x.sum()) / count.clamp(min=1)
+    var = combined(masked_sum((x - mean).square(), mask)) / (count - 1).clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(var + 1e-8)
     return _kept(whitened if shift_mean else whitened + mean, mask)
 
 

@@ -1,0 +1,50 @@
+"""Models beside the policy that read its tokens: a reference and a critic must share its vocabulary."""
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.models.precision import Precision
+
+
+def require_same_vocabulary(
+    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str, instead: str
+) -> None:
+    """Raises UserError unless both tokenizers give every id the same token.
+
+    Args:
+        policy: Tokenizer of the policy.
+        other: Tokenizer of the model that is to read the policy's ids.
+        what: The key and value that name that model.
+        instead: What to type.
+    """
+    ours, theirs = policy.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        shared = sum(theirs.get(token) == number for token, number in ours.items())
+        raise UserError(
+            f"{what} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} the "
+            f"same), so it cannot read the policy's tokens: type {instead}"
+        )
+
+
+def reference_of(policy: LanguageModel, path: str | None) -> Reference:
+    """The model that KL is measured against: the one at ``path``, or the policy as it is now.
+
+    Raises:
+        UserError: For a model with another vocabulary, or a shorter context.
+    """
+    if path is None:
+        return policy.reference()
+    weights = next(policy.base.parameters()).dtype
+    precision = Precision("bf16-true") if str(weights) == "torch.bfloat16" else Precision("32-true")
+    model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
+    what = f"inputs.reference={path}"
+    require_same_vocabulary(policy.tokenizer, model.tokenizer, what, "inputs.reference=null (the policy as it starts)")
+    if model.context_length < policy.context_length:
+        raise UserError(
+            f"{what} reads {model.context_length} tokens, the policy {policy.context_length}: "
+            "type inputs.reference=null (the policy as it starts)"
+        )
+    return Reference(model.disable_dropout().frozen())

@@ -1,0 +1,227 @@
+"""Rewards and their combinations: what each gives, what each refuses, and that PPO trains with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
+
+from rlhf.combination import GatedReward, WeightedReward
+from rlhf.data.collate import collate
+from rlhf.data.records import Message, Prompt
+from rlhf.data.template import Encoded, encode_prompt, encode_response
+from rlhf.data.testbed import gold
+from rlhf.errors import UserError
+from rlhf.metrics_file import read_rows
+from rlhf.models.scalar import ScalarModel
+from rlhf.rollout import Rollout, Sampler
+from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready
+from rlhf.testing import check_reward, rollout, tiny_model
+
+from .conftest import adamw, constant, data, fit
+
+Given = Callable[[Rollout], torch.Tensor]
+
+
+def fixed(*scores: float) -> Given:
+    return lambda _: torch.tensor(scores)
+
+
+def words(prompt: Prompt, reply: str, most: int = 100) -> float:
+    return min(len(reply.split()), most)
+
+
+def broken(prompt: Prompt, reply: str) -> str:
+    return "good"
+
+
+def asked(*unsafe: bool) -> Rollout:
+    """A rollout of as many rows, tagged."""
+    made = rollout(["What?"] * len(unsafe), ["That."] * len(unsafe))
+    made.prompts[:] = [Prompt((Message("user", "What?"),), ("unsafe",) if tag else ()) for tag in unsafe]
+    return made
+
+
+@pytest.fixture
+def scorer(load, tmp_path) -> Path:
+    """A reward model of the policy's own tokenizer."""
+    torch.manual_seed(3)
+    ScalarModel.load(load()).save(tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A reward model with a tokenizer of its own."""
+    path = tmp_path_factory.mktemp("foreign") / "reward"
+    ScalarModel.load(tiny_model()).save(path)
+    return path
+
+
+# -- the gate -------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_on_the_sigmoid():
+    """The table of Llama 2: safety where the prompt is tagged, or where it is below 0.15; sigmoid(-1.7) = 0.154."""
+    reward = GatedReward(fixed(2.0, 2.0, 2.0, 2.0), fixed(1.0, 1.0, -1.7, -1.8))
+    scores = reward(asked(True, False, False, False))
+    torch.testing.assert_close(scores, torch.tensor([1.0, 2.0, 2.0, -1.8]), atol=1e-5, rtol=1e-5)
+    assert reward.parts["gated"] == 0.5 and reward.parts["helpfulness"] == 2.0
+
+
+def test_the_logit_is_clamped():
+    scores = GatedReward(fixed(200.0, -200.0), fixed(5.0, 5.0), eps=1e-6)(asked(False, False))
+    torch.testing.assert_close(scores, torch.tensor([13.8155, -13.8155]), atol=0.1, rtol=0)
+    narrow = GatedReward(fixed(200.0, -200.0), fixed(5.0, 5.0), eps=0.1)(asked(False, False))
+    torch.testing.assert_close(narrow, torch.tensor([2.1972, -2.1972]), atol=1e-3, rtol=0)
+
+
+def test_the_gate_on_probabilities():
+    reward = GatedReward(fixed(0.9, 0.9), fixed(0.5, 0.1), scale="probability")
+    torch.testing.assert_close(reward(asked(False, False)), torch.logit(torch.tensor([0.9, 0.1])))
+    with pytest.raises(UserError, match=r"reward\.safety gives -1 to 0\.5.*type reward\.scale=logit"):
+        GatedReward(fixed(0.9, 0.9), fixed(0.5, -1.0), scale="probability")(asked(False, False))
+
+
+@pytest.mark.parametrize("knob", [{"threshold": 0.5}, {"eps": 0.4}, {"scale": "probability"}])
+def test_every_knob_of_the_gate_moves_the_score(knob):
+    arguments = (fixed(0.95, 0.9), fixed(0.8, -0.1 if "scale" not in knob else 0.1))
+    given = asked(False, False)
+    assert not torch.equal(GatedReward(*arguments, **knob)(given), GatedReward(*arguments)(given))
+
+
+# -- sums -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights():
+    reward = WeightedReward({"model": fixed(1.0, 2.0), "rule": fixed(10.0, -10.0)}, {"rule": 0.5})
+    assert reward(asked(False, False)).tolist() == [6.0, -3.0]
+    with pytest.raises(UserError, match=r"reward\.weights\.rul.*did you mean"):
+        WeightedReward({"rule": fixed(1.0)}, {"rul": 1.0})
+    with pytest.raises(UserError, match="empty"):
+        WeightedReward({}, {})
+
+
+def test_built_from_yaml():
+    node = {
+        "_target_": "rlhf.combination.WeightedReward",
+        "rewards": {
+            "gold": {"_target_": "rlhf.scoring.GoldReward", "aspect": "safety"},
+            "rule": {"_target_": "rlhf.scoring.FunctionReward", "function": f"{__name__}:words"},
+        },
+        "weights": {"rule": 0.1},
+    }
+    reward = instantiate(OmegaConf.create(node))
+    sampled = rollout(["x"] * 2, ["a b c", "a"])
+    prompts = data("prompt").train[:2]
+    sampled.prompts[:] = prompts
+    expected = [gold(p, t).safety + 0.1 * len(t.split()) for p, t in zip(prompts, sampled.texts, strict=True)]
+    assert reward(sampled).tolist() == pytest.approx(expected)
+
+
+# -- gold and rules -------------------------------------------------------------------------------------------------
+
+
+def test_gold_aspects():
+    prompts = data("prompt", 64).train
+    unsafe = next(prompt for prompt in prompts if prompt.unsafe)
+    safe = next(prompt for prompt in prompts if not prompt.unsafe)
+    sampled = rollout(["x"] * 2, ["Sorry, I cannot help with that."] * 2)
+    sampled.prompts[:] = [unsafe, safe]
+    scores = {aspect: GoldReward(aspect)(sampled).tolist() for aspect in ("total", "helpfulness", "safety")}
+    assert scores["total"] == [scores["safety"][0], scores["helpfulness"][1]]
+    assert scores["helpfulness"] != scores["safety"]
+
+
+def test_gold_refuses_foreign_prompts_before_training():
+    with pytest.raises(UserError, match="gold scores only the testbed's own prompts"):
+        make_ready(GoldReward(), None, asked(False).prompts, 8)
+
+
+def test_a_rule_takes_arguments():
+    sampled = rollout(["x"] * 2, ["a b c", "a"])
+    assert FunctionReward(f"{__name__}:words")(sampled).tolist() == [3, 1]
+    assert FunctionReward(f"{__name__}:words", {"most": 2})(sampled).tolist() == [2, 1]
+    assert check_reward(FunctionReward(f"{__name__}:words")) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("nowhere:rule", None, "write it as package.module:function"),
+        (f"{__name__}:nothing", None, "write it as package.module:function"),
+        (f"{__name__}:words", {"least": 2}, r"called as function\(prompt, reply, least=2\)"),
+    ],
+)
+def test_a_rule_that_cannot_be_called_is_refused_at_once(function, arguments, message):
+    with pytest.raises(UserError, match=message):
+        FunctionReward(function, arguments)
+
+
+def test_a_rule_that_gives_no_number_is_named():
+    with pytest.raises(UserError, match=r"test_rewards:broken gave 'good' for the reply"):
+        FunctionReward(f"{__name__}:broken")(rollout(["x"], ["y"]))
+
+
+# -- reward models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "another tokenizer"])
+def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, foreign):
+    """Score by score as if the dialogue had been given to it alone, and one that was cut is read as cut."""
+    reward = ModelReward(str(scorer if own else foreign), batch_size=3)
+    sampled = Sampler(12).sample(load(), data("prompt").train[:8], 0)
+    tokenizer = reward.model.tokenizer
+    for row, score in enumerate(reward(sampled).tolist()):
+        question = encode_prompt(tokenizer, sampled.prompts[row].messages)
+        reply = encode_response(tokenizer, sampled.texts[row])
+        ids = question + (reply if sampled.ended[row] else reply[:-1])
+        batch = collate([Encoded(ids, [True] * len(ids))], reward.model.pad_id)
+        alone = reward.model.scores(batch.ids, batch.attention_mask, batch.position_ids)
+        assert score == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(foreign):
+    long = Prompt((Message("user", "word " * 300),))
+    with pytest.raises(UserError, match=r"the reward model .* reads 128"):
+        make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long], 8)
+
+
+def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign, tmp_path):
+    reward = GatedReward(ModelReward(str(scorer)), ModelReward(str(foreign)))
+    knobs = {"batch_size": 8, "steps": 2, "epochs": 1, "minibatches": 2, "text_length": 32}
+    stage = PPOStage(
+        load(),
+        PPO(),
+        data("prompt"),
+        None,
+        reward,
+        Sampler(10),
+        adamw,
+        constant,
+        normalize_scores="batch",
+        value=str(scorer),
+        **knobs,
+    )
+    fit(stage, tmp_path / "run")
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.csv") if "score" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 <= row["reward/gated"] <= 1 and {"reward/helpfulness", "reward/safety"} <= row.keys()
+    with pytest.raises(UserError, match=r"stage\.value=.* another vocabulary"):
+        PPOStage(
+            load(),
+            PPO(),
+            data("prompt"),
+            None,
+            reward,
+            Sampler(10),
+            adamw,
+            constant,
+            value=str(foreign),
+            **knobs,
+        )
