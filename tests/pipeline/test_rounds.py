@@ -199,3 +199,45 @@ def test_the_table_shows_what_each_step_was_made_from(typed: Typed, train, compa
     lineage = json.loads((found.folder / "lineage.json").read_text())
     stages = sorted(one["stage"] for one in lineage["ancestors"].values())
     assert stages == ["collect", "collect", "dpo", "dpo", "reward_model", "sft"]
+
+
+def test_llama2_chat(typed: Typed) -> None:
+    """Section 3.2: newest policy, all comparisons so far, the base anew, best samples of all rounds, PPO at the end."""
+    words = ("pipeline=llama2_chat", "rounds=3")
+    plan_of = plan(typed(*words), words)
+    found = read_by(plan_of)
+    assert found["collect_safety_1"] == {"policy": ["sft"]}
+    assert found["helpfulness_model_3"] == {
+        "policy": ["rejection_sampling_2"],
+        "comparisons": [f"collect_helpfulness_{index}" for index in (1, 2, 3)],
+    }
+    assert found["rejection_sampling_1"] == {
+        "policy": ["sft"],
+        "base": ["pretrain"],
+        "reward_model": ["helpfulness_model_1"],
+        "safety_model": ["safety_model_1"],
+    }
+    assert found["rejection_sampling_3"] == {
+        "policy": ["rejection_sampling_2"],
+        "base": ["pretrain"],
+        "picks": ["rejection_sampling_1", "rejection_sampling_2"],
+        "reward_model": ["helpfulness_model_3"],
+        "safety_model": ["safety_model_3"],
+    }
+    assert found["align"] == {
+        "policy": ["rejection_sampling_3"],
+        "reward_model": ["helpfulness_model_3"],
+        "safety_model": ["safety_model_3"],
+    }
+    collect = plan_of.get("collect_safety_2")
+    assert collect and collect.config["annotator"]["aspect"] == "gold_safety"
+
+
+def test_llama2_chat_has_five_versions(typed: Typed) -> None:
+    assert typed("pipeline=llama2_chat").rounds == 5
+
+
+def test_the_last_algorithm_of_llama2_chat_is_swapped_as_in_the_others(typed: Typed) -> None:
+    words = ("pipeline=llama2_chat", "rounds=1", "stage@align=dpo")
+    step = plan(typed(*words), words).get("align")
+    assert step and step.stage == "dpo"

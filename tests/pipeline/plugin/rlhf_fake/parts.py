@@ -47,6 +47,14 @@ class ModelReward:
     def __init__(self, path: str) -> None: ...
 
 
+class GatedReward(Reward):
+    def __init__(self, helpfulness: str, safety: str) -> None: ...
+
+
+class Annotator:
+    def __init__(self, aspect: str = "gold") -> None: ...
+
+
 class Sampler:
     def __init__(self, temperature: float = 1.0) -> None: ...
 
