@@ -49,7 +49,7 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
 
     Raises UserError for what the user can mend.
     """
-    stage_class = get_class(config.stage._target_)
+    stage_class: type[Stage] = get_class(config.stage._target_)
     names = [name for name in groups(stage_class) if name in config]
     parts: dict[str, Any] = {}
     for name in names:
@@ -59,9 +59,8 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
-    parts["model"] = instantiate(config.model, _convert_="all").load(
-        instantiate(config.adapter), precision, corpus=texts
-    )
+    spec = instantiate(config.model, _convert_="all")
+    parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, texts)
     knobs: dict[str, Any] = OmegaConf.to_container(config.stage, resolve=True)  # type: ignore[assignment]
     stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name

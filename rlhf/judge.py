@@ -279,7 +279,7 @@ class JudgeAnnotator:
         return found
 
     def _key(self, question: str) -> str:
-        how = [self.identity, self.answer, question]
+        how: list[Any] = [self.identity, self.answer, question]
         how.append(self.least_mass if self.answer == "logprobs" else self.max_new_tokens)
         return hashlib.sha256(json.dumps(how).encode()).hexdigest()
 

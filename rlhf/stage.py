@@ -28,7 +28,10 @@ from rlhf.data.records import Prompt
 from rlhf.data.template import encode_prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.precision import Precision
 from rlhf.objective import Metrics
 from rlhf.rollout import Sampler
 
@@ -104,6 +107,11 @@ class Stage(pl.LightningModule):
         self._prepared = False
 
     # -- what a stage fills in ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> Any:
+        """What the constructor gets as ``model``: a language model, unless the stage can start from something else."""
+        return spec.load(adapter, precision, corpus)
 
     def prepare(self) -> None:
         """Makes ``self.examples``, ``self.held_out`` and all else that training reads; called once, on the device."""

@@ -48,7 +48,8 @@ class CollectStage(Stage):
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
-        for part in (self.annotator, getattr(self.annotator, "reward", None)):
+        parts: list[Any] = [self.annotator, getattr(self.annotator, "reward", None)]
+        for part in parts:
             if hasattr(part, "to"):
                 part.to(self.device)
         if hasattr(self.annotator, "open"):

@@ -212,7 +212,8 @@ class ORPO(PairObjective):
     """`-mean log pi(y_c) - odds_coefficient * log sigmoid(log odds(y_c) - log odds(y_r))`, without a reference.
 
     Hong et al. 2024 (arXiv 2403.07691, eq. 6 and 7; their lambda is `odds_coefficient`). odds = p / (1 - p) with p the
-    geometric mean of the token probabilities (means over tokens throughout). The likelihood term is over the chosen response, not its prompt.
+    geometric mean of the token probabilities (means over tokens throughout). The likelihood term is over the chosen
+    response, not its prompt.
     """
 
     odds_coefficient: NotNegative = 0.1

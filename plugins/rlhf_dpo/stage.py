@@ -58,7 +58,7 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        self.kind = Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
+        self.kind: Any = Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
         self.data, self.epochs = self.kind.records(data), epochs
         self.kind.check_batch(batch_size)
         if reference is not None and not self.kind.needs_reference:

@@ -53,6 +53,7 @@ class PairBatch(Movable):
     scores: Tensor | None  # [R] float, or None unless every response has one
     reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
     embedding: Tensor | None = None  # [P, E] float, a vector of each pair's prompt, or None
+    unsafe: Tensor | None = None  # [R] bool, whether a response does harm, or None unless every response is marked
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -110,11 +111,14 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     scores: list[float] = []
     reference: list[float] = []
     embeddings: list[Tensor] = []
+    unsafe: list[bool] = []
     for index, item in enumerate(comparisons):
         place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
         rows += [_row(item.prompt, item.responses[response]) for response in item.used]
         if item.scores is not None:
             scores += [item.scores[response] for response in item.used]
+        if item.unsafe:
+            unsafe += [item.unsafe[response] for response in item.used]
         if item.reference is not None:
             reference += [item.reference[response] for response in item.used]
         for better, worse, grade in item.pairs:
@@ -135,6 +139,7 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         scores=torch.tensor(scores, dtype=torch.float32) if len(scores) == len(rows) else None,
         reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(rows) else None,
         embedding=torch.stack(embeddings) if len(embeddings) == len(pairs) else None,
+        unsafe=torch.tensor(unsafe, dtype=torch.bool) if len(unsafe) == len(rows) else None,
     )
 
 

@@ -60,7 +60,8 @@ class EncodedComparison:
 
     `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
     of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
-    `embedding` is a vector [E] of the prompt, where an objective asks for one.
+    `embedding` is a vector [E] of the prompt, where an objective asks for one. `unsafe` says of each response whether
+    it does harm.
     """
 
     prompt: list[int]
@@ -69,6 +70,7 @@ class EncodedComparison:
     scores: tuple[float, ...] | None = None
     reference: dict[int, float] | None = None
     embedding: Any = None
+    unsafe: tuple[bool, ...] = ()
 
     @property
     def used(self) -> list[int]:
@@ -257,7 +259,8 @@ def encode_comparison(
     prompt, cut = fit_prompt(tokenizer, comparison.prompt, room)
     if prompt is None:
         return None, cut
-    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores), cut
+    unsafe = comparison.unsafe or ("unsafe" in comparison.tags,) * len(responses)
+    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores, unsafe=unsafe), cut
 
 
 def encode_label(
