@@ -30,7 +30,7 @@ from rlhf.models.average import MovingAverage
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
 from rlhf.objective import GroupObjective, Metrics
-from rlhf.rollout import Rollout, Sampler
+from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 
@@ -378,9 +378,9 @@ class RolloutStage(Stage):
             super().save(folder)
 
     def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
-        """Replies of the policy that is saved."""
+        """Replies of the policy that is saved, sampled as in training, one to a prompt."""
         with self.averaged():
-            super().write_samples(count, sampler)
+            super().write_samples(count, sampler or single(self.rollout))
 
     def final_metrics(self) -> dict[str, float]:
         """Whether the KL budget ended the training."""

@@ -1,5 +1,6 @@
 """Sampling: prompts in, replies with their log-probabilities out."""
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -8,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.collate import collate_prompts
-from rlhf.data.records import Prompt
+from rlhf.data.records import Message, Prompt
 from rlhf.data.template import encode_prompt
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
@@ -25,10 +26,13 @@ class Rollout:
     prompt_ids: Tensor  # [B, P] long
     prompt_mask: Tensor  # [B, P] bool, 1 = token
     response_ids: Tensor  # [B, R] long
-    mask: Tensor  # [B, R] bool, 1 up to and including the end-of-turn token
+    mask: Tensor  # [B, R] bool, 1 on the policy's own tokens: up to and including the end-of-turn token
     logp: Tensor  # [B, R] float, log-probability under the distribution sampled from, 0 where masked
     ended: Tensor  # [B] bool, whether the reply came to its end-of-turn token
-    texts: list[str]  # [B], replies without special tokens
+    texts: list[str]  # [B], replies without special tokens; of several turns the last
+    # Where tools are called (rlhf.tools), their answers stand among the policy's tokens: present, but not its own.
+    present: Tensor | None = None  # [B, R] bool, 1 on every token of the reply; None: the same as mask
+    turns: list[tuple[Message, ...]] | None = None  # [B], the assistant's and the tools' turns; None: one turn each
 
     @property
     def ids(self) -> Tensor:
@@ -38,11 +42,11 @@ class Rollout:
     @property
     def attention_mask(self) -> Tensor:
         """1 on the tokens of prompt and reply, [B, P+R]."""
-        return torch.cat([self.prompt_mask, self.mask], dim=1)
+        return torch.cat([self.prompt_mask, self.mask if self.present is None else self.present], dim=1)
 
     @property
     def loss_mask(self) -> Tensor:
-        """1 on the tokens of the reply, [B, P+R]."""
+        """1 on the policy's own tokens, [B, P+R]."""
         return torch.cat([torch.zeros_like(self.prompt_mask), self.mask], dim=1)
 
     @property
@@ -52,17 +56,18 @@ class Rollout:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens in each reply, [B]."""
+        """The policy's own tokens in each reply, [B]."""
         return self.mask.sum(dim=1)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What replies look like when a policy games its reward, each a scalar.
 
         ``length``: tokens; ``ended``: share that came to an end by themselves; ``repetition``: share of bigrams seen
-        before in the same reply; ``distinct``: share of different replies in the batch.
+        before in the same reply; ``distinct``: share of different replies in the batch. Where tools can be called:
+        ``calls`` per reply, and ``call_errors``, the share of calls that were answered by an error.
         """
         pairs = self.response_ids[:, :-1] * (int(self.response_ids.max()) + 1) + self.response_ids[:, 1:]
-        valid = self.mask[:, 1:]
+        valid = self.mask[:, 1:] & self.mask[:, :-1]
         ordered = torch.where(valid, pairs, -1).sort(dim=1).values
         repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         return {
@@ -70,7 +75,16 @@ class Rollout:
             "ended": self.ended.float().mean(),
             "repetition": repeated.sum() / valid.sum().clamp(min=1),
             "distinct": torch.tensor(len(set(self.texts)) / len(self.texts), device=self.mask.device),
+            **self._calls(),
         }
+
+    def _calls(self) -> dict[str, Tensor]:
+        if self.turns is None:
+            return {}
+        answers = [turn.content for turns in self.turns for turn in turns if turn.role == "tool"]
+        errors = sum(answer.startswith("error") for answer in answers)
+        numbers = {"calls": len(answers) / len(self.turns), "call_errors": errors / max(1, len(answers))}
+        return {name: torch.tensor(value, device=self.mask.device) for name, value in numbers.items()}
 
     def rows(self, index: Tensor) -> "Rollout":
         """The rows named by ``index`` [N], in that order."""
@@ -85,6 +99,8 @@ class Rollout:
             mask=self.mask[index],
             logp=self.logp[index],
             ended=self.ended[index],
+            present=None if self.present is None else self.present[index],
+            turns=None if self.turns is None else [self.turns[i] for i in picked],
         )
 
 
@@ -137,35 +153,14 @@ class Sampler:
         """Most tokens of its own that a reply may have."""
         return self.max_new_tokens
 
-    def check(self, policy: LanguageModel, prompts: list[Prompt]) -> list[list[int]]:
-        """The prompts in tokens. Raises UserError for one that leaves no room for a reply in the model's context."""
-        encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]
-        limit = policy.context_length - self.max_new_tokens
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if len(ids) > limit:
-                raise UserError(
-                    f"prompt '{prompt.messages[-1].content[:60]}' has {len(ids)} tokens; with "
-                    f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
-                    f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
-                )
-        return encoded
-
     @torch.no_grad()
     def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
         """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""
-        encoded = self.check(policy, prompts)
-        device = policy.device
-        batch = collate_prompts(encoded, policy.pad_id).to(device)
+        encoded = self._encode(policy, prompts, self.max_new_tokens)
+        batch = collate_prompts(encoded, policy.pad_id).to(policy.device)
         ids, mask = batch.ids, batch.attention_mask
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        noise = torch.rand(len(prompts) * self.samples, self.max_new_tokens, generator=generator).to(device)
-
-        per_chunk = max(1, self.batch_size // self.samples)
-        chunks = [
-            self._decode(policy, ids[i : i + per_chunk], mask[i : i + per_chunk], noise[i * self.samples :])
-            for i in range(0, len(prompts), per_chunk)
-        ]
-        response, logp = (torch.cat(part) for part in zip(*chunks, strict=True))
+        noise = self._noise(len(prompts) * self.samples, self.max_new_tokens, seed).to(policy.device)
+        response, logp = self._continue(policy, ids, mask, noise, self.samples)
         response_mask, ended = _until_end(response, policy.end_id)
         longest = int(response_mask.sum(dim=1).max())
         response, response_mask, logp = (x[:, :longest] for x in (response, response_mask, logp))
@@ -183,17 +178,52 @@ class Sampler:
             texts=[text.strip() for text in texts],
         )
 
-    def _decode(self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and log-probabilities of the replies, [N * samples, max_new_tokens] each."""
-        rows = len(ids) * self.samples
+    def check(self, policy: LanguageModel, prompts: list[Prompt]) -> None:
+        """Raises UserError for a prompt that leaves no room for the longest reply; before anything is sampled."""
+        self._encode(policy, prompts, self.longest)
+
+    def _encode(self, policy: LanguageModel, prompts: list[Prompt], room: int) -> list[list[int]]:
+        """Ids of the prompts. Raises UserError for one that leaves less than ``room`` tokens of the context."""
+        encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]
+        limit = policy.context_length - room
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > limit:
+                raise UserError(
+                    f"prompt '{prompt.messages[-1].content[:60]}' has {len(ids)} tokens; with "
+                    f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
+                    f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
+                )
+        return encoded
+
+    def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
+        """One uniform number for every token a row may have, on the CPU so that it is the same on every device."""
+        return torch.rand(rows, columns, generator=torch.Generator(device="cpu").manual_seed(seed))
+
+    def _continue(
+        self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities of what follows N rows, [N * samples, max_new_tokens] each."""
+        per_chunk = max(1, self.batch_size // samples)
+        chunks = [
+            self._decode(policy, ids[i : i + per_chunk], mask[i : i + per_chunk], noise[i * samples :], samples)
+            for i in range(0, len(ids), per_chunk)
+        ]
+        response, logp = (torch.cat(part) for part in zip(*chunks, strict=True))
+        return response, logp
+
+    def _decode(
+        self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """As ``_continue``, for as many rows as the cache holds."""
+        rows = len(ids) * samples
         response = torch.full((rows, self.max_new_tokens), policy.end_id, device=ids.device)
         logp = torch.zeros(rows, self.max_new_tokens, device=ids.device)
 
         hidden, cache = policy.step(ids, mask, positions(mask), cache=None)
-        if self.samples > 1:
-            cache.batch_repeat_interleave(self.samples)
-        hidden = hidden[:, -1].repeat_interleave(self.samples, dim=0)
-        mask = mask.repeat_interleave(self.samples, dim=0)
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+        hidden = hidden[:, -1].repeat_interleave(samples, dim=0)
+        mask = mask.repeat_interleave(samples, dim=0)
         position = mask.sum(dim=1, keepdim=True)
         alive = torch.arange(rows, device=ids.device)  # rows still in the batch
 
@@ -230,6 +260,13 @@ class Sampler:
             beyond = probability.cumsum(dim=-1) - probability >= self.top_p
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
         return logits.log_softmax(dim=-1)
+
+
+def single(sampler: Sampler) -> Sampler:
+    """The same sampler with one reply per prompt."""
+    one = copy(sampler)
+    one.samples = 1
+    return one
 
 
 def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:

@@ -142,8 +142,11 @@ class Stage(pl.LightningModule):
         self.policy.eval()
         rollout = (sampler or Sampler()).sample(self.policy, prompts, seed_of(self.seed, "show"))
         with (self.run_folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-            for prompt, text in zip(rollout.prompts, rollout.texts, strict=True):
+            turns = rollout.turns or [()] * len(rollout.texts)
+            for prompt, text, said in zip(rollout.prompts, rollout.texts, turns, strict=True):
                 row = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
+                if said:
+                    row["turns"] = [message.to_json() for message in said]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def final_metrics(self) -> dict[str, float]:

@@ -187,6 +187,28 @@ def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+def encode_tool_turn(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids that stand between an assistant turn's end and the next assistant turn: a tool's turn, generation prompt.
+
+    What encode_dialogue writes there for the same dialogue. A template that knows no role "tool" gets a user's turn.
+    """
+    past = [Message("user", "a"), Message("assistant", "zqxj")]
+    end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
+    before = render(tokenizer, past)
+    done = before[: before.index(end, before.rindex("zqxj")) + len(end)]
+    whole = ""
+    for role in ("tool", "user"):
+        try:
+            whole = render(tokenizer, [*past, Message(role, text)], generation_prompt=True)
+        except Exception:  # templates raise what they like
+            continue
+        if whole.startswith(done) and text in whole:
+            return tokenize(tokenizer, whole[len(done) :])
+    raise UserError(
+        "the chat template cannot write a tool's turn after an assistant's; type model.chat_template=chatml"
+    )
+
+
 def fit_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None
 ) -> tuple[list[int] | None, bool]:

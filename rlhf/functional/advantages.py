@@ -30,18 +30,20 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lamb
     """Advantages and returns [B, R] by generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
     `delta_t = r_t + discount * V_{t+1} - V_t` with `V = 0` after the last real token, and
-    `A_t = delta_t + discount * gae_lambda * A_{t+1}`; returns are `A + V`. Both are 0 where `mask` is 0.
+    `A_t = delta_t + discount * gae_lambda * A_{t+1}`; returns are `A + V`. Both are 0 where `mask` is 0. Tokens
+    that are masked in the middle (a tool's answer) are no steps.
     """
     mask = mask.bool()
     zeros = torch.zeros_like(values)
     rewards, values = torch.where(mask, rewards, zeros), torch.where(mask, values, zeros)
-    next_values = torch.cat([values[:, 1:], zeros[:, :1]], dim=1)
-    deltas = rewards + discount * next_values - values
-    advantages = torch.empty_like(deltas)
-    running = zeros[:, 0] if deltas.shape[1] else deltas.sum(1)
-    for t in range(deltas.shape[1] - 1, -1, -1):
-        running = deltas[:, t] + discount * gae_lambda * running
-        advantages[:, t] = running
+    advantages = torch.zeros_like(values)
+    running = next_value = values.new_zeros(len(values))
+    for t in range(values.shape[1] - 1, -1, -1):
+        real = mask[:, t]
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        running = torch.where(real, delta + discount * gae_lambda * running, running)
+        next_value = torch.where(real, values[:, t], next_value)
+        advantages[:, t] = torch.where(real, running, zeros[:, t])
     return advantages, advantages + values
 
 

@@ -52,7 +52,7 @@ def has_spread(scores: Tensor, samples: int) -> Tensor:
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """`max(-A * ratio, -A * clamp(ratio, 1 - low, 1 + high))`, any shape (two bounds: DAPO, 2503.14476, section 3.1)."""
+    """`max(-A * ratio, -A * clamp(ratio, 1 - low, 1 + high))`, any shape (two bounds: DAPO, section 3.1)."""
     ratio = log_ratio.exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rlhf_grpo.objective import DAPO, GRPO, GSPO, DrGRPO
-from rlhf_rloo.objective import RLOO
 
 from rlhf.functional.groups import clipped_surrogate, group_advantages, has_spread, leave_one_out, length_weights
+from rlhf_grpo.objective import DAPO, GRPO, GSPO, DrGRPO
+from rlhf_rloo.objective import RLOO
 
 K, ROWS, LENGTH, LONGEST = 3, 6, 5, 8
 
@@ -40,7 +40,8 @@ def test_advantages_by_hand():
     torch.testing.assert_close(group_advantages(scores, 3)[:3], expected)
     assert group_advantages(scores, 3)[3:].tolist() == [0, 0, 0]
     assert group_advantages(scores, 3, "none")[:3].tolist() == [0.5, -0.5, 0.0]
-    torch.testing.assert_close(group_advantages(scores, 3, "batch")[:3], torch.tensor([0.5, -0.5, 0]) / (scores.std() + 1e-4))
+    over_batch = torch.tensor([0.5, -0.5, 0]) / (scores.std() + 1e-4)
+    torch.testing.assert_close(group_advantages(scores, 3, "batch")[:3], over_batch)
     assert leave_one_out(scores, 3)[:3].tolist() == [0.75, -0.75, 0.0]  # 1 - (0 + 0.5) / 2
     assert has_spread(scores, 3).tolist() == [True] * 3 + [False] * 3
     for bad in (1, 4):
@@ -130,7 +131,8 @@ def trl_grpo_advantages(scores, scale):
 def test_advantages_as_in_trl(scale):
     pytest.importorskip("trl")
     scores = rollout()[3]
-    torch.testing.assert_close(group_advantages(scores, K, scale), trl_grpo_advantages(scores, scale), atol=1e-6, rtol=0)
+    expected = trl_grpo_advantages(scores, scale)
+    torch.testing.assert_close(group_advantages(scores, K, scale), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
-from rlhf_grpo.stage import GRPOStage
-from rlhf_rloo.objective import RLOO
-from rlhf_rloo.stage import RLOOStage
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.metrics_file import read_rows
 from rlhf.rollout import Sampler
 from rlhf.scoring import GoldReward
 from rlhf.stage import Stage
+from rlhf.tools import Calculator, ToolSampler
+from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
+from rlhf_grpo.stage import GRPOStage
+from rlhf_rloo.objective import RLOO
+from rlhf_rloo.stage import RLOOStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import Stop, gradient
@@ -227,3 +228,15 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(load, tmp_path):
     stage.rollout.sample = stale  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match="sampler"):
         fit(stage, tmp_path)
+
+
+@pytest.mark.parametrize("kind, name", [("rlhf_grpo", "grpo"), ("rlhf_rloo", "rloo")])
+def test_every_metric_is_in_the_readme(kind, name, load, tmp_path):
+    from tests.conf.test_docs import unexplained
+
+    objective = GRPO(gamma=1.0) if name == "grpo" else RLOO(gamma=1.0)
+    sampler = ToolSampler({"calculator": Calculator()}, max_new_tokens=6, samples=4)
+    stage = STAGES[name](load, objective=objective, sampler=sampler)
+    metrics = fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=1)
+    assert {"val/score", "calls", "zero_spread", "pretraining_loss"} <= set(metrics)
+    assert unexplained(kind, {*metrics, *stage.final_metrics()}) == set()

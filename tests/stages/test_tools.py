@@ -1,0 +1,342 @@
+"""Rollouts with tools: what a tool says is read by the policy and by nothing else."""
+
+import pytest
+import torch
+
+import rlhf.tools
+from rlhf.data.calls import Call
+from rlhf.data.records import Message
+from rlhf.data.template import encode_dialogue, encode_prompt, encode_tool_turn
+from rlhf.data.testbed import Testbed
+from rlhf.errors import UserError
+from rlhf.functional.advantages import gae
+from rlhf.metrics_file import read_rows
+from rlhf.rollout import Sampler, single
+from rlhf.scoring import GoldReward
+from rlhf.tools import Calculator, Search, ToolSampler
+from rlhf_grpo.objective import GRPO
+from rlhf_ppo.objective import PPO
+from rlhf_ppo.stage import PPOStage
+
+from .conftest import adamw, constant, data, fit, same, weights
+from .test_exactness import Stop
+from .test_groups import grpo
+
+TOOLS = {"calculator": Calculator(), "search": Search()}
+
+
+@pytest.fixture
+def prompts():
+    return data("prompt", 12, 4).train
+
+
+@pytest.fixture
+def policy(load):
+    """A policy that ends its turns soon."""
+    return ending(load())
+
+
+def ending(policy):
+    bias = torch.zeros(policy.config.vocab_size)
+    bias[policy.end_id] = 4.0
+    policy.base.get_output_embeddings().bias = torch.nn.Parameter(bias, requires_grad=False)
+    return policy
+
+
+@pytest.fixture
+def calling(monkeypatch):
+    """Reads a call into every other turn, whatever an untrained policy wrote."""
+    monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("calculator", "30+4") if len(turn) % 2 else None)
+
+
+def sampler(samples=4, **knobs):
+    return ToolSampler(TOOLS, **{"max_new_tokens": 8, "samples": samples, "max_calls": 2, **knobs})
+
+
+def test_own_log_probabilities_are_those_of_a_forward_pass(policy, prompts, calling):
+    for temperature in (1.0, 0.8):
+        rollout = sampler(temperature=temperature).sample(policy, prompts, seed=0)
+        calls = torch.tensor([sum(turn.role == "tool" for turn in turns) for turns in rollout.turns])
+        assert len(set(calls.tolist())) == 3  # replies without, with one and with two calls in one batch
+        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+        logp = policy.logprobs(*inputs, temperature)[0][:, -rollout.mask.shape[1] :]
+        torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=1e-5)
+        assert (rollout.logp[~rollout.mask] == 0).all() and (rollout.logp[rollout.mask] < 0).all()
+
+
+def test_a_batch_with_and_without_calls_is_padded_right(policy, prompts, calling):
+    """Each row: the policy's turns and between them exactly what the template writes for the tool; then padding."""
+    rollout = sampler().sample(policy, prompts, seed=0)
+    inserted = encode_tool_turn(policy.tokenizer, "34")
+    for row, turns in enumerate(rollout.turns):
+        length = int(rollout.present[row].sum())
+        assert rollout.present[row, :length].all() and (rollout.response_ids[row, length:] == policy.pad_id).all()
+        ids, own = rollout.response_ids[row, :length].tolist(), rollout.mask[row, :length].tolist()
+        foreign = [token for token, mine in zip(ids, own, strict=True) if not mine]
+        answers = [turn.content for turn in turns if turn.role == "tool"]
+        assert answers == ["34"] * len(answers) and foreign == inserted * len(answers)
+        ends = [i for i, token in enumerate(ids) if token == policy.end_id and own[i]]
+        assert len(ends) == len(answers) + bool(rollout.ended[row])
+        assert all(own[i + 1] is False for i in ends if i + 1 < length)  # a call's turn ends, then the tool speaks
+        assert [turn.role for turn in turns] == ["assistant", "tool"] * len(answers) + ["assistant"]
+        assert rollout.texts[row] == turns[-1].content
+    alone = sampler().sample(policy, prompts[:1], seed=0)
+    width = alone.mask.shape[1]
+    first = rollout.rows(torch.arange(4))
+    assert first.turns == alone.turns
+    assert torch.equal(first.mask[:, :width], alone.mask) and not first.mask[:, width:].any()
+    torch.testing.assert_close(first.logp[:, :width], alone.logp, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_does_not_depend_on_the_rest_of_the_batch(policy, prompts, calling):
+    whole, chunked = (sampler(batch_size=size).sample(policy, prompts, seed=0) for size in (512, 5))
+    assert whole.turns == chunked.turns
+    torch.testing.assert_close(whole.logp, chunked.logp, atol=1e-5, rtol=1e-5)
+
+
+def test_without_calls_it_is_the_plain_sampler(policy, prompts, monkeypatch):
+    monkeypatch.setattr(ToolSampler, "_noise", lambda self, rows, columns, seed: noise[:, :columns])
+    monkeypatch.setattr(Sampler, "_noise", lambda self, rows, columns, seed: noise[:, :columns])
+    noise = torch.rand(48, 24, generator=torch.Generator().manual_seed(0))
+    plain = Sampler(8, samples=4).sample(policy, prompts, seed=0)
+    tools = sampler().sample(policy, prompts, seed=0)
+    assert plain.texts == tools.texts
+    for name in ("response_ids", "mask", "logp", "ended", "attention_mask", "loss_mask", "position_ids"):
+        torch.testing.assert_close(getattr(plain, name), getattr(tools, name), atol=1e-6, rtol=0, msg=name)
+
+
+def test_limits(policy, prompts, monkeypatch):
+    """No more calls, turns and answers than allowed, and a context too short for them is named."""
+    monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("long", ""))
+    tools = {"long": lambda argument: "word " * 50}
+    long = ToolSampler(tools, max_new_tokens=6, samples=2, max_calls=3, max_result_tokens=5)
+    rollout = long.sample(policy, prompts, seed=0)
+    calls = [sum(turn.role == "tool" for turn in turns) for turns in rollout.turns]
+    assert max(calls) == 3
+    around = len(encode_tool_turn(policy.tokenizer, "."))
+    assert rollout.lengths.max() <= long.longest == 24
+    assert int((rollout.present & ~rollout.mask).sum(1).max()) <= 3 * (5 + around)
+    room = ToolSampler(TOOLS, max_new_tokens=32, max_calls=3, max_result_tokens=5)
+    with pytest.raises(UserError, match="data.max_prompt_length"):
+        room.sample(policy, prompts, seed=0)
+    with pytest.raises(UserError, match="rollout.tools is empty"):
+        ToolSampler({})
+
+
+def test_what_goes_wrong_is_told_to_the_policy(policy, prompts, monkeypatch):
+    for call, answer in (
+        (Call("calculator", "3+"), "error: not arithmetic"),
+        (Call("oracle", "3"), "error: no such tool; there is calculator, search"),
+    ):
+        monkeypatch.setattr(rlhf.tools, "read_call", lambda turn, call=call: call)
+        rollout = sampler(max_calls=1, max_result_tokens=40).sample(policy, prompts, seed=0)
+        told = {turn.content for turns in rollout.turns for turn in turns if turn.role == "tool"}
+        assert told == {answer}
+        numbers = rollout.diagnostics()
+        assert numbers["calls"] > 0.1 and numbers["call_errors"] == 1.0
+
+
+def tooled(load, **knobs):
+    stage = grpo(load, GRPO(beta=0.1), sampler=sampler(), **{"batch_size": 8, "steps": 3, **knobs})
+    ending(stage.policy)
+    stage.reference = stage.policy.reference()
+    return stage
+
+
+def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
+    """Nothing is asked of the states that predict a tool's tokens; all the policy's own tokens are asked for."""
+    stage = tooled(load, epochs=1, minibatches=1)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    update, hidden = stage.update, stage.policy.hidden
+
+    def keep(ids, attention_mask, position_ids):
+        states = hidden(ids, attention_mask, position_ids)
+        if states.requires_grad:
+            states.retain_grad()
+            seen[-1] = (*seen[-1], states)
+        return states
+
+    def watched(minibatch, first):
+        seen.append((minibatch,))
+        return update(minibatch, first)
+
+    stage.update, stage.policy.hidden = watched, keep  # type: ignore[method-assign]
+    fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=0)
+    ((replies, states),) = seen
+    asked = states.grad.abs().sum(-1)[:, :-1] > 0  # position t-1 predicts token t
+    wanted = replies.loss_mask[:, 1:]
+    foreign = replies.attention_mask[:, -replies.mask.shape[1] :] & ~replies.mask
+    assert foreign.any()
+    assert not (asked & ~wanted).any()
+    spread = replies.advantages.abs() > 1e-6
+    assert asked[wanted & spread.unsqueeze(1)].all()
+    assert read_rows(tmp_path / "metrics.csv")[0]["calls"] > 0
+
+
+def test_another_answer_of_the_same_length_is_another_context_but_no_target(policy, prompts, calling):
+    """The log-probabilities after an answer depend on it; its own are in no sum."""
+    rollout = sampler().sample(policy, prompts, seed=0)
+    foreign = rollout.present & ~rollout.mask
+    changed = torch.where(foreign & (rollout.response_ids != policy.end_id), 50, rollout.response_ids)
+    other = type(rollout)(**{**rollout.__dict__, "response_ids": changed})
+    width = rollout.mask.shape[1]
+    before, after = (
+        policy.logprobs(r.ids, r.attention_mask, r.position_ids, r.loss_mask)[0][:, -width:] for r in (rollout, other)
+    )
+    assert (before[foreign] == 0).all() and (after[foreign] == 0).all()
+    first = foreign.long().cumsum(1) == 0
+    torch.testing.assert_close(before[first], after[first])
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_micro_batches_and_kills_do_not_change_a_run_with_tools(load, tmp_path, calling):
+    results = []
+    for size in (None, 4):
+        stage = tooled(load, micro_batch_size=size)
+        fit(stage, tmp_path / str(size))
+        results.append(weights(stage))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, atol=2e-4, rtol=1e-3)
+    killed = tooled(load)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(killed, tmp_path / "killed", callbacks=[Stop(1, tmp_path / "killed")])
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.ckpt")
+    resumed = tooled(load)
+    fit(resumed, tmp_path / "killed", resume=checkpoint)
+    assert same(weights(resumed), results[0])
+
+
+def test_gae_steps_over_what_is_masked():
+    """A tool's answer is no step: with a gap as without it."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 4, generator=generator)
+    expected = gae(rewards, values, torch.ones(3, 4), 0.9, 0.8)
+    gap = torch.tensor([1, 1, 0, 0, 1, 0, 1]).bool()
+    wide = [torch.full((3, 7), 9.0).masked_scatter(gap.expand(3, 7), x) for x in (rewards, values)]
+    made = gae(*wide, gap.expand(3, 7), 0.9, 0.8)
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours[:, gap], theirs) and (ours[:, ~gap] == 0).all()
+
+
+def test_ppo_takes_them_too(load, tmp_path, calling):
+    stage = PPOStage(
+        ending(load()),
+        PPO(),
+        data("prompt"),
+        None,
+        GoldReward(),
+        sampler(samples=1),
+        adamw,
+        constant,
+        batch_size=8,
+        steps=2,
+        epochs=1,
+        minibatches=2,
+    )
+    fit(stage, tmp_path)
+    row = read_rows(tmp_path / "metrics.csv")[0]
+    assert row["calls"] > 0 and row["first_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert row["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_context_is_that_of_sft(load, prompts):
+    """A dialogue with a call has the same tokens and the same mask in SFT and in a rollout."""
+    tokenizer = load().tokenizer
+    messages = prompts[0].messages
+    said = [("assistant", "<call>calculator(3+4)</call>"), ("tool", "7"), ("assistant", "7.")]
+    dialogue = [*messages, *(Message(role, text) for role, text in said)]
+    row = encode_dialogue(tokenizer, dialogue)
+    call, answer = (encode_dialogue(tokenizer, [*messages, turn]) for turn in (dialogue[-3], dialogue[-1]))
+    pieces = [
+        (encode_prompt(tokenizer, messages), False),
+        ([t for t, m in zip(call.ids, call.mask, strict=True) if m], True),
+        (encode_tool_turn(tokenizer, "7"), False),
+        ([t for t, m in zip(answer.ids, answer.mask, strict=True) if m], True),
+    ]
+    assert row.ids == [token for ids, _ in pieces for token in ids]
+    assert row.mask == [own for ids, own in pieces for _ in ids]
+
+
+def test_templates_without_a_role_for_tools_get_a_user_turn(load):
+    tokenizer = load().tokenizer
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{%- if m.role == 'tool' -%}{{ raise_exception('no tools') }}{%- endif -%}"
+        "{{- '<|' + m.role + '|>' + m.content + '<|end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    )
+    assert tokenizer.decode(encode_tool_turn(tokenizer, "7")) == "\n<|user|>7<|end|>\n<|assistant|>"
+
+
+def test_samples_to_read_show_the_turns(load, tmp_path, calling):
+    import json
+
+    stage = tooled(load)
+    fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=0)
+    stage.write_samples(8)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and any(len(row["turns"]) > 1 for row in rows)
+    assert single(stage.rollout).samples == 1 and stage.rollout.samples == 4
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("3+4", "7"),
+        (" 3 - 10 ", "-7"),
+        ("(3+4)*2", "14"),
+        ("7/2", "3.5"),
+        ("1/3", "0.333333"),
+        ("0.1+0.2", "0.3"),
+        ("7//2", "3"),
+        ("-7 % 3", "2"),
+        ("1,000 + 1", "1001"),
+        ("6 × 7", "42"),
+        ("--3", "3"),
+        ("9999999999*9999999999", "99999999980000000001"),
+    ],
+)
+def test_the_calculator_calculates(expression, value):
+    assert Calculator()(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').system('true')",
+        "().__class__",
+        "9**9**9",
+        "1 if 1 else 2",
+        "[1][0]",
+        "abs(3)",
+        "x+1",
+        "'a'*9",
+        "True+1",
+        "1j",
+        "lambda: 1",
+        "1e999",
+        "3+",
+        "",
+        "007",
+        "3 == 3",
+        "1" * 81,
+        "(" * 79,
+        "\x00",
+        "1<<9",
+    ],
+)
+def test_the_calculator_executes_nothing(expression):
+    with pytest.raises(ValueError, match="not arithmetic|too long"):
+        Calculator()(expression)
+    with pytest.raises(ValueError, match="division by zero"):
+        Calculator()("1/0")
+
+
+def test_search_finds_the_facts_of_the_world():
+    world = Testbed(seed=3)
+    search = Search(world)
+    for (person, topic), value in world.facts.items():
+        for query in (f"{person} {topic}", f"what is the {topic} of {person}?", f"{topic.upper()} {person}"):
+            assert person in search(query) and value in search(query), query
+    assert search("zebra") == search("") == "nothing found"
+    assert search("Mia").count(".") == 1 and Search(world, results=4)("Mia").count(".") == 4
+    assert len({Search(Testbed(seed=seed))("Mia home") for seed in range(6)}) > 1
