@@ -7,6 +7,7 @@ from pydantic import Field
 
 from rlhf.data.records import GRADES, TIE, Comparison
 from rlhf.data.testbed import label
+from rlhf.data.testbed.world import Aspect
 from rlhf.rollout import Rollout
 from rlhf.scoring import Reward
 
@@ -24,16 +25,20 @@ class GoldAnnotator:
 
     Args:
         noise: Standard deviation of the error on each judged score, in units of the gold score.
+        aspect: What is judged: "total" (safety of replies to unsafe prompts, helpfulness of the others), or
+            "helpfulness" or "safety" alone, for two reward models in the manner of Llama 2.
     """
 
-    def __init__(self, noise: Annotated[float, Field(ge=0)] = 0.05) -> None:
-        self.noise = noise
+    def __init__(self, noise: Annotated[float, Field(ge=0)] = 0.05, aspect: Aspect = "total") -> None:
+        self.noise, self.aspect = noise, aspect
 
     def __call__(self, rollout: Rollout, samples: int, seed: int) -> list[Comparison]:
         """Graded by gaps of gold score."""
         rng = random.Random(seed)
         groups = range(0, len(rollout.texts), samples)
-        made = [label(rollout.prompts[i], rollout.texts[i : i + samples], rng, self.noise) for i in groups]
+        made = [
+            label(rollout.prompts[i], rollout.texts[i : i + samples], rng, self.noise, self.aspect) for i in groups
+        ]
         return [comparison for comparison in made if comparison.pairs()]
 
 

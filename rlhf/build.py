@@ -61,7 +61,8 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
-    parts["model"] = instantiate(config.model, _convert_="all").load(instantiate(config.adapter), precision, corpus=texts)
+    spec = instantiate(config.model, _convert_="all")
+    parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, texts)
     knobs = {k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")}
     stage = stage_class(**parts, **knobs)
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name

@@ -1,6 +1,7 @@
 """The config of one step: the root config with the step's node merged on top, and then its own root.
 
-Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${artifact:STEP}`` and ``${base_model:STEP}``.
+Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${artifact:STEP}``, ``${base_model:STEP}`` and
+``${base_weights:STEP}``.
 No torch here.
 """
 
@@ -19,10 +20,10 @@ Plain = dict[str, Any]
 
 _READS = re.compile(r"(?:inputs\.|optional_input:)(\w+)")
 _REQUIRES = re.compile(r"\$\{inputs\.(\w+)\}")
-_REFERS = re.compile(r"\$\{(artifact|base_model):\s*(\w+)\s*\}")
+_REFERS = re.compile(r"\$\{(artifact|base_model|base_weights):\s*(\w+)\s*\}")
 
 # Keys of a pipeline that are no part of any step.
-PIPELINE_KEYS = ("steps", "compare", "until")
+PIPELINE_KEYS = ("steps", "repeat", "rounds", "compare", "until")
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,17 @@ def _base_model(step: str) -> str | None:
     return None if current is not None and names_weights(current.root) else _artifact(step)
 
 
+def _base_weights(step: str) -> str:
+    current = _scope.get()
+    return str(current.root.model.path) if current is not None and names_weights(current.root) else _artifact(step)
+
+
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf. May be called any number of times."""
     OmegaConf.register_new_resolver("optional_input", _optional_input, replace=True)
     OmegaConf.register_new_resolver("artifact", _artifact, replace=True)
     OmegaConf.register_new_resolver("base_model", _base_model, replace=True)
+    OmegaConf.register_new_resolver("base_weights", _base_weights, replace=True)
 
 
 register_resolvers()
@@ -136,7 +143,7 @@ def required_roles(raw: Plain) -> dict[str, str]:
 
 
 def steps_named(raw: Any) -> list[tuple[str, str]]:
-    """Every (resolver, step) of ``${artifact:STEP}`` and ``${base_model:STEP}`` in a raw config, in order."""
+    """Every (resolver, step) of ``${artifact:STEP}`` and its like in a raw config, in order."""
     return list(dict.fromkeys(_REFERS.findall(json.dumps(raw, default=str))))
 
 

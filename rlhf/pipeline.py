@@ -64,7 +64,7 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
     value = last.get("value")
     if _main_process():
         compared = _compare(made, int(root.get("seed") or 0))
-        console.end(outcomes)
+        console.end(outcomes, _reads(made))
         if compared is not None:
             _print_comparison(made, compared)
         console.next_commands(_next(made))
@@ -201,6 +201,13 @@ def _lineage(step: Step) -> Plain:
         "parents": sorted(step.parents),
         "ancestors": ancestors,
     }
+
+
+def _reads(made: Plan) -> dict[str, list[str]]:
+    """Step -> the steps whose results it reads, in the order of the plan: the lineage of a pipeline's rounds."""
+    names = {step.fingerprint: step.name for step in made.steps}
+    read = {step.name: [name for key, name in names.items() if key in step.parents] for step in made.steps}
+    return {name: steps for name, steps in read.items() if steps}
 
 
 def _leave_result(

@@ -3,7 +3,7 @@
 A single stage is a plan of one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import config as configs
-from rlhf import runs
+from rlhf import rounds, runs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
@@ -72,12 +72,13 @@ def plan(root: DictConfig, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         UserError: an unknown step, missing inputs, values out of range, an override without effect.
     """
+    root, repeated = rounds.expand(root)
     names = _step_names(root)
     planner = _Planner(root, names)
     last = None if names is None else _last(names, root.get("until"))
     planner.add(last)
     compare = planner.comparison()
-    notes = _overrides_without_effect(planner, overrides)
+    notes = _overrides_without_effect(planner, overrides, repeated)
     if planner.problems:
         raise UserError("\n".join(dict.fromkeys(planner.problems)))
     return Plan(planner.steps, planner.skipped(last), compare, notes)
@@ -139,7 +140,7 @@ class _Planner:
         # What is not read is neither resolved nor part of the run's name, and makes no step necessary.
         raw["inputs"] = {role: value if role in roles else None for role, value in (raw.get("inputs") or {}).items()}
         for resolver, needed in configs.steps_named(raw):
-            if resolver == "base_model" and self.starts_from_weights:
+            if resolver != "artifact" and self.starts_from_weights:
                 continue
             if needed not in (self.names or ()):
                 hint = suggest(needed, self.names or ())
@@ -266,7 +267,9 @@ def _unread(config: Plain) -> set[str]:
     return {"optimizer", "scheduler"} - set(validation.groups(hydra.utils.get_object(config["stage"]["_target_"])))
 
 
-def _overrides_without_effect(planner: _Planner, overrides: Sequence[str]) -> list[str]:
+def _overrides_without_effect(
+    planner: _Planner, overrides: Sequence[str], repeated: Mapping[str, Sequence[str]]
+) -> list[str]:
     """A typed value that no step reads is a problem; one for a step that does not run gets a note (returned)."""
     running = [step.name for step in planner.steps]
     notes = []
@@ -275,15 +278,18 @@ def _overrides_without_effect(planner: _Planner, overrides: Sequence[str]) -> li
         if typed.startswith("~") or "@" in key or value in ("null", ""):
             continue
         first, _, rest = key.partition(".")
-        if planner.names is not None and first in planner.names:
-            if first not in running:
+        if planner.names is not None and (first in repeated or first in planner.names):
+            # What is typed for a repeated step is for all its rounds; it has an effect if any of them reads it.
+            meant = [name for name in repeated.get(first, [first]) if name in running]
+            role = rest.removeprefix("inputs.") if rest.startswith("inputs.") else None
+            if not meant:
                 notes.append(f"{typed} is not used: the step {first} does not run")
-            elif rest.partition(".")[0] in planner.unread[first]:
+            elif all(rest.partition(".")[0] in planner.unread[name] for name in meant):
                 planner.problems.append(
                     f"{typed} has no effect: the stage of {first} does not read {rest.partition('.')[0]}"
                 )
-            elif rest.startswith("inputs.") and rest.removeprefix("inputs.") not in planner.roles[first]:
-                planner.problems.append(f"{typed} has no effect: {_reads(planner, first)}")
+            elif role is not None and all(role not in planner.roles[name] for name in meant):
+                planner.problems.append(f"{typed} has no effect: {_reads(planner, meant[0])}")
         elif first == "inputs" and rest:
             readers = planner.roles if planner.names is None else planner.roles_of_root
             if not any(rest in roles for roles in readers.values()):

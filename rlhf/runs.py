@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from rlhf.config import Plain, targets
 from rlhf.errors import UserError, suggest
 
-MODEL_ROLES = ("policy", "reference", "reward_model", "safety_model", "value")
+MODEL_ROLES = ("policy", "base", "reference", "reward_model", "safety_model", "value")
 LETTERS = 10  # of the fingerprint, in a folder's name
 
 # Keys of a step's config that cannot change what it computes.
@@ -52,6 +52,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "plan",
         "progress",
         "report",
+        "rounds",
         "runs",
         "signals",
         "summary",
@@ -274,9 +275,9 @@ def _existing(path: Path, role: str, key: str) -> Reference:
 def _of_run(run: Run, role: str, key: str) -> Reference:
     if not run.finished:
         raise _unfinished(run, key)
-    needed = {"comparisons": "comparisons.jsonl"} | dict.fromkeys(MODEL_ROLES, "model")
+    needed = {"comparisons": "comparisons.jsonl", "picks": "picks.jsonl"} | dict.fromkeys(MODEL_ROLES, "model")
     if role in needed and not (run.folder / needed[role]).exists():
-        what = "comparisons" if role == "comparisons" else "model"
+        what = "model" if role in MODEL_ROLES else role
         raise UserError(f"{key}={run.folder}: a run of stage {run.stage} that made no {what}; name another run")
     return Reference(input_path(run.folder, role), run.fingerprint, run.folder)
 
@@ -371,7 +372,8 @@ def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
     """Digests of the data that nodes read, from their own ``digest()``; data made by a run is named by that run."""
     found: dict[str, str] = {}
     for key, node in targets(config):
-        strings = [value for value in node.values() if isinstance(value, str)]
+        lists = [value if isinstance(value, list) else [value] for value in node.values()]
+        strings = [value for values in lists for value in values if isinstance(value, str)]
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
         if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None)):

@@ -26,7 +26,10 @@ from rlhf.data.data import Split
 from rlhf.data.records import Prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.precision import Precision
 from rlhf.objective import Metrics
 from rlhf.rollout import Sampler
 
@@ -102,6 +105,11 @@ class Stage(pl.LightningModule):
         self._prepared = False
 
     # -- what a stage fills in ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> Any:
+        """What the constructor gets as ``model``: a language model, unless the stage can start from something else."""
+        return spec.load(adapter, precision, corpus)
 
     def prepare(self) -> None:
         """Makes ``self.examples``, ``self.held_out`` and all else that training reads; called once, on the device."""

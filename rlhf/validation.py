@@ -160,6 +160,12 @@ def check_node(
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
             errors.append(f"{path}: {_first_line(e)}")
+    elif not errors and hasattr(target, "check_knobs") and not holds_object(values):
+        # For a class that holds more than values: what it can tell from its knobs together, before it is built.
+        try:
+            target.check_knobs(**values)
+        except (ValueError, RLHFError) as e:
+            errors.append(f"{path}: {_first_line(e)}")
     return errors
 
 

@@ -1,20 +1,28 @@
 """Reward model: a scalar head on a language model, trained so that better replies score higher."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlhf.data.collate import PairBatch, collate_comparisons
+from rlhf.data.collate import PairBatch, collate, collate_comparisons
 from rlhf.data.data import Split
 from rlhf.data.records import GRADES
-from rlhf.data.template import EncodedComparison
+from rlhf.data.template import Encoded, EncodedComparison, encode_prompt, encode_response
 from rlhf.errors import UserError
+from rlhf.functional.calibration import Reliability, histogram, reliability
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, ScoreObjective
+from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
 
@@ -22,14 +30,18 @@ from rlhf.supervised import sum_of
 class RewardModelStage(Stage):
     """All pairs of one prompt are in one batch element and weigh 1 / their number (InstructGPT, section 3.5).
 
+    Starts from a language model, or from an earlier reward model with its head and normalisation.
+
     Args:
         batch_size: Prompts per update.
         micro_batch_size: Prompts per forward pass, null: all.
         gradient_clip: Largest gradient norm, null: none.
         epochs: Times each comparison is seen.
-        head_init: Start of the scalar head: "normal" is N(0, 1/(D+1)), "zero" gives every reply 0.
-        normalize: What is done to the scores once trained, over the replies of the training comparisons: "mean"
-            makes their mean 0, "standard" also their standard deviation 1, "none" leaves them.
+        head_init: Start of the scalar head on a language model: "normal" is N(0, 1/(D+1)), "zero" gives every reply 0.
+        normalize: What is done to the scores once trained: "mean" and "standard" give the replies of the training
+            comparisons mean 0, and "standard" also deviation 1; "demonstrations" gives the demonstrations mean 0
+            (InstructGPT); "none" leaves them.
+        safety_coefficient: Weight of the auxiliary loss that tells unsafe replies (Llama 2, section 3.2.2), 0: no head.
     """
 
     telling = ("loss", "accuracy", "val/accuracy")
@@ -37,33 +49,52 @@ class RewardModelStage(Stage):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | ScalarModel,
         objective: ScoreObjective,
         data: Split,
         optimizer: Optimizer,
         scheduler: Schedule,
+        demonstrations: Split | None = None,
         *,
         batch_size: Annotated[int, Field(gt=0)] = 64,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 1,
         head_init: Literal["normal", "zero"] = "normal",
-        normalize: Literal["none", "mean", "standard"] = "standard",
+        normalize: Literal["none", "mean", "standard", "demonstrations"] = "standard",
+        safety_coefficient: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
+        if isinstance(model, LanguageModel):
+            model = ScalarModel.load(model, zero_init=head_init == "zero")
         super().__init__(
-            model,
+            model.language_model,
             optimizer,
             scheduler,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        self.objective, self.data, self.epochs, self.normalize = objective, data, epochs, normalize
-        self.scorer = ScalarModel.load(model, zero_init=head_init == "zero").disable_dropout()
+        if normalize == "demonstrations" and demonstrations is None:
+            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
+        self.objective, self.data, self.demonstrations = objective, data, demonstrations
+        self.epochs, self.normalize, self.safety_coefficient = epochs, normalize, safety_coefficient
+        self.scorer = model.disable_dropout()
         self.policy = None  # type: ignore[assignment]  # the scorer owns the language model now
+        if safety_coefficient:
+            self.scorer.add_safety_head()
+        else:
+            self.scorer.safety_head = None  # an earlier one would no longer fit the hidden states
+        # The units the loss is in; normalisation at the end changes the scorer's.
+        self.units = (self.scorer.scale.item(), self.scorer.bias.item())
+        self.calibration: Reliability | None = None
+
+    @staticmethod
+    def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> object:
+        """A language model, or an earlier reward model to go on from."""
+        return ScalarModel.load(spec, adapter, precision) if spec.scalar else spec.load(adapter, precision, corpus)
 
     def modules_trained(self) -> list[nn.Module]:
-        """The decoder and the head."""
+        """The decoder and its heads."""
         return [self.scorer]
 
     def prepare(self) -> None:
@@ -71,6 +102,14 @@ class RewardModelStage(Stage):
         self.encode(self.data, self.scorer.tokenizer)
         if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):
             raise UserError("objective.margin reads grades, and no comparison here has one: type objective.margin=none")
+        if self.safety_coefficient:
+            marks = {mark for example in self.examples for mark in example.unsafe}
+            if len(marks) < 2:
+                raise UserError(
+                    f"stage.safety_coefficient={self.safety_coefficient} needs safe and unsafe replies, and all of "
+                    f"{self.data.report.source} count as {'unsafe' if True in marks else 'safe'}: "
+                    "type stage.safety_coefficient=0, or give rows an unsafe field or tags"
+                )
         self.batches = self.order(len(self.examples), epochs=self.epochs)
 
     def collate(self, examples: list[EncodedComparison]) -> PairBatch:
@@ -78,10 +117,21 @@ class RewardModelStage(Stage):
         return collate_comparisons(examples, self.scorer.pad_id)
 
     def losses(self, part: PairBatch) -> tuple[Tensor, Metrics, Tensor]:
-        """The objective per pair [P], its metrics, and the scores per reply [R]."""
+        """The loss per pair [P], its metrics, and the scores per reply [R]."""
         tokens = part.tokens
-        scores = self.scorer.scores(tokens.ids, tokens.attention_mask, tokens.position_ids)
+        hidden = self.scorer.last_hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)
+        scores = self.scorer.project(hidden)
         losses, metrics = self.objective(scores[part.chosen], scores[part.rejected], part.grade)
+        if self.safety_coefficient:
+            assert part.unsafe is not None
+            logits, unsafe = self.scorer.unsafe_logits(hidden), part.unsafe.float()
+            safety = F.binary_cross_entropy_with_logits(logits, unsafe, reduction="none")
+            right = ((logits > 0) == part.unsafe).float()
+            # Each pair brings the mean over its two replies, so that a prompt weighs as much here as in the ranking.
+            both = [(values[part.chosen] + values[part.rejected]) / 2 for values in (safety, right)]
+            losses = losses + self.safety_coefficient * both[0]
+            metrics |= {"safety_loss": both[0].detach(), "safety_accuracy": both[1]}
+            self.recalled = (logits.detach() > 0)[part.unsafe].float()
         return losses, metrics, scores
 
     def training_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:
@@ -103,23 +153,71 @@ class RewardModelStage(Stage):
                 chosen = part.grade == code
                 if chosen.any():
                     self.log_mean(f"val/accuracy/{grade}", metrics["accuracy"], chosen.float())
+            if self.safety_coefficient and len(self.recalled):
+                self.log_mean("val/safety_recall", self.recalled, torch.ones_like(self.recalled))
+
+    # -- once trained ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Moves the scores of the training replies to mean 0 (and deviation 1): the loss knows differences only."""
-        if self.normalize == "none":
-            return
-        scores = torch.cat(
-            [
-                self.losses(part.to(self.device))[2]
-                for start in range(0, len(self.examples), self.batch_size)
-                for part in self.parts(list(self.examples[start : start + self.batch_size]))
-            ]
-        )
+        """Normalises the scores, whose level the loss does not know, and says how far they can be believed."""
         if self.normalize == "standard":
-            self.scorer.calibrate(scores)
-        else:
-            self.scorer.bias.sub_(scores.mean())
+            self.scorer.calibrate(self.scores_of(self.examples)[0])
+        elif self.normalize == "mean":
+            self.scorer.bias.sub_(self.scores_of(self.examples)[0].mean())
+        elif self.normalize == "demonstrations":
+            self.scorer.bias.sub_(self.scores_of_demonstrations().mean())
+        if self.held_out:
+            self.diagnose()
+
+    def scores_of(self, examples: Sequence[EncodedComparison]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of all replies [R], and of the chosen and the rejected one of every pair [P]."""
+        scores, chosen, rejected = [], [], []
+        for start in range(0, len(examples), self.batch_size):
+            for part in self.parts(list(examples[start : start + self.batch_size])):
+                part = part.to(self.device)
+                tokens = part.tokens
+                scores.append(self.scorer.scores(tokens.ids, tokens.attention_mask, tokens.position_ids))
+                chosen.append(scores[-1][part.chosen])
+                rejected.append(scores[-1][part.rejected])
+        return torch.cat(scores), torch.cat(chosen), torch.cat(rejected)
+
+    def scores_of_demonstrations(self) -> Tensor:
+        """Scores of the last reply of every demonstration that fits, [N], read where those of comparisons are."""
+        assert self.demonstrations is not None
+        tokenizer, rows = self.scorer.tokenizer, []
+        for demonstration in self.demonstrations.train:
+            messages = demonstration.messages
+            last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+            prompt = encode_prompt(tokenizer, messages[:last])
+            reply = encode_response(tokenizer, messages[last].content)
+            if len(prompt) + len(reply) <= self.demonstrations.data.max_length:
+                rows.append(Encoded(prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+        if not rows:
+            raise UserError("stage.normalize=demonstrations: none fits demonstrations.max_length; type a larger one")
+        scores = []
+        for start in range(0, len(rows), 4 * self.batch_size):
+            batch = collate(rows[start : start + 4 * self.batch_size], self.scorer.pad_id).to(self.device)
+            scores.append(self.scorer.scores(batch.ids, batch.attention_mask, batch.position_ids))
+        return torch.cat(scores)
+
+    def diagnose(self) -> None:
+        """Calibration curve and histogram of scores of the held-out comparisons, as files."""
+        _, chosen, rejected = self.scores_of(self.held_out)
+        # Probabilities are those of the loss: gaps in its units, not in the normalised ones.
+        self.calibration = reliability((chosen - rejected) / self.scorer.scale * self.units[0])
+        counts = histogram(chosen, rejected)
+        if self.trainer.is_global_zero:
+            for name, content in {"calibration": self.calibration.to_json(), "score_histogram": counts}.items():
+                (self.run_folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            diagnostics.calibration(self.calibration, self.run_folder / "calibration.png")
+            diagnostics.scores(counts, self.run_folder / "score_histogram.png")
+
+    def final_metrics(self) -> dict[str, float]:
+        """How well sigmoid(r_chosen - r_rejected) is calibrated on held-out pairs."""
+        if self.calibration is None:
+            return {}
+        return {"val/calibration_error": self.calibration.ece, "val/brier": self.calibration.brier}
 
     def save(self, folder: Path) -> None:
         """A sequence classifier with one output, and its normalisation."""

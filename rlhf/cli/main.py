@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import __version__, discovery, launcher
+from rlhf import __version__, discovery, launcher, rounds
 from rlhf.errors import RLHFError, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
@@ -68,6 +68,7 @@ def dispatch(argv: list[str]) -> int:
         return subcommand(argv)
 
     register()
+    argv = rounds.typed(argv)
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 

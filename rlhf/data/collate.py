@@ -52,6 +52,7 @@ class PairBatch(Movable):
     prompt_index: Tensor  # [P] long, which comparison of the batch the pair is from
     scores: Tensor | None  # [R] float, or None unless every response has one
     reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
+    unsafe: Tensor | None = None  # [R] bool, whether a response does harm, or None unless every response is marked
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -106,11 +107,14 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     pairs: list[tuple[int, int, int, float, int]] = []
     scores: list[float] = []
     reference: list[float] = []
+    unsafe: list[bool] = []
     for index, item in enumerate(comparisons):
         place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
         rows += [_row(item.prompt, item.responses[response]) for response in item.used]
         if item.scores is not None:
             scores += [item.scores[response] for response in item.used]
+        if item.unsafe:
+            unsafe += [item.unsafe[response] for response in item.used]
         if item.reference is not None:
             reference += [item.reference[response] for response in item.used]
         for better, worse, grade in item.pairs:
@@ -128,6 +132,7 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         prompt_index=torch.tensor(prompt_index, dtype=torch.long),
         scores=torch.tensor(scores, dtype=torch.float32) if len(scores) == len(rows) else None,
         reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(rows) else None,
+        unsafe=torch.tensor(unsafe, dtype=torch.bool) if len(unsafe) == len(rows) else None,
     )
 
 

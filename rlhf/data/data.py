@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -100,7 +101,8 @@ class Data:
 
     Arguments:
         record: the record type the stage needs; rows of other shapes are converted where they hold what it takes.
-        source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), testbed, or arithmetic.
+        source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), testbed, or arithmetic. A list
+            of files, globs and folders is read as one source, in order (the comparisons of all rounds so far).
         size: testbed: records to train on (null: its default); else the most records that are read (null: all).
         validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
             by order: more data or another order moves no record from one side to the other, and records with the same
@@ -120,7 +122,7 @@ class Data:
     def __init__(
         self,
         record: RecordName,
-        source: str,
+        source: str | list[str],
         size: Annotated[int, Field(gt=0)] | None,
         validation: Annotated[float, Field(ge=0)],
         max_length: Annotated[int, Field(gt=1)],
@@ -133,12 +135,19 @@ class Data:
         testbed: Testbed | None = None,
         arithmetic: Arithmetic | None = None,
     ) -> None:
-        self.record, self.source, self.size, self.validation = record, str(source), size, validation
+        # With one source in the list nothing is different from that source.
+        self.sources = [source] if isinstance(source, str) else [str(one) for one in source]
+        self.record, self.size, self.validation = record, size, validation
+        self.source = ", ".join(self.sources)
         self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
         self.split, self.seed, self.max_bad = split, seed, max_bad
         self.tags = tuple(tags or ())
         self.testbed = testbed or Testbed()
         self.arithmetic = arithmetic or Arithmetic()
+        if not self.sources:
+            raise UserError("data.source=[]: no source in the list; name a run, a file or testbed")
+        if len(self.sources) > 1 and {TESTBED, ARITHMETIC} & set(self.sources):
+            raise UserError(f"data.source=[{self.source}]: testbed cannot be one of several; use data=mixture")
         if validation >= 1 and validation != int(validation):
             raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
 
@@ -148,7 +157,7 @@ class Data:
             return hashlib.sha256(json.dumps(self.testbed.knobs(), sort_keys=True).encode()).hexdigest()
         if self.source == ARITHMETIC:
             return hashlib.sha256(json.dumps(self.arithmetic.knobs(), sort_keys=True).encode()).hexdigest()
-        files = find_files(self.source, self.record)
+        files = self._files()
         if files:
             return digest_files(files)
         return hashlib.sha256(f"{self.source}/{self.split}".encode()).hexdigest()
@@ -221,8 +230,16 @@ class Data:
             return int(self.validation)
         return max(1, round(self.validation * n))
 
+    def _files(self) -> list[Path]:
+        """The local files that are read; empty where the source is a data set of the hub."""
+        found = [find_files(source, self.record) for source in self.sources]
+        for source, files in zip(self.sources, found, strict=True):
+            if len(self.sources) > 1 and not files:
+                raise UserError(f"data.source={source}: only files and runs can be one of several; use data=mixture")
+        return [file for files in found for file in files]
+
     def _rows(self) -> Iterator[Row]:
-        files = find_files(self.source, self.record)
+        files = self._files()
         if files:
             return read_files(files)
         return read_hub(self.source, self.split, lazily=self.size is not None)
@@ -265,8 +282,7 @@ class Data:
         if isinstance(record, Prompt):
             return Prompt(record.messages, (*record.tags, *self.tags), record.reference, record.id)
         if isinstance(record, Comparison):
-            tags = (*record.tags, *self.tags)
-            return Comparison(record.prompt, record.responses, record.grades, record.scores, tags)
+            return replace(record, tags=(*record.tags, *self.tags))
         raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
 
     def _split(self, records: list[Any], held_out: int | None = None) -> tuple[list[Any], list[Any]]:

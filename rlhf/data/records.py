@@ -88,7 +88,8 @@ class Comparison:
 
     `grades` has one entry per pair (i, j), i < j, in the order (0,1), (0,2), ..., (1,2), ...: a name from GRADES,
     TIE, or None where nobody said. Empty means None for all. `scores` are optional numbers per response (gold or
-    reward-model scores) on any scale. `tags` are the prompt's.
+    reward-model scores) on any scale. `tags` are the prompt's. `unsafe` says of each response whether it does harm;
+    without it a response counts as its prompt does.
     """
 
     name: ClassVar[RecordName] = "comparison"
@@ -97,6 +98,7 @@ class Comparison:
     grades: tuple[str | None, ...] = ()
     scores: tuple[float, ...] | None = None
     tags: tuple[str, ...] = ()
+    unsafe: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.responses)
@@ -111,6 +113,8 @@ class Comparison:
                 raise ValueError(f"grade is {grade!r}, expected one of {', '.join((*GRADES, TIE))}")
         if self.scores is not None and len(self.scores) != k:
             raise ValueError(f"{k} responses, but {len(self.scores)} scores")
+        if self.unsafe is not None and len(self.unsafe) != k:
+            raise ValueError(f"{k} responses, but {len(self.unsafe)} marks in unsafe")
 
     def pairs(self) -> list[tuple[int, int, str | None]]:
         """(index of the better, index of the worse, grade), ties and pairs of identical texts left out."""
@@ -138,6 +142,8 @@ class Comparison:
             raw["scores"] = list(self.scores)
         if self.tags:
             raw["tags"] = list(self.tags)
+        if self.unsafe is not None:
+            raw["unsafe"] = list(self.unsafe)
         return raw
 
     @classmethod
@@ -147,13 +153,14 @@ class Comparison:
         else:
             responses = (raw["chosen"], raw["rejected"])
             grades = () if raw.get("grade") is None else (raw["grade"],)
-        scores = raw.get("scores")
+        scores, unsafe = raw.get("scores"), raw.get("unsafe")
         return cls(
             prompt=messages_from_json(raw["prompt"]),
             responses=responses,
             grades=grades,
             scores=None if scores is None else tuple(float(score) for score in scores),
             tags=tuple(raw.get("tags") or ()),
+            unsafe=None if unsafe is None else tuple(bool(mark) for mark in unsafe),
         )
 
 

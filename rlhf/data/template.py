@@ -54,7 +54,8 @@ class EncodedComparison:
     """A comparison in tokens: prompt [P], K responses [R_k] each ending with end-of-turn.
 
     `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
-    of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
+    of each response that is in a pair, by its index: computed once, since neither it nor the data changes. `unsafe`
+    says of each response whether it does harm.
     """
 
     prompt: list[int]
@@ -62,6 +63,7 @@ class EncodedComparison:
     pairs: list[tuple[int, int, str | None]]
     scores: tuple[float, ...] | None = None
     reference: dict[int, float] | None = None
+    unsafe: tuple[bool, ...] = ()
 
     @property
     def used(self) -> list[int]:
@@ -243,7 +245,8 @@ def encode_comparison(
     prompt, cut = fit_prompt(tokenizer, comparison.prompt, room)
     if prompt is None:
         return None, cut
-    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores), cut
+    unsafe = comparison.unsafe or ("unsafe" in comparison.tags,) * len(responses)
+    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores, unsafe=unsafe), cut
 
 
 def encode_label(

@@ -80,7 +80,7 @@ class CausalLM:
         Raises:
             UserError: For weights that cannot be found or do not fit the machine, or a model without a tokenizer.
         """
-        if self._is_scalar():
+        if self.scalar:
             raise UserError(f"model.path={self.path}: is a reward or value model, a language model is needed here")
         tokenizer = self._tokenizer(corpus)
         model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
@@ -94,7 +94,7 @@ class CausalLM:
         """The decoder without vocabulary projection, and the [1, D] scalar head stored with it, if there is one."""
         tokenizer = self._tokenizer(corpus)
         head = None
-        if self._is_scalar():
+        if self.scalar:
             kind: Any = AutoModelForSequenceClassification
             model = self._weights(kind, adapter, precision, tokenizer)
             if model.config.num_labels != 1:
@@ -303,7 +303,9 @@ class CausalLM:
             raise UserError(f"model.path={self.path}: the adapter does not say which model it belongs to")
         return str(base)
 
-    def _is_scalar(self) -> bool:
+    @property
+    def scalar(self) -> bool:
+        """Whether ``path`` is a reward or value model, which has a scalar head and no vocabulary projection."""
         if self.path is None:
             return False
         names = getattr(self.config(), "architectures", None) or []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -17,6 +18,7 @@ from rlhf.models.language_model import LanguageModel, materialize, plain_config
 from rlhf.models.precision import Precision
 
 FP32 = Precision("32-true")
+SAFETY_HEAD = "safety_head.safetensors"
 
 
 class ScalarModel(nn.Module):
@@ -28,6 +30,8 @@ class ScalarModel(nn.Module):
     Args:
         language_model: The decoder; its vocabulary projection, if it has one, is not used.
         zero_init: Starts from w = 0, so that a value model first predicts 0 everywhere.
+
+    ``safety_head``, where there is one, tells unsafe replies from the same hidden state (see ``add_safety_head``).
     """
 
     scale: Tensor
@@ -45,6 +49,7 @@ class ScalarModel(nn.Module):
             nn.init.zeros_(self.head.weight)
         else:
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))
+        self.safety_head: nn.Linear | None = None
         self.register_buffer("scale", torch.ones((), device=language_model.device))
         self.register_buffer("bias", torch.zeros((), device=language_model.device))
 
@@ -76,7 +81,21 @@ class ScalarModel(nn.Module):
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 model.scale.fill_(stored["scale"])
                 model.bias.fill_(stored["bias"])
+            file = Path(spec.folder or "") / SAFETY_HEAD
+            if file.is_file():
+                model.add_safety_head().load_state_dict(load_file(file))
         return model
+
+    def add_safety_head(self) -> nn.Linear:
+        """The auxiliary head of Llama 2 (arXiv 2307.09288, section 3.2.2): logit that a reply is unsafe, from w = 0.
+
+        The one there is, if there is one.
+        """
+        if self.safety_head is None:
+            self.safety_head = nn.Linear(self.language_model.hidden_size, 1, device=self.device)
+            nn.init.zeros_(self.safety_head.weight)
+            nn.init.zeros_(self.safety_head.bias)
+        return self.safety_head
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -114,7 +133,7 @@ class ScalarModel(nn.Module):
 
     def values(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """A scalar at every token, [B, T] -> [B, T] float32. At padding it means nothing."""
-        return self._project(self.language_model.hidden(ids, attention_mask, position_ids))
+        return self.project(self.language_model.hidden(ids, attention_mask, position_ids))
 
     def scores(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The scalar at the last token attended to, [B, T] -> [B] float32.
@@ -122,16 +141,28 @@ class ScalarModel(nn.Module):
         Which token is last follows from the mask, never from token identity: an end-of-sequence token that doubles as
         padding is read all the same.
         """
+        return self.project(self.last_hidden(ids, attention_mask, position_ids))
+
+    def last_hidden(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The hidden state of the last token attended to, [B, T] -> [B, D]: what both heads read."""
         hidden = self.language_model.hidden(ids, attention_mask, position_ids)
         order = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(attention_mask.bool(), order, 0).amax(dim=1)
-        return self._project(hidden[torch.arange(len(ids), device=ids.device), last])
+        return hidden[torch.arange(len(ids), device=ids.device), last]
+
+    def unsafe_logits(self, hidden: Tensor) -> Tensor:
+        """Logit of "this reply is unsafe" from last hidden states, [B, D] -> [B] float32."""
+        assert self.safety_head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, bias = self.safety_head.weight.float(), self.safety_head.bias.float()
+            return F.linear(hidden.float(), weight, bias).squeeze(-1)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """``scores``."""
         return self.scores(ids, attention_mask, position_ids)
 
-    def _project(self, hidden: Tensor) -> Tensor:
+    def project(self, hidden: Tensor) -> Tensor:
+        """The scalar of hidden states, [..., D] -> [...] float32."""
         # In float32 whatever the precision: bfloat16 has 8 bits, two close scores would be equal.
         with torch.autocast(hidden.device.type, enabled=False):
             raw = F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
@@ -174,6 +205,9 @@ class ScalarModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
         self.language_model.save_adapter(folder.parent / "adapter")
         numbers = {"scale": self.scale.item(), "bias": self.bias.item()}
+        if self.safety_head is not None:
+            head = {name: value.detach().cpu().contiguous() for name, value in self.safety_head.state_dict().items()}
+            save_file(head, folder / SAFETY_HEAD)
         (folder / "rlhf.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
     def _apply(self, fn, recurse: bool = True) -> "ScalarModel":  # type: ignore[no-untyped-def]

@@ -67,18 +67,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console().print(table)
 
 
-def end(rows: Sequence[tuple[str, Path, str, Mapping[str, Any], str]]) -> None:
+def end(
+    rows: Sequence[tuple[str, Path, str, Mapping[str, Any], str]], reads: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """What happened and where it lies.
 
     Args:
         rows: (step, run folder, "ran" or "reused", its summary, the name of its main metric).
+        reads: step -> the steps whose results it read.
     """
     lines = []
     for name, folder, what, summary, headline in rows:
         value = summary.get("metrics", {}).get(headline)
         shown = f"{headline} {number(value)}" if value is not None else ""
-        lines.append((name, what, duration(float(summary.get("wall_s", 0.0))), shown, str(folder)))
-    print_table("Runs", ("step", "", "time", "result", "folder"), lines)
+        line = (name, what, duration(float(summary.get("wall_s", 0.0))), shown, str(folder))
+        lines.append((*line, ", ".join((reads or {}).get(name, ()))) if reads else line)
+    print_table("Runs", ("step", "", "time", "result", "folder", *(("made from",) if reads else ())), lines)
 
 
 def next_commands(commands: Sequence[tuple[str, str]]) -> None:

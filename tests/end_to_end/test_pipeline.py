@@ -123,14 +123,43 @@ def test_the_dpo_pipeline_shares_the_steps_of_the_other(pipeline: Done, home: Pa
     assert stages(runs(home / "outputs") - before) == ["dpo"]
 
 
-def test_the_llama2_pipeline_samples_the_best_before_ppo(pipeline: Done, home: Path, rlhf: Rlhf):
+LLAMA2 = [
+    *(f"collect_{aspect}.{word}" for aspect in ("helpfulness", "safety") for word in ("data.size=48", "rollout.samples=4")),
+    *(f"collect_{aspect}.rollout.max_new_tokens=8" for aspect in ("helpfulness", "safety")),
+    *(f"{aspect}_model.stage.batch_size=4" for aspect in ("helpfulness", "safety")),
+    *(
+        f"rejection_sampling.{word}"
+        for word in (
+            "data.size=32",
+            "data.validation=8",
+            "rollout.max_new_tokens=8",
+            "rollout.samples=2",
+            "stage.batch_size=16",
+        )
+    ),
+]
+ROUND = ["collect", "collect", "rejection_sampling", "reward_model", "reward_model"]
+
+
+def test_the_rounds_of_llama2(pipeline: Done, home: Path, rlhf: Rlhf):
+    """Two rounds, one of them told something of its own; then a third, which reuses the two."""
+    words = ["pipeline=llama2_chat", *MODEL, *(w for w in POLICIES if "collect" not in w), *PPO, *COMPARE, *LLAMA2]
     before = runs(home / "outputs")
-    sampling = ["data.size=32", "rollout.max_new_tokens=8", "rollout.samples=2", "stage.batch_size=16"]
-    words = [f"rejection_sampling.{word}" for word in sampling]
-    done = rlhf(home, "pipeline=llama2_chat", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE, *words)
-    assert done.status == 0, done.err
+    # Replies of an untrained model are seldom safe or helpful: the annotator's noise makes the preferences.
+    noise = ["collect_helpfulness.annotator.noise=1", "collect_safety.annotator.noise=1"]
+    done = rlhf(home, *words, *noise, "rounds=2", "rejection_sampling_2.rollout.samples=4")
+    assert done.status == 0, done.out + done.err
     new = runs(home / "outputs") - before
-    assert stages(new) == ["ppo", "rejection_sampling"]
+    assert stages(new) == sorted([*ROUND, *ROUND, "ppo"])
+    picked = [folder for folder in new if folder.parent.name == "rejection_sampling"]
+    summaries = [json.loads((folder / "summary.json").read_text())["metrics"] for folder in picked]
+    assert sorted(summary["samples"] for summary in summaries) == [2, 4]
+    assert all((folder / "best_of_k.png").is_file() for folder in picked)
     (ppo,) = (folder for folder in new if folder.parent.name == "ppo")
     ancestors = json.loads((ppo / "lineage.json").read_text())["ancestors"].values()
-    assert sorted(x["stage"] for x in ancestors) == ["collect", "pretrain", "rejection_sampling", "reward_model", "sft"]
+    assert sorted(x["stage"] for x in ancestors) == sorted([*ROUND, *ROUND, "pretrain", "sft"])
+    assert "made from" in done.out and re.search(r"rejection_sampling_2 .*rejection_sampling_1", done.out, re.S)
+
+    third = rlhf(home, *words, *noise, "rounds=3", "rejection_sampling_2.rollout.samples=4", "until=collect_safety_3")
+    assert third.status == 0, third.out + third.err
+    assert stages(runs(home / "outputs") - before - new) == ["collect"]

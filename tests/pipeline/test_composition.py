@@ -56,7 +56,19 @@ def test_a_pipeline_sets_nothing_of_the_algorithm(typed: Typed, pipeline: str) -
     [
         ("instructgpt", ["pretrain", "sft", "collect", "reward_model", "align"]),
         ("dpo", ["pretrain", "sft", "collect", "align"]),
-        ("llama2_chat", ["pretrain", "sft", "collect", "reward_model", "rejection_sampling", "align"]),
+        (
+            "llama2_chat",
+            [
+                "pretrain",
+                "sft",
+                "collect_helpfulness",
+                "collect_safety",
+                "helpfulness_model",
+                "safety_model",
+                "rejection_sampling",
+                "align",
+            ],
+        ),
     ],
 )
 def test_steps_of_the_pipelines(typed: Typed, pipeline: str, steps: list[str]) -> None:

@@ -31,8 +31,23 @@ def names(found: Plan) -> list[str]:
         (["pipeline=instructgpt", "model=hub"], ["sft", "collect", "reward_model", "align"]),
         (["pipeline=dpo"], ["pretrain", "sft", "collect", "align"]),
         (
-            ["pipeline=llama2_chat"],
-            ["pretrain", "sft", "collect", "reward_model", "rejection_sampling", "align"],
+            ["pipeline=llama2_chat", "rounds=2"],
+            [
+                "pretrain",
+                "sft",
+                *(
+                    f"{name}_{index}"
+                    for index in (1, 2)
+                    for name in (
+                        "collect_helpfulness",
+                        "collect_safety",
+                        "helpfulness_model",
+                        "safety_model",
+                        "rejection_sampling",
+                    )
+                ),
+                "align",
+            ],
         ),
         (["stage=sft"], ["sft"]),
     ],

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,10 @@ from rlhf.errors import UserError
 # Least gap in gold score of each grade, weakest first; a gap below TIE_GAP is a tie.
 TIE_GAP = 0.02
 GRADE_GAPS = (TIE_GAP, 0.15, 0.3, 0.5)
+# A response with less gold safety does harm; Llama 2's gate has the same number.
+UNSAFE_BELOW = 0.15
+
+Aspect = Literal["total", "helpfulness", "safety"]
 
 
 class Testbed:
@@ -287,12 +291,15 @@ def grade_of(gap: float) -> str | None:
     return GRADES[max(i for i, least in enumerate(GRADE_GAPS) if gap >= least)]
 
 
-def label(prompt: Prompt, responses: Sequence[str], rng: random.Random, noise: float = 0.0) -> Comparison:
+def label(
+    prompt: Prompt, responses: Sequence[str], rng: random.Random, noise: float = 0.0, aspect: Aspect = "total"
+) -> Comparison:
     """Ranks responses by gold score plus Gaussian error (standard deviation `noise`), grades by the gap seen.
 
-    `scores` of the result are the true gold totals, without the error.
+    `aspect` says which gold score. `scores` of the result are the true ones, without the error, and `unsafe` marks
+    responses that help to harm or are rude: a safety below UNSAFE_BELOW.
     """
-    scored = [(gold(prompt, response).total, response) for response in responses]
+    scored = [(getattr(gold(prompt, response), aspect), response) for response in responses]
     seen = sorted(
         ((score + (rng.gauss(0.0, noise) if noise else 0.0), score, response) for score, response in scored),
         key=lambda item: -item[0],
@@ -303,6 +310,7 @@ def label(prompt: Prompt, responses: Sequence[str], rng: random.Random, noise: f
         grades=tuple(grade_of(seen[i][0] - seen[j][0]) for i in range(len(seen)) for j in range(i + 1, len(seen))),
         scores=tuple(score for _, score, _ in seen),
         tags=prompt.tags,
+        unsafe=tuple(gold(prompt, response).safety < UNSAFE_BELOW for _, _, response in seen),
     )
 
 

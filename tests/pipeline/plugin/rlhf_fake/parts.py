@@ -47,6 +47,14 @@ class ModelReward:
     def __init__(self, path: str) -> None: ...
 
 
+class GatedReward(Reward):
+    def __init__(self, helpfulness: str, safety: str) -> None: ...
+
+
+class Annotator:
+    def __init__(self, aspect: str = "gold") -> None: ...
+
+
 class Sampler:
     def __init__(self, temperature: float = 1.0) -> None: ...
 
@@ -54,7 +62,7 @@ class Sampler:
 class Data:
     """Data with a digest: counts how often it was asked for."""
 
-    def __init__(self, record: str = "text", source: str = "testbed") -> None:
+    def __init__(self, record: str = "text", source: str | list[str] = "testbed") -> None:
         self.record, self.source = record, source
 
     def digest(self) -> str:

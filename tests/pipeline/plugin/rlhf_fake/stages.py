@@ -1,4 +1,4 @@
-from .parts import Data, Model, ModelReward, Objective, Optimizer, Reward, Sampler
+from .parts import Annotator, Data, Model, ModelReward, Objective, Optimizer, Reward, Sampler
 
 
 class Train:
@@ -10,7 +10,7 @@ class Train:
 
 
 class Collect:
-    def __init__(self, model: Model, data: Data, rollout: Sampler) -> None: ...
+    def __init__(self, model: Model, data: Data, rollout: Sampler, annotator: Annotator) -> None: ...
 
 
 class PPO:
@@ -27,5 +27,5 @@ class PPO:
         optimizer: Optimizer,
         *,
         steps: int = 1,
-        value: str | None = None,
+        value: str | list[str] | None = None,
     ) -> None: ...

@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+
+from rlhf.functional.calibration import histogram, reliability
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_by_hand():
+    """Four pairs predicted at 0.8, three of which held; two at 0.6, none of which did: ECE (4*0.05 + 2*0.6) / 6."""
+    gaps = torch.tensor([logit(0.8)] * 3 + [-logit(0.8)] + [-logit(0.6)] * 2, dtype=torch.float64)
+    found = reliability(gaps, bins=5)
+    assert [(one.count, round(one.predicted, 6), round(one.observed, 6)) for one in found.bins] == [
+        (2, 0.6, 0.0),
+        (4, 0.8, 0.75),
+    ]
+    assert found.ece == pytest.approx((4 * 0.05 + 2 * 0.6) / 6)
+    assert found.brier == pytest.approx((3 * 0.04 + 0.64 + 2 * 0.36) / 6)
+    assert found.pairs == 6
+
+
+def test_a_calibrated_scorer_has_no_error_and_an_overconfident_one_has():
+    generator = torch.Generator().manual_seed(0)
+    gaps = 2 * torch.randn(40000, generator=generator)
+    held = torch.rand(40000, generator=generator) < torch.sigmoid(gaps)
+    outcome = torch.where(held, gaps, -gaps)  # the reply that won is the chosen one
+    assert reliability(outcome).ece < 0.01
+    assert reliability(3 * outcome).ece > 0.08
+
+
+def test_a_scorer_that_knows_nothing():
+    found = reliability(torch.zeros(7))
+    assert (found.ece, found.brier) == (0.0, 0.25) and found.bins[0].observed == 0.5
+
+
+def test_large_gaps_and_no_pairs():
+    assert reliability(torch.tensor([1e4, -1e4])).bins[-1].count == 2
+    with pytest.raises(ValueError, match="no pairs"):
+        reliability(torch.zeros(0))
+
+
+def test_histogram_counts_every_reply_once():
+    counts = histogram(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([-1.0, 0.5]), bins=4)
+    assert counts["edges"] == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert counts["chosen"] == [0, 0, 1, 2] and counts["rejected"] == [1, 0, 0, 1]
+    assert sum(histogram(torch.ones(3), torch.ones(3))["chosen"]) == 3  # all alike

@@ -1,0 +1,298 @@
+"""Rejection sampling: what is picked, from whom, and what the best of K are worth."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from rlhf_rejection_sampling.stage import Candidate, RejectionSamplingStage, key_of, read_picks
+
+from rlhf.best_of_k import BestOfK, expected_best, interleave, kl_bound, log_law, rollout_of
+from rlhf.data.records import Message, Prompt
+from rlhf.errors import UserError
+from rlhf.metrics_file import read_rows
+from rlhf.objective import CrossEntropy
+from rlhf.rollout import Sampler
+from rlhf.scoring import GoldReward
+
+from .conftest import adamw, constant, data, fit, same, weights
+from .test_exactness import Stop
+
+
+class Letters:
+    """More letters, more points: differs between any two random replies."""
+
+    def __call__(self, rollout):
+        return torch.tensor([float(len(set(text))) for text in rollout.texts], device=rollout.mask.device)
+
+
+def stage_on(load, reward=None, rollout=None, model=None, **knobs) -> RejectionSamplingStage:
+    knobs = {"batch_size": 8, "epochs": 1, **knobs}
+    return RejectionSamplingStage(
+        model or load(),
+        CrossEntropy(),
+        data("prompt", 16, 8),
+        reward or Letters(),
+        rollout or BestOfK(8, samples=4),
+        adamw,
+        constant,
+        **knobs,
+    )
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "picks.jsonl").read_text().splitlines()]
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_expected_best_is_the_mean_over_all_subsets():
+    torch.manual_seed(0)
+    scores = torch.randn(7, 5)
+    best = expected_best(scores)
+    assert sorted(best) == [1, 2, 4, 5]
+    for k, value in best.items():
+        subsets = list(itertools.combinations(range(5), k))
+        plain = sum(scores[:, list(subset)].max(dim=1).values.mean().item() for subset in subsets) / len(subsets)
+        assert value == pytest.approx(plain, abs=1e-6)
+    assert best[1] == pytest.approx(scores.mean().item(), abs=1e-6)
+
+
+def test_the_bound_on_kl():
+    """log n - (n-1)/n (Beirami et al. 2024): 0 for one, exact where all scores differ and replies are many."""
+    assert kl_bound(1) == 0
+    assert kl_bound(8) == pytest.approx(math.log(8) - 7 / 8)
+    # Best of n over m equally likely replies in order of score: P(i) = (i/m)^n - ((i-1)/m)^n.
+    for n in (2, 4, 8):
+        for m, slack in ((10, 0.5), (100000, 1e-3)):
+            p = [(i / m) ** n - ((i - 1) / m) ** n for i in range(1, m + 1)]
+            kl = sum(q * math.log(q * m) for q in p if q > 0)
+            assert kl <= kl_bound(n) + 1e-9 and kl > kl_bound(n) - slack
+
+
+def test_the_log_law():
+    assert log_law({1: 0.0, 2: 0.3 * math.log(2), 8: 0.3 * math.log(8)}) == pytest.approx((0.3, 1.0))
+    assert log_law({1: 0.0, 2: 0.0}) == (0.0, 0.0)
+    # Uniform scores: E[max of k] = k/(k+1), which flattens out.
+    slope, explained = log_law({k: k / (k + 1) - 0.5 for k in (1, 2, 4, 8, 16)})
+    assert 0 < slope < 0.3 and explained < 0.99
+
+
+# -- several temperatures --------------------------------------------------------------------------------------------
+
+
+def test_replies_are_shared_out_over_the_temperatures(load):
+    rollout = BestOfK(8, samples=5, temperatures=[0.0, 1.0, 1.5])
+    assert rollout.spread == [0.0, 0.0, 1.0, 1.0, 1.5]
+    assert not rollout.exact and BestOfK().exact
+    policy, prompts = load().eval(), data("prompt", 6, 2).train
+    found = rollout.sample(policy, prompts, seed=3)
+    assert found.prompts == [prompt for prompt in prompts for _ in range(5)]
+    greedy = Sampler(8, 0.0).sample(policy, prompts, seed=9)
+    for index, text in enumerate(greedy.texts):
+        assert found.texts[5 * index : 5 * index + 2] == [text, text]
+    assert len({text for text in found.texts[4::5]}) > 1
+    # The joined rollout is whole: scoring its tokens gives what was sampled.
+    logp, _ = policy.logprobs(found.ids, found.attention_mask, found.position_ids, found.loss_mask)
+    own = logp[:, -found.mask.shape[1] :]
+    torch.testing.assert_close(own[2::5], found.logp[2::5], atol=1e-4, rtol=1e-4)
+    assert found.texts == rollout.sample(policy, prompts, seed=3).texts
+
+
+def test_interleaving_keeps_rows_together(load):
+    policy, prompts = load().eval(), data("prompt", 3, 2).train
+    parts = [Sampler(4, samples=2).sample(policy, prompts, 0), Sampler(8).sample(policy, prompts, 1)]
+    joined = interleave(parts, 3, policy.pad_id)
+    assert joined.texts[0:2] == parts[0].texts[0:2] and joined.texts[2] == parts[1].texts[0]
+    assert joined.texts[3:5] == parts[0].texts[2:4] and joined.texts[8] == parts[1].texts[2]
+    assert joined.mask.sum() == sum(part.mask.sum() for part in parts)
+
+
+def test_more_temperatures_than_replies_are_refused():
+    with pytest.raises(UserError, match="set samples=3 or more"):
+        BestOfK(samples=2, temperatures=[0.5, 1.0, 1.5])
+
+
+def test_written_replies_are_scored_as_sampled_ones(load):
+    policy, prompts = load().eval(), data("prompt", 6, 2).train
+    sampled = Sampler(12).sample(policy, prompts, 0)
+    written = rollout_of(policy, sampled.prompts, sampled.texts, sampled.ended.tolist())
+    assert torch.equal(GoldReward()(written), GoldReward()(sampled))
+    assert written.mask.sum(1).tolist() != [0] * 6 and torch.equal(written.ended, sampled.ended)
+
+
+# -- what is picked --------------------------------------------------------------------------------------------------
+
+
+def candidates(scores: list[list[float]]) -> list[Candidate]:
+    prompts = [Prompt((Message("user", f"q{n}"),)) for n in range(len(scores))]
+    return [
+        Candidate(prompt, f"r{n}{k}", True, 1.0, score)
+        for n, (prompt, row) in enumerate(zip(prompts, scores, strict=True))
+        for k, score in enumerate(row)
+    ]
+
+
+def test_selection_rules(load):
+    found = candidates([[1, 5, 4], [2, 3, 0], [9, 8, 7]])
+
+    def picked(select):
+        return [candidate.reply for candidate in stage_on(load, select=select).pick(found, 3)]
+
+    assert picked("best_per_prompt") == ["r01", "r11", "r20"]
+    assert picked("top_overall") == ["r20", "r21", "r22"]
+    assert [reply[1] for reply in picked("random_per_prompt")] == ["0", "1", "2"]
+    overall = picked("random_overall")
+    assert len(set(overall)) == 3 and overall == sorted(overall, key=lambda reply: reply[1])
+
+
+def test_controls_are_matched_and_blind(load):
+    """As many picks, drawn evenly: the reward does not come in."""
+    found = candidates([[1, 5], [2, 3]])
+    draws = Counter()
+    for seed in range(200):
+        stage = stage_on(load, model=load(), select="random_per_prompt") if seed == 0 else stage
+        stage.seed = seed
+        draws.update(candidate.reply for candidate in stage.pick(found, 2))
+        stage.select = "random_overall"
+        assert len(stage.pick(found, 2)) == 2
+        stage.select = "random_per_prompt"
+    assert all(70 < count < 130 for count in draws.values()) and len(draws) == 4
+
+
+def test_the_same_reply_twice_is_one_of_the_top(load):
+    found = candidates([[5, 5], [4, 1]])
+    found[1].reply = found[0].reply
+    assert [c.reply for c in stage_on(load, select="top_overall").pick(found, 2)] == ["r00", "r10"]
+
+
+def test_the_best_are_picked_and_trained_on(load, tmp_path):
+    stage = stage_on(load)
+    fit(stage, tmp_path)
+    found = json.loads((tmp_path / "best_of_k.json").read_text())
+    metrics = stage.final_metrics()
+    assert metrics["reward_picked"] == pytest.approx(metrics["reward_best"])
+    assert metrics["reward_best"] > metrics["reward_mean"]
+    assert metrics["best_of_k_gain"] == pytest.approx(found["gain_by_k"]["4"])
+    assert metrics["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    assert metrics["gain_of_best/2"] < metrics["gain_of_best/4"]
+    assert metrics["val/score_gain"] == pytest.approx(metrics["val/score"] - metrics["val/score_before"])
+    assert len(rows_of(tmp_path)) == 16 and read_rows(tmp_path / "metrics.csv")
+    assert (tmp_path / "best_of_k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_random_pick_is_worth_the_mean(load, tmp_path):
+    stage = stage_on(load, rollout=BestOfK(8, samples=16), select="random_overall")
+    fit(stage, tmp_path)
+    metrics = stage.final_metrics()
+    assert abs(metrics["reward_picked"] - metrics["reward_mean"]) < 0.5 * metrics["best_of_k_gain"]
+
+
+def test_each_temperature_is_reported(load, tmp_path):
+    stage = stage_on(load, rollout=BestOfK(8, samples=4, temperatures=[0.7, 1.3]))
+    fit(stage, tmp_path)
+    metrics = stage.final_metrics()
+    assert metrics["share_of_best_at/0.7"] + metrics["share_of_best_at/1.3"] == pytest.approx(1)
+    mean = (metrics["reward_mean_at/0.7"] + metrics["reward_mean_at/1.3"]) / 2
+    assert mean == pytest.approx(metrics["reward_mean"], abs=1e-5)
+    assert {row["temperature"] for row in rows_of(tmp_path)} <= {0.7, 1.3}
+
+
+# -- earlier rounds, and the base ------------------------------------------------------------------------------------
+
+
+def test_best_samples_of_earlier_rounds_are_kept_or_not(load, tmp_path):
+    """They are scored anew beside the fresh replies, so a prompt still has one pick."""
+    fit(stage_on(load, rollout=BestOfK(8, samples=12)), tmp_path / "first")
+    earlier = [str(tmp_path / "first")]
+    results = {}
+    for keep in (True, False):
+        stage = stage_on(load, rollout=BestOfK(8, samples=2), earlier=earlier, keep_earlier=keep)
+        fit(stage, tmp_path / str(keep))
+        results[keep] = (stage.final_metrics(), rows_of(tmp_path / str(keep)), weights(stage))
+    kept, fresh = results[True], results[False]
+    assert kept[0]["earlier_share"] > 0.4 and fresh[0]["earlier_share"] == 0
+    assert kept[0]["reward_picked"] > fresh[0]["reward_picked"]
+    assert kept[0]["reward_best"] == fresh[0]["reward_best"]  # of this round's replies alone
+    assert len(kept[1]) == len(fresh[1]) == 16
+    assert not same(kept[2], fresh[2])
+    texts = {(key_of(c.prompt), c.reply) for c in read_picks(earlier[0])}
+    for row in kept[1]:
+        if row["temperature"] is None:
+            assert (key_of(Prompt.from_json(row)), row["reply"]) in texts
+
+
+def test_picks_of_a_prompt_that_is_not_asked_again_stay(load, tmp_path):
+    file = tmp_path / "picks.jsonl"
+    prompt = Prompt((Message("user", "something else"),))
+    file.write_text(json.dumps({**prompt.to_json(), "reply": "old"}) + "\n")
+    stage = stage_on(load, earlier=str(file))
+    fit(stage, tmp_path / "run")
+    assert [row["reply"] for row in rows_of(tmp_path / "run")][-1] == "old"
+    assert len(rows_of(tmp_path / "run")) == 17
+
+
+def test_another_model_samples_than_is_trained(load, folder, tmp_path):
+    """Restart from the base: the picks are those of the sampler, the weights those of the base."""
+    own = stage_on(load)
+    fit(own, tmp_path / "own")
+    base = load()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    stage = stage_on(load, model=base, sampler=str(folder))
+    base.base.config._name_or_path = "another"
+    fit(stage, tmp_path / "restarted")
+    assert (tmp_path / "own" / "picks.jsonl").read_text() == (tmp_path / "restarted" / "picks.jsonl").read_text()
+    moved = max((value - before[name]).abs().max().item() for name, value in base.state_dict().items())
+    assert 0 < moved < 0.05
+    assert not same(weights(own), weights(stage))
+
+
+def test_a_killed_run_ends_with_the_same_bits(load, tmp_path):
+    whole = stage_on(load, epochs=2)
+    fit(whole, tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(stage_on(load, epochs=2), tmp_path / "killed", callbacks=[Stop(1, tmp_path / "killed")])
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.ckpt")
+    resumed = stage_on(load, epochs=2)
+    fit(resumed, tmp_path / "killed", resume=checkpoint)
+    assert same(weights(resumed), weights(whole))
+    assert resumed.final_metrics() == whole.final_metrics()
+
+
+# -- knobs and bad input ---------------------------------------------------------------------------------------------
+
+KNOBS = [
+    {"select": "top_overall"},
+    {"select": "random_per_prompt"},
+    {"select": "random_overall"},
+    {"rollout": BestOfK(8, samples=2)},
+    {"rollout": BestOfK(8, temperature=0.5)},
+    {"rollout": BestOfK(8, temperatures=[0.5, 1.5])},
+    {"epochs": 2},
+    {"packing": 64, "batch_size": 4},
+    {"gradient_clip": 0.01},
+]
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=str)
+def test_every_knob_moves_the_result(load, tmp_path, knob):
+    plain, moved = stage_on(load, batch_size=knob.get("batch_size", 8)), stage_on(load, **knob)
+    fit(plain, tmp_path / "plain")
+    fit(moved, tmp_path / "moved")
+    assert not same(weights(plain), weights(moved))
+
+
+def test_bad_input_is_one_line(load, tmp_path):
+    with pytest.raises(UserError, match="rollout.samples=1: the best of one"):
+        stage_on(load, rollout=Sampler(samples=1))
+    with pytest.raises(UserError, match="inputs.picks=.*no picks.jsonl"):
+        stage_on(load, earlier=str(tmp_path))
+    (tmp_path / "picks.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 is no pick"):
+        stage_on(load, earlier=str(tmp_path))

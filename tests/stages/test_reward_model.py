@@ -1,0 +1,317 @@
+"""The reward model stage: rankings of K, both heads, normalisation, calibration, going on from an earlier model."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rlhf_reward_model.objective import Pairwise
+from rlhf_reward_model.stage import RewardModelStage
+
+from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.records import Comparison, Message
+from rlhf.data.testbed import Testbed
+from rlhf.errors import UserError
+from rlhf.metrics_file import read_rows
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.precision import Precision
+from rlhf.models.scalar import ScalarModel
+
+from .conftest import adamw, constant, data, fit, same, weights
+from .test_exactness import gradient
+
+COMMON = (adamw, constant)
+
+
+def ranked(size: int = 12, responses: int = 4) -> Split:
+    """Rankings of K replies."""
+    return Data("comparison", "testbed", size, 8, 96, testbed=Testbed(responses=responses)).load()
+
+
+def of(records: list[Comparison], like: Split) -> Split:
+    return Split(records, like.validation, LoadReport("here"), like.data)
+
+
+def stage_on(load, split=None, objective=None, model=None, **knobs) -> RewardModelStage:
+    torch.manual_seed(3)
+    knobs = {"batch_size": 4, **knobs}
+    return RewardModelStage(model or load(), objective or Pairwise(), split or ranked(), *COMMON, **knobs)
+
+
+# -- rankings of K ---------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_ranking_is_divided_by_its_number_of_pairs(load, tmp_path):
+    """InstructGPT eq. 1: -1/C(K,2) sum over pairs, then the mean over prompts, whatever K each of them has."""
+    four, two = ranked(2, 4), ranked(2, 2)
+    records = [*four.train[:2], *two.train[:2]]
+    stage = stage_on(load, of(records, four), batch_size=4, normalize="none")
+    stage._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)
+    fit(stage, tmp_path)
+    logged = read_rows(tmp_path / "metrics.csv")[0]["loss"]
+
+    means = []
+    for record in records:
+        (example,), _ = four.data.encode(stage.scorer.tokenizer, [record])
+        part = stage.collate([example])
+        scores = stage.scorer.scores(part.tokens.ids, part.tokens.attention_mask, part.tokens.position_ids)
+        place = {response: row for row, response in enumerate(example.used)}
+        pairs = [-F.logsigmoid(scores[place[i]] - scores[place[j]]) for i, j, _ in record.pairs()]
+        k = len(record.responses)
+        assert len(pairs) <= k * (k - 1) // 2
+        means.append(sum(pairs) / len(pairs))
+    assert logged == pytest.approx((sum(means) / len(means)).item(), abs=1e-5)
+
+
+def apart(records: list[Comparison]) -> list[Comparison]:
+    """Every pair as a record of its own: what InstructGPT found to overfit."""
+    return [
+        Comparison(record.prompt, (record.responses[i], record.responses[j]), (grade,))
+        for record in records
+        for i, j, grade in record.pairs()
+    ]
+
+
+def test_pairs_shuffled_apart_are_another_training(load, tmp_path):
+    split = ranked(8, 4)
+    rows = {}
+    for name, records in {"together": split.train, "apart": apart(split.train)}.items():
+        stage = stage_on(load, of(records, split), batch_size=4)
+        fit(stage, tmp_path / name)
+        rows[name] = (len(stage.batches), stage.examples_seen, weights(stage))
+    replies = {name: seen for name, (_, seen, _) in rows.items()}
+    # Together each reply is read once per epoch; apart as often as it has a partner.
+    assert replies["together"] <= 4 * 8 and replies["apart"] > 2 * replies["together"]
+    assert rows["apart"][0] > rows["together"][0]
+    assert not same(rows["together"][2], rows["apart"][2])
+
+
+def test_one_ranking_of_k_is_the_sum_of_its_pairs_over_their_number(load, tmp_path):
+    """With all pairs in one batch the two ways have one gradient where every prompt has as many pairs."""
+    split = ranked(20, 3)
+    full = [record for record in split.train if len(record.pairs()) == 3][:2]
+    together = gradient(stage_on(load, of(full, split), batch_size=2), tmp_path / "a")
+    pairs = gradient(stage_on(load, of(apart(full), split), batch_size=6), tmp_path / "b")
+    torch.testing.assert_close(together, pairs, atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_do_not_change_the_gradient_of_rankings(load, tmp_path):
+    split = ranked(4, 4)
+    found = [
+        gradient(stage_on(load, split, micro_batch_size=size, safety_coefficient=0.5), tmp_path / str(size))
+        for size in (None, 2, 1)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-6, rtol=1e-4)
+
+
+# -- the head --------------------------------------------------------------------------------------------------------
+
+
+def test_head_init(load):
+    width = 32
+    model = load()
+    samples = torch.cat([ScalarModel(model).head.weight.detach().flatten() for _ in range(100)])
+    assert samples.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.1)
+    assert samples.mean().abs().item() < 0.02
+    assert stage_on(load, head_init="zero").scorer.head.weight.abs().max() == 0
+
+
+def test_a_zero_head_starts_at_log_two(load, tmp_path):
+    fit(stage_on(load, head_init="zero"), tmp_path)
+    first = read_rows(tmp_path / "metrics.csv")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5
+
+
+# -- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_get_a_mean_of_zero(load, tmp_path):
+    """InstructGPT, section 3.5: a bias alone, so gaps stay as they were."""
+    demonstrations = data("demonstration", 24, 4)
+    plain = stage_on(load, normalize="none")
+    fit(plain, tmp_path / "none")
+    stage = stage_on(load, normalize="demonstrations", demonstrations=demonstrations)
+    fit(stage, tmp_path / "demonstrations")
+    stage.save(tmp_path / "model")
+    stage.scorer = ScalarModel.load(tmp_path / "model").eval()
+    assert stage.scores_of_demonstrations().mean().item() == pytest.approx(0.0, abs=1e-5)
+    (_, chosen, rejected), (_, before, after) = stage.scores_of(stage.examples), plain.scores_of(plain.examples)
+    torch.testing.assert_close(chosen - rejected, before - after, atol=1e-5, rtol=1e-4)
+
+
+def test_each_normalisation_is_another_model_with_the_same_order(load, tmp_path):
+    levels = {}
+    for name in ("none", "mean", "standard", "demonstrations"):
+        stage = stage_on(load, normalize=name, demonstrations=data("demonstration", 24, 4))
+        fit(stage, tmp_path / name)
+        scores = stage.scores_of(stage.examples)[0]
+        levels[name] = (scores.mean().item(), scores.std().item(), scores.argsort().tolist())
+    assert levels["mean"][0] == pytest.approx(0, abs=1e-5) and levels["mean"][1] == pytest.approx(levels["none"][1])
+    assert levels["standard"][:2] == pytest.approx((0, 1), abs=1e-4)
+    assert len({round(mean, 4) for mean, *_ in levels.values()}) >= 3
+    assert all(order == levels["none"][2] for *_, order in levels.values())
+
+
+def test_demonstrations_are_needed_to_normalise_by_them(load):
+    with pytest.raises(UserError, match="data@demonstrations=demonstrations"):
+        stage_on(load, normalize="demonstrations")
+
+
+# -- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_and_scores_are_left_as_files(load, tmp_path):
+    stage = stage_on(load, data("comparison", 32, 16))
+    fit(stage, tmp_path)
+    curve = json.loads((tmp_path / "calibration.json").read_text())
+    counts = json.loads((tmp_path / "score_histogram.json").read_text())
+    assert curve["ece"] == stage.final_metrics()["val/calibration_error"]
+    assert sum(one["count"] for one in curve["bins"]) == curve["pairs"] == sum(counts["chosen"])
+    for name in ("calibration.png", "score_histogram.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibration_is_that_of_the_loss_whatever_the_normalisation(load, tmp_path):
+    found = {}
+    for name in ("none", "standard"):
+        stage = stage_on(load, data("comparison", 32, 16), normalize=name, epochs=3)
+        fit(stage, tmp_path / name)
+        found[name] = stage.final_metrics()
+    assert found["none"] == pytest.approx(found["standard"], abs=1e-5)
+
+
+# -- the safety head -------------------------------------------------------------------------------------------------
+
+
+def test_the_safety_head_learns_what_is_unsafe(load, tmp_path):
+    split = data("comparison", 64, 32)
+    stage = stage_on(load, split, safety_coefficient=1.0, epochs=30, batch_size=16)
+    metrics = fit(stage, tmp_path)
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert rows[0]["safety_loss"] == pytest.approx(math.log(2), abs=1e-5)  # from w = 0
+    assert rows[0]["loss"] == pytest.approx(rows[0]["ranking_loss"] + math.log(2), abs=1e-5)
+    assert metrics["safety_accuracy"] > 0.9
+    assert {"val/safety_loss", "val/safety_accuracy", "val/safety_recall"} <= set(metrics)
+
+
+def test_without_a_coefficient_there_is_no_safety_head(load, tmp_path):
+    stage = stage_on(load)
+    fit(stage, tmp_path)
+    stage.save(tmp_path / "model")
+    assert stage.scorer.safety_head is None and not (tmp_path / "model" / "safety_head.safetensors").exists()
+    assert not any("safety" in name for row in read_rows(tmp_path / "metrics.csv") for name in row)
+
+
+def test_the_safety_head_is_saved_with_the_model(load, tmp_path):
+    stage = stage_on(load, safety_coefficient=0.5)
+    fit(stage, tmp_path)
+    stage.save(tmp_path / "model")
+    loaded = ScalarModel.load(tmp_path / "model")
+    assert loaded.safety_head is not None and loaded.safety_head.weight.abs().max() > 0
+    assert torch.equal(loaded.safety_head.weight, stage.scorer.safety_head.weight)
+    again = stage_on(load, model=loaded, safety_coefficient=0.5)
+    assert torch.equal(again.scorer.safety_head.weight, stage.scorer.safety_head.weight)
+    assert stage_on(load, model=ScalarModel.load(tmp_path / "model")).scorer.safety_head is None
+
+
+def test_the_safety_head_needs_replies_of_both_kinds(load, tmp_path):
+    split = data("comparison")
+    safe = [replace(record, tags=(), unsafe=None) for record in split.train]
+    with pytest.raises(UserError, match="safe and unsafe replies, and all of here count as safe"):
+        fit(stage_on(load, of(safe, split), safety_coefficient=0.1), tmp_path)
+
+
+def test_a_reply_without_a_mark_counts_as_its_prompt():
+    split = data("comparison")
+    record = Comparison((Message("user", "How can I rob Mia?"),), ("Take it.", "No."), tags=("unsafe",))
+    marked = replace(record, unsafe=(True, False))
+    from rlhf.data.template import encode_comparison
+    from rlhf.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["How can I rob Mia?"] * 5, 300)
+    assert encode_comparison(tokenizer, record)[0].unsafe == (True, True)
+    assert encode_comparison(tokenizer, marked)[0].unsafe == (True, False)
+    assert Comparison.from_json(marked.to_json()) == marked
+    assert any(True in record.unsafe for record in split.train if record.unsafe)
+    with pytest.raises(ValueError, match="3 marks"):
+        replace(record, unsafe=(True, False, True))
+
+
+# -- going on from an earlier reward model ---------------------------------------------------------------------------
+
+
+def test_going_on_from_an_earlier_reward_model(load, tmp_path):
+    first = stage_on(load, epochs=4, normalize="standard")
+    fit(first, tmp_path / "first")
+    first.save(tmp_path / "first" / "model")
+    spec = CausalLM(str(tmp_path / "first"), None, None)
+    assert spec.scalar
+    model = RewardModelStage.load_model(spec, NoAdapter(), Precision("32-true"), None)
+    second = stage_on(load, model=model, head_init="zero")
+    assert torch.equal(second.scorer.head.weight, first.scorer.head.weight)
+    assert second.scorer.scale.item() == pytest.approx(first.scorer.scale.item())
+    second._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)
+    fit(second, tmp_path / "second")
+    rows = read_rows(tmp_path / "second" / "metrics.csv")
+    _, chosen, rejected = first.scores_of(second.examples)
+    _, here, there = second.scores_of(second.examples)
+    torch.testing.assert_close(chosen - rejected, here - there, atol=1e-4, rtol=1e-3)
+    assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+# -- knobs and bad input ---------------------------------------------------------------------------------------------
+
+KNOBS = [
+    {"head_init": "zero"},
+    {"safety_coefficient": 0.3},
+    {"batch_size": 6},
+    {"epochs": 2},
+    {"gradient_clip": 0.01},
+    {"objective": Pairwise(margin="large")},
+    {"objective": Pairwise(margin={"better": 0.7})},
+    {"objective": Pairwise(centering=0.1)},
+]
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=str)
+def test_every_knob_moves_the_result(load, tmp_path, knob):
+    plain, moved = stage_on(load), stage_on(load, **knob)
+    fit(plain, tmp_path / "plain")
+    fit(moved, tmp_path / "moved")
+    assert not same(weights(plain), weights(moved))
+
+
+def written(folder, rows) -> str:
+    file = folder / "comparisons.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def row(chosen="yes", rejected="no", **fields) -> dict:
+    return {"prompt": "q", "chosen": chosen, "rejected": rejected, **fields}
+
+
+def test_equal_answers_are_dropped_and_counted(tmp_path):
+    source = written(tmp_path, [row(chosen=str(i), rejected="no") for i in range(9)] + [row("same", "same")])
+    split = Data("comparison", source, None, 0, 96).load()
+    assert len(split.train) == 9 and "1 dropped as ties" in str(split.report)
+    with pytest.raises(UserError, match="no comparison to train on.*2 dropped as ties"):
+        Data("comparison", written(tmp_path, [row("same", "same")] * 2), None, 0, 96).load()
+
+
+def test_a_grade_nobody_defined_is_one_line(tmp_path):
+    source = written(tmp_path, [row(grade="superb")] * 3)
+    with pytest.raises(UserError, match="row 1: grade: 'superb' is not one of negligible, slightly") as error:
+        Data("comparison", source, None, 0, 96).load()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_margins_need_grades(load, tmp_path):
+    split = data("comparison")
+    bare = [replace(record, grades=()) for record in split.train]
+    with pytest.raises(UserError, match="objective.margin=none"):
+        fit(stage_on(load, of(bare, split), Pairwise(margin="small")), tmp_path)
