@@ -229,9 +229,7 @@ class RejectionSamplingStage(Supervised):
             chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator)[:count].tolist()]
         return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
 
-    def write(
-        self, scores: torch.Tensor, spread: list[float], picks: list[Candidate], judged: Rollout | None
-    ) -> None:
+    def write(self, scores: torch.Tensor, spread: list[float], picks: list[Candidate], judged: Rollout | None) -> None:
         """``best_of_k.json`` and its plot, then ``picks.jsonl``: whole or not there."""
         best = expected_best(scores)
         gains = {k: value - best[1] for k, value in best.items()}
@@ -306,7 +304,15 @@ class RejectionSamplingStage(Supervised):
 
     def final_metrics(self) -> dict[str, float]:
         """Best-of-K gain against log K and the KL bound log K - (K-1)/K (nats); what it did on held-out prompts."""
-        numbers = ("samples", "reward_mean", "reward_best", "reward_picked", "earlier_share", "gain_per_log_k", "log_law_r2")
+        numbers = (
+            "samples",
+            "reward_mean",
+            "reward_best",
+            "reward_picked",
+            "earlier_share",
+            "gain_per_log_k",
+            "log_law_r2",
+        )
         return {
             **{name: self.found[name] for name in numbers},
             "best_of_k_gain": self.found["reward_best"] - self.found["reward_mean"],

@@ -126,9 +126,7 @@ def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> No
             if issubclass(target, validation._classes(validation.groups(made)["objective"].annotation))
         ]
         assert fits, f"no stage takes objective={option}"
-        validation.check(
-            composed(f"stage={fits[0]}", f"objective={option}", *(f"inputs.{role}=a" for role in ROLES))
-        )
+        validation.check(composed(f"stage={fits[0]}", f"objective={option}", *(f"inputs.{role}=a" for role in ROLES)))
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "pipeline"])
