@@ -86,7 +86,7 @@ class HackingWarnings(pl.Callback):
         length_factor: Annotated[float, Field(gt=1)] | None = 1.5,
         ended: Share = 0.8,
         repetition: Share = 0.2,
-        distinct: Share = 0.2,
+        distinct: Share = 0.1,
         kl: Limit = 30.0,
         proxy_gold_gap: Limit = 1.0,
     ) -> None:

@@ -434,6 +434,7 @@ class GroupStage(RolloutStage):
         missing_end_penalty: Taken from the score of a reply that did not end by itself.
         score_clip: Scores are clipped to plus or minus this, null: not.
         tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+        reference, normalize_scores, missing_end, kl_budget, average: As ``RolloutStage``.
     """
 
     def __init__(
@@ -458,6 +459,11 @@ class GroupStage(RolloutStage):
         missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
         score_clip: Annotated[float, Field(gt=0)] | None = None,
         tolerance: Annotated[float, Field(gt=0)] = 1e-3,
+        reference: str | None = None,
+        normalize_scores: ScoreScale = "none",
+        missing_end: MissingEnd = "subtract",
+        kl_budget: Annotated[float, Field(gt=0)] | None = None,
+        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -479,6 +485,11 @@ class GroupStage(RolloutStage):
             missing_end_penalty=missing_end_penalty,
             score_clip=score_clip,
             tolerance=tolerance,
+            reference=reference,
+            normalize_scores=normalize_scores,
+            missing_end=missing_end,
+            kl_budget=kl_budget,
+            average=average,
         )
         if rollout.samples < 2:
             raise UserError(

@@ -154,7 +154,12 @@ class FunctionReward:
         return torch.tensor([self._value(prompt, text) for prompt, text in pairs], device=rollout.mask.device)
 
     def _value(self, prompt: Prompt, text: str) -> float:
-        value = self.function(prompt, text, **self.arguments)
+        try:
+            value = self.function(prompt, text, **self.arguments)
+        except Exception as error:  # whatever a stranger's rule raises is said with its name
+            raise UserError(
+                f"reward.function={self.name} failed on the reply {text[:60]!r}: {type(error).__name__}: {error}"
+            ) from error
         try:
             number = float(value)
         except (TypeError, ValueError):

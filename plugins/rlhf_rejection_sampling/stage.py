@@ -12,6 +12,7 @@ from pydantic import Field
 from rlhf.best_of_k import expected_best, kl_bound, log_law, rollout_of
 from rlhf.data.data import Split
 from rlhf.data.records import Demonstration, Message, Prompt
+from rlhf.diagnostics import look, proxy_gold_gap, reply_metrics
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
@@ -285,8 +286,17 @@ class RejectionSamplingStage(Supervised):
             *zip(self.judged, self.found["held_out_replies"], self.found["held_out_ended"], strict=True),
             *zip(self.judged, after.texts, after.ended.tolist(), strict=True),
         ]
-        old, new = self.scores([Candidate(*row, None) for row in rows]).view(2, -1).mean(dim=1).tolist()
-        self.gain = {"val/score": new, "val/score_before": old, "val/score_gain": new - old}
+        old, new = self.scores([Candidate(*row, None) for row in rows]).view(2, -1)
+        was = reply_metrics(
+            rollout_of(self.policy, self.judged, self.found["held_out_replies"], self.found["held_out_ended"]), old
+        )
+        now = reply_metrics(after, new)
+        if "gold" in now:
+            now["proxy_gold_gap"] = proxy_gold_gap(now, was)
+        for metrics in (was, now):
+            look(self.trainer, self.name, metrics)
+        self.gain = {f"val/{name}": float(value) for name, value in now.items()}
+        self.gain |= {"val/score_before": float(was["score"]), "val/score_gain": float(now["score"] - was["score"])}
 
     def prompts_to_show(self) -> list[Prompt]:
         """Held-out prompts."""

@@ -39,8 +39,11 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
         return policy.reference()
     weights = next(policy.base.parameters()).dtype
     precision = Precision("bf16-true") if str(weights) == "torch.bfloat16" else Precision("32-true")
-    model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
     what = f"inputs.reference={path}"
+    try:
+        model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
+    except UserError as error:
+        raise UserError(str(error).replace(f"model.path={path}", what)) from error
     require_same_vocabulary(policy.tokenizer, model.tokenizer, what, "inputs.reference=null (the policy as it starts)")
     if model.context_length < policy.context_length:
         raise UserError(

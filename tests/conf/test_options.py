@@ -11,7 +11,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import validation
-from rlhf.testing import defaults_compared, foreign_keys, nodes, unexplained_keys
+from rlhf.testing import ROLES, defaults_compared, foreign_keys, nodes, unexplained_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("plugins/*/conf/**/*.yaml")])
@@ -99,7 +99,7 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", options("stage"))
 def test_every_stage_passes_the_checks_as_it_comes(composed: Callable[..., DictConfig], stage: str) -> None:
-    roles = ("policy", "reward_model", "comparisons", "demonstrations")
+    roles = ("policy", "reward_model", "safety_model", "comparisons", "demonstrations")
     config = composed(f"stage={stage}", *(f"inputs.{role}=given" for role in roles))
     validation.check(config)
 
@@ -126,9 +126,7 @@ def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> No
             if issubclass(target, validation._classes(validation.groups(made)["objective"].annotation))
         ]
         assert fits, f"no stage takes objective={option}"
-        validation.check(
-            composed(f"stage={fits[0]}", f"objective={option}", "inputs.policy=a", "inputs.reward_model=b")
-        )
+        validation.check(composed(f"stage={fits[0]}", f"objective={option}", *(f"inputs.{role}=a" for role in ROLES)))
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "pipeline"])

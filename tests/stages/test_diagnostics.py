@@ -63,7 +63,7 @@ def test_the_gap_is_in_standard_deviations_of_the_start():
         ("length_factor", "length", 6.0, "shrunk from 10.0 to 6.0"),
         ("ended", "ended", 0.7, "only 70% of the replies end"),
         ("repetition", "repetition", 0.3, "30% of the pairs of tokens"),
-        ("distinct", "distinct", 0.1, "only 10% of the replies differ"),
+        ("distinct", "distinct", 0.05, "only 5% of the replies differ"),
         ("kl", "kl", 31.0, "31.0 nats per reply"),
         ("proxy_gold_gap", "proxy_gold_gap", 1.5, "1.5 standard deviations more than gold"),
     ],

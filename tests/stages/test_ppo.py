@@ -479,6 +479,12 @@ def test_a_reference_with_another_vocabulary_is_refused(load, foreign):
         varied(load, reference=str(foreign))
 
 
+def test_a_reference_that_is_no_language_model_is_named(load, tmp_path):
+    ScalarModel.load(load()).save(tmp_path / "reward")
+    with pytest.raises(UserError, match=r"^inputs\.reference=.*reward: is a reward or value model"):
+        varied(load, reference=str(tmp_path / "reward"))
+
+
 def test_a_critic_with_another_vocabulary_is_refused(load, foreign, tmp_path):
     with pytest.raises(UserError, match=r"stage\.value=.* another vocabulary .* type stage\.value=null"):
         varied(load, value=str(foreign))

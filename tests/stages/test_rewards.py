@@ -39,6 +39,10 @@ def broken(prompt: Prompt, reply: str) -> str:
     return "good"
 
 
+def raising(prompt: Prompt, reply: str) -> float:
+    raise KeyError("colour")
+
+
 def asked(*unsafe: bool) -> Rollout:
     """A rollout of as many rows, tagged."""
     made = rollout(["What?"] * len(unsafe), ["That."] * len(unsafe))
@@ -165,6 +169,8 @@ def test_a_rule_that_cannot_be_called_is_refused_at_once(function, arguments, me
 def test_a_rule_that_gives_no_number_is_named():
     with pytest.raises(UserError, match=r"test_rewards:broken gave 'good' for the reply"):
         FunctionReward(f"{__name__}:broken")(rollout(["x"], ["y"]))
+    with pytest.raises(UserError, match=r"test_rewards:raising failed on the reply 'y': KeyError: 'colour'"):
+        FunctionReward(f"{__name__}:raising")(rollout(["x"], ["y"]))
 
 
 # -- reward models --------------------------------------------------------------------------------------------------
