@@ -11,10 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
+from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
 from rlhf.report.plots import run_curves
 from rlhf.stage import Stage
@@ -57,7 +59,7 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
         if name in SPECIAL or name not in config:
             continue
         node = config[name]
-        built = None if node is None else instantiate(node)
+        built = None if node is None else _built(node)
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
@@ -66,6 +68,19 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     stage = stage_class(**parts, **knobs)
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
+
+
+def _built(node: Any) -> Any:
+    """What a node describes. Hydra hides what a constructor says to the user in an error of its own: taken out again."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, RLHFError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+    raise cause  # outside of the block, or each of the two errors would be the reason of the other
 
 
 def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
