@@ -48,7 +48,7 @@ class CollectStage(Stage):
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
         for part in (self.annotator, getattr(self.annotator, "reward", None)):
-            if hasattr(part, "to"):
+            if part is not None and hasattr(part, "to"):
                 part.to(self.device)
         if hasattr(self.annotator, "open"):
             self.annotator.open(self.run_folder.parent.parent / "judge")
@@ -140,7 +140,7 @@ class CollectStage(Stage):
 
 
 def agreement(rollout: Rollout, comparisons: list[Comparison]) -> dict[str, int]:
-    """How often the annotator's order of a pair is the gold order: counts of pairs (`of`) and of equal orders (`right`).
+    """How often the annotator's order of a pair is gold's: counts of pairs (`of`) and of equal orders (`right`).
 
     Ties, the annotator's and gold's, are left out. With a grade they are also counted by grade.
     """

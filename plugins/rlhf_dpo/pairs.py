@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -194,8 +194,9 @@ def _joined(logps: Sequence[PairLogps]) -> PairLogps:
 
 def _gathered(values: T) -> T:
     """A dataclass of rows with those of all processes."""
-    rows = {field.name: getattr(values, field.name) for field in fields(values)}  # type: ignore[arg-type]
-    return type(values)(**{name: None if row is None else gather_rows(row)[0] for name, row in rows.items()})
+    rows = {field.name: getattr(values, field.name) for field in fields(values)}
+    gathered: dict[str, Any] = {name: None if row is None else gather_rows(row)[0] for name, row in rows.items()}
+    return type(values)(**gathered)
 
 
 def _processes() -> int:

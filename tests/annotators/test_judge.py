@@ -263,9 +263,8 @@ def test_judgements_are_both_orders_of_every_pair() -> None:
 
 
 def test_agreement_with_gold_counts_pairs_that_gold_tells_apart() -> None:
-    from rlhf_collect.stage import agreement
-
     from rlhf.data.testbed import Testbed
+    from rlhf_collect.stage import agreement
 
     world = Testbed()
     prompt = next(p for p in world.prompts(20, 0) if not p.unsafe)
@@ -287,13 +286,12 @@ def test_agreement_with_gold_counts_pairs_that_gold_tells_apart() -> None:
 
 
 def test_the_summary_of_collect_has_the_judges_rates(folder: Path, tmp_path: Path) -> None:
-    from rlhf_collect.stage import CollectStage
+    import pytorch_lightning as pl
 
     from rlhf.annotators import GoldAnnotator
     from rlhf.rollout import Sampler
+    from rlhf_collect.stage import CollectStage
     from tests.stages.conftest import data
-
-    import pytorch_lightning as pl
 
     def metrics(annotator: object, name: str) -> dict[str, float]:
         stage = CollectStage(tiny_model(), data("prompt", 8), Sampler(8, samples=2), annotator, batch_size=4)

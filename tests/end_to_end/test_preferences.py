@@ -37,7 +37,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     done = shell(folder, "pipeline=iterative_dpo", *MODEL, *BASE, *ROUNDS, *COMPARE)
     assert done.status == 0, done.out + done.err
-    assert done.plan.partition(";")[0] == "plan: pretrain -> sft -> collect_1 -> align_1 -> collect_2 -> align_2", done.plan
+    assert "plan: pretrain -> sft -> collect_1 -> align_1 -> collect_2 -> align_2;" in done.plan
     return folder
 
 
@@ -57,7 +57,8 @@ def test_each_round_starts_at_log_two_from_the_newest_policy(house: Path) -> Non
 def test_collect_tells_its_agreement_with_gold(house: Path) -> None:
     for run in (house / "outputs" / "collect").iterdir():
         metrics = json.loads((run / "summary.json").read_text())["metrics"]
-        assert "agreement" not in metrics or 0.5 <= metrics["agreement"] <= 1.0  # an untrained model's replies may all tie
+        # The replies of a model of a few updates may all be equally bad: then there is nothing to agree about.
+        assert metrics.get("agreement", 1.0) > 0.5
 
 
 @pytest.mark.parametrize("words", [["stage=kto"], ["stage=dpo", "objective=kto", "data=labels"]], ids=" ".join)

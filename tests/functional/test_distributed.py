@@ -80,7 +80,9 @@ def whole():
 
 def part(batch, pairs: slice):
     rows = slice(2 * pairs.start, 2 * pairs.stop)
-    tokens = TokenBatch(*(getattr(batch.tokens, n)[rows] for n in ("ids", "attention_mask", "loss_mask", "position_ids")))
+    tokens = TokenBatch(
+        *(getattr(batch.tokens, n)[rows] for n in ("ids", "attention_mask", "loss_mask", "position_ids"))
+    )
     count = pairs.stop - pairs.start
     first = torch.arange(0, 2 * count, 2)
     return PairBatch(

@@ -9,10 +9,6 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rlhf_dpo.embedding import pooled
-from rlhf_dpo.objective import DPO, DPONLL, KTO, ORPO, Relative, RelativeDiagonal, RewardAware, SimPO
-from rlhf_dpo.pairs import pair_logps
-from rlhf_dpo.stage import DPOStage
 
 from rlhf.data.data import Data, Split
 from rlhf.data.records import Comparison, Label, Message
@@ -25,6 +21,10 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.objective import LabelObjective
 from rlhf.rollout import Sampler
+from rlhf_dpo.embedding import pooled
+from rlhf_dpo.objective import DPO, DPONLL, KTO, ORPO, Relative, RelativeDiagonal, RewardAware, SimPO
+from rlhf_dpo.pairs import pair_logps
+from rlhf_dpo.stage import DPOStage
 
 from .conftest import ARCHITECTURE, adamw, constant, data, fit, same, weights
 from .test_exactness import Stop, gradient
