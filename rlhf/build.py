@@ -11,10 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
+from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
 from rlhf.stage import Stage
 
@@ -55,16 +57,29 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     for name in names:
         if name in SPECIAL or name not in config:
             continue
-        built: Any = None if config[name] is None else instantiate(config[name])
+        built: Any = None if config[name] is None else _built(config[name])
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
-    texts = getattr(parts.get("data"), "texts", None)
+    corpus = getattr(parts.get("data"), "texts", None)
     spec = instantiate(config.model, _convert_="all")
-    parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, texts)
+    parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, corpus)
     knobs: dict[str, Any] = OmegaConf.to_container(config.stage, resolve=True)  # type: ignore[assignment]
     stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
+
+
+def _built(node: Any) -> Any:
+    """What a node describes; what a constructor says to the user, without the error that Hydra wraps it in."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, RLHFError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+    raise cause  # outside of the block, or each of the two errors would be the reason of the other
 
 
 def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:

@@ -97,7 +97,7 @@ class JudgeAnnotator:
         template: How a question is put: the name of a template, or a text file with {prompt}, {first} and {second}.
         answer: Read the verdict from the probabilities of the next token (``logprobs``), or from greedily written text.
         both_orders: Whether each pair is asked twice, with the replies exchanged.
-        thresholds: Smallest log-odds that count as slightly better, better, significantly better (with ``logprobs``).
+        thresholds: Smallest log-odds that are slightly better, better and significantly better (with ``logprobs``).
         least_mass: An answer is nonsense where A and B together have less probability (with ``logprobs``).
         max_nonsense: Share of nonsense answers above which the run stops.
         max_new_tokens: Longest written answer, tokens (with ``generate``).
@@ -262,7 +262,7 @@ class JudgeAnnotator:
         """
         keys = [self._key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.known}
-        for part in _parts(list(new), self.batch_size):
+        for part in _parts(sorted(new, key=lambda key: len(new[key])), self.batch_size):  # like lengths, little padding
             answers = self._answers([new[key] for key in part])
             self.known.update(zip(part, answers, strict=True))
             self._keep(part)
@@ -279,8 +279,8 @@ class JudgeAnnotator:
         return found
 
     def _key(self, question: str) -> str:
-        how: list[Any] = [self.identity, self.answer, question]
-        how.append(self.least_mass if self.answer == "logprobs" else self.max_new_tokens)
+        limit = self.least_mass if self.answer == "logprobs" else self.max_new_tokens
+        how = [self.identity, self.answer, limit, question]
         return hashlib.sha256(json.dumps(how).encode()).hexdigest()
 
     def _keep(self, keys: Sequence[str]) -> None:

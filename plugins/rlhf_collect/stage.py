@@ -143,7 +143,7 @@ class CollectStage(Stage):
 
 
 def agreement(rollout: Rollout, comparisons: list[Comparison]) -> dict[str, int]:
-    """How often the annotator's order of a pair is the gold order: counts of pairs (`of`) and equal orders (`right`).
+    """How often the annotator's order of a pair is gold's: counts of pairs (`of`) and of equal orders (`right`).
 
     Ties, the annotator's and gold's, are left out. With a grade they are also counted by grade.
     """

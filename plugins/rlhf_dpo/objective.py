@@ -212,7 +212,7 @@ class ORPO(PairObjective):
     """`-mean log pi(y_c) - odds_coefficient * log sigmoid(log odds(y_c) - log odds(y_r))`, without a reference.
 
     Hong et al. 2024 (arXiv 2403.07691, eq. 6 and 7; their lambda is `odds_coefficient`). odds = p / (1 - p) with p the
-    geometric mean of the token probabilities (means over tokens throughout). The likelihood term is over the chosen
+    geometric mean of the token probabilities: means over tokens throughout. The likelihood term is over the chosen
     response, not its prompt.
     """
 
@@ -418,7 +418,7 @@ class RelativeDiagonal(PairObjective):
     """`w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
 
     Relative preference optimisation with diagonal weighting (Yin et al. 2024, arXiv 2402.10958): no embeddings, all
-    other prompts of the batch count alike. Log-ratios are sums over tokens; the batch is as for `Relative`; w = 1: DPO.
+    other prompts of the batch count alike. Sums over tokens; the batch is as for `Relative`. w = 1 is DPO.
     """
 
     beta: Positive = 0.1

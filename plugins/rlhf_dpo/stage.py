@@ -9,8 +9,8 @@ from pydantic import Field
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
 from rlhf.errors import RunFailed, UserError
-from rlhf.models.language_model import LanguageModel
-from rlhf.models.reference import load_reference
+from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.models.roles import reference_of
 from rlhf.objective import LabelObjective, PairObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
@@ -58,6 +58,7 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
+        # Either knows its own examples and batches; what passes through here is of one kind throughout.
         self.kind: Any = Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
         self.data, self.epochs = self.kind.records(data), epochs
         self.kind.check_batch(batch_size)
@@ -65,9 +66,9 @@ class DPOStage(Stage):
             raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
         self.policy.disable_dropout()
         self.starts_at_reference = self.kind.needs_reference and reference is None
-        self.reference = None
+        self.reference: Reference | None = None
         if self.kind.needs_reference:
-            self.reference = load_reference(reference, model) if reference is not None else model.reference()
+            self.reference = reference_of(model, reference)
 
     def prepare(self) -> None:
         """Tokenises the data and lets the reference read each reply once."""

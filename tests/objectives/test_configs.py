@@ -97,11 +97,7 @@ def test_every_knob_changes_the_loss(path):
         return objective(sums[0], sums[2], torch.arange(6) % 2 == 0, torch.tensor(0.3))[0]
 
     for knob, value in config.items():
-        if knob in (
-            "_target_",
-            "pooling",
-            "encoder",
-        ):  # how the stage makes embeddings: tests/stages/test_preferences.py
+        if knob in ("_target_", "pooling", "encoder"):  # of the stage's embeddings: tests/stages
             continue
         other = {bool: lambda v: not v, float: lambda v: v * 1.5 or 0.2, str: lambda v: "squared"}[type(value)](value)
         assert not torch.equal(losses(OmegaConf.merge(config, {knob: other})), losses(config)), knob

@@ -257,6 +257,26 @@ def test_orpo_at_probability_one():
     assert losses.isfinite().all() and policy.chosen.grad.isfinite().all()
 
 
+def test_the_two_gammas_of_simpo(pairs):
+    """The margin stands outside beta (paper, TRL); SimPO's code gives gamma / beta, inside."""
+    policy, _ = pairs
+    ratio, beta = 0.3, 2.5
+    inside = -torch.nn.functional.logsigmoid(beta * (policy.chosen_mean - policy.rejected_mean - ratio))
+    torch.testing.assert_close(SimPO(beta=beta, target_margin=beta * ratio)(policy)[0], inside)
+
+
+def test_relative_diagonal_by_hand():
+    """u_c = (1, 3), u_r = (0, 2): own differences 1 and 1, others -1 and 3; w = 1 is DPO."""
+    policy = PairLogps(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), torch.ones(2), torch.ones(2))
+    reference = PairLogps(*torch.zeros(2, 2), torch.ones(2), torch.ones(2))
+    losses, _ = RelativeDiagonal(beta=1.0, own_weight=0.75)(policy, reference)
+    expected = [-0.75 * log_sigmoid(1) - 0.25 * log_sigmoid(-1), -0.75 * log_sigmoid(1) - 0.25 * log_sigmoid(3)]
+    assert losses.tolist() == pytest.approx(expected)
+    torch.testing.assert_close(RelativeDiagonal(own_weight=1.0)(policy, reference)[0], DPO()(policy, reference)[0])
+    one_prompt = PairContext(prompt_index=torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(RelativeDiagonal()(policy, reference, one_prompt)[0], DPO()(policy, reference)[0])
+
+
 def test_relative_by_hand():
     """Two pairs, equal prompts: weights 1/2 each; orthogonal prompts, temperature 1: softmax of (1, 0)."""
     policy = PairLogps(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), torch.ones(2), torch.ones(2))

@@ -1,0 +1,317 @@
+"""A language model as annotator: what it is asked, how its answers are read, and what is done with nonsense."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.data.data import Data
+from rlhf.data.records import Comparison, Message
+from rlhf.errors import UserError
+from rlhf.judge import TEMPLATES, Answer, JudgeAnnotator, Judgements, fill, parse, read_template
+from rlhf.rollout import Rollout
+from rlhf.testing import check_annotator, rollout, tiny_model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("judge") / "model"
+    tiny_model().save(path)
+    return path
+
+
+class Scripted(JudgeAnnotator):
+    """A judge whose answers come from a function of (first, second)."""
+
+    def __init__(self, path: Path, say, **knobs) -> None:
+        super().__init__(str(path), template="short", **knobs)
+        self.say, self.calls = say, 0
+
+    def _answers(self, questions: list[str]) -> list[Answer]:
+        self.calls += len(questions)
+        found = []
+        for question in questions:
+            _, first, second = question.split("\n")
+            value = self.say(first.removeprefix("A: "), second.removeprefix("B: "))
+            found.append((value, "?" if value is None else "A" if value > 0 else "B"))
+        return found
+
+
+def longer(first: str, second: str) -> float:
+    return float(len(first) - len(second))
+
+
+def given(*replies: str) -> Rollout:
+    return rollout(["What is two plus two?"] * len(replies), list(replies))
+
+
+# -- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_template_is_filled_once_and_braces_stay() -> None:
+    assert fill("{prompt}|{first}|{second}", [Message("user", "q {first}")], "{second}", "b") == "q {first}|{second}|b"
+    dialogue = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
+    assert fill("{prompt}", dialogue, "", "") == "user: one\nassistant: two\nuser: three"
+
+
+def test_templates(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("{prompt} {first} {second} ?")
+    assert read_template(str(file)).endswith("?") and read_template("short") == TEMPLATES["short"]
+    file.write_text("{prompt} {first}")
+    with pytest.raises(UserError, match=r"mine.txt: lacks \{second\}"):
+        read_template(str(file))
+    with pytest.raises(UserError, match="template=shrot: no such template; type one of short, instruction"):
+        read_template("shrot")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("A", 1.0),
+        ("B.", -1.0),
+        ("The better reply is B", -1.0),
+        ("A is better than B. [[B]]", -1.0),
+        ("[[C]]", 0.0),
+        ("It is a tie", 0.0),
+        ("A and B are fine", None),
+        ("", None),
+        ("Apples", None),
+    ],
+)
+def test_written_answers(text: str, value: float | None) -> None:
+    assert parse(text) == value
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def test_both_orders_are_asked_and_averaged(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: 3.0 if a == "good" else -1.0)  # surer of what it reads first
+    (made,) = judge(given("bad", "good"), 2, 0)
+    assert judge.calls == 2
+    assert made.responses == ("good", "bad") and made.grades == ("significantly",)
+    assert made.scores == pytest.approx((1.0, -1.0))  # (3 + 1) / 2 = 2 nats between them
+    assert judge.rates(judge.counts) == {
+        "judge/pairs": 1,
+        "judge/ties": 0.0,
+        "judge/position_bias": 0.0,
+        "judge/first_choice": 0.5,
+        "judge/nonsense": 0.0,
+        "judge/intransitive": 0.0,
+    }
+
+
+def test_a_judge_that_prefers_a_place_makes_ties(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: 2.0)
+    assert judge(given("one", "two", "x", "yy"), 2, 0) == []
+    rates = judge.rates(judge.counts)
+    assert rates["judge/position_bias"] == rates["judge/ties"] == rates["judge/first_choice"] == 1.0
+
+
+def test_one_order_is_half_the_questions_and_sees_no_bias(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: 2.0, both_orders=False)
+    (made,) = judge(given("one", "two"), 2, 0)
+    assert judge.calls == 1 and made.responses == ("one", "two")
+
+
+def test_equal_replies_are_not_asked_about(folder: Path) -> None:
+    judge = Scripted(folder, longer)
+    assert judge(given("same", "same"), 2, 0) == [] and judge.calls == 0
+
+
+def test_a_ranking_follows_from_its_pairs(folder: Path) -> None:
+    judge = Scripted(folder, longer)
+    (made,) = judge(given("aa", "a", "aaaa", "aaa"), 4, 0)
+    assert made.responses == ("aaaa", "aaa", "aa", "a")
+    assert judge.calls == 12 and len(made.pairs()) == 6
+    gaps = [a - b for a, b in zip(made.scores, made.scores[1:], strict=False)]
+    assert gaps == pytest.approx([1.0, 1.0, 1.0])  # least squares gives back log-odds that add up
+    assert made.grades[0] == "better" and made.grades[2] == "significantly"  # 1 and 3 nats
+
+
+def test_a_circle_makes_a_tie_where_it_contradicts_the_ranking(folder: Path) -> None:
+    odds = {("a", "b"): 2.0, ("b", "c"): 2.0, ("c", "a"): 1.0}
+    judge = Scripted(folder, lambda x, y: odds.get((x, y)) or -odds[y, x])
+    (made,) = judge(given("a", "b", "c"), 3, 0)
+    assert made.responses == ("a", "b", "c")
+    assert [pair[:2] for pair in made.pairs()] == [(0, 1), (1, 2)]  # a over c would contradict the judge
+    assert judge.counts["intransitive"] == 1
+
+
+def test_thresholds_grade_and_written_answers_have_no_grade(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: 0.7 if a == "good" else -0.7, thresholds=(0.1, 0.6, 5.0))
+    assert judge(given("bad", "good"), 2, 0)[0].grades == ("better",)
+    judge.answer = "generate"
+    assert judge(given("bad", "good"), 2, 0)[0].grades == (None,)
+
+
+# -- nonsense -------------------------------------------------------------------------------------------------------
+
+
+def test_some_nonsense_is_a_tie(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: None if "?" in (a, b) else longer(a, b))
+    replies = ["a" * i for i in range(1, 21)] + ["?", "b"]
+    made = judge(given(*replies), 2, 0)
+    assert len(made) == 10 and judge.counts["ties"] == 1
+    assert judge.rates(judge.counts)["judge/nonsense"] == pytest.approx(2 / 22)
+
+
+def test_too_much_nonsense_is_refused_in_one_line(folder: Path) -> None:
+    judge = Scripted(folder, lambda a, b: None)
+    replies = [f"{i}" for i in range(40)]
+    with pytest.raises(UserError) as error:
+        judge(given(*replies), 2, 0)
+    line = str(error.value)
+    assert "40 of 40 answers are neither A nor B (one says '?'; annotator.max_nonsense=0.1" in line and "\n" not in line
+
+
+def test_an_untrained_model_is_no_judge(folder: Path) -> None:
+    """It gives A and B some 2 in 300 of the probability."""
+    with pytest.raises(UserError, match="neither A nor B"):
+        JudgeAnnotator(str(folder), "short")(given(*[f"reply {i}" for i in range(40)]), 2, 0)
+
+
+def test_a_question_too_long_for_the_judge_is_nonsense(folder: Path) -> None:
+    judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
+    (answer,) = judge.ask(["word " * 200])
+    assert answer[0] is None and "more than 127 tokens" in answer[1]
+
+
+# -- a real model ---------------------------------------------------------------------------------------------------
+
+
+def test_log_odds_are_those_of_the_next_token_whatever_the_batch(folder: Path) -> None:
+    from rlhf.data.template import encode_prompt
+
+    judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
+    questions = [fill(judge.template, [Message("user", "q" * n)], "one", "two") for n in (1, 9, 4)]
+    answers = judge.ask(questions)
+    for question, (odds, _) in zip(questions, answers, strict=True):
+        ids = torch.tensor([encode_prompt(judge.model.tokenizer, [Message("user", question)])])
+        logits = judge.model.base(input_ids=ids).logits[0, -1]
+        one, two = (judge.model.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "AB")
+        assert odds == pytest.approx(float(logits[one] - logits[two]), abs=1e-4)
+
+
+def test_a_real_model_keeps_the_annotators_contract(folder: Path) -> None:
+    assert check_annotator(JudgeAnnotator(str(folder), "short", least_mass=0.0)) == []
+    assert check_annotator(JudgeAnnotator(str(folder), "short", answer="generate", max_nonsense=1.0)) == []
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_no_question_is_asked_twice(folder: Path, tmp_path: Path) -> None:
+    replies = given("aa", "a", "bbb", "b")
+    first = Scripted(folder, longer)
+    first.open(tmp_path)
+    made = first(replies, 2, 0)
+    assert first.calls == 4
+    again = Scripted(folder, lambda a, b: pytest.fail("asked again"))
+    again.open(tmp_path)
+    assert again(replies, 2, 0) == made
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as stream:
+        stream.write('{"question": "abc", "ans')  # a kill in the middle of a line
+    third = Scripted(folder, lambda a, b: pytest.fail("asked again"))
+    third.open(tmp_path)
+    assert third(replies, 2, 0) == made
+
+
+def test_another_question_template_or_judge_is_another_key(folder: Path, tmp_path: Path) -> None:
+    judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
+    other = tmp_path / "other"
+    tiny_model(seed=1).save(other)
+    assert JudgeAnnotator(str(other), "short").identity != judge.identity
+    assert JudgeAnnotator(str(folder), "instruction").identity == judge.identity
+    one, two = judge._key("a"), judge._key("b")
+    judge.answer = "generate"
+    assert len({one, two, judge._key("a")}) == 3
+
+
+def test_the_cache_can_be_off(folder: Path, tmp_path: Path) -> None:
+    judge = Scripted(folder, longer, cache=False)
+    judge.open(tmp_path)
+    judge(given("aa", "a"), 2, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- teaching one to judge ------------------------------------------------------------------------------------------
+
+
+def test_judgements_are_both_orders_of_every_pair() -> None:
+    comparisons = Data("comparison", "testbed", 16, 4, 128)
+    split = Judgements(comparisons).load()
+    source = comparisons.load()
+    assert len(split.train) == 2 * sum(len(x.pairs()) for x in source.train) and len(split.validation) == 8
+    assert Counter(x.messages[-1].content for x in split.train) == {"A": 16, "B": 16}
+    first, exchanged = split.train[:2]
+    pair = source.train[0]
+    assert first.messages[0].content == fill(TEMPLATES["short"], pair.prompt, *pair.responses)
+    assert exchanged.messages[0].content == fill(TEMPLATES["short"], pair.prompt, *pair.responses[::-1])
+    digests = {Judgements(comparisons).digest(), Judgements(comparisons, "instruction").digest()}
+    assert len(digests) == 2
+    rows, report = split.encode(tiny_model().tokenizer, "train")
+    assert all(sum(row.mask) == 2 for row in rows)  # the letter and the end of the turn
+
+
+# -- in a collect run -----------------------------------------------------------------------------------------------
+
+
+def test_agreement_with_gold_counts_pairs_that_gold_tells_apart() -> None:
+    from rlhf.data.testbed import Testbed
+    from rlhf_collect.stage import agreement
+
+    world = Testbed()
+    prompt = next(p for p in world.prompts(20, 0) if not p.unsafe)
+    value = prompt.reference
+    asked = rollout(["x"], ["y"])
+    asked = Rollout(**{**asked.__dict__, "prompts": [prompt]})
+    good, bad, same = f"It is {value}.", "You fool.", "Go away."
+
+    def counted(*comparisons: Comparison) -> dict[str, int]:
+        return agreement(asked, list(comparisons))
+
+    right = Comparison(prompt.messages, (good, bad), ("better",))
+    wrong = Comparison(prompt.messages, (bad, good), ("slightly",))
+    assert counted(right, wrong) == {
+        "of": 2, "right": 1, "of/better": 1, "right/better": 1, "of/slightly": 1, "right/slightly": 0,
+    }  # fmt: skip
+    assert counted(Comparison(prompt.messages, (bad, same))) == {}
+    assert counted(Comparison(prompt.messages, (good, bad), ("tie",))) == {}
+
+
+def test_the_summary_of_collect_has_the_judges_rates(folder: Path, tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    from rlhf.annotators import GoldAnnotator
+    from rlhf.rollout import Sampler
+    from rlhf_collect.stage import CollectStage
+    from tests.stages.conftest import data
+
+    def metrics(annotator: object, name: str) -> dict[str, float]:
+        stage = CollectStage(tiny_model(), data("prompt", 8), Sampler(8, samples=2), annotator, batch_size=4)
+        stage.run_folder = tmp_path / name / "collect" / "abc"
+        stage.run_folder.mkdir(parents=True)
+        quiet: Sequence[str] = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary")
+        trainer = pl.Trainer(accelerator="cpu", devices=1, **dict.fromkeys(quiet, False))
+        trainer.predict(stage, return_predictions=False)
+        return stage.final_metrics()
+
+    judged = metrics(Scripted(folder, longer), "judge")
+    assert judged["judge/pairs"] == 8 and 0 <= judged["judge/position_bias"] <= 1
+    assert (tmp_path / "judge" / "judge").is_dir()
+    assert not any(name.startswith("judge") for name in metrics(GoldAnnotator(noise=0.0), "gold"))
+
+
+def test_answers_are_json(folder: Path, tmp_path: Path) -> None:
+    judge = Scripted(folder, longer)
+    judge.open(tmp_path)
+    judge(given("aa", "a"), 2, 0)
+    (file,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [1.0, -1.0] and {row["said"] for row in rows} == {"A", "B"}

@@ -1,0 +1,149 @@
+"""The DPO family and RLAIF as they are typed."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import Done, only, shell
+from tests.end_to_end.conftest import COMPARE, MODEL, POLICIES
+from tests.end_to_end.test_real_data import path_of
+
+Rlhf = Callable[..., Done]
+BASE = [word for word in POLICIES if not word.startswith("collect.")]
+ROUNDS = [
+    f"{step}.{rest}"
+    for step, words in {
+        "collect_1": ["data.size=32", "rollout.max_new_tokens=8"],
+        "collect_2": ["data.size=32", "rollout.max_new_tokens=8"],
+        "align_1": ["stage.batch_size=8"],
+        "align_2": ["stage.batch_size=8"],
+    }.items()
+    for rest in words
+]
+SMALL = ["data.size=32", "data.validation=8", "stage.batch_size=8", *MODEL]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two rounds of DPO in it."""
+    folder = tmp_path_factory.mktemp("house")
+    done = shell(folder, "pipeline=iterative_dpo", *MODEL, *BASE, *ROUNDS, *COMPARE)
+    assert done.status == 0, done.out + done.err
+    assert "plan: pretrain -> sft -> collect_1 -> align_1 -> collect_2 -> align_2;" in done.plan
+    return folder
+
+
+def policy(house: Path) -> str:
+    return f"inputs.policy={only(house / 'outputs', 'sft')}"
+
+
+def test_each_round_starts_at_log_two_from_the_newest_policy(house: Path) -> None:
+    runs = list((house / "outputs" / "dpo").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert float(rows(run)[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    starts = [json.loads((run / "lineage.json").read_text())["ancestors"] for run in runs]
+    assert sorted(sum(x["stage"] == "dpo" for x in ancestors.values()) for ancestors in starts) == [0, 1]
+
+
+def test_collect_tells_its_agreement_with_gold(house: Path) -> None:
+    for run in (house / "outputs" / "collect").iterdir():
+        metrics = json.loads((run / "summary.json").read_text())["metrics"]
+        # The replies of a model of a few updates may all be equally bad: then there is nothing to agree about.
+        assert metrics.get("agreement", 1.0) > 0.5
+
+
+@pytest.mark.parametrize("words", [["stage=kto"], ["stage=dpo", "objective=kto", "data=labels"]], ids=" ".join)
+def test_kto_on_labels(house: Path, rlhf: Rlhf, words: list[str]) -> None:
+    done = rlhf(house, *words, policy(house), *SMALL)
+    assert done.status == 0, done.out + done.err
+    newest = max((house / "outputs" / words[0].removeprefix("stage=")).iterdir(), key=lambda p: p.stat().st_mtime)
+    assert float(rows(newest)[0]["loss"]) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_kto_on_a_file_of_labels(house: Path, rlhf: Rlhf, tmp_path: Path) -> None:
+    file = tmp_path / "labels.json"
+    turns = [("Hi?", "Hello.", True), ("Hi?", "No.", False), ("Who?", "Me.", True), ("Who?", "Go.", False)] * 3
+    content = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "label": good}
+        for q, a, good in turns
+    ]
+    file.write_text(json.dumps(content))
+    words = ["stage=dpo", "objective=kto", "data=kto_demo", f"data.source={file}", "stage.batch_size=4"]
+    done = rlhf(house, *words, policy(house), "data.validation=0")
+    assert done.status == 0, done.out + done.err
+
+
+def test_kto_on_the_demonstration_file(house: Path, rlhf: Rlhf) -> None:
+    """The longest of its dialogues do not fit the tiny model, which is said, with what to type."""
+    words = ["stage=kto", "data=kto_demo", path_of("kto_en_demo.json"), "stage.batch_size=4"]
+    done = rlhf(house, *words, policy(house))
+    assert done.status == 2 and "type data.max_length=128" in done.err, done.out + done.err
+
+
+@pytest.mark.parametrize("objective", ["relative", "reward_aware", "orpo"])
+def test_a_loss_is_one_override(house: Path, rlhf: Rlhf, objective: str) -> None:
+    done = rlhf(house, "stage=dpo", f"objective={objective}", policy(house), "stage.micro_batch_size=4", *SMALL)
+    assert done.status == 0, done.out + done.err
+
+
+def test_another_reference(house: Path, rlhf: Rlhf) -> None:
+    other = only(house / "outputs", "pretrain")
+    done = rlhf(house, "stage=dpo", policy(house), f"inputs.reference={other}", *SMALL)
+    assert done.status == 0, done.out + done.err
+    assert any(float(rows(run)[0]["reference_gap"]) > 0.1 for run in (house / "outputs" / "dpo").iterdir())
+    refused = rlhf(house, "stage=dpo", "objective=simpo", policy(house), f"inputs.reference={other}", *SMALL)
+    assert refused.status == 2 and "this objective has no reference" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stage=dpo", "data=labels"], "holds labels: type data=comparisons or objective=kto"),
+        (["stage=dpo", "objective=relative", "stage.batch_size=1"], "type stage.batch_size=2 or more"),
+        (["stage=collect", "annotator=judge"], "type inputs.judge=RUN"),
+        (["stage=collect", "annotator=judge", "inputs.judge=some/model", "annotator.template=x"], "no such template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_cost_one_line(house: Path, rlhf: Rlhf, words: list[str], says: str) -> None:
+    done = rlhf(house, *words, policy(house))
+    assert done.status == 2 and says in done.err, done.out + done.err
+    assert "Traceback" not in done.err and len(done.err.splitlines()) == 1
+
+
+def test_rlaif(house: Path, rlhf: Rlhf) -> None:
+    """The judge of a few updates knows nothing and says so; told to go on, it is a judge like any other."""
+    words = [
+        "pipeline=rlaif",
+        *MODEL,
+        *BASE,
+        "judge.data.comparisons.size=32",
+        "judge.stage.batch_size=16",
+        "judge.stage.epochs=1",
+        "collect.data.size=32",
+        "collect.rollout.max_new_tokens=8",
+        "collect.rollout.samples=2",
+        "align.stage.batch_size=4",
+        *COMPARE,
+    ]
+    refused = rlhf(house, *words, "collect.annotator.least_mass=0.9")
+    assert refused.status == 2 and "answers are neither A nor B" in refused.err, refused.out + refused.err
+    done = rlhf(house, *words, "collect.annotator.least_mass=0", "until=collect")
+    assert done.status == 0, done.out + done.err
+    judged = [
+        metrics
+        for run in (house / "outputs" / "collect").iterdir()
+        if (run / "summary.json").exists()
+        and "judge/pairs" in (metrics := json.loads((run / "summary.json").read_text())["metrics"])
+    ]
+    assert len(judged) == 1 and {"judge/ties", "judge/position_bias", "judge/nonsense"} <= judged[0].keys()
+    assert list((house / "outputs" / "judge").glob("*.jsonl"))

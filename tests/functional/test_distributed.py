@@ -1,0 +1,125 @@
+"""Rows of several processes: the same as one process with all of them."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlhf.data.collate import PairBatch, TokenBatch
+from rlhf.distributed import gather_rows
+from rlhf_dpo.objective import KTO, Relative
+from rlhf_dpo.pairs import Pairs
+
+
+def test_alone_a_process_keeps_its_rows() -> None:
+    rows = torch.arange(6.0).view(3, 2).requires_grad_()
+    found, here = gather_rows(rows)
+    assert torch.equal(found, rows) and not found.requires_grad and torch.equal(found[here], rows)
+
+
+def _work(rank: int, store: str, results: str) -> None:
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        torch.save(_results(rank), f"{results}.{rank}")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _results(rank: int) -> dict[str, object]:
+    """What each process finds of rows of unequal number, and of the losses that read the whole batch."""
+    rows = torch.arange(6.0).view(3, 2) if rank == 0 else torch.arange(6.0, 8.0).view(1, 2)
+    everything, here = gather_rows(rows)
+    ratio = torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([6.0])
+    z = KTO.reference_point(gather_rows(ratio)[0], gather_rows(torch.zeros_like(ratio))[0])
+    batch, policy = whole()
+    own = part(batch, slice(0, 2) if rank == 0 else slice(2, 3))
+    around = Pairs(Relative(beta=1.0)).around(policy, [own])
+    return {
+        "rows": everything,
+        "here": (here.start, here.stop),
+        "z": z.item(),
+        "losses": around.losses[0],
+        "slopes": around.by_chosen[0],
+    }
+
+
+class Table:
+    """A policy whose log-probability of a row is written in it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def logprobs(self, ids, attention_mask, position_ids, loss_mask):
+        return self.values[ids[:, :1]] * loss_mask, None
+
+
+def whole():
+    torch.manual_seed(0)
+    ids = torch.arange(6).view(6, 1)
+    ones = torch.ones(6, 1, dtype=torch.bool)
+    chosen, rejected, prompts = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5]), torch.arange(3)
+    batch = PairBatch(
+        TokenBatch(ids, ones, ones, torch.zeros_like(ids)),
+        chosen,
+        rejected,
+        torch.zeros(3),
+        torch.ones(3),
+        prompts,
+        None,
+        torch.randn(6),
+        torch.randn(3, 4),
+    )
+    return batch, Table(torch.randn(6))
+
+
+def part(batch, pairs: slice):
+    rows = slice(2 * pairs.start, 2 * pairs.stop)
+    tokens = TokenBatch(
+        *(getattr(batch.tokens, n)[rows] for n in ("ids", "attention_mask", "loss_mask", "position_ids"))
+    )
+    count = pairs.stop - pairs.start
+    first = torch.arange(0, 2 * count, 2)
+    return PairBatch(
+        tokens,
+        first,
+        first + 1,
+        batch.grade[pairs],
+        batch.weight[pairs],
+        torch.arange(count),
+        None,
+        batch.reference[rows],
+        batch.embedding[pairs],
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> list[dict[str, object]]:
+    context = multiprocessing.get_context("fork")
+    store, target = str(tmp_path / "store"), str(tmp_path / "result")
+    started = [context.Process(target=_work, args=(rank, store, target)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+        assert process.exitcode == 0
+    return [torch.load(f"{target}.{rank}") for rank in range(2)]
+
+
+def test_two_processes_see_what_one_would(results: list[dict[str, object]]) -> None:
+    first, second = results
+    assert torch.equal(first["rows"], torch.arange(8.0).view(4, 2)) and torch.equal(first["rows"], second["rows"])
+    assert first["here"] == (0, 3) and second["here"] == (3, 4)
+    assert first["z"] == second["z"] == 3.0  # (1 + 2 + 6) / 3, not the mean of the processes' means
+    batch, policy = whole()
+    alone = Pairs(Relative(beta=1.0)).around(policy, [part(batch, slice(0, 1)), part(batch, slice(1, 3))])
+    for name in ("losses", "slopes"):
+        values = torch.cat(alone.losses if name == "losses" else alone.by_chosen)
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), values)
