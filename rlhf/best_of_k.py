@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -87,7 +87,7 @@ def interleave(parts: list[Rollout], prompts: int, pad_id: int) -> Rollout:
         for start, part in zip(starts, parts, strict=True):
             share = len(part.texts) // prompts
             rows += range(start + prompt * share, start + (prompt + 1) * share)
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in fields(Rollout):
         values = [getattr(part, field.name) for part in parts]
         if isinstance(values[0], Tensor):

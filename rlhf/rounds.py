@@ -1,11 +1,11 @@
-"""Steps that a pipeline repeats: ``repeat: [collect, reward_model]`` and ``rounds: 3`` become collect_1, reward_model_1,
-collect_2, ..., each a step like any other.
+"""Steps that a pipeline repeats: ``repeat: [collect, reward_model]`` and ``rounds: 3`` become collect_1,
+reward_model_1, collect_2, ..., each a step like any other.
 
 What is set on ``collect`` holds in every round, what is set on ``collect_2`` in that round only. A reference between
 steps says which rounds it means:
 
 - ``${artifact:STEP}``: in a repeated step the STEP of the same round; anywhere else STEP's last round.
-- ``${previous_round:STEP,FIRST}``: the STEP of the round before; in the first round the step FIRST, or null without one.
+- ``${previous_round:STEP,FIRST}``: the STEP of the round before; in the first round the step FIRST, or null.
 - ``${all_rounds:STEP}``: a list, STEP of every round up to this one.
 - ``${earlier_rounds:STEP}``: a list, STEP of every round before this one; null in the first.
 
@@ -67,7 +67,8 @@ def expand(root: DictConfig) -> tuple[DictConfig, dict[str, list[str]]]:
             made[key] = _referring(node, names, None, key)
     first = min(steps.index(name) for name in repeated)
     in_turn = [names[name][index] for index in range(count) for name in steps if name in names]
-    made["steps"] = [n for n in steps[:first] if n not in names] + in_turn + [n for n in steps[first:] if n not in names]
+    others = [(index < first, name) for index, name in enumerate(steps) if name not in names]
+    made["steps"] = [name for early, name in others if early] + in_turn + [name for early, name in others if not early]
     made["until"] = _last(made.get("until"), names)
     compare = made.get("compare")
     if isinstance(compare, dict):
@@ -104,7 +105,8 @@ def _referring(node: Any, names: dict[str, list[str]], index: int | None, where:
     if whole and whole[1] == "previous_round":
         of_step, first = _rounds_of(whole, names, where), whole[2].partition(",")[2].strip()
         if index is None:
-            raise UserError(f"{where} reads {node} and is no step of repeat; type ${{artifact:{whole[2].split(',')[0]}}}")
+            instead = f"${{artifact:{whole[2].partition(',')[0]}}}"
+            raise UserError(f"{where} reads {node} and is no step of repeat; type {instead}")
         name = of_step[index - 2] if index > 1 else first
         return f"${{artifact:{name}}}" if name else None
 

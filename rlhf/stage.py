@@ -12,8 +12,8 @@ micro-batches nor processes change the gradient.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from zlib import crc32
 from typing import Any, ClassVar, Generic, TypeVar
+from zlib import crc32
 
 import pytorch_lightning as pl
 import torch

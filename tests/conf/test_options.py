@@ -99,7 +99,7 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", options("stage"))
 def test_every_stage_passes_the_checks_as_it_comes(composed: Callable[..., DictConfig], stage: str) -> None:
-    roles = ("policy", "reward_model", "comparisons", "demonstrations")
+    roles = ("policy", "reward_model", "safety_model", "comparisons", "demonstrations")
     config = composed(f"stage={stage}", *(f"inputs.{role}=given" for role in roles))
     validation.check(config)
 
@@ -127,7 +127,13 @@ def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> No
         ]
         assert fits, f"no stage takes objective={option}"
         validation.check(
-            composed(f"stage={fits[0]}", f"objective={option}", "inputs.policy=a", "inputs.reward_model=b")
+            composed(
+                f"stage={fits[0]}",
+                f"objective={option}",
+                "inputs.policy=a",
+                "inputs.reward_model=b",
+                "inputs.safety_model=c",
+            )
         )
 
 

@@ -124,8 +124,11 @@ def test_the_dpo_pipeline_shares_the_steps_of_the_other(pipeline: Done, home: Pa
 
 
 LLAMA2 = [
-    *(f"collect_{aspect}.{word}" for aspect in ("helpfulness", "safety") for word in ("data.size=48", "rollout.samples=4")),
-    *(f"collect_{aspect}.rollout.max_new_tokens=8" for aspect in ("helpfulness", "safety")),
+    *(
+        f"collect_{aspect}.{word}"
+        for aspect in ("helpfulness", "safety")
+        for word in ("data.size=48", "rollout.samples=4", "rollout.max_new_tokens=8")
+    ),
     *(f"{aspect}_model.stage.batch_size=4" for aspect in ("helpfulness", "safety")),
     *(
         f"rejection_sampling.{word}"

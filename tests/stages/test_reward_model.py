@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from rlhf_reward_model.objective import Pairwise
-from rlhf_reward_model.stage import RewardModelStage
 
 from rlhf.data.data import Data, LoadReport, Split
 from rlhf.data.records import Comparison, Message
@@ -19,6 +17,8 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
+from rlhf_reward_model.objective import Pairwise
+from rlhf_reward_model.stage import RewardModelStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import gradient
@@ -315,3 +315,11 @@ def test_margins_need_grades(load, tmp_path):
     bare = [replace(record, grades=()) for record in split.train]
     with pytest.raises(UserError, match="objective.margin=none"):
         fit(stage_on(load, of(bare, split), Pairwise(margin="small")), tmp_path)
+
+
+def test_every_metric_is_in_the_readme(load, tmp_path):
+    from tests.conf.test_docs import unexplained
+
+    stage = stage_on(load, safety_coefficient=0.5)
+    metrics = {*fit(stage, tmp_path), *stage.final_metrics()}
+    assert "val/safety_recall" in metrics and unexplained("rlhf_reward_model", metrics) == set()
