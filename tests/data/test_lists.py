@@ -35,6 +35,13 @@ def test_the_comparisons_of_all_rounds_are_one_source(tmp_path: Path) -> None:
     assert {record.responses[0] for record in both.train} == {"yes first", "yes second"}
 
 
+def test_a_size_is_shared_out_over_the_sources(tmp_path: Path) -> None:
+    """Or a cap would leave the newest round unread."""
+    first, second = written(tmp_path / "first", list("abcdef")), written(tmp_path / "second", list("gh"))
+    found = Data("comparison", [first, second], 5, 0, 96).load().train
+    assert [record.prompt[0].content for record in found] == ["a", "g", "b", "h", "c"]
+
+
 def test_the_digest_is_that_of_all_files(tmp_path: Path) -> None:
     first, second = written(tmp_path / "first", ["a"]), written(tmp_path / "second", ["b"])
     assert loaded([first]).digest() == loaded(first).digest()
