@@ -36,9 +36,7 @@ class GoldAnnotator:
         """Graded by gaps of gold score."""
         rng = random.Random(seed)
         groups = range(0, len(rollout.texts), samples)
-        made = [
-            label(rollout.prompts[i], rollout.texts[i : i + samples], rng, self.noise, self.aspect) for i in groups
-        ]
+        made = [label(rollout.prompts[i], rollout.texts[i : i + samples], rng, self.noise, self.aspect) for i in groups]
         return [comparison for comparison in made if comparison.pairs()]
 
 

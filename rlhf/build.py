@@ -63,7 +63,9 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     texts = getattr(parts.get("data"), "texts", None)
     spec = instantiate(config.model, _convert_="all")
     parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, texts)
-    knobs = {k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")}
+    knobs = {
+        k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")
+    }
     stage = stage_class(**parts, **knobs)
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
@@ -139,5 +141,3 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in ("many workers", "not resumable", "log_every_n_steps", "LeafSpec", "predict returned None"):
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")
-
-

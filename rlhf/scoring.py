@@ -156,5 +156,7 @@ class FunctionReward:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"reward.function={self.name} gave {value!r} for the reply {text[:60]!r}: not a finite number")
+            raise UserError(
+                f"reward.function={self.name} gave {value!r} for the reply {text[:60]!r}: not a finite number"
+            )
         return number

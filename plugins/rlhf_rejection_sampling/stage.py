@@ -228,9 +228,7 @@ class RejectionSamplingStage(Supervised):
             chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator)[:count].tolist()]
         return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
 
-    def write(
-        self, scores: torch.Tensor, spread: list[float], picks: list[Candidate], judged: Rollout | None
-    ) -> None:
+    def write(self, scores: torch.Tensor, spread: list[float], picks: list[Candidate], judged: Rollout | None) -> None:
         """``best_of_k.json`` and its plot, then ``picks.jsonl``: whole or not there."""
         best = expected_best(scores)
         gains = {k: value - best[1] for k, value in best.items()}

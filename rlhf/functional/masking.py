@@ -12,7 +12,6 @@ from torch import Tensor
 SumOver = Callable[[Tensor], Tensor]
 
 
-
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))
 

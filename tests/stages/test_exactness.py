@@ -48,7 +48,9 @@ def dpo(load, **knobs) -> Stage:
     return DPOStage(load(), DPO(), data("comparison"), *COMMON, **{"batch_size": 8, "epochs": 2, **knobs})
 
 
-def ppo(load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **knobs) -> Stage:
+def ppo(
+    load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **knobs
+) -> Stage:
     knobs = {"batch_size": 8, "steps": 4, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
     return PPOStage(
         load(lora),
