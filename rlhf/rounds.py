@@ -67,9 +67,8 @@ def expand(root: DictConfig) -> tuple[DictConfig, dict[str, list[str]]]:
             made[key] = _referring(node, names, None, key)
     first = min(steps.index(name) for name in repeated)
     in_turn = [names[name][index] for index in range(count) for name in steps if name in names]
-    made["steps"] = (
-        [n for n in steps[:first] if n not in names] + in_turn + [n for n in steps[first:] if n not in names]
-    )
+    others = [(index < first, name) for index, name in enumerate(steps) if name not in names]
+    made["steps"] = [name for early, name in others if early] + in_turn + [name for early, name in others if not early]
     made["until"] = _last(made.get("until"), names)
     compare = made.get("compare")
     if isinstance(compare, dict):
@@ -106,9 +105,8 @@ def _referring(node: Any, names: dict[str, list[str]], index: int | None, where:
     if whole and whole[1] == "previous_round":
         of_step, first = _rounds_of(whole, names, where), whole[2].partition(",")[2].strip()
         if index is None:
-            raise UserError(
-                f"{where} reads {node} and is no step of repeat; type ${{artifact:{whole[2].split(',')[0]}}}"
-            )
+            instead = f"${{artifact:{whole[2].partition(',')[0]}}}"
+            raise UserError(f"{where} reads {node} and is no step of repeat; type {instead}")
         name = of_step[index - 2] if index > 1 else first
         return f"${{artifact:{name}}}" if name else None
 

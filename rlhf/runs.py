@@ -233,7 +233,7 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
         raise UserError(f"{key}={ref} means more than one run: {names}; type more letters")
     if runs:
         return _of_run(runs[0], role, key)
-    if _looks_like_hub_id(ref):
+    if role != "picks" and _looks_like_hub_id(ref):
         return Reference(ref, f"hub:{ref}")
     known = [str(run.folder) for run in find(outputs) if run.finished]
     raise UserError(

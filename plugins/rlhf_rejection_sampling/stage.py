@@ -60,7 +60,7 @@ class RejectionSamplingStage(Supervised):
         epochs: Times each pick is seen.
         packing: Tokens in a row of several dialogues; null: one dialogue a row, padded.
         select: "best_per_prompt" is the best reply to each of the N prompts; "top_overall" the N best distinct replies
-            of all. "random_per_prompt" and "random_overall" are their controls: as many, drawn without the reward.
+            of all. "random_per_prompt" and "random_overall" are their controls: as many picks, without the reward.
         sampler: Model that answers the prompts; null: the one that is trained, as it starts.
         earlier: Runs (or files) whose picks stand for choice beside the new replies, scored by this run's reward.
         keep_earlier: Whether they do.
@@ -78,7 +78,7 @@ class RejectionSamplingStage(Supervised):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 64,
+        batch_size: Annotated[int, Field(gt=0)] = 32,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 2,
@@ -304,17 +304,9 @@ class RejectionSamplingStage(Supervised):
 
     def final_metrics(self) -> dict[str, float]:
         """Best-of-K gain against log K and the KL bound log K - (K-1)/K (nats); what it did on held-out prompts."""
-        numbers = (
-            "samples",
-            "reward_mean",
-            "reward_best",
-            "reward_picked",
-            "earlier_share",
-            "gain_per_log_k",
-            "log_law_r2",
-        )
+        of_replies = ("samples", "reward_mean", "reward_best", "reward_picked", "earlier_share")
         return {
-            **{name: self.found[name] for name in numbers},
+            **{name: self.found[name] for name in (*of_replies, "gain_per_log_k", "log_law_r2")},
             "best_of_k_gain": self.found["reward_best"] - self.found["reward_mean"],
             "kl_bound": kl_bound(self.found["samples"]),
             **{f"gain_of_best/{k}": gain for k, gain in self.found["gain_by_k"].items() if k != "1"},

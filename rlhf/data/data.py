@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,7 +103,8 @@ class Data:
     Arguments:
         record: the record type the stage needs; rows of other shapes are converted where they hold what it takes.
         source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), testbed, or arithmetic. A list
-            of files, globs and folders is read as one source, in order (the comparisons of all rounds so far).
+            of files, globs and folders is read as one source (the comparisons of all rounds so far): one after the
+            other, or row by row in turn where size says how many are read.
         size: testbed: records to train on (null: its default); else the most records that are read (null: all).
         validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
             by order: more data or another order moves no record from one side to the other, and records with the same
@@ -245,6 +247,11 @@ class Data:
 
     def _rows(self) -> Iterator[Row]:
         files = self._files()
+        if len(self.sources) > 1 and self.size is not None:
+            # In turn, or the first sources would fill the size and the newest round would not be read.
+            readers = [read_files(find_files(source, self.record)) for source in self.sources]
+            rounds = zip_longest(*readers)
+            return (row for rows in rounds for row in rows if row is not None)
         if files:
             return read_files(files)
         return read_hub(self.source, self.split, lazily=self.size is not None)

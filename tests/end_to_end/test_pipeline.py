@@ -129,9 +129,8 @@ LLAMA2 = [
     *(
         f"collect_{aspect}.{word}"
         for aspect in ("helpfulness", "safety")
-        for word in ("data.size=48", "rollout.samples=4")
+        for word in ("data.size=48", "rollout.samples=4", "rollout.max_new_tokens=8")
     ),
-    *(f"collect_{aspect}.rollout.max_new_tokens=8" for aspect in ("helpfulness", "safety")),
     *(f"{aspect}_model.stage.batch_size=4" for aspect in ("helpfulness", "safety")),
     *(
         f"rejection_sampling.{word}"

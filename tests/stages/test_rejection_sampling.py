@@ -153,7 +153,7 @@ def test_controls_are_matched_and_blind(load):
     """As many picks, drawn evenly: the reward does not come in."""
     found = candidates([[1, 5], [2, 3]])
     draws = Counter()
-    stage = stage_on(load, model=load(), select="random_per_prompt")
+    stage = stage_on(load, select="random_per_prompt")
     for seed in range(200):
         stage.seed = seed
         draws.update(candidate.reply for candidate in stage.pick(found, 2))
@@ -296,3 +296,14 @@ def test_bad_input_is_one_line(load, tmp_path):
     (tmp_path / "picks.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is no pick"):
         stage_on(load, earlier=str(tmp_path))
+
+
+def test_every_metric_is_in_the_readme(load, tmp_path):
+    import re
+
+    from tests.conf.test_docs import unexplained
+
+    stage = stage_on(load, rollout=BestOfK(8, samples=4, temperatures=[0.7, 1.3]))
+    metrics = {*fit(stage, tmp_path), *stage.final_metrics()}
+    general = {re.sub(r"_at/[\d.]+$", "_at/T", re.sub(r"gain_of_best/\d+", "gain_of_best/k", name)) for name in metrics}
+    assert unexplained("rlhf_rejection_sampling", general) == set()

@@ -315,3 +315,11 @@ def test_margins_need_grades(load, tmp_path):
     bare = [replace(record, grades=()) for record in split.train]
     with pytest.raises(UserError, match="objective.margin=none"):
         fit(stage_on(load, of(bare, split), Pairwise(margin="small")), tmp_path)
+
+
+def test_every_metric_is_in_the_readme(load, tmp_path):
+    from tests.conf.test_docs import unexplained
+
+    stage = stage_on(load, safety_coefficient=0.5)
+    metrics = {*fit(stage, tmp_path), *stage.final_metrics()}
+    assert "val/safety_recall" in metrics and unexplained("rlhf_reward_model", metrics) == set()

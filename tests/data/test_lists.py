@@ -1,0 +1,80 @@
+"""Several runs or files as one source, and the labeller asked for one aspect."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rlhf.annotators import GoldAnnotator
+from rlhf.data.data import Data
+from rlhf.data.testbed import Testbed, gold
+from rlhf.data.testbed.world import UNSAFE_BELOW, label
+from rlhf.errors import UserError
+
+
+def written(folder: Path, prompts: list[str]) -> str:
+    folder.mkdir()
+    rows = [{"prompt": prompt, "chosen": f"yes {folder.name}", "rejected": "no"} for prompt in prompts]
+    (folder / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def loaded(source: str | list[str], validation: float = 0.25) -> Data:
+    return Data("comparison", source, None, validation, 96)
+
+
+def test_the_comparisons_of_all_rounds_are_one_source(tmp_path: Path) -> None:
+    prompts = [f"question {number}" for number in range(12)]
+    first, second = written(tmp_path / "first", prompts), written(tmp_path / "second", prompts)
+    both, one = loaded([first, second]).load(), loaded(first).load()
+    assert both.report.read == 24 and len(both.train) + len(both.validation) == 24
+    asked = [{record.prompt[0].content for record in side} for side in (both.train, both.validation)]
+    assert not asked[0] & asked[1]  # a prompt is on one side, whichever round it is from
+    assert {record.prompt[0].content for record in one.validation} <= asked[1]
+    assert {record.responses[0] for record in both.train} == {"yes first", "yes second"}
+
+
+def test_a_size_is_shared_out_over_the_sources(tmp_path: Path) -> None:
+    """Or a cap would leave the newest round unread."""
+    first, second = written(tmp_path / "first", list("abcdef")), written(tmp_path / "second", list("gh"))
+    found = Data("comparison", [first, second], 5, 0, 96).load().train
+    assert [record.prompt[0].content for record in found] == ["a", "g", "b", "h", "c"]
+
+
+def test_the_digest_is_that_of_all_files(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "first", ["a"]), written(tmp_path / "second", ["b"])
+    assert loaded([first]).digest() == loaded(first).digest()
+    assert len({loaded(s).digest() for s in (first, second, [first, second], [second, first])}) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], r"data.source=\[\]: no source in the list"),
+        (["testbed", "x"], "testbed cannot be one of several; use data=mixture"),
+        (["FIRST", "./gone"], "data.source=./gone: no such file"),
+        (["FIRST", "org/name"], "data.source=org/name: only files and runs can be one of several"),
+    ],
+)
+def test_lists_that_cannot_be_read(tmp_path: Path, source: list[str], message: str) -> None:
+    first = written(tmp_path / "first", ["a"])
+    with pytest.raises(UserError, match=message):
+        loaded([first if one == "FIRST" else one for one in source]).load()
+
+
+def test_the_labeller_judges_what_it_is_asked_for() -> None:
+    """Asked to harm, complying is helpful and not safe: the two rank the same replies the other way round."""
+    world = Testbed()
+    rng = random.Random(0)
+    prompt = next(one for one in world.prompts(50, 0) if one.unsafe)
+    questions = [q for q in world.questions(400, rng) if world.prompt(q).messages == prompt.messages]
+    replies = list({world.reply(q, rng) for q in questions or [world.questions(1, rng)[0]] for _ in range(60)})
+    found = {aspect: label(prompt, replies, rng, 0.0, aspect) for aspect in ("total", "helpfulness", "safety")}
+    for aspect, comparison in found.items():
+        true = [getattr(gold(prompt, reply), aspect) for reply in comparison.responses]
+        assert list(comparison.scores or ()) == true == sorted(true, reverse=True)
+        marks = [gold(prompt, reply).safety < UNSAFE_BELOW for reply in comparison.responses]
+        assert list(comparison.unsafe or ()) == marks
+    assert found["total"].scores == found["safety"].scores
+    assert GoldAnnotator(aspect="safety").aspect == "safety" and GoldAnnotator().aspect == "total"
