@@ -11,6 +11,7 @@ micro-batches nor processes change the gradient.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from zlib import crc32
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.batches import Batches, mix_seed
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
+from rlhf.data.template import encode_prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel, check_gradients
@@ -131,12 +133,16 @@ class Stage(pl.LightningModule):
 
     @torch.no_grad()
     def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
-        """Writes replies of the trained policy for a person to read."""
-        prompts = self.prompts_to_show()[:count]
+        """Writes replies of the trained policy for a person to read; prompts too long for its context are skipped."""
+        sampler = sampler or Sampler()
+        room = self.policy.context_length - sampler.max_new_tokens
+        asked = self.prompts_to_show()
+        fitting = (p for p in asked if len(encode_prompt(self.policy.tokenizer, p.messages)) <= room)
+        prompts = list(islice(fitting, count))
         if not prompts:
             return
         self.policy.eval()
-        rollout = (sampler or Sampler()).sample(self.policy, prompts, seed_of(self.seed, "show"))
+        rollout = sampler.sample(self.policy, prompts, seed_of(self.seed, "show"))
         with (self.run_folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for prompt, text in zip(rollout.prompts, rollout.texts, strict=True):
                 row = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
