@@ -123,7 +123,9 @@ class CollectStage(Stage):
         total = max(1, sum(grades.values()))
         counts = sum((Counter(row["annotator"]) for row in self.rows), Counter[str]())
         agreed = sum((Counter(row["agreement"]) for row in self.rows), Counter[str]())
-        weighted = {name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")}
+        weighted = {
+            name: sum(row[name] * row["prompts"] for row in self.rows) / prompts for name in ("length", "ended")
+        }
         return {
             "comparisons": len(comparisons),
             "prompts": prompts,
