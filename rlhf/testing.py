@@ -26,7 +26,17 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.rollout import Rollout
 
-ROLES = ("policy", "reference", "reward_model", "safety_model", "value", "comparisons", "demonstrations", "prompts")
+ROLES = (
+    "policy",
+    "reference",
+    "reward_model",
+    "safety_model",
+    "value",
+    "judge",
+    "comparisons",
+    "demonstrations",
+    "prompts",
+)
 
 
 # Things to test with

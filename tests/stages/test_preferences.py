@@ -390,5 +390,15 @@ def test_samples_of_a_label_run_are_written(load: Load, tmp_path: Path) -> None:
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
 
 
+def test_samples_skip_prompts_that_do_not_fit(load: Load, tmp_path: Path) -> None:
+    """They were dropped from the data as too long, and must not end a finished run."""
+    records = data("label")
+    long = replace(records.validation[0], prompt=(Message("user", "word " * 200),))
+    run = stage(load, KTO(), replace(records, validation=[long, *records.validation]))
+    fit(run, tmp_path, limit_train_batches=1)
+    run.write_samples(2, Sampler(4))
+    assert "word word" not in (tmp_path / "samples.jsonl").read_text()
+
+
 def test_label_objectives_are_here() -> None:
     assert [path.stem for path in OBJECTIVES if isinstance(named(path.stem), LabelObjective)] == ["kto"]
