@@ -11,10 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
+from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
 from rlhf.report.plots import run_curves
 from rlhf.stage import Stage
@@ -45,6 +47,16 @@ def groups(stage: type) -> list[str]:
     ]
 
 
+def build(node: DictConfig) -> Any:
+    """The object of a node. What its constructor says to the user is not buried in Hydra's own error."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, RLHFError):
+            raise error.__cause__ from None
+        raise
+
+
 def build_stage(config: DictConfig, folder: Path) -> Stage:
     """Builds the stage of a step's config: data first, because its errors are the cheapest to find.
 
@@ -57,7 +69,7 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
         if name in SPECIAL or name not in config:
             continue
         node = config[name]
-        built = None if node is None else instantiate(node)
+        built = None if node is None else build(node)
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
