@@ -73,8 +73,12 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     texts = getattr(parts.get("data"), "texts", None)
-    parts["model"] = instantiate(config.model, _convert_="all").load(instantiate(config.adapter), precision, corpus=texts)
-    knobs = {k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")}
+    parts["model"] = instantiate(config.model, _convert_="all").load(
+        instantiate(config.adapter), precision, corpus=texts
+    )
+    knobs = {
+        k: v for k, v in OmegaConf.to_container(config.stage, resolve=True).items() if k not in ("_target_", "name")
+    }
     stage = stage_class(**parts, **knobs)
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
@@ -150,5 +154,3 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in ("many workers", "not resumable", "log_every_n_steps", "LeafSpec", "predict returned None"):
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")
-
-
