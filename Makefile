@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed ## install into .venv, run the whole InstructGPT 
 	$(BIN)/rlhf pipeline=instructgpt
 
 test: $(VENV)/.installed ## all tests (CPU; tests for a GPU are skipped without one)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed ## ruff: style and common mistakes
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """From a step's config to a trained model: the only place that builds objects from config groups."""
 
-import inspect
 import logging
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from rlhf.checkpoints import latest
 from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
 from rlhf.stage import Stage
+from rlhf.validation import groups
 
 SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
 
@@ -37,24 +37,14 @@ class Clock(pl.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def groups(stage: type) -> list[str]:
-    """The config groups a stage asks for: its constructor's parameters without a default, by name."""
-    return [
-        name
-        for name, parameter in inspect.signature(stage).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-
-
 def build_stage(config: DictConfig, folder: Path) -> Stage:
     """Builds the stage of a step's config: data first, because its errors are the cheapest to find.
 
     Raises UserError for what the user can mend.
     """
     stage_class: type[Stage] = get_class(config.stage._target_)
-    names = [name for name in groups(stage_class) if name in config]
     parts: dict[str, Any] = {}
-    for name in names:
+    for name in groups(stage_class):
         if name in SPECIAL or name not in config:
             continue
         built: Any = None if config[name] is None else _built(config[name])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -37,6 +38,7 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
+@dataclass(frozen=True)
 class ExactMatch:
     """1 where the answer extracted from the reply equals the prompt's reference, else 0.
 
@@ -51,30 +53,30 @@ class ExactMatch:
         missing: Score of a reply with no answer in it.
     """
 
-    def __init__(
-        self,
-        extract: Extract = "last_number",
-        pattern: str | None = None,
-        numbers: bool = True,
-        correct: float = 1.0,
-        wrong: float = 0.0,
-        missing: float = 0.0,
-    ) -> None:
-        self.extract, self.numbers = extract, numbers
-        self.correct, self.wrong, self.missing = correct, wrong, missing
-        if (pattern is not None) != (extract == "regex"):
+    extract: Extract = "last_number"
+    pattern: str | None = None
+    numbers: bool = True
+    correct: float = 1.0
+    wrong: float = 0.0
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.pattern is not None) != (self.extract == "regex"):
             raise UserError(
-                f"reward.extract={extract} with reward.pattern={pattern}: a pattern is read by extract=regex, and only "
-                "by it; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
+                f"reward.extract={self.extract} with reward.pattern={self.pattern}: a pattern is read by extract=regex, "
+                "and only by it; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
             )
         try:
-            self.pattern = re.compile(pattern) if pattern is not None else None
+            groups = re.compile(self.pattern or "()").groups
         except re.error as error:
-            raise UserError(f"reward.pattern={pattern}: no regular expression ({error})") from error
-        if self.pattern is not None and self.pattern.groups != 1:
-            raise UserError(f"reward.pattern={pattern}: needs one group (in parentheses), has {self.pattern.groups}")
-        if not correct > max(wrong, missing):
-            raise UserError(f"reward.correct={correct} must be above reward.wrong={wrong} and reward.missing={missing}")
+            raise UserError(f"reward.pattern={self.pattern}: no regular expression ({error})") from error
+        if groups != 1:
+            raise UserError(f"reward.pattern={self.pattern}: needs one group (in parentheses), has {groups}")
+        if not self.correct > max(self.wrong, self.missing):
+            raise UserError(
+                f"reward.correct={self.correct} must be above reward.wrong={self.wrong} and "
+                f"reward.missing={self.missing}"
+            )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError unless every prompt has a reference answer; called before anything is sampled."""
@@ -93,9 +95,9 @@ class ExactMatch:
         if self.extract == "after_marker":
             head, marker, rest = reply.rpartition(_MARKER)
             return rest.strip().split("\n")[0].strip() or None if marker else None
-        if self.pattern is not None:
-            found = [match[1] for match in self.pattern.finditer(reply)]
-            return found[-1] if found else None
+        if self.extract == "regex":
+            found = [match[1] for match in re.finditer(self.pattern or "()", reply)]
+            return (found[-1] or None) if found else None
         return reply.strip() or None
 
     def equal(self, answer: str, reference: str) -> bool:

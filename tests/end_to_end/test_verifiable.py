@@ -1,0 +1,78 @@
+"""Critic-free RL through the command line: answers that are checked, swapped algorithms, tools, wrong settings."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import Done, only
+from tests.end_to_end.conftest import MODEL
+
+Rlhf = Callable[..., Done]
+
+SMALL = [
+    "pipeline=verifiable",
+    *MODEL,
+    "sft.data.size=64",
+    "sft.data.arithmetic.calls=0.5",
+    "sft.stage.batch_size=32",
+    "sft.stage.epochs=1",
+    "align.data.size=32",
+    "align.data.validation=8",
+    "align.rollout.max_new_tokens=8",
+    "align.rollout.samples=2",
+    "align.stage.steps=2",
+    "align.stage.batch_size=4",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tests share one SFT run."""
+    return tmp_path_factory.mktemp("verifiable")
+
+
+@pytest.mark.parametrize(
+    "words, stage",
+    [
+        ([], "grpo"),
+        (["objective@align.objective=dr_grpo"], "grpo"),
+        (["objective@align.objective=dapo", "align.objective.beta=0.1"], "grpo"),
+        (["stage@align=rloo"], "rloo"),
+        (["rollout@align.rollout=tools", "~align.rollout.tools.search"], "grpo"),
+        (["align.reward.extract=regex", "align.reward.pattern='is (\\d+)'"], "grpo"),
+    ],
+    ids=["grpo", "dr_grpo", "dapo", "rloo", "tools", "regex"],
+)
+def test_it_runs_from_nothing(rlhf: Rlhf, folder: Path, words: list[str], stage: str):
+    before = set((folder / "outputs" / stage).glob("*"))
+    done = rlhf(folder, *SMALL, *words)
+    assert done.status == 0, done.out + done.err
+    assert done.plan == "plan: sft -> align"
+    (made,) = set((folder / "outputs" / stage).glob("*")) - before
+    rows = list(csv.DictReader((made / "metrics.csv").open()))
+    assert [row["zero_spread"] != "" for row in rows][:2] == [True, True]
+    assert ("calls" in rows[0]) == ("rollout@align.rollout=tools" in words)
+    assert 0 <= json.loads((made / "summary.json").read_text())["metrics"]["val/score"] <= 1
+    only(folder / "outputs", "sft")  # made once, read by all
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["align.rollout.samples=1"], "type rollout.samples=8"),
+        (["data@align.data=prompts"], "have no reference answer"),
+        (["objective@align.objective=ppo"], "stage=grpo does not take objective@align.objective=ppo"),
+        (["align.objective.beta=-1"], "align.objective.beta=-1"),
+        (["align.objective.scale=mean"], "align.objective.scale"),
+        (["align.reward.pattern=x"], "reward.pattern=x"),
+        (["rollout@align.rollout=tools", "align.rollout.max_calls=20"], "data.max_prompt_length"),
+    ],
+    ids=["one sample", "no reference", "objective", "beta", "scale", "pattern", "context"],
+)
+def test_what_cannot_be_is_one_clear_line(rlhf: Rlhf, folder: Path, words: list[str], said: str):
+    done = rlhf(folder, *SMALL, *words)
+    assert done.status == 2 and said in done.err + done.out, done.out + done.err
+    assert "Traceback" not in done.err
