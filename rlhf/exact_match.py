@@ -63,8 +63,8 @@ class ExactMatch:
     def __post_init__(self) -> None:
         if (self.pattern is not None) != (self.extract == "regex"):
             raise UserError(
-                f"reward.extract={self.extract} with reward.pattern={self.pattern}: a pattern is read by extract=regex, "
-                "and only by it; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
+                f"reward.extract={self.extract} with reward.pattern={self.pattern}: a pattern is for extract=regex "
+                "alone; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
             )
         try:
             groups = re.compile(self.pattern or "()").groups
