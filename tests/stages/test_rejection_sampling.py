@@ -280,7 +280,7 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize("knob", KNOBS, ids=str, ids="-".join)
+@pytest.mark.parametrize("knob", KNOBS, ids="-".join)
 def test_every_knob_moves_the_result(load, tmp_path, knob):
     plain, moved = stage_on(load, batch_size=knob.get("batch_size", 8)), stage_on(load, **knob)
     fit(plain, tmp_path / "plain")
