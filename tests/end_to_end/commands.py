@@ -156,6 +156,11 @@ def digests(folders: set[Path]) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def first(outputs: Path, stage: str) -> Path:
+    """The oldest run of a stage: the shared pipeline's, whatever later tests have trained beside it."""
+    return min((outputs / stage).iterdir(), key=lambda folder: (folder / "status.json").stat().st_mtime)
+
+
 def only(outputs: Path, stage: str) -> Path:
     """The one run of a stage."""
     (folder,) = (outputs / stage).iterdir()

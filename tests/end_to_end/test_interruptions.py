@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.end_to_end.commands import Command, Done, only, status
+from tests.end_to_end.commands import Command, Done, first, only, status
 from tests.end_to_end.conftest import MODEL
 
 SFT = [
@@ -82,7 +82,7 @@ def test_a_killed_ppo_run_goes_on_from_its_last_checkpoint(
     pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf
 ):
     inputs = [
-        f"inputs.{role}={only(home / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)
+        f"inputs.{role}={first(home / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)
     ]
     whole = rlhf(tmp_path / "whole", *PPO, *inputs)
     assert whole.status == 0, whole.err

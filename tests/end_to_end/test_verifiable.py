@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["objective@align.objective=dr_grpo"], "grpo"),
         (["objective@align.objective=dapo", "align.objective.beta=0.1"], "grpo"),
         (["stage@align=rloo"], "rloo"),
-        (["rollout@align.rollout=tools", "~align.rollout.tools.search"], "grpo"),
+        (["rollout@align.rollout=tools", "~align.rollout.tools.search", "align.rollout.max_result_tokens=8"], "grpo"),
         (["align.reward.extract=regex", "align.reward.pattern='is (\\d+)'"], "grpo"),
     ],
     ids=["grpo", "dr_grpo", "dapo", "rloo", "tools", "regex"],

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import ROOT, SAMPLE, Environment
 
-BUILT_IN = ["collect", "dpo", "ppo", "pretrain", "rejection_sampling", "reward_model", "sft"]
+BUILT_IN = ["collect", "dpo", "grpo", "ppo", "pretrain", "rejection_sampling", "reward_model", "rloo", "sft"]
 
 
 def assert_works(environment: Environment, cwd: Path, **variables: str) -> None:

@@ -168,7 +168,7 @@ def test_another_reference_is_read(load: Load, tmp_path: Path) -> None:
 
 def test_a_reference_with_another_vocabulary_is_refused(load: Load, tmp_path: Path) -> None:
     other = other_model(tmp_path / "other", seed=5, vocabulary=300)
-    with pytest.raises(UserError, match=r"inputs.reference=.*vocabulary is not the policy's \(300 .* against 320"):
+    with pytest.raises(UserError, match=r"inputs.reference=.*another vocabulary than the policy \(300 .* against 320"):
         stage(load, DPO(), reference=str(other))
 
 
