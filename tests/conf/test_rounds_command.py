@@ -70,8 +70,8 @@ def test_the_gate_and_the_two_collects(composed, tmp_path: Path) -> None:
         reward = steps[name]["reward"]
         assert reward["_target_"] == "rlhf.combination.GatedReward"
         folders = {step.name: str(step.folder) for step in found.steps}
-        assert reward["helpfulness"]["path"].startswith(folders["helpfulness_model_2"])
-        assert reward["safety"]["path"].startswith(folders["safety_model_2"])
+        assert reward["helpfulness"]["path"].startswith(folders["reward_model_helpful_2"])
+        assert reward["safety"]["path"].startswith(folders["reward_model_safety_2"])
         assert steps[name]["model"]["path"].startswith(folders[model])
     assert steps["align"]["stage"]["normalize_scores"] == "batch"
     assert "${" not in json.dumps(steps)

@@ -131,7 +131,7 @@ LLAMA2 = [
         for aspect in ("helpfulness", "safety")
         for word in ("data.size=48", "rollout.samples=4", "rollout.max_new_tokens=8")
     ),
-    *(f"{aspect}_model.stage.batch_size=4" for aspect in ("helpfulness", "safety")),
+    *(f"reward_model_{aspect}.stage.batch_size=4" for aspect in ("helpful", "safety")),
     *(
         f"rejection_sampling.{word}"
         for word in (

@@ -41,8 +41,8 @@ def names(found: Plan) -> list[str]:
                     for name in (
                         "collect_helpfulness",
                         "collect_safety",
-                        "helpfulness_model",
-                        "safety_model",
+                        "reward_model_helpful",
+                        "reward_model_safety",
                         "rejection_sampling",
                     )
                 ),

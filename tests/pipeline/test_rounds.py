@@ -207,27 +207,27 @@ def test_llama2_chat(typed: Typed) -> None:
     plan_of = plan(typed(*words), words)
     found = read_by(plan_of)
     assert found["collect_safety_1"] == {"policy": ["sft"]}
-    assert found["helpfulness_model_3"] == {
+    assert found["reward_model_helpful_3"] == {
         "policy": ["rejection_sampling_2"],
         "comparisons": [f"collect_helpfulness_{index}" for index in (1, 2, 3)],
     }
     assert found["rejection_sampling_1"] == {
         "policy": ["sft"],
         "base": ["pretrain"],
-        "reward_model": ["helpfulness_model_1"],
-        "safety_model": ["safety_model_1"],
+        "reward_model": ["reward_model_helpful_1"],
+        "safety_model": ["reward_model_safety_1"],
     }
     assert found["rejection_sampling_3"] == {
         "policy": ["rejection_sampling_2"],
         "base": ["pretrain"],
         "picks": ["rejection_sampling_1", "rejection_sampling_2"],
-        "reward_model": ["helpfulness_model_3"],
-        "safety_model": ["safety_model_3"],
+        "reward_model": ["reward_model_helpful_3"],
+        "safety_model": ["reward_model_safety_3"],
     }
     assert found["align"] == {
         "policy": ["rejection_sampling_3"],
-        "reward_model": ["helpfulness_model_3"],
-        "safety_model": ["safety_model_3"],
+        "reward_model": ["reward_model_helpful_3"],
+        "safety_model": ["reward_model_safety_3"],
     }
     collect = plan_of.get("collect_safety_2")
     assert collect and collect.config["annotator"]["aspect"] == "gold_safety"
