@@ -6,12 +6,10 @@ must be the same in PPO, GRPO and RLOO for a comparison to mean something is her
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from rlhf.data.collate import TokenBatch, collate, pack
@@ -21,15 +19,13 @@ from rlhf.data.template import encode_text
 from rlhf.diagnostics import proxy_gold_gap, reply_metrics
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.advantages import sequence_kl
-from rlhf.functional.groups import grouped, has_spread
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import masked_mean
-from rlhf.functional.reduction import weighted_mean
 from rlhf.functional.scores import MissingEnd, Moments, ScoreScale, missing_end
 from rlhf.models.average import MovingAverage
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
-from rlhf.objective import GroupObjective, Metrics
+from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
@@ -385,176 +381,3 @@ class RolloutStage(Stage):
     def final_metrics(self) -> dict[str, float]:
         """Whether the KL budget ended the training."""
         return {} if self.kl_budget is None else {"over_kl_budget": float(self.over_budget)}
-
-
-@dataclass(frozen=True)
-class Replies:
-    """What an update of a group stage reads of a rollout. Rows are prompt + reply; the last R columns are the reply."""
-
-    ids: Tensor  # [B, P+R]
-    attention_mask: Tensor  # [B, P+R]
-    position_ids: Tensor  # [B, P+R]
-    loss_mask: Tensor  # [B, P+R], 1 on the policy's own tokens
-    mask: Tensor  # [B, R], the same of the reply alone
-    logp: Tensor  # [B, R], of the policy that sampled
-    ref_logp: Tensor  # [B, R]
-    advantages: Tensor  # [B]
-    keep: Tensor  # [B] bool, whether the loss counts the reply
-
-    @classmethod
-    def of(cls, rollout: Rollout, logp: Tensor, ref_logp: Tensor, advantages: Tensor, keep: Tensor) -> "Replies":
-        """A rollout with what was worked out about it."""
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask, rollout.mask)
-        return cls(*inputs, logp, ref_logp, advantages, keep)
-
-    def __getitem__(self, rows: Tensor | slice) -> "Replies":
-        return Replies(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def counted(self) -> "Replies":
-        """Without the rows that do not count; one row stays in any case, so that every process has a gradient."""
-        keep = self.keep.nonzero()[:, 0]
-        return self[keep if len(keep) else slice(0, 1)]
-
-
-class GroupStage(RolloutStage):
-    """Base class of the stages whose baseline is the other replies to the same prompt.
-
-    Args:
-        steps: Rollouts, each of ``rollout.samples`` replies to ``batch_size`` prompts.
-        batch_size: Prompts per rollout.
-        epochs: Passes over each rollout.
-        minibatches: Updates per pass.
-        micro_batch_size: Rows per forward pass, null: a whole minibatch.
-        gradient_clip: Largest gradient norm, null: none.
-        text_ratio: Rows of pretraining text per reply in the gamma term.
-        text_length: Tokens in a row of pretraining text.
-        missing_end_penalty: Taken from the score of a reply that did not end by itself.
-        score_clip: Scores are clipped to plus or minus this, null: not.
-        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
-        reference, normalize_scores, missing_end, kl_budget, average: As ``RolloutStage``.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        objective: GroupObjective,
-        data: Split,
-        text: Split | None,
-        reward: Reward,
-        rollout: Sampler,
-        optimizer: Optimizer,
-        scheduler: Schedule,
-        *,
-        steps: Annotated[int, Field(gt=0)] = 40,
-        batch_size: Annotated[int, Field(gt=0)] = 32,
-        epochs: Annotated[int, Field(gt=0)] = 1,
-        minibatches: Annotated[int, Field(gt=0)] = 1,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
-        text_length: Annotated[int, Field(gt=1)] = 64,
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
-        score_clip: Annotated[float, Field(gt=0)] | None = None,
-        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
-        reference: str | None = None,
-        normalize_scores: ScoreScale = "none",
-        missing_end: MissingEnd = "subtract",
-        kl_budget: Annotated[float, Field(gt=0)] | None = None,
-        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            objective,
-            data,
-            text,
-            reward,
-            rollout,
-            optimizer,
-            scheduler,
-            steps=steps,
-            batch_size=batch_size,
-            epochs=epochs,
-            minibatches=minibatches,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-            text_ratio=text_ratio,
-            text_length=text_length,
-            missing_end_penalty=missing_end_penalty,
-            score_clip=score_clip,
-            tolerance=tolerance,
-            reference=reference,
-            normalize_scores=normalize_scores,
-            missing_end=missing_end,
-            kl_budget=kl_budget,
-            average=average,
-        )
-        if rollout.samples < 2:
-            raise UserError(
-                f"rollout.samples={rollout.samples}: the baseline of a reply is the other replies to its prompt; "
-                "type rollout.samples=8"
-            )
-        if not rollout.exact:
-            raise UserError(
-                "replies must come from the policy's own distribution: "
-                "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"
-            )
-
-    @torch.no_grad()
-    def log_probabilities(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Of the replies' tokens under the policy that sampled and under the reference, [B, R] each."""
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        width, temperature = rollout.mask.shape[1], self.rollout.temperature
-        logp, ref_logp = [], []
-        for part in chunks(len(rollout.ids), self.micro_batch_size or -(-len(rollout.ids) // self.minibatches)):
-            x = [values[part] for values in inputs]
-            logp.append(self.policy.logprobs(x[0], x[1], x[2], x[3], temperature)[0][:, -width:])
-            ref_logp.append(self.reference.logprobs(x[0], x[1], x[2], x[3], temperature)[:, -width:])
-        self.check_sampler(rollout, torch.cat(logp))
-        return torch.cat(logp), torch.cat(ref_logp)
-
-    def update(self, minibatch: Replies, first: bool) -> Metrics:
-        """One optimizer step on the objective + gamma * L_pretraining."""
-        x = minibatch.counted()
-        kept = x.keep.unsqueeze(1)
-        weights, divisor = self.objective.weights(x.mask, self.rollout.longest)
-        weights, total = weights * kept, self.total((divisor * x.keep).sum())
-        counted = self.total((x.mask & kept).sum())
-        for part in chunks(len(x), self.micro_batch_size):
-            y, width = x[part], x.mask.shape[1]
-            logp, entropy = self.policy.logprobs(
-                y.ids, y.attention_mask, y.position_ids, y.loss_mask, self.rollout.temperature, entropy=True
-            )
-            assert entropy is not None
-            logp, entropy = logp[:, -width:], entropy[:, -width:]
-            if first:
-                self.check_ratio((logp.detach() - y.logp).exp(), y.mask)
-            losses, metrics = self.objective(logp, y.logp, y.ref_logp, y.advantages, y.mask, entropy)
-            self.backward_mean(losses, weights[part], total)
-            self.gather_means(metrics, y.mask & kept[part], counted)
-            self.count(len(y), y.attention_mask.sum())
-        if self.objective.gamma:
-            self.pretraining_term(len(minibatch))
-        # Where nothing counted there is no gradient, and momentum alone must not move the policy.
-        idle = bool(counted < 0.5) and not self.objective.gamma
-        return self.step(frozen=self.policy if idle else None)
-
-    def gather_means(self, metrics: Metrics, mask: Tensor, total: Tensor) -> None:
-        """Adds means over tokens to the metrics of this update, whatever the loss is divided by."""
-        for name, values in metrics.items():
-            mean = weighted_mean(values.float(), mask.float(), total)
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
-
-    def report(
-        self, rollout: Rollout, raw: Tensor, scores: Tensor, experience: Replies, metrics: list[Metrics]
-    ) -> None:
-        """One row per rollout: means over its updates, what the replies are like, and what groups had to teach."""
-        samples = self.rollout.samples
-        self.record(
-            {**self.of_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
-            group_std=grouped(scores, samples).std(1).mean(),
-            zero_spread=1.0 - has_spread(scores, samples).float().mean(),
-            dropped=1.0 - experience.keep.float().mean(),
-        )

@@ -6,8 +6,8 @@
 4. Clipped updates over the rollout, each one optimizer step on L_GRPO + gamma * L_pretraining.
 """
 
+from rlhf.critic_free import GroupStage, Replies
 from rlhf.data.records import Prompt
-from rlhf.policy_gradient import GroupStage, Replies
 from rlhf.stage import Parts
 
 

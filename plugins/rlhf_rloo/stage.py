@@ -6,8 +6,8 @@
 4. A policy-gradient step on whole replies, clipped where a rollout is used more than once, + gamma * L_pretraining.
 """
 
+from rlhf.critic_free import GroupStage, Replies
 from rlhf.data.records import Prompt
-from rlhf.policy_gradient import GroupStage, Replies
 from rlhf.stage import Parts
 
 

@@ -50,11 +50,6 @@ def plan_line(names: Sequence[str], skipped: Mapping[str, str]) -> str:
     return f"plan: {' -> '.join(names)}{rest}"
 
 
-def step_line(position: int, total: int, name: str, folder: Path, what: str) -> str:
-    """`[2/5] sft  outputs/sft/3f2a91bc04  reused`"""
-    return f"[{position}/{total}] {name}  {folder}  {what}"
-
-
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table; nothing for no rows."""
     if not rows:
