@@ -65,6 +65,7 @@ class PPOStage(RolloutStage):
         gradient_clip: Largest gradient norm, null: none.
         reference: Model that KL is measured against, null: the policy as it starts.
         value: Where the critic starts: model of a reward run, or null for the policy's own weights and a zero head.
+            Either way with an adapter of its own, if the policy has one; the head is trained whole.
         value_warmup: Rollouts at the start that train the critic alone.
         text_ratio: Rows of pretraining text per reply in the gamma term.
         text_length: Tokens in a row of pretraining text.
@@ -141,7 +142,11 @@ class PPOStage(RolloutStage):
                 "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
             )
         self.value_warmup = value_warmup
-        self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
+        self.critic = (
+            ScalarModel.load(value, model.adapter, model.precision)
+            if value
+            else ScalarModel(copy.deepcopy(model), zero_init=True)
+        )
         self.critic.disable_dropout()
         if value:
             instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
@@ -219,6 +224,7 @@ class PPOStage(RolloutStage):
         )
 
     def save(self, folder: Path) -> None:
-        """The policy; the critic beside it."""
+        """The policy; the critic beside it, its adapter within."""
         super().save(folder)
-        self.critic.save(folder.parent / "critic")
+        critic = folder.parent / "critic"
+        self.critic.save(critic, critic / "adapter")

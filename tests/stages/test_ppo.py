@@ -390,22 +390,6 @@ def test_dropout_is_off_in_every_model(folder, tmp_path):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
-def test_the_critic_starts_from_the_reward_model(load, tmp_path):
-    """Read at the last token it says the score, normalisation included; the zero head says 0 everywhere."""
-    torch.manual_seed(3)
-    scorer = ScalarModel.load(load())
-    scorer.scale.fill_(2.0)
-    scorer.bias.fill_(0.5)
-    scorer.save(tmp_path / "reward")
-    stage = varied(load, value=str(tmp_path / "reward"))
-    rollout = stage.rollout.sample(stage.policy, stage.data.train[:4], 0)
-    inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids)
-    last = (rollout.attention_mask * torch.arange(rollout.ids.shape[1])).argmax(1, keepdim=True)
-    torch.testing.assert_close(stage.critic.values(*inputs).gather(1, last)[:, 0], scorer.scores(*inputs))
-    fresh = varied(load).critic.values(*inputs)
-    assert fresh.eq(0).all()
-
-
 def test_the_learning_rate_moves_once_a_rollout(load, tmp_path):
     seen = []
 
