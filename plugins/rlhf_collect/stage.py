@@ -41,10 +41,18 @@ class CollectStage(Stage):
         *,
         batch_size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
+        self.check_parts(rollout=rollout)
         super().__init__(model, None, None, batch_size=batch_size)
+        self.data, self.rollout, self.annotator = data, rollout, annotator
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **_: Any) -> None:
+        """As ``Stage.check_parts``; a batch is not shared out over processes, so it may be of any size."""
+        if rollout is None:
+            return
         if rollout.samples < 2:
             raise UserError(f"rollout.samples={rollout.samples}: a comparison needs 2 or more; type rollout.samples=4")
-        self.data, self.rollout, self.annotator = data, rollout, annotator
+        rollout.require_single_turn("comparisons are of single replies")
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""

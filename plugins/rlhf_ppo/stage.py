@@ -9,7 +9,7 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -136,11 +136,6 @@ class PPOStage(RolloutStage):
             kl_budget=kl_budget,
             average=average,
         )
-        if not rollout.exact or rollout.samples != 1:
-            raise UserError(
-                "PPO samples one reply per prompt from the policy's own distribution: "
-                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
-            )
         self.value_warmup = value_warmup
         self.critic = (
             ScalarModel.load(value, model.adapter, model.precision)
@@ -153,6 +148,16 @@ class PPOStage(RolloutStage):
             require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is not None and not (rollout.exact and rollout.samples == 1):
+            raise UserError(
+                "PPO samples one reply per prompt from the policy's own distribution: "
+                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
+            )
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""

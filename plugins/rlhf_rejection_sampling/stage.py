@@ -70,6 +70,7 @@ class RejectionSamplingStage(Supervised):
         earlier: str | list[str] | None = None,
         keep_earlier: bool = True,
     ) -> None:
+        self.check_parts(rollout=rollout)
         super().__init__(
             model,
             objective,
@@ -82,12 +83,20 @@ class RejectionSamplingStage(Supervised):
             epochs=epochs,
             packing=packing,
         )
-        if rollout.samples < 2:
-            raise UserError(f"rollout.samples={rollout.samples}: the best of one is no choice; type rollout.samples=4")
         self.reward, self.rollout, self.select, self.sampler = reward, rollout, select, sampler
         sources = [earlier] if isinstance(earlier, str) else list(earlier or ())
         self.earlier = [candidate for source in sources for candidate in read_picks(source)] if keep_earlier else []
         self.gain: dict[str, float] = {}
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is None:
+            return
+        if rollout.samples < 2:
+            raise UserError(f"rollout.samples={rollout.samples}: the best of one is no choice; type rollout.samples=4")
+        rollout.require_single_turn("a pick is a single reply")
 
     # -- sampling and picking -------------------------------------------------------------------------------------
 
