@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhf.report.sweep import COSTS, cell, compare_runs, newest_sweep, short_names, show
+    from rlhf.report.members import COSTS, newest_sweep
+    from rlhf.report.sweep import cell, compare_runs, short_names, show
 
     references = list(options.runs)
     if not references:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _place(references: Sequence[str], outputs: Path) -> Path:
     """A sweep's own folder; otherwise a new folder of reports."""
-    from rlhf.report.sweep import is_run
+    from rlhf.report.members import is_run
 
     only = Path(references[0])
     if len(references) == 1 and only.is_dir() and not is_run(only) and only.resolve() != outputs.resolve():
