@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlhf.metrics_file import read_series
-from rlhf.report.sweep import Comparison, Group, Series, Value, short_names, show
+from rlhf.report.members import Series, Value
+from rlhf.report.sweep import Comparison, Group, short_names, show
 
 # Okabe and Ito (2008): told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
