@@ -97,9 +97,18 @@ def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
                 axes.annotate(
                     ", ".join(marks), at, (5, 5), textcoords="offset points", color=colour, fontsize=8, alpha=0.9
                 )
+        if x == "after_kl" and (start := _start(comparison, metric)) is not None:
+            axes.plot([0], [start], "D", color=plots.INK, markerfacecolor="white", markersize=6, label="before")
         axes.set(title=metric, xlabel=plots.label(x), ylabel=plots.label(metric))
-    _legend(figure, panels[0], len(lines))
+    _legend(figure, panels[0])
     return figure
+
+
+def _start(comparison: Comparison, metric: str) -> float | None:
+    """What a metric of the policies was before they were trained, at no distance from themselves; None if unknown."""
+    difference = f"{metric.removeprefix('after_')}_difference"
+    pairs = [m.metrics for m in comparison.members if metric in m.metrics and difference in m.metrics]
+    return math.fsum(one[metric] - one[difference] for one in pairs) / len(pairs) if pairs else None
 
 
 def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
@@ -109,7 +118,7 @@ def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
         for colour, group in zip(plots.COLOURS, comparison.groups, strict=False):
             _way_of_group(axes, group, x, metric, colour)
         axes.set(title=metric, xlabel="step" if x == "step" else plots.label(x), ylabel=plots.label(metric))
-    _legend(figure, panels[0], len(comparison.groups))
+    _legend(figure, panels[0])
     return figure
 
 
@@ -148,10 +157,10 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _legend(figure: Figure, axes: Axes, lines: int) -> None:
-    if lines > 1:
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(lines, 4))
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if len([name for name in names if name]) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
 
 
 def _bar(error: float) -> float:

@@ -47,10 +47,11 @@ _STYLE = {
 
 # What metrics are called on an axis, with their units; the first pattern that matches.
 _LABELS = (
-    (r"(^|/)kl$", "KL (nats per reply)"),
+    (r"(^|/|_)kl$", "KL (nats per reply)"),
     (r"k3|kl_k3", "KL, k3 estimate (nats per reply)"),
     (r"gold", "gold reward"),
-    (r"(^|/)score$", "reward model's score"),
+    (r"(^|/)score$|^after_reward$", "reward model's score"),
+    (r"text_loss", "loss on text (nats per token)"),
     (r"reward", "reward"),
     (r"perplexity", "perplexity"),
     (r"(^|/)loss$", "loss (nats)"),

@@ -8,7 +8,7 @@ from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.report import figure, plots  # noqa: E402
 from rlhf.report.sweep import compare_runs  # noqa: E402
-from tests.report.fake_runs import ppo_sweep  # noqa: E402
+from tests.report.fake_runs import ppo_sweep, write_run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,12 @@ def test_mistakes_are_named(world, tmp_path, name, x, y, says):
     outputs, sweep = world
     with pytest.raises(UserError, match=says):
         figure.write_figure(compare_runs([sweep], outputs), tmp_path / name, x, y)
+
+
+def test_before_training_is_a_mark_at_no_distance(drawn, tmp_path):
+    for i, beta in enumerate((0.1, 0.3)):
+        metrics = {"after_kl": 3.0 - i, "after_gold": 0.7 + i / 10, "gold_difference": 0.3 + i / 10}
+        write_run(tmp_path, "ppo", f"a{i}bbccddee", {"objective": {"beta": beta}}, metrics)
+    figure.write_figure(compare_runs([tmp_path / "ppo"], tmp_path), tmp_path / "a.png", "after_kl", ["after_gold"])
+    (mark,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "before"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([0], [pytest.approx(0.4)])
