@@ -14,7 +14,6 @@ from rlhf.data.data import Split
 from rlhf.errors import UserError
 from rlhf.functional.groups import grouped, has_spread
 from rlhf.functional.reduction import weighted_mean
-from rlhf.functional.scores import MissingEnd, ScoreScale
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import GroupObjective, Metrics
 from rlhf.policy_gradient import RolloutStage
@@ -60,17 +59,8 @@ class GroupStage(RolloutStage):
 
     Args:
         steps: Rollouts, each of ``rollout.samples`` replies to ``batch_size`` prompts.
-        batch_size: Prompts per rollout.
-        epochs: Passes over each rollout.
-        minibatches: Updates per pass.
-        micro_batch_size: Rows per forward pass, null: a whole minibatch.
-        gradient_clip: Largest gradient norm, null: none.
-        text_ratio: Rows of pretraining text per reply in the gamma term.
-        text_length: Tokens in a row of pretraining text.
-        missing_end_penalty: Taken from the score of a reply that did not end by itself.
-        score_clip: Scores are clipped to plus or minus this, null: not.
-        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
-        reference, normalize_scores, missing_end, kl_budget, average: As ``RolloutStage``.
+        batch_size, epochs, minibatches, missing_end_penalty, score_clip: As ``RolloutStage``.
+        knobs: The others of ``RolloutStage``.
     """
 
     def __init__(
@@ -88,18 +78,9 @@ class GroupStage(RolloutStage):
         batch_size: Annotated[int, Field(gt=0)] = 32,
         epochs: Annotated[int, Field(gt=0)] = 1,
         minibatches: Annotated[int, Field(gt=0)] = 1,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
-        text_length: Annotated[int, Field(gt=1)] = 64,
         missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
         score_clip: Annotated[float, Field(gt=0)] | None = None,
-        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
-        reference: str | None = None,
-        normalize_scores: ScoreScale = "none",
-        missing_end: MissingEnd = "subtract",
-        kl_budget: Annotated[float, Field(gt=0)] | None = None,
-        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        **knobs: Any,
     ) -> None:
         super().__init__(
             model,
@@ -114,18 +95,9 @@ class GroupStage(RolloutStage):
             batch_size=batch_size,
             epochs=epochs,
             minibatches=minibatches,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-            text_ratio=text_ratio,
-            text_length=text_length,
             missing_end_penalty=missing_end_penalty,
             score_clip=score_clip,
-            tolerance=tolerance,
-            reference=reference,
-            normalize_scores=normalize_scores,
-            missing_end=missing_end,
-            kl_budget=kl_budget,
-            average=average,
+            **knobs,
         )
 
     @classmethod

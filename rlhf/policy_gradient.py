@@ -7,9 +7,10 @@ must be the same in PPO, GRPO and RLOO for a comparison to mean something is her
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rlhf.data.collate import TokenBatch, collate, pack
@@ -69,6 +70,8 @@ E = TypeVar("E", bound=RowsOfTensors)
 class RolloutStage(Stage):
     """Base class of the stages that sample from the policy, score the replies, and update on them.
 
+    A stage on top of it names the knobs that it adds, or has another default for, and takes the rest as ``**knobs``.
+
     Args:
         steps: Rollouts, each of ``batch_size`` prompts.
         batch_size: Prompts per rollout.
@@ -104,22 +107,22 @@ class RolloutStage(Stage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        steps: int,
-        batch_size: int,
-        epochs: int,
-        minibatches: int,
-        micro_batch_size: int | None,
-        gradient_clip: float | None,
-        text_ratio: float,
-        text_length: int,
-        missing_end_penalty: float,
-        score_clip: float | None,
-        tolerance: float,
+        steps: Annotated[int, Field(gt=0)],
+        batch_size: Annotated[int, Field(gt=0)],
+        epochs: Annotated[int, Field(gt=0)],
+        minibatches: Annotated[int, Field(gt=0)],
+        missing_end_penalty: Annotated[float, Field(ge=0)],
+        score_clip: Annotated[float, Field(gt=0)] | None,
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
+        text_length: Annotated[int, Field(gt=1)] = 64,
+        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
         reference: str | None = None,
         normalize_scores: ScoreScale = "none",
         missing_end: MissingEnd = "subtract",
-        kl_budget: float | None = None,
-        average: float | None = None,
+        kl_budget: Annotated[float, Field(gt=0)] | None = None,
+        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
     ) -> None:
         super().__init__(
             model,

@@ -279,7 +279,8 @@ def _existing(path: Path, role: str, key: str) -> Reference:
 def _of_run(run: Run, role: str, key: str) -> Reference:
     if not run.finished:
         raise _unfinished(run, key)
-    needed = {"comparisons": "comparisons.jsonl", "picks": "picks.jsonl"} | dict.fromkeys(MODEL_ROLES, "model")
+    needed = dict.fromkeys(("comparisons", "more_comparisons"), "comparisons.jsonl") | {"picks": "picks.jsonl"}
+    needed |= dict.fromkeys(MODEL_ROLES, "model")
     if role in needed and not (run.folder / needed[role]).exists():
         what = "model" if role in MODEL_ROLES else role
         raise UserError(f"{key}={run.folder}: a run of stage {run.stage} that made no {what}; name another run")

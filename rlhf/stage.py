@@ -34,6 +34,7 @@ from rlhf.models.language_model import LanguageModel, check_gradients
 from rlhf.models.precision import Precision
 from rlhf.objective import Metrics
 from rlhf.rollout import Sampler
+from rlhf.signatures import signature_of
 
 Schedule = Callable[[int, int], float]
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -105,6 +106,11 @@ class Stage(pl.LightningModule):
         self.examples_seen = 0
         self._sums: dict[str, Tensor] = {}
         self._prepared = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Makes the knobs that a constructor hands on as ``**knobs`` part of its signature, which configs go by."""
+        super().__init_subclass__(**arguments)
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     # -- what a stage fills in ------------------------------------------------------------------------------------
 

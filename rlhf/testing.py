@@ -26,14 +26,15 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.rollout import Rollout
 
+# Not the reference, which is optional everywhere and refused by objectives without one.
 ROLES = (
     "policy",
-    "reference",
     "reward_model",
     "safety_model",
     "value",
     "judge",
     "comparisons",
+    "more_comparisons",
     "demonstrations",
     "prompts",
 )

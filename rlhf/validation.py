@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,7 @@ from pydantic.errors import PydanticUserError
 
 from rlhf import discovery
 from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.signatures import groups, parameters
 
 # Groups that build reads for every stage, whether or not its constructor names them.
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
@@ -172,24 +173,6 @@ def check_node(
     return errors
 
 
-def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """Parameters of a constructor by name, annotations evaluated; None when it has no readable signature."""
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        return None
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
-    try:
-        hints = get_type_hints(function, include_extras=True)
-    except Exception:
-        # An annotation that names something imported for type checking only: those parameters go unchecked.
-        hints = {}
-    return {
-        name: p.replace(annotation=hints.get(name, Any if isinstance(p.annotation, str) else p.annotation))
-        for name, p in signature.parameters.items()
-    }
-
-
 def holds_object(value: Any) -> bool:
     """Whether a value holds something that is built from a node of its own, or did not resolve."""
     if isinstance(value, dict):
@@ -233,12 +216,6 @@ def _show(value: Any) -> str:
 
 
 # -- the stage ------------------------------------------------------------------------------------------------------
-
-
-def groups(stage: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The config groups that a stage asks for: its positional parameters. Its own knobs are keyword-only."""
-    found = parameters(stage) or {}
-    return {name: p for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -20,7 +20,6 @@ from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.masking import masked_mean
-from rlhf.functional.scores import MissingEnd, ScoreScale
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import require_same_vocabulary
 from rlhf.models.scalar import ScalarModel
@@ -57,27 +56,11 @@ class PPOStage(RolloutStage):
     """Proximal policy optimisation with a learnt critic.
 
     Args:
-        steps: Rollouts, each of ``batch_size`` prompts.
-        batch_size: Prompts per rollout.
-        epochs: Passes over each rollout.
-        minibatches: Updates per pass.
-        micro_batch_size: Rows per forward pass, null: a whole minibatch.
-        gradient_clip: Largest gradient norm, null: none.
-        reference: Model that KL is measured against, null: the policy as it starts.
+        steps, batch_size, epochs, minibatches, score_clip, missing_end_penalty: As ``RolloutStage``; defaults of PPO.
         value: Where the critic starts: model of a reward run, or null for the policy's own weights and a zero head.
             Either way with an adapter of its own, if the policy has one; the head is trained whole.
         value_warmup: Rollouts at the start that train the critic alone.
-        text_ratio: Rows of pretraining text per reply in the gamma term.
-        text_length: Tokens in a row of pretraining text.
-        normalize_scores: "none"; "batch": mean 0 and deviation 1 over each rollout; "running": over all so far.
-        score_clip: Scores are then clipped to plus or minus this, null: not.
-        missing_end: What is done to the score of a reply that did not end by itself: "subtract" takes the penalty
-            off, "replace" makes it minus the penalty.
-        missing_end_penalty: That penalty, in units of the score as it is by then.
-        kl_budget: Nats per reply from the reference; a rollout beyond it ends the training. Null: no budget.
-        average: Decay per update of a moving average of the weights, which is then what is validated and saved. Null:
-            none.
-        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+        knobs: The others of ``RolloutStage``.
     """
 
     def __init__(
@@ -95,20 +78,11 @@ class PPOStage(RolloutStage):
         batch_size: Annotated[int, Field(gt=0)] = 128,
         epochs: Annotated[int, Field(gt=0)] = 2,
         minibatches: Annotated[int, Field(gt=0)] = 4,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        reference: str | None = None,
+        score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
+        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
         value: str | None = None,
         value_warmup: Annotated[int, Field(ge=0)] = 0,
-        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
-        text_length: Annotated[int, Field(gt=1)] = 64,
-        normalize_scores: ScoreScale = "none",
-        score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
-        missing_end: MissingEnd = "subtract",
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
-        kl_budget: Annotated[float, Field(gt=0)] | None = None,
-        average: Annotated[float, Field(ge=0, lt=1)] | None = None,
-        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
+        **knobs: Any,
     ) -> None:
         super().__init__(
             model,
@@ -123,18 +97,9 @@ class PPOStage(RolloutStage):
             batch_size=batch_size,
             epochs=epochs,
             minibatches=minibatches,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-            text_ratio=text_ratio,
-            text_length=text_length,
             missing_end_penalty=missing_end_penalty,
             score_clip=score_clip,
-            tolerance=tolerance,
-            reference=reference,
-            normalize_scores=normalize_scores,
-            missing_end=missing_end,
-            kl_budget=kl_budget,
-            average=average,
+            **knobs,
         )
         self.value_warmup = value_warmup
         self.critic = (

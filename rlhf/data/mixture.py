@@ -18,7 +18,8 @@ class Mixture(Data):
     Arguments:
         parts: the sources, by name; all of one record type. max_length and the like are the first part's.
         weights: how much of the training records comes from each part, by name; only their ratios count.
-        size: records to train on; a part smaller than its share is gone through again in another order.
+        size: records to train on; a part smaller than its share is gone through again in another order. None: each
+            record of the first part once, and of the others what their weights ask for.
         seed: of the draws.
     """
 
@@ -26,7 +27,7 @@ class Mixture(Data):
         self,
         parts: dict[str, Data],
         weights: dict[str, Annotated[float, Field(gt=0)]],
-        size: Annotated[int, Field(gt=0)],
+        size: Annotated[int, Field(gt=0)] | None,
         seed: int = 0,
     ) -> None:
         self.parts, self.weights, self.count = dict(parts), dict(weights), size
@@ -69,9 +70,12 @@ class Mixture(Data):
         report = LoadReport(source=self.source)
         train: list[Any] = []
         validation: list[Any] = []
+        count = self.count
         for name, part in self.parts.items():
             split = part.load()
-            wanted = round(self.count * self.weights[name] / total)
+            if count is None:  # the first part
+                count = round(len(split.train) * total / self.weights[name])
+            wanted = round(count * self.weights[name] / total)
             drawn: list[Any] = []
             while len(drawn) < wanted:
                 drawn += rng.sample(split.train, min(wanted - len(drawn), len(split.train)))

@@ -77,6 +77,26 @@ def test_the_gate_and_the_two_collects(composed, tmp_path: Path) -> None:
     assert "${" not in json.dumps(steps)
 
 
+def test_the_reward_models_may_read_each_others_comparisons(composed) -> None:
+    """90/10 and half and half, as Llama 2 mixes them; without the override neither is part of what is computed."""
+    words = ["pipeline=llama2_chat", "rounds=2", "until=rejection_sampling"]
+    mixed = [
+        "data@reward_model_safety.data=safety_mixture",
+        "data@reward_model_helpful.data=helpfulness_mixture",
+    ]
+    plain, found = plan(composed(*words), words), plan(composed(*words, *mixed), [*words, *mixed])
+    folders = {step.name: str(step.folder) for step in found.steps}
+    for kind, other, share in (("safety", "helpfulness", 0.1), ("helpful", "safety", 0.5)):
+        step, before = found.get(f"reward_model_{kind}_2"), plain.get(f"reward_model_{kind}_2")
+        assert step and before and set(before.inputs) == {"policy", "comparisons"}
+        data = step.config["data"]
+        assert data["weights"]["other"] / sum(data["weights"].values()) == pytest.approx(share)
+        own = "safety" if kind == "safety" else "helpfulness"
+        assert data["parts"]["own"]["source"] == [folders[f"collect_{own}_{i}"] for i in (1, 2)]
+        assert data["parts"]["other"]["source"] == [folders[f"collect_{other}_{i}"] for i in (1, 2)]
+        assert {folders[f"collect_{other}_{i}"] for i in (1, 2)} <= {str(folder) for folder in step.parents.values()}
+
+
 def test_every_pipeline_that_repeats_says_how_often() -> None:
     for path in sorted((Path(rounds.__file__).parents[1] / "conf" / "pipeline").glob("*.yaml")):
         node = OmegaConf.load(path)

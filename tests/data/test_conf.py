@@ -12,7 +12,7 @@ from rlhf.data import Data, Mixture
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-ROLES = ("comparisons", "demonstrations", "prompts", "text")
+ROLES = ("comparisons", "more_comparisons", "demonstrations", "prompts", "text")
 FILES = {
     "alpaca": "alpaca_en_demo.json",
     "c4": "c4_demo.jsonl",
@@ -38,9 +38,9 @@ def option(name, **inputs):
 def test_every_option_builds(name):
     config = option(name)
     for part in [config.data, *config.data.get("parts", {}).values()]:
-        if OmegaConf.is_missing(part, "source"):
+        if OmegaConf.is_missing(part, "source") or "source" in part and part.source is None:
             part.source = "given.jsonl"
-    assert isinstance(instantiate(config.data), Mixture if name == "mixture" else Data)
+    assert isinstance(instantiate(config.data), Mixture if name.endswith("mixture") else Data)
 
 
 @pytest.mark.parametrize("name", ["text", "demonstrations", "comparisons", "labels", "prompts"])

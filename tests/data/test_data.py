@@ -149,6 +149,11 @@ def test_mixture_follows_its_weights(tmp_path):
     counts = [sum(text.text.startswith(letter) for text in split.train) for letter in "ab"]
     assert counts == [90, 10] and len(split.validation) == 8
     assert mixture.load().train == split.train and mixture.digest() != left.digest()
+    # As Llama 2 mixes for its safety model: all of the first part once, and one of the second to nine.
+    whole = Mixture({"left": left, "right": right}, {"left": 9, "right": 1}, size=None).load()
+    lefts = [text.text for text in whole.train if text.text.startswith("a")]
+    assert sorted(lefts) == sorted(text.text for text in left.load().train) and len(lefts) == 36
+    assert len(whole.train) - len(lefts) == 4
     with pytest.raises(UserError, match=r"data\.weights\.right=1"):
         Mixture({"left": left, "right": right}, {"left": 1}, size=10)
 
