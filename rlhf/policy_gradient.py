@@ -153,8 +153,8 @@ class RolloutStage(Stage):
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+    def read_examples(self) -> None:
+        """The prompts, all of which fit the context with a reply."""
         mine = self.batch_size // self.trainer.world_size
         if mine % self.minibatches:
             raise UserError(
@@ -162,12 +162,15 @@ class RolloutStage(Stage):
                 f"{self.trainer.world_size} processes: type a stage.batch_size that is a multiple of "
                 f"{self.minibatches * self.trainer.world_size}"
             )
-        self.reference.to(self.device)
         self.examples, self.held_out = self.data.train, self.data.validation
-        prompts = [*self.examples, *self.held_out]
-        self.rollout.check(self.policy, prompts)
-        make_ready(self.reward, self.device, prompts, self.rollout.longest)
+        self.rollout.check(self.policy, [*self.examples, *self.held_out])
         self.batches = self.order(len(self.examples), steps=self.steps)
+
+    def prepare(self) -> None:
+        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+        self.read_examples()
+        self.reference.to(self.device)
+        make_ready(self.reward, self.device, [*self.examples, *self.held_out], self.rollout.longest)
         if self.average_decay is not None:
             self.average = MovingAverage(self.policy, self.average_decay)
             if self._average_state is not None:
