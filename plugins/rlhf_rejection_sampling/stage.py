@@ -133,8 +133,8 @@ class RejectionSamplingStage(Supervised):
         """Tokenises the picks."""
         if not self.picks_file.exists():
             raise UserError(
-                f"stage={self.name} trains on picks among replies that have not been sampled yet ({self.run_folder} has "
-                "none): run it first; rlhf inspect data shows its prompts"
+                f"stage={self.name} trains on picks among replies that have not been sampled yet ({self.run_folder} "
+                "has none): run it first; rlhf inspect data shows its prompts"
             )
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
         candidates = read_picks(str(self.picks_file))

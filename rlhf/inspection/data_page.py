@@ -52,8 +52,8 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
                 console.say(line)
         _contents(split.train)
         for number, record in enumerate(split.train[:rows], 1):
-            for line in _written(number, record):
-                console.console().print(line)
+            for written in _written(number, record):
+                console.console().print(written)
         console.say("")
 
 

@@ -48,8 +48,9 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
         held = list(_held(stage))
     for name, model in held:
         note = ""
-        if name == "reference" and isinstance(getattr(stage, "reference", None), Reference):
-            if stage.reference.shared:
+        reference: Any = vars(stage).get("reference")
+        if name == "reference" and isinstance(reference, Reference):
+            if reference.shared:
                 note = "the policy's base, adapter off"
             elif not stage.keeps_reference:
                 note = "read once, dropped before training"
