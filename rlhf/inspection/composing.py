@@ -12,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf import discovery, rounds
@@ -20,7 +19,7 @@ from rlhf.build import build_stage, instantiated, quiet
 from rlhf.config import Plain, leaves
 from rlhf.data.data import Data, LoadReport, Split
 from rlhf.errors import UserError
-from rlhf.inspection.shapes import cast, without_weights
+from rlhf.inspection.shapes import Weightless, cast, without_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
 from rlhf.plan import Plan, Step, plan
@@ -67,7 +66,7 @@ class Look:
     """
 
     steps: list[Step]
-    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    mode: Weightless = field(default_factory=Weightless)
 
     def __post_init__(self) -> None:
         quiet()

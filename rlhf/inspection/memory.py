@@ -42,7 +42,7 @@ def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, 
         kept[storage._cdata] = (storage, storage.nbytes())
         return value
 
-    checkpointing = getattr(model.base, "is_gradient_checkpointing", False)
+    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.base.modules())
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
     with look.mode, precision.autocast("cpu"), evaluating(model), hooks:  # in eval mode nothing is recomputed
         ids = torch.zeros(rows, length, dtype=torch.long)

@@ -69,18 +69,17 @@ def rough_parameters(model: Plain) -> float:
 def trained_bytes(config: Plain) -> int:
     """Bytes of weights, gradients and optimizer state of the model that a step trains, made without weights."""
     from hydra.utils import get_object
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
     from rlhf.build import instantiated
     from rlhf.inspection.optimizer_state import StateSize
-    from rlhf.inspection.shapes import cast, quantize, sizes, without_weights
+    from rlhf.inspection.shapes import Weightless, cast, quantize, sizes, without_weights
     from rlhf.validation import groups
 
     spec, adapter, precision = (
         instantiated(OmegaConf.create(config[name])) for name in ("model", "adapter", "precision")
     )
-    with without_weights(FakeTensorMode(allow_non_fake_inputs=True)):
+    with without_weights(Weightless()):
         model = AutoModelForCausalLM.from_config(spec.config(), dtype=precision.weights)
         quantization = adapter.quantization(precision)
         if quantization is not None:

@@ -46,8 +46,18 @@ class Int8(nn.Linear):
         return self.weight.numel() + 4 * self.out_features
 
 
+class Weightless(FakeTensorMode):
+    """What tensors are made under that have a shape and no content. Copies of a model stay under the one mode."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Weightless":
+        return self
+
+
 @contextmanager
-def without_weights(mode: FakeTensorMode) -> Iterator[None]:
+def without_weights(mode: Weightless) -> Iterator[None]:
     """While it is open, every model that is loaded is all there but for its weights.
 
     Everything goes through the constructors of training: what they build is what is counted. Tensors made inside have
