@@ -15,6 +15,7 @@ from rlhf.runs import Run
 
 SWITCH = "RLHF_MEMORY_CHECK"  # 0: not checked
 CLOSE = 0.25  # share of the memory from which on it is worth counting exactly
+SMALL = 2**30  # bytes that every machine has
 BYTES = 16  # per weight at most: weights, gradients and two moments in float32
 
 
@@ -28,8 +29,8 @@ def refuse_too_large(steps: Iterable[Step]) -> None:
     for step in steps:
         if (step.config.get("trainer") or {}).get("accelerator") != "cpu" or Run(step.folder).finished:
             continue
-        have = machine_memory()
-        if BYTES * rough_parameters(step.config.get("model") or {}) < CLOSE * have:
+        roughly = BYTES * rough_parameters(step.config.get("model") or {})
+        if roughly < SMALL or roughly < CLOSE * (have := machine_memory()):
             continue
         need = trained_bytes(step.config)
         if need > have:

@@ -1,6 +1,7 @@
 """The pages as they are printed, and mistakes: one line and status 2."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,10 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """(exit status, what was printed) of `rlhf inspect WORDS`."""
+    """(exit status, what was printed, columns one space apart) of `rlhf inspect WORDS`."""
     code = main.run(["inspect", *words])
     captured = capsys.readouterr()
-    return code, captured.out + captured.err
+    return code, re.sub("  +", " ", captured.out + captured.err)
 
 
 @pytest.mark.parametrize(
@@ -49,20 +50,19 @@ def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
 
 
 def test_every_bad_row_is_named_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"instruction": f"Question {i}?", "output": "Yes. " * (1 + 40 * (i == 7))} for i in range(20)]
+    rows = [{"instruction": f"Question {i}?", "output": "Yes. " * (1 + 60 * (i == 7))} for i in range(20)]
     rows[3] = {"instruction": "No answer", "output": ""}
     lines = [json.dumps(row) for row in rows]
     lines[5] = "{half"
     Path("mine.jsonl").write_text("\n".join(lines) + "\n")
-    words = ["stage=sft", "data=alpaca", "data.source=mine.jsonl", "data.max_length=100", "data.validation=2"]
+    words = ["stage=sft", "data=alpaca", "data.source=mine.jsonl", "data.max_length=40", "data.validation=2"]
     code, out = typed(capsys, "data", *words, *MODEL)
     assert code == 0, out
     assert "dropped: mine.jsonl, row 4: a demonstration needs an assistant turn that is not empty" in out
     assert "dropped: mine.jsonl, row 6: not JSON" in out
     assert "training refuses this: data.max_bad=0.05 allows 1 such rows" in out
-    assert "1 records cut to data.max_length=100" in out and "Question 7?" in out
-    # Lengths of the rows that remain: 18 records, 2 of them or more held out
-    assert "rows read              20" in out and "records kept           18" in out
+    assert "1 records cut to data.max_length=40" in out and "Question 7?" in out
+    assert "rows read 20" in out and "records kept 18 16 train, 2 held out" in out
 
 
 def test_grades_and_tags_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,40 +76,44 @@ def test_grades_and_tags_are_counted(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0, out
     assert "grades: better 2, slightly 1" in out
     assert "tags: none 2, unsafe 1" in out
-    assert "ties dropped  1" in out
+    assert "ties dropped 1 " in out
 
 
 def test_plan_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["stage=sft", "data.size=40", "data.validation=8", "stage.batch_size=8", "stage.micro_batch_size=3"]
     code, out = typed(capsys, "plan", *words, "stage.epochs=3", *MODEL)
     assert code == 0, out
-    table = {line[:24].strip(): line[24:].strip() for line in out.splitlines()}
-    assert table["examples"] == "40 rows"
-    assert table["accumulation"] == "3"  # 3 + 3 + 2 rows
-    assert table["optimizer steps"] == "15"  # 5 batches, 3 times
+    lines = [line.strip() for line in out.splitlines()]
+    assert "examples 40 rows" in lines
+    assert "accumulation 3" in lines  # 3 + 3 + 2 rows
+    assert "optimizer steps 15" in lines  # 5 batches, 3 times
     assert "to compute" in out and "this machine:" in out
     assert not Path("outputs").exists()
 
 
 def test_plan_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["align.stage.steps=5", "align.stage.epochs=2", "align.stage.minibatches=2", "align.stage.batch_size=8"]
-    small = ["pretrain.data.size=64", "sft.data.size=24", "collect.data.size=8", "align.data.size=16"]
+    small = ["pretrain.data.size=64", "sft.data.size=40", "collect.data.size=8", "align.data.size=16"]
     words += ["align.rollout.samples=4", "align.rollout.max_new_tokens=10", "align.stage.micro_batch_size=6"]
     code, out = typed(capsys, "plan", "pipeline=instructgpt", "stage@align=grpo", *words, *small, *MODEL)
     assert code == 0, out
-    lines = {line[:26].strip(): line.split()[-1] for line in out.split("Amounts")[1].splitlines() if line.strip()}
-    assert lines["replies per rollout"] == "32"  # 8 prompts, 4 replies
-    assert lines["accumulation"] == "3"  # minibatches of 16, micro-batches of 6
-    assert lines["optimizer steps"] == "20"  # 5 rollouts, 2 epochs, 2 minibatches
-    assert lines["tokens sampled, at most"] == "1,600"  # 5 x 32 x 10
+    lines = [line.strip() for line in out.split("Amounts")[1].splitlines()]
+
+    def last(name: str) -> str:
+        return next(line.split()[-1] for line in lines if line.startswith(name))
+
+    assert last("replies per rollout") == "32"  # 8 prompts, 4 replies
+    assert last("accumulation") == "3"  # minibatches of 16, micro-batches of 6
+    assert last("optimizer steps") == "20"  # 5 rollouts, 2 epochs, 2 minibatches
+    assert last("tokens sampled") == "1,600"  # 5 x 32 x 10
 
 
 def test_template_page(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "template", "stage=sft", *SMALL, *MODEL)
     assert code == 0, out
     for name in ("prefix-preserving", "end of turn is trained", "tool's turn"):
-        assert f"{name:<24}yes" in out, out
-    assert "[R¦o¦m¦e¦.¦<|end|>]" in out or "Rome" in out.replace("¦", "")
+        assert f"{name} yes" in out, out
+    assert "[Rome.<|end|>]" in out.replace("¦", "")
 
 
 def test_a_template_that_rewrites_the_past_is_said(tmp_path: Path) -> None:
@@ -142,6 +146,7 @@ def test_more_than_the_machine_has_is_refused_before_it_is_loaded(monkeypatch: p
     # float32 weights, gradients and two moments: 16 bytes a weight, and a little for buffers and counters
     weights = refusal.rough_parameters(step.config["model"])
     assert 0 < need < 16 * weights * 1.2
+    monkeypatch.setattr(refusal, "SMALL", 0)
     monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
     with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take .* type a smaller model="):
         refusal.refuse_too_large([step])
@@ -165,5 +170,5 @@ def test_real_files(capsys: pytest.CaptureFixture[str], option: str, name: str, 
     words = [f"stage={stage}", f"data={option}", f"data.source={SHARED / name}", "data.size=60"]
     code, out = typed(capsys, "data", *words, *MODEL)
     assert code == 0, out
-    assert "rows read     60" in out or "rows read              60" in out
+    assert "rows read 60" in out
     assert "trained on:" in out
