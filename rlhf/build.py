@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ class Clock(pl.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def build_stage(config: DictConfig, folder: Path) -> Stage:
+def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | None = None) -> Stage:
     """Builds the stage of a step's config: data first, because its errors are the cheapest to find.
+
+    Args:
+        config: Of one step, resolved.
+        folder: Its run folder.
+        loaded: Groups of data that are loaded already, by name.
 
     Raises UserError for what the user can mend.
     """
@@ -47,7 +53,10 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     for name in groups(stage_class):
         if name in SPECIAL or name not in config:
             continue
-        built: Any = None if config[name] is None else _built(config[name])
+        if loaded and name in loaded:
+            parts[name] = loaded[name]
+            continue
+        built: Any = None if config[name] is None else instantiated(config[name])
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     corpus = getattr(parts.get("data"), "texts", None)
@@ -59,7 +68,7 @@ def build_stage(config: DictConfig, folder: Path) -> Stage:
     return stage
 
 
-def _built(node: Any) -> Any:
+def instantiated(node: Any) -> Any:
     """What a node describes; what a constructor says to the user, without the error that Hydra wraps it in."""
     try:
         return instantiate(node)

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf import runs
 from rlhf.config import Plain
 from rlhf.errors import RLHFError, RunFailed
+from rlhf.inspection.refusal import refuse_too_large
 from rlhf.plan import Plan, Step, plan
 from rlhf.report import console
 from rlhf.runs import Run
@@ -54,6 +55,7 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
         console.say(note, "yellow")
     if _main_process() and (len(made.steps) > 1 or made.skipped):
         console.say(console.plan_line([step.name for step in made.steps], made.skipped), "bold")
+    refuse_too_large(made.steps)
     outcomes = []
     last: Plain = {}
     for position, step in enumerate(made.steps, 1):

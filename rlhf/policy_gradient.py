@@ -182,16 +182,19 @@ class RolloutStage(Stage):
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+    def read_examples(self) -> None:
+        """The prompts, all of which fit the context with a reply."""
         processes = self.trainer.world_size  # which the config need not have said
         self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
-        self.reference.to(self.device)
         self.examples, self.held_out = self.data.train, self.data.validation
-        prompts = [*self.examples, *self.held_out]
-        self.rollout.check(self.policy, prompts)
-        make_ready(self.reward, self.device, prompts, self.rollout.room(self.policy))
+        self.rollout.check(self.policy, [*self.examples, *self.held_out])
         self.batches = self.order(len(self.examples), steps=self.steps)
+
+    def prepare(self) -> None:
+        """Prompts, the stream of pretraining text, and the frozen models on the device."""
+        self.read_examples()
+        self.reference.to(self.device)
+        make_ready(self.reward, self.device, [*self.examples, *self.held_out], self.rollout.room(self.policy))
         if self.average_decay is not None:
             self.average = MovingAverage(self.policy, self.average_decay)
             if self._average_state is not None:

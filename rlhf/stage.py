@@ -1,7 +1,8 @@
 """What every stage is: a LightningModule whose ``training_step`` reads as its algorithm does.
 
-A stage fills in ``prepare``, ``training_step`` and, if it likes, ``validation_step``. The base class owns what must be
-the same everywhere: the order of batches, the randomness of each step, exact accumulation, clipping, the learning rate.
+A stage fills in ``read_examples``, ``training_step`` and, if it likes, ``validation_step``. The base class owns what
+must be the same everywhere: the order of batches, the randomness of each step, exact accumulation, clipping, the
+learning rate.
 
 Exactness by construction: the i-th batch is a function of (seed, i), the randomness of step i of (seed, i), so a run
 that was killed and goes on from a checkpoint ends with the same bits as one that was not. And a loss is a sum over
@@ -81,6 +82,8 @@ class Stage(pl.LightningModule):
     telling: ClassVar[tuple[str, ...]] = ("loss",)
     #: the metric that a sweep optimises
     headline: ClassVar[str] = "val/loss"
+    #: whether a reference, if there is one, stays in memory while the stage trains
+    keeps_reference: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,9 +143,16 @@ class Stage(pl.LightningModule):
         """What the constructor gets as ``model``: a language model, unless the stage can start from something else."""
         return spec.load(adapter, precision, corpus)
 
-    def prepare(self) -> None:
-        """Makes ``self.examples``, ``self.held_out`` and all else that training reads; called once, on the device."""
+    def read_examples(self) -> None:
+        """Makes ``self.examples``, ``self.held_out`` and ``self.batches``.
+
+        It reads the tokenizer and no weights, so that ``rlhf inspect`` can show what will be trained on.
+        """
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Reads the examples and makes all else that training needs; called once, on the device."""
+        self.read_examples()
 
     @property
     def total_steps(self) -> int:

@@ -15,7 +15,7 @@ from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context
 
 
 class Supervised(Stage):
-    """Next-token prediction on the tokens whose loss mask is 1; ``prepare`` gives the documents.
+    """Next-token prediction on the tokens whose loss mask is 1; ``read_examples`` gives the documents.
 
     Args:
         epochs: Times each example is seen.
@@ -52,7 +52,7 @@ class Supervised(Stage):
         if packing is not None:
             check_context(model, packing, "stage.packing")
 
-    def prepare(self) -> None:
+    def read_examples(self) -> None:
         """Tokenises the data."""
         self.encode(self.data, self.policy.tokenizer)
         self.arrange()

@@ -54,8 +54,13 @@ class CollectStage(Stage):
             raise UserError(f"rollout.samples={rollout.samples}: a comparison needs 2 or more; type rollout.samples=4")
         rollout.require_single_turn("comparisons are of single replies")
 
+    def read_examples(self) -> None:
+        """The training prompts; the held-out ones stay unseen."""
+        self.examples = self.data.train
+
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
+        self.read_examples()
         parts: list[Any] = [self.annotator, getattr(self.annotator, "reward", None)]
         for part in parts:
             if hasattr(part, "to"):
@@ -65,8 +70,8 @@ class CollectStage(Stage):
         self.policy.eval()
 
     def predict_dataloader(self) -> DataLoader:
-        """The training prompts in their order; the held-out ones stay unseen."""
-        return DataLoader(self.data.train, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
+        """The prompts in their order."""
+        return DataLoader(self.examples, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
 
     def on_predict_epoch_start(self) -> None:
         """Finds what an earlier attempt has finished."""

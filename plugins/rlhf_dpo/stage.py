@@ -35,6 +35,7 @@ class DPOStage(Stage):
 
     telling = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
+    keeps_reference = False  # it reads the data once
 
     def __init__(
         self,
@@ -80,13 +81,18 @@ class DPOStage(Stage):
         if reference is not None and not kind.needs_reference:
             raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
 
-    def prepare(self) -> None:
-        """Tokenises the data and lets the reference read each reply once."""
+    def read_examples(self) -> None:
+        """Tokenises the data."""
         self.encode(self.data, self.policy.tokenizer)
         self.check_lengths()
         longest = min(self.policy.context_length, self.data.data.max_length)
         self.examples = self.kind.complete(self.examples, longest, training=True)
         self.held_out = self.kind.complete(self.held_out, longest, training=False)
+        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
+
+    def prepare(self) -> None:
+        """Reads the data and lets the reference read each reply once."""
+        self.read_examples()
         if self.kind.embedding is not None:
             pooling, encoder = self.kind.embedding
             self.examples = embed_prompts(self.examples, self.reference, self.policy, pooling, encoder, self.batch_size)
@@ -96,7 +102,6 @@ class DPOStage(Stage):
             self.examples = self.with_reference(self.examples)
             self.held_out = self.with_reference(self.held_out)
             self.reference = None  # all it has to say is written down; a copy of the model is free again
-        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def check_lengths(self) -> None:
         """Refuses rows that the model's context cannot hold."""

@@ -121,6 +121,15 @@ class RejectionSamplingStage(Supervised):
                 self.choose(replies.read())
             self.trainer.strategy.barrier()
         self.policy.train()
+        self.read_examples()
+
+    def read_examples(self) -> None:
+        """Tokenises the picks."""
+        if not self.best_of_k_file.exists():
+            raise UserError(
+                f"stage={self.name} trains on picks among replies that have not been sampled yet ({self.run_folder} "
+                "has none): run it first; rlhf inspect data shows its prompts"
+            )
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
         candidates = read_picks(str(self.picks_file))
         picks = [

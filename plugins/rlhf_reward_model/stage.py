@@ -84,7 +84,7 @@ class RewardModelStage(Stage):
         else:
             self.scorer.safety_head = None  # an earlier one would no longer fit the hidden states
         # The units the loss is in; normalisation at the end changes the scorer's.
-        self.units = (self.scorer.scale.item(), self.scorer.bias.item())
+        self.units = (self.scorer.scale.clone(), self.scorer.bias.clone())
         self.calibration: Reliability | None = None
 
     @classmethod
@@ -103,7 +103,7 @@ class RewardModelStage(Stage):
         """The decoder and its heads."""
         return [self.scorer]
 
-    def prepare(self) -> None:
+    def read_examples(self) -> None:
         """Tokenises the comparisons."""
         self.encode(self.data, self.scorer.tokenizer)
         if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):

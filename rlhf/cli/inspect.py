@@ -1,0 +1,72 @@
+"""Look before training: rlhf inspect data | batch | template | plan KEY=VALUE... (as for a run).
+
+rlhf inspect data stage=sft data=alpaca data.source=FILE     records: read, dropped and why, lengths
+rlhf inspect batch stage=sft --step 3 --rows 2               a batch as the stage sees it: tokens, mask, positions
+rlhf inspect template model=smollm2_135m                     the chat template with its mask
+rlhf inspect plan pipeline=instructgpt                       steps, parameters, memory, and all amounts
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rlhf.errors import UserError, suggest
+
+PAGES = ("data", "batch", "template", "plan")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the sub-command and returns its exit status."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(list(argv))
+    if options.page not in PAGES:
+        hint = suggest(str(options.page), PAGES) if options.page else f" (one of: {', '.join(PAGES)})"
+        raise UserError(f"rlhf inspect {options.page or ''}: no such page{hint}".replace("  ", " ").replace(" :", ":"))
+    words = [word for word in [*options.words, *unknown] if not word.startswith("step=")]
+    for word in words:
+        if word.startswith("-") or not ("=" in word or word.startswith(("+", "~"))):
+            instead = (
+                "an option of a run (inspect looks at one config)" if word in ("-m", "--multirun") else "KEY=VALUE"
+            )
+            raise UserError(f"rlhf inspect {options.page} {word}: expected KEY=VALUE as for a run, not {instead}")
+    named = [word.removeprefix("step=") for word in options.words if word.startswith("step=")]
+    step = named[-1] if named else None
+
+    if options.page == "data":
+        from rlhf.inspection import data_page
+
+        data_page.show(words, step, options.rows)
+    elif options.page == "batch":
+        from rlhf.inspection import batch_page
+
+        batch_page.show(words, step, options.step, options.rows)
+    elif options.page == "template":
+        from rlhf.inspection import template_page
+
+        template_page.show(words, step)
+    else:
+        from rlhf.inspection import plan_page
+
+        plan_page.show(words)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf inspect",
+        usage="rlhf inspect data|batch|template|plan [--rows N] [--step N] [step=NAME] KEY=VALUE...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("page", nargs="?", metavar="data|batch|template|plan", help="what to look at")
+    parser.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="as for a run; step=NAME: a step of a pipeline [its last]"
+    )
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="data, batch: how many to print [3]")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="batch: of this training step, from 0 [0]")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

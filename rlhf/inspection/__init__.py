@@ -1,0 +1,1 @@
+"""What `rlhf inspect` shows: data, batches, templates, and what a run will need. Nothing here trains."""

@@ -1,0 +1,181 @@
+"""`rlhf inspect data`: what was read, kept, dropped and cut, and why; lengths, grades, tags, and records to read."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.text import Text as Line
+
+from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.mixture import Mixture
+from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
+from rlhf.errors import UserError
+from rlhf.inspection import tokens
+from rlhf.inspection.composing import Look, chosen, planned
+from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
+from rlhf.plan import Step
+from rlhf.report import console
+
+SHOWN = 10  # bad rows, and records that do not fit, that are named one by one
+
+
+def show(words: Sequence[str], step: str | None, rows: int) -> None:
+    """Prints the page.
+
+    Args:
+        words: What would be typed to run it.
+        step: Of a pipeline; None: the last.
+        rows: Records to print.
+
+    Raises:
+        UserError: A command line that could not be run, data that is not there, a stage that reads none.
+    """
+    made = planned(words)
+    look = Look(made.steps)
+    of = chosen(made, step)
+    groups = look.data(of)
+    for name, data in groups.items():
+        maker = look.unread(data)
+        if maker is not None:
+            raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
+    splits = {name: _load(data) for name, data in groups.items()}
+    tokenizer, room = _reader(look, of, splits)
+    for name, split in splits.items():
+        console.say(f"{of.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
+        _loaded(name, split)
+        sampled = room if name == "data" else None
+        train = measure(split, split.train, tokenizer, sampled)
+        held_out = measure(split, split.validation, tokenizer, sampled)
+        _fit(name, split, train, held_out, sampled)
+        for title, lengths in (("prompt", train.prompt), ("reply", train.reply), ("total", train.total)):
+            for line in histogram(title, lengths):
+                console.say(line)
+        _contents(split.train)
+        for number, record in enumerate(split.train[:rows], 1):
+            for written in _written(number, record):
+                console.console().print(written)
+        console.say("")
+
+
+def _load(data: Data) -> Split:
+    """All records, however many rows are unusable: to say which is what this page is for."""
+    allowed = data.max_bad
+    parts: list[Data] = list(data.parts.values()) if isinstance(data, Mixture) else [data]
+    limits = [part.max_bad for part in parts]
+    for part in parts:
+        part.max_bad = 1.0
+    try:
+        return data.load()
+    finally:
+        data.max_bad = allowed
+        for part, limit in zip(parts, limits, strict=True):
+            part.max_bad = limit
+
+
+def _reader(look: Look, step: Step, splits: dict[str, Split]) -> tuple[Any, int | None]:
+    """The stage's tokenizer, and the most tokens of a prompt where the stage samples."""
+    stage = look.stage(step, loaded=splits)
+    model = look.policy(stage)
+    sampler = getattr(stage, "rollout", None)
+    return model.tokenizer, None if sampler is None else model.context_length - sampler.room(model)
+
+
+def _loaded(name: str, split: Split) -> None:
+    """What became of the rows."""
+    report: LoadReport = split.report
+    rows = [
+        ("rows read", f"{report.read:,}", ""),
+        (
+            "records kept",
+            f"{report.train + report.validation:,}",
+            f"{report.train:,} train, {report.validation:,} held out",
+        ),
+        ("ties dropped", f"{report.ties:,}", "no preference, or the same text twice"),
+        ("unusable rows dropped", f"{len(report.bad):,}", "below, with file, row and field"),
+    ]
+    console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
+    for line in report.bad[:SHOWN]:
+        console.say(f"  dropped: {line}", "yellow")
+    if len(report.bad) > SHOWN:
+        reasons = Counter(line.split(": ", 1)[-1] for line in report.bad).most_common(SHOWN)
+        console.say(
+            f"  and {len(report.bad) - SHOWN} more; by reason: " + "; ".join(f"{n} x {why}" for why, n in reasons)
+        )
+    limit = split.data.max_bad
+    if len(report.bad) > limit * report.read:
+        console.say(
+            f"  training refuses this: {name}.max_bad={limit} allows {int(limit * report.read)} such rows", "red"
+        )
+
+
+def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int | None) -> None:
+    """What does not fit, and how much of the rest is trained on."""
+    for side, lengths in (("train", train), ("held out", held_out)):
+        if room is not None and lengths.dropped:
+            console.say(
+                f"{side}: {len(lengths.dropped)} prompts are longer than {room} tokens, training refuses them:", "red"
+            )
+        elif lengths.dropped:
+            limit = f"{name}.max_length={split.data.max_length}"
+            console.say(f"{side}: {len(lengths.dropped)} records dropped, they do not fit {limit}:", "yellow")
+        for number, words in lengths.dropped[:SHOWN]:
+            console.say(f"  record {number}: {words}")
+        if lengths.truncated:
+            console.say(
+                f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:", "yellow"
+            )
+        for number, words in lengths.truncated[:SHOWN]:
+            console.say(f"  record {number}: {words}")
+    if not train.dropped and not train.truncated and not held_out.dropped and not held_out.truncated:
+        console.say("every record fits, none is cut")
+    if train.read:
+        share = train.trained / train.read
+        console.say(f"trained on: {train.trained:,} of {train.read:,} tokens ({share:.1%})")
+
+
+def _contents(records: Sequence[Record]) -> None:
+    """Grades, tags, labels, turns."""
+    counted: dict[str, Counter[str]] = {
+        "grades": Counter(), "replies per prompt": Counter(), "tags": Counter(), "labels": Counter(), "turns": Counter()
+    }  # fmt: skip
+    for record in records:
+        if isinstance(record, Comparison):
+            count = len(record.responses)
+            counted["grades"].update(grade or "none" for grade in record.grades or [None] * (count * (count - 1) // 2))
+            counted["replies per prompt"][str(count)] += 1
+        if isinstance(record, Comparison | Prompt):
+            counted["tags"].update(record.tags or ("none",))
+        if isinstance(record, Label):
+            counted["labels"]["good" if record.desirable else "bad"] += 1
+        if isinstance(record, Demonstration):
+            counted["turns"][f"{sum(message.role == 'assistant' for message in record.messages)} answers"] += 1
+    for name, counts in counted.items():
+        if counts:
+            console.say(f"{name}: " + ", ".join(f"{what} {count:,}" for what, count in counts.most_common()))
+
+
+def _written(number: int, record: Record) -> list[Line]:
+    """A record as text."""
+    head = Line(f"record {number}: {beginning(record)}", "bold" if tokens.coloured() else "")
+    if isinstance(record, Text):
+        return [Line(f"record {number}", head.style), Line(f"  {_cut(record.text)}")]
+    turns = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+    lines = [Line(f"record {number}", head.style), *(Line(f"  {turn.role}: {_cut(turn.content)}") for turn in turns)]
+    if isinstance(record, Comparison):
+        grades = iter(record.grades)
+        for place, response in enumerate(record.responses):
+            lines.append(Line(f"  reply {place + 1}{', the best' if place == 0 else ''}: {_cut(response)}"))
+        if record.grades:
+            lines.append(
+                Line(f"  grades: {', '.join(str(grade or TIE if grade == TIE else grade) for grade in grades)}")
+            )
+    if isinstance(record, Label):
+        lines.append(Line(f"  {'good' if record.desirable else 'bad'} reply: {_cut(record.response)}"))
+    if isinstance(record, Prompt) and record.reference is not None:
+        lines.append(Line(f"  reference answer: {record.reference}"))
+    return lines
+
+
+def _cut(text: str, width: int = 300) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= width else f"{text[:width]}… ({len(text)} characters)"

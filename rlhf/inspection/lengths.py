@@ -1,0 +1,108 @@
+"""Lengths of records in tokens, and their histogram in characters."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.data.data import Split
+from rlhf.data.records import Demonstration, Prompt, Record, Text
+from rlhf.data.template import EncodedComparison, EncodedLabel, Tokenizer, encode_prompt
+from rlhf.inspection.work import tokens_of
+
+BAR = 40  # characters of the longest bar
+BINS = 10
+
+
+@dataclass
+class Lengths:
+    """What tokenising one side of the data finds. Lists hold one number per row.
+
+    Attributes:
+        prompt, reply, total: Tokens; of a dialogue the reply is all that is trained on.
+        trained, read: Tokens of the whole side, as a model reads them.
+        truncated, dropped: (number of the record from 1, how it begins) of those that do not fit.
+    """
+
+    prompt: list[int] = field(default_factory=list)
+    reply: list[int] = field(default_factory=list)
+    total: list[int] = field(default_factory=list)
+    trained: int = 0
+    read: int = 0
+    truncated: list[tuple[int, str]] = field(default_factory=list)
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+
+
+def measure(split: Split, records: Sequence[Record], tokenizer: Tokenizer, room: int | None = None) -> Lengths:
+    """Lengths of records after ``Data.encode``, one by one, so that it is known which do not fit.
+
+    Args:
+        split: Where they are from.
+        records: One side of it.
+        tokenizer: The stage's.
+        room: Most tokens of a prompt, for stages that sample: they take prompts as they are, and refuse longer ones.
+    """
+    found = Lengths()
+    for number, record in enumerate(records, 1):
+        if isinstance(record, Prompt) and room is not None:
+            found.prompt.append(len(encode_prompt(tokenizer, record.messages)))
+            if found.prompt[-1] > room:
+                found.dropped.append((number, beginning(record)))
+            continue
+        rows, report = split.data.encode(tokenizer, [record])
+        if report.dropped:
+            found.dropped.append((number, beginning(record)))
+        elif report.truncated:
+            found.truncated.append((number, beginning(record)))
+        for row in rows:
+            _add(found, row)
+    return found
+
+
+def _add(found: Lengths, row: Any) -> None:
+    if isinstance(row, list):
+        found.prompt.append(len(row))
+        return
+    read, trained = tokens_of(row)
+    found.read += read
+    found.trained += trained
+    if isinstance(row, EncodedComparison):
+        found.prompt.append(len(row.prompt))
+        found.reply += [len(row.responses[index]) for index in row.used]
+        found.total += [len(row.prompt) + len(row.responses[index]) for index in row.used]
+        return
+    if isinstance(row, EncodedLabel) or not all(row.mask):
+        found.prompt.append(read - trained)
+        found.reply.append(trained)
+    found.total.append(read)
+
+
+def beginning(record: Record, width: int = 60) -> str:
+    """The first words of what a record asks."""
+    if isinstance(record, Text):
+        text = record.text
+    else:
+        turns = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+        text = next((turn.content for turn in turns if turn.role == "user"), turns[0].content)
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def histogram(name: str, lengths: Sequence[int]) -> Iterator[str]:
+    """A line of numbers, and a bar for each of ten equal ranges; nothing for no lengths."""
+    if not lengths:
+        return
+    ordered = sorted(lengths)
+    middle, late = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    mean = sum(ordered) / len(ordered)
+    yield f"{name}: {ordered[0]} to {ordered[-1]} tokens, mean {mean:.1f}, median {middle}, 95% within {late}"
+    width = max(1, -(-(ordered[-1] - ordered[0] + 1) // BINS))
+    counts = [0] * (1 + (ordered[-1] - ordered[0]) // width)
+    for length in ordered:
+        counts[(length - ordered[0]) // width] += 1
+    digits = len(str(ordered[0] + width * len(counts) - 1))
+    for index, count in enumerate(counts):
+        first = ordered[0] + index * width
+        bar = "█" * max(1 if count else 0, round(BAR * count / max(counts)))
+        last = first + width - 1
+        span = f"{first:>{digits}}" if width == 1 else f"{first:>{digits}}-{last:<{digits}}"
+        yield f"  {span} {bar} {count}"

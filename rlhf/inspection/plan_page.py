@@ -1,0 +1,97 @@
+"""`rlhf inspect plan`: the steps, their models and memory, and all amounts, before anything runs."""
+
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from rlhf.build import instantiated
+from rlhf.config import Plain
+from rlhf.errors import UserError
+from rlhf.inspection.composing import Look, planned, read_examples
+from rlhf.inspection.memory import activations, cache, machine, size
+from rlhf.inspection.roles import Role, roles_of
+from rlhf.inspection.work import ORDER, Work, work_of
+from rlhf.models.precision import Precision
+from rlhf.plan import Step
+from rlhf.report import console
+from rlhf.runs import Run
+from rlhf.stage import Stage
+
+NOT_INCLUDED = (
+    "Not included: Python and its libraries, logits of the chunk at hand, scoring passes without gradients, buffers of "
+    "kernels and of the allocator, data."
+)
+
+
+def show(words: Sequence[str]) -> None:
+    """Prints the page. Raises UserError for a command line that could not be run."""
+    made = planned(words)
+    look = Look(made.steps)
+    for note in made.notes:
+        console.say(note, "yellow")
+    console.say(console.plan_line([step.name for step in made.steps], made.skipped), "bold")
+    steps = [(step.name, step.stage, _state(step), str(step.folder)) for step in made.steps]
+    console.print_table("Steps", ("step", "stage", "", "folder"), steps)
+    rows, work = [], {}
+    for step in made.steps:
+        stage = look.stage(step, strict=False)
+        work[step.name] = amounts(look, step, stage)
+        rows += _memory(look, step, stage, work[step.name])
+    columns = ("step", "role", "parameters", "trained", "weights", "gradients", "optimizer", "together", "")
+    console.say("")
+    console.print_table("Models and memory", columns, rows)
+    console.say(NOT_INCLUDED, "dim")
+    console.say("")
+    names = [name for name in ORDER if any(name in each.amounts for each in work.values())]
+    lines = [(name, *(each.amounts.get(name, "") for each in work.values())) for name in names]
+    console.print_table("Amounts", ("", *work), lines)
+
+
+def amounts(look: Look, step: Step, stage: Stage) -> Work:
+    """What a step works through. Data of a step that has not run is not known, and neither is what depends on it."""
+    if all(look.unread(data) is None for data in look.data(step).values()):
+        try:
+            read_examples(stage)
+        except UserError as error:
+            if "rollout" not in vars(stage):
+                raise
+            console.say(f"{step.name}: {error}", "yellow")
+    return work_of(stage, step.config)
+
+
+def _state(step: Step) -> str:
+    run = Run(step.folder)
+    if run.finished:
+        return "reused"
+    return "to resume" if run.checkpoints else "to compute"
+
+
+def _memory(look: Look, step: Step, stage: Stage, work: Work) -> list[tuple[str, ...]]:
+    precision: Precision = instantiated(OmegaConf.create(step.config["precision"]))
+    roles = roles_of(look, stage)
+    rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
+    more = {
+        "activations": (activations(look, stage, work, precision), f"{work.rows} rows of {work.length} tokens"),
+        "cache of rollouts": (cache(stage, work, precision), "keys and values while sampling"),
+    }
+    total = sum(role.total for role in roles)
+    for name, (count, note) in more.items():
+        if count is not None:
+            rows.append(("", name, "", "", "", "", "", size(count), note))
+            total += count
+    have, what = machine(_accelerator(step.config))
+    note = f"{what}: {size(have)}" if have is not None else what
+    if have is not None and total > have:
+        note += ": it does not fit"
+    rows.append(("", "all", "", "", "", "", "", size(total), note))
+    return rows
+
+
+def _accelerator(config: Plain) -> str:
+    return str((config.get("trainer") or {}).get("accelerator", "cpu"))
+
+
+def _row(step: str, role: Role) -> tuple[str, ...]:
+    counts = (f"{role.parameters:,}", f"{role.trained:,}" if role.trained else "-")
+    sizes = (size(role.weights), size(role.gradients), size(role.optimizer), size(role.total))
+    return (step, role.name, *counts, *sizes, role.note)

@@ -1,0 +1,95 @@
+"""Before a run: does what it trains fit into this machine? Costs nothing where it clearly does."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf.config import Plain
+from rlhf.errors import UserError
+from rlhf.plan import Step
+from rlhf.runs import Run
+
+SWITCH = "RLHF_MEMORY_CHECK"  # 0: not checked
+CLOSE = 0.25  # share of the memory from which on it is worth counting exactly
+SMALL = 2**30  # bytes that every machine has
+BYTES = 16  # per weight at most: weights, gradients and two moments in float32
+
+
+def refuse_too_large(steps: Iterable[Step]) -> None:
+    """Raises UserError for a step whose weights, gradients and optimizer state alone do not fit on the CPU.
+
+    Steps that have run, steps on other devices, and models whose shape is not on this machine are not looked at.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return
+    for step in steps:
+        if (step.config.get("trainer") or {}).get("accelerator") != "cpu" or Run(step.folder).finished:
+            continue
+        roughly = BYTES * rough_parameters(step.config.get("model") or {})
+        if roughly < SMALL or roughly < CLOSE * (have := machine_memory()):
+            continue
+        need = trained_bytes(step.config)
+        if need > have:
+            raise UserError(
+                f"{step.name}: weights, gradients and optimizer state take {need / 2**30:.0f} GiB, this machine has "
+                f"{have / 2**30:.0f} GiB: type a smaller model=..., adapter=lora, precision=bf16_true or "
+                f"optimizer=adamw_8bit (or {SWITCH}=0 before the command, to try)"
+            )
+
+
+def machine_memory() -> int:
+    """Bytes that this process may use."""
+    from rlhf.models.causal_lm import total_memory
+
+    return total_memory()
+
+
+def rough_parameters(model: Plain) -> float:
+    """Weights of a decoder by its widths, a little too many; 0 where the shape is not known here."""
+    shape: Any = model.get("architecture")
+    path = model.get("path")
+    if path is not None:
+        files = [Path(str(path)) / "config.json", Path(str(path)) / "model" / "config.json"]
+        file = next((file for file in files if file.is_file()), None)
+        shape = json.loads(file.read_text(encoding="utf-8")) if file else None
+    if not isinstance(shape, dict):
+        return 0.0
+    try:
+        width, layers = float(shape["hidden_size"]), float(shape["num_hidden_layers"])
+        inner = float(shape.get("intermediate_size") or 4 * width)
+        vocabulary = float(shape.get("vocab_size") or model.get("vocab_size") or 0)
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+    return 2 * vocabulary * width + layers * (4 * width**2 + 3 * width * inner)
+
+
+def trained_bytes(config: Plain) -> int:
+    """Bytes of weights, gradients and optimizer state of the model that a step trains, made without weights."""
+    from hydra.utils import get_object
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.build import instantiated
+    from rlhf.inspection.optimizer_state import StateSize
+    from rlhf.inspection.shapes import Weightless, cast, quantize, sizes, without_weights
+    from rlhf.validation import groups
+
+    spec, adapter, precision = (
+        instantiated(OmegaConf.create(config[name])) for name in ("model", "adapter", "precision")
+    )
+    with without_weights(Weightless()):
+        model = AutoModelForCausalLM.from_config(spec.config(), dtype=precision.weights)
+        quantization = adapter.quantization(precision)
+        if quantization is not None:
+            quantize(model, quantization)
+        model = adapter.apply(model)
+        cast(model, precision.trainer)
+    _, _, weights = sizes(model, set())
+    if "optimizer" not in groups(get_object(config["stage"]["_target_"])):
+        return weights
+    trained = [value for value in model.parameters() if value.requires_grad]
+    gradients = sum(value.numel() * value.element_size() for value in trained)
+    return weights + gradients + StateSize(instantiated(OmegaConf.create(config["optimizer"]))).of(trained)

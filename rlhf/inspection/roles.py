@@ -1,0 +1,98 @@
+"""Which models a stage holds while it trains, and what each takes: weights, gradients, optimizer state."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.inspection.composing import Look
+from rlhf.inspection.optimizer_state import StateSize
+from rlhf.inspection.shapes import sizes, without_weights
+from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.models.scalar import ScalarModel
+from rlhf.stage import Stage
+
+NAMES = {"scorer": "reward model"}
+DEEPEST = 4  # how far into rewards made of rewards a model is looked for
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a stage. Bytes and counts are of what no role before it holds: shared weights count once."""
+
+    name: str
+    parameters: int
+    trained: int
+    weights: int  # bytes, buffers included
+    gradients: int  # bytes
+    optimizer: int  # bytes
+    note: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def roles_of(look: Look, stage: Stage) -> list[Role]:
+    """Every model of a stage of ``look``, which has no weights; the trained ones first."""
+    seen: set[int] = set()
+    state = StateSize(stage._optimizer)
+    found = []
+    for name, module in stage.named_children():
+        if isinstance(module, LanguageModel | ScalarModel):
+            found.append(_role(NAMES.get(name, name), module, seen, state))
+    with without_weights(look.mode):  # a stage may make a model only now
+        held = list(_held(stage))
+    for name, model in held:
+        note = ""
+        reference: Any = vars(stage).get("reference")
+        if name == "reference" and isinstance(reference, Reference):
+            if reference.shared:
+                note = "the policy's base, adapter off"
+            elif not stage.keeps_reference:
+                note = "read once, dropped before training"
+        found.append(_role(name, model, seen, None, note))
+    if getattr(stage, "average_decay", None) is not None:
+        count = sum(value.numel() for value in stage.policy.trainable_parameters())
+        found.append(Role("moving average", count, 0, 4 * count, 0, 0, "float32"))
+    return found
+
+
+def _role(name: str, module: nn.Module, seen: set[int], state: StateSize | None, note: str = "") -> Role:
+    new = {id(value): value for value in module.parameters() if value.requires_grad and id(value) not in seen}
+    parameters, trained, weights = sizes(module, seen)
+    if state is None:
+        return Role(name, parameters, 0, weights, 0, 0, note)
+    gradients = sum(value.numel() * value.element_size() for value in new.values()) if state.trains else 0
+    optimizer = state.of(new.values())
+    return Role(name, parameters, trained if state.trains else 0, weights, gradients, optimizer, note)
+
+
+def _held(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
+    """(name, model) of the frozen models that a stage keeps beside its own modules: reference, rewards, judges."""
+    own = set(map(id, stage.modules()))
+    for name, value in vars(stage).items():
+        for path, model in _models(value, name, DEEPEST):
+            if id(model) not in own:
+                yield path, model
+            elif name == "reference":
+                yield path, nn.Module()
+    if hasattr(stage, "sampling_policy"):
+        sampler: nn.Module = stage.sampling_policy()  # type: ignore[operator]
+        if id(sampler) not in own:
+            yield "sampler", sampler
+
+
+def _models(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, LanguageModel | ScalarModel):
+        yield path.removesuffix(".model").removesuffix("._model"), value
+    elif isinstance(value, dict) and depth:
+        for key, inner in value.items():
+            yield from _models(inner, f"{path}.{key}", depth - 1)
+    elif depth and type(value).__module__.partition(".")[0] not in ("builtins", "torch", "pytorch_lightning"):
+        for key, inner in getattr(value, "__dict__", {}).items():
+            if not isinstance(inner, torch.Tensor) and not path.startswith("_"):
+                yield from _models(inner, f"{path}.{key}", depth - 1)

@@ -1,0 +1,182 @@
+"""What a stage works through, resolved to numbers: prompts, replies, batches, updates, tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config import Plain
+from rlhf.data.batches import Batches
+from rlhf.data.records import Prompt
+from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel, encode_prompt
+from rlhf.policy_gradient import RolloutStage
+from rlhf.stage import Stage
+
+ORDER = (
+    "processes",
+    "prompts",
+    "passes over the prompts",
+    "rollouts",
+    "prompts per rollout",
+    "prompts per batch",
+    "replies per prompt",
+    "replies per rollout",
+    "replies",
+    "tokens sampled, at most",
+    "examples",
+    "left out of each epoch",
+    "epochs",
+    "minibatches",
+    "microbatch",
+    "accumulation",
+    "text per optimizer step",
+    "optimizer steps",
+    "tokens read",
+    "tokens trained on",
+)
+"""The lines of the table, in the order in which a step goes through them."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's amounts.
+
+    Attributes:
+        amounts: What -> how much, in the words of the table of `rlhf inspect plan`.
+        rows: Rows of the largest forward pass with gradients.
+        length: Tokens of its longest row.
+        prompt_length: Tokens of the longest prompt that is sampled from.
+    """
+
+    amounts: dict[str, str]
+    rows: int = 0
+    length: int = 0
+    prompt_length: int = 0
+
+
+def tokens_of(example: Any) -> tuple[int, int]:
+    """(tokens that a model reads, tokens among them that the loss counts) of an encoded example."""
+    if isinstance(example, Encoded):
+        starts = example.positions or range(len(example))
+        return len(example), sum(marked and start > 0 for marked, start in zip(example.mask, starts, strict=True))
+    if isinstance(example, EncodedComparison):
+        replies = sum(len(example.responses[index]) for index in example.used)
+        return len(example.prompt) * len(example.used) + replies, replies
+    if isinstance(example, EncodedLabel):
+        return len(example), len(example.response)
+    return 0, 0
+
+
+def rows_of(example: Any) -> int:
+    """Rows that an example makes."""
+    return len(example.used) if isinstance(example, EncodedComparison) else 1
+
+
+def work_of(stage: Stage, config: Plain) -> Work:
+    """The amounts of a stage that has read its examples; of one without examples, what its knobs alone say."""
+    amounts = {}
+    processes = _processes(config)
+    if processes > 1:
+        amounts["processes"] = str(processes)
+    sampler: Any = getattr(stage, "rollout", None)
+    prompts: Sequence[Prompt] = getattr(getattr(stage, "data", None), "train", []) if sampler is not None else []
+    longest_prompt = _longest_prompt(stage, prompts)
+    if isinstance(stage, RolloutStage):
+        work = _of_rollouts(stage, amounts, config, processes, longest_prompt)
+    elif stage.produces != "model":
+        replies = _limited(len(prompts), stage.batch_size, config, "limit_predict_batches") * sampler.samples
+        amounts |= {"prompts": _count(len(prompts)), "replies per prompt": str(sampler.samples)}
+        amounts |= {"prompts per batch": _count(stage.batch_size), "replies": _count(replies)}
+        amounts["tokens sampled, at most"] = _count(replies * sampler.room(stage.policy))
+        work = Work(amounts)
+    else:
+        if sampler is not None:
+            amounts |= {"prompts": _count(len(prompts)), "replies per prompt": str(sampler.samples)}
+            amounts["tokens sampled, at most"] = _count(len(prompts) * sampler.samples * sampler.room(stage.policy))
+        work = _of_examples(stage, amounts, config, processes)
+    return Work(work.amounts, work.rows, work.length, longest_prompt)
+
+
+def _of_rollouts(stage: RolloutStage, amounts: dict[str, str], config: Plain, processes: int, prompt: int) -> Work:
+    samples = stage.rollout.samples
+    rollouts = _steps(stage.steps, config)
+    replies = stage.batch_size * samples
+    minibatch = -(-replies // stage.minibatches // processes)
+    micro = min(stage.micro_batch_size or minibatch, minibatch)
+    text = max(1, round(stage.text_ratio * minibatch)) if stage.objective.gamma else 0
+    passes = rollouts * stage.batch_size / max(1, len(stage.data.train))
+    amounts |= {
+        "prompts": _count(len(stage.data.train)),
+        "rollouts": _count(rollouts),
+        "prompts per rollout": _count(stage.batch_size),
+        "passes over the prompts": f"{passes:.3g}",
+        "replies per prompt": str(samples),
+        "replies per rollout": _count(replies),
+        "epochs": f"{stage.epochs} over each rollout",
+        "minibatches": f"{stage.minibatches} of {_count(minibatch)} replies",
+        "microbatch": f"{_count(micro)} replies",
+        "accumulation": str(-(-minibatch // micro)),
+        "optimizer steps": f"{_count(rollouts * stage.epochs * stage.minibatches)}, at most"
+        if stage.kl_budget is not None
+        else _count(rollouts * stage.epochs * stage.minibatches),
+        "tokens sampled, at most": _count(rollouts * replies * stage.rollout.room(stage.policy)),
+    }
+    if text:
+        amounts["text per optimizer step"] = f"{_count(text)} rows of {stage.text_length} tokens"
+    return Work(amounts, micro, prompt + stage.rollout.room(stage.policy))
+
+
+def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes: int) -> Work:
+    batches: Batches | None = getattr(stage, "batches", None)
+    known = batches is not None and len(stage.examples) > 0
+    unit = "packed rows" if getattr(stage, "packing", None) else "rows"
+    unit = "prompts" if known and isinstance(stage.examples[0], EncodedComparison) else unit
+    mine = -(-stage.batch_size // processes)
+    micro = min(stage.micro_batch_size or mine, mine)
+    amounts["examples"] = f"{_count(len(stage.examples))} {unit}" if known else "known once it is made"
+    amounts |= {"epochs": f"{getattr(stage, 'epochs', 1):g}", "minibatches": f"of {_count(stage.batch_size)} {unit}"}
+    amounts |= {"microbatch": f"{_count(micro)} {unit}", "accumulation": str(-(-mine // micro))}
+    if not known or batches is None:
+        return Work(amounts)
+    steps = _steps(len(batches), config)
+    read = [tokens_of(example) for example in stage.examples]
+    chosen = [index for _, batch in zip(range(steps), _from_start(batches), strict=False) for index in batch]
+    amounts["left out of each epoch"] = _count(len(stage.examples) - batches.per_epoch * stage.batch_size)
+    amounts["optimizer steps"] = _count(steps)
+    amounts["tokens read"] = _count(sum(read[index][0] for index in chosen))
+    amounts["tokens trained on"] = _count(sum(read[index][1] for index in chosen))
+    rows = max(rows_of(example) for example in stage.examples)
+    return Work(amounts, micro * rows, max(len(example) for example in stage.examples))
+
+
+def _from_start(batches: Batches) -> Iterable[list[int]]:
+    batches.start = 0
+    return batches
+
+
+def _longest_prompt(stage: Stage, prompts: Sequence[Prompt]) -> int:
+    tokenizer = getattr(stage.policy, "tokenizer", None)
+    return max((len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts), default=0) if tokenizer else 0
+
+
+def _steps(steps: int, config: Plain) -> int:
+    """Training batches under the trainer's limit: a number of them, or a share."""
+    limit = (config.get("trainer") or {}).get("limit_train_batches")
+    if limit is None:
+        return steps
+    return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+
+
+def _limited(examples: int, batch_size: int, config: Plain, key: str) -> int:
+    limit = (config.get("trainer") or {}).get(key)
+    return min(examples, limit * batch_size) if isinstance(limit, int) else examples
+
+
+def _processes(config: Plain) -> int:
+    trainer = config.get("trainer") or {}
+    devices = trainer.get("devices", 1)
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * int(trainer.get("num_nodes") or 1)
+
+
+def _count(number: int) -> str:
+    """A count with its thousands apart."""
+    return f"{number:,}"

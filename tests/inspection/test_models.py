@@ -1,0 +1,169 @@
+"""Counts and bytes of models without weights, against the models and optimizers themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rlhf.build import build_stage, instantiated
+from rlhf.inspection.composing import Look, read_examples
+from rlhf.inspection.memory import kept_for_backward
+from rlhf.inspection.optimizer_state import StateSize, state_bytes
+from rlhf.inspection.roles import roles_of
+from rlhf.inspection.shapes import Weightless, quantize, sizes, without_weights
+from rlhf.models.adapters import NoAdapter, QLoRA
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.precision import Precision
+from rlhf.testing import tiny_model
+from tests.inspection.conftest import SMALL
+from tests.stages.conftest import fit
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def held(tensors: Any) -> int:
+    """Bytes of different tensors."""
+    return sum(t.numel() * t.element_size() for t in {id(tensor): tensor for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["adapter=lora"], ["adapter=dora", "precision=bf16_true"]], ids=["whole", "lora", "dora in bf16"]
+)
+def test_weights_gradients_and_optimizer_are_those_of_a_run(looked: Callable[..., Look], words: list[str]) -> None:
+    look = looked("stage=sft", *SMALL, *words)
+    step = look.steps[-1]
+    (role,) = roles_of(look, look.stage(step))
+    stage = build_stage(OmegaConf.create(step.config), step.folder)
+    found: dict[str, int] = {}
+
+    def measure(*_: Any) -> None:
+        found["gradients"] = held(value.grad for value in stage.parameters() if value.grad is not None)
+
+    own = stage.configure_optimizers
+
+    def watched() -> torch.optim.Optimizer:
+        found["optimizer"] = 0
+        stage.made = own()
+        stage.made.register_step_pre_hook(measure)
+        return stage.made
+
+    stage.configure_optimizers = watched
+    precision = step.config["precision"]["trainer"]
+    fit(stage, step.folder, limit_train_batches=1, limit_val_batches=0, precision=precision)
+    assert role.parameters == sum(value.numel() for value in stage.parameters())
+    assert role.trained == sum(value.numel() for value in stage.parameters() if value.requires_grad)
+    assert role.weights == held([*stage.parameters(), *stage.buffers()])
+    assert role.gradients == found["gradients"]
+    assert role.optimizer == state_bytes(stage.made)
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda file: file.stem)
+def test_state_of_an_optimizer(file: Path) -> None:
+    make = instantiated(OmegaConf.load(file))
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((96, 128), (64, 64), (100,), (7, 9))]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert StateSize(make).of(weights) == state_bytes(optimizer)
+
+
+def test_ppo_with_an_adapter_has_no_second_base(looked: Callable[..., Look], tmp_path: Path) -> None:
+    tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "model")
+    words = ["stage=ppo", f"inputs.policy={tmp_path / 'model'}", "reward=gold", "stage.value=null"]
+    small = [*SMALL, "stage.minibatches=2"]
+
+    def roles(*more: str) -> dict[str, Any]:
+        look = looked(*words, *small, *more)
+        return {role.name: role for role in roles_of(look, look.stage(look.steps[-1]))}
+
+    whole, lora = roles(), roles("adapter=lora")
+    assert set(whole) == set(lora) == {"policy", "critic", "reference"}
+    assert whole["reference"].parameters == whole["policy"].parameters
+    assert whole["critic"].parameters == whole["policy"].parameters + 32  # the value head
+    assert lora["reference"].total == 0 and "adapter off" in lora["reference"].note
+    assert lora["policy"].trained < lora["policy"].parameters / 2
+
+
+def test_quantised_layers_take_what_bitsandbytes_takes() -> None:
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for quantization, kind in (("nf4", Linear4bit), ("int8", Linear8bitLt)):
+        for nested in (True, False) if quantization == "nf4" else (None,):
+            how = QLoRA(quantize=quantization, double_quant=nested).quantization(Precision("32-true"))
+            plain = torch.nn.Sequential(torch.nn.Linear(96, 200, bias=False))
+            arguments = {"compress_statistics": nested, "quant_type": "nf4"} if nested is not None else {}
+            if nested is None:
+                arguments = {"has_fp16_weights": False}
+            real = kind(96, 200, bias=False, **arguments)
+            real.load_state_dict({"weight": plain[0].weight.detach().clone()})
+            real = real.to("cpu")
+            if nested is not None:
+                real(torch.zeros(1, 96))
+            quantize(plain, how)
+            assert sizes(plain, set())[2] == stored(real), (quantization, nested)
+
+
+def stored(layer: Any) -> int:
+    """Bytes of a quantised layer with everything that is needed to read it."""
+    weight = layer.weight
+    tensors = [weight.data]
+    state = getattr(weight, "quant_state", None)
+    for part in (state, getattr(state, "state2", None)):
+        if part is not None:
+            tensors += [part.absmax, part.code]
+    if getattr(state, "offset", None) is not None:
+        tensors.append(state.offset)
+    if getattr(weight, "SCB", None) is not None:
+        tensors.append(weight.SCB)
+    return held(tensors)
+
+
+def test_activations_are_those_that_autograd_keeps(looked: Callable[..., Look]) -> None:
+    look = looked("stage=sft", *SMALL)
+    step = look.steps[-1]
+    stage, precision = look.stage(step), Precision("32-true")
+    counted = kept_for_backward(look, look.policy(stage), 4, 24, precision)
+    real: LanguageModel = build_stage(OmegaConf.create(step.config), step.folder).policy
+    kept: dict[int, Any] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        real.hidden(torch.zeros(4, 24, dtype=torch.long), torch.ones(4, 24))
+    own = {value.untyped_storage().data_ptr() for value in [*real.parameters(), *real.buffers()]}
+    measured = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    # Without numbers transformers makes a mask that it leaves out where it can see that nothing is masked.
+    assert measured <= counted <= measured + 4 * 2 * 4 * 24 * 24
+
+
+def test_seventy_billion_weights_take_no_memory() -> None:
+    spec = instantiated(OmegaConf.merge(OmegaConf.load(CONF / "model" / "llama2_70b.yaml"), {"path": None}))
+    with without_weights(Weightless()):
+        tokenizer = tiny_model().tokenizer
+        model = CausalLM._weights(
+            spec, __import__("transformers").AutoModelForCausalLM, NoAdapter(), Precision("bf16-true"), tokenizer
+        )
+    count, trained, weights = sizes(model, set())
+    # Llama 2 70B without its embedding and projection, both of 32000 x 8192, and with those of this small vocabulary
+    rows = 2 * 8192 * len(tokenizer)
+    assert count == trained == 68_976_648_192 - 2 * 32000 * 8192 + rows
+    assert 2 * count <= weights < 2 * count + 2**20
+
+
+def test_a_step_that_has_not_run_has_its_models_all_the_same(looked: Callable[..., Look]) -> None:
+    words = ["pretrain.data.size=64", "sft.data.size=40", "align.stage.batch_size=8", "align.data.size=16"]
+    look = looked("pipeline=instructgpt", *words)
+    roles = {role.name: role for role in roles_of(look, look.stage(look.steps[-1], strict=False))}
+    assert set(roles) == {"policy", "critic", "reference", "reward"}
+    assert roles["critic"].parameters == roles["reward"].parameters == roles["policy"].parameters + 32
+    read_examples(look.stage(look.steps[1]))
+    assert len(look.stage(look.steps[1]).examples) == 40
+    assert not list(Path().glob("outputs/*"))

@@ -1,0 +1,174 @@
+"""The pages as they are printed, and mistakes: one line and status 2."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.errors import UserError
+from rlhf.inspection import refusal
+from rlhf.inspection.composing import planned
+from rlhf.inspection.lengths import histogram
+from rlhf.inspection.template_page import facts_of
+from tests.inspection.conftest import MODEL, SMALL
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """(exit status, what was printed, columns one space apart) of `rlhf inspect WORDS`."""
+    code = main.run(["inspect", *words])
+    captured = capsys.readouterr()
+    return code, re.sub("  +", " ", captured.out + captured.err)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "rlhf inspect: no such page (one of: data, batch, template, plan)"),
+        ("dat stage=sft", "rlhf inspect dat: no such page (did you mean data?)"),
+        ("data", "nothing to run: type stage=NAME"),
+        ("data stage=sfft", "stage=sfft: no such option (did you mean sft?)"),
+        ("data stage=sft -m", "rlhf inspect data -m: expected KEY=VALUE"),
+        ("batch stage=dpo", "inputs.policy: no value"),
+        ("plan stage=sft data.betta=1", "data.betta: unknown option"),
+        ("template", "rlhf inspect template: no model"),
+        ("template model=nope", "model=nope: no such option"),
+        ("data stage=sft data.source=/nowhere.json", "data.source=/nowhere.json: no such file"),
+        ("data pipeline=dpo step=align", "data.source=outputs/collect/"),
+        ("batch pipeline=dpo step=nope", "step=nope: not among the steps that would run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    code, out = typed(capsys, *line.split())
+    assert code == 2 and said in out
+    assert len(out.strip().splitlines()) == 1, out
+    assert not Path("outputs").exists()
+
+
+def test_every_bad_row_is_named_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"instruction": f"Question {i}?", "output": "Yes. " * (1 + 60 * (i == 7))} for i in range(20)]
+    rows[3] = {"instruction": "No answer", "output": ""}
+    lines = [json.dumps(row) for row in rows]
+    lines[5] = "{half"
+    Path("mine.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["stage=sft", "data=alpaca", "data.source=mine.jsonl", "data.max_length=40", "data.validation=2"]
+    code, out = typed(capsys, "data", *words, *MODEL)
+    assert code == 0, out
+    assert "dropped: mine.jsonl, row 4: a demonstration needs an assistant turn that is not empty" in out
+    assert "dropped: mine.jsonl, row 6: not JSON" in out
+    assert "training refuses this: data.max_bad=0.05 allows 1 such rows" in out
+    assert "1 records cut to data.max_length=40" in out and "Question 7?" in out
+    assert "rows read 20" in out and "records kept 18 16 train, 2 held out" in out
+
+
+def test_grades_and_tags_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": "a", "rejected": "b", "grade": grade, "tags": tags}
+        for i, (grade, tags) in enumerate([("better", []), ("better", ["unsafe"]), ("slightly", []), ("tie", [])])
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["stage=reward_model", "data.source=pairs.jsonl", "data.validation=0", "stage.normalize=none"]
+    code, out = typed(capsys, "data", *words, *MODEL, "model.tokenizer=null", "demonstrations.size=8")
+    assert code == 0, out
+    assert "grades: better 2, slightly 1" in out
+    assert "tags: none 2, unsafe 1" in out
+    assert "ties dropped 1 " in out
+
+
+def test_plan_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stage=sft", "data.size=40", "data.validation=8", "stage.batch_size=8", "stage.micro_batch_size=3"]
+    code, out = typed(capsys, "plan", *words, "stage.epochs=3", *MODEL)
+    assert code == 0, out
+    lines = [line.strip() for line in out.splitlines()]
+    assert "examples 40 rows" in lines
+    assert "accumulation 3" in lines  # 3 + 3 + 2 rows
+    assert "optimizer steps 15" in lines  # 5 batches, 3 times
+    assert "to compute" in out and "this machine:" in out
+    assert not Path("outputs").exists()
+
+
+def test_plan_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["align.stage.steps=5", "align.stage.epochs=2", "align.stage.minibatches=2", "align.stage.batch_size=8"]
+    small = ["pretrain.data.size=64", "sft.data.size=40", "collect.data.size=8", "align.data.size=16"]
+    words += ["align.rollout.samples=4", "align.rollout.max_new_tokens=10", "align.stage.micro_batch_size=6"]
+    code, out = typed(capsys, "plan", "pipeline=instructgpt", "stage@align=grpo", *words, *small, *MODEL)
+    assert code == 0, out
+    lines = [line.strip() for line in out.split("Amounts")[1].splitlines()]
+
+    def last(name: str) -> str:
+        return next(line.split()[-1] for line in lines if line.startswith(name))
+
+    assert last("replies per rollout") == "32"  # 8 prompts, 4 replies
+    assert last("accumulation") == "3"  # minibatches of 16, micro-batches of 6
+    assert last("optimizer steps") == "20"  # 5 rollouts, 2 epochs, 2 minibatches
+    assert last("tokens sampled") == "1,600"  # 5 x 32 x 10
+
+
+def test_template_page(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = typed(capsys, "template", "stage=sft", *SMALL, *MODEL)
+    assert code == 0, out
+    for name in ("prefix-preserving", "end of turn is trained", "tool's turn"):
+        assert f"{name} yes" in out, out
+    assert "[Rome.<|end|>]" in out.replace("¦", "")
+
+
+def test_a_template_that_rewrites_the_past_is_said(tmp_path: Path) -> None:
+    from rlhf.testing import tiny_model
+
+    tokenizer = tiny_model().tokenizer
+    facts = facts_of(tokenizer)
+    assert facts["prefix-preserving"] == "yes" and facts["padding = end of turn"] == "no"
+    tokenizer.chat_template = (
+        "{{ messages | length }}{%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] + '<|end|>' -}}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    )
+    tokenizer.pad_token = "<|end|>"
+    facts = facts_of(tokenizer)
+    assert facts["prefix-preserving"].startswith("no: the chat template rewrites earlier turns")
+    assert facts["padding = end of turn"].startswith("yes")
+
+
+def test_histogram_counts_every_length() -> None:
+    lines = list(histogram("total", [3, 3, 4, 23]))
+    assert lines[0] == "total: 3 to 23 tokens, mean 8.2, median 4, 95% within 23"
+    assert sum(int(line.split()[-1]) for line in lines[1:]) == 4
+    assert list(histogram("total", [])) == []
+
+
+def test_more_than_the_machine_has_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    (step,) = planned(["stage=sft", *SMALL, *MODEL]).steps
+    refusal.refuse_too_large([step])
+    need = refusal.trained_bytes(step.config)
+    # float32 weights, gradients and two moments: 16 bytes a weight, and a little for buffers and counters
+    weights = refusal.rough_parameters(step.config["model"])
+    assert 0 < need < 16 * weights * 1.2
+    monkeypatch.setattr(refusal, "SMALL", 0)
+    monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
+    with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take .* type a smaller model="):
+        refusal.refuse_too_large([step])
+    monkeypatch.setattr(refusal, "machine_memory", lambda: need)
+    refusal.refuse_too_large([step])
+    monkeypatch.setattr(refusal, "machine_memory", lambda: 1)
+    monkeypatch.setenv(refusal.SWITCH, "0")
+    refusal.refuse_too_large([step])
+    monkeypatch.delenv(refusal.SWITCH)
+    gpu = SimpleNamespace(config={**step.config, "trainer": {"accelerator": "gpu"}}, folder=step.folder, name="sft")
+    refusal.refuse_too_large([gpu])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "stage"),
+    [("alpaca", "alpaca_en_demo.json", "sft"), ("graded_preferences", "graded_preferences.jsonl", "reward_model")],
+)
+def test_real_files(capsys: pytest.CaptureFixture[str], option: str, name: str, stage: str) -> None:
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is absent")
+    words = [f"stage={stage}", f"data={option}", f"data.source={SHARED / name}", "data.size=60"]
+    code, out = typed(capsys, "data", *words, *MODEL)
+    assert code == 0, out
+    assert "rows read 60" in out
+    assert "trained on:" in out
