@@ -27,7 +27,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
 from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
-from rlhf.scoring import Reward, make_ready
+from rlhf.scoring import Reward, make_ready, model_rewards
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
@@ -92,6 +92,7 @@ class RolloutStage(Stage):
 
     telling = ("score", "kl", "length", "loss")
     headline = "val/score"
+    models_beside = {"reference": False}
 
     def __init__(
         self,
@@ -152,6 +153,11 @@ class RolloutStage(Stage):
         self._average_state: dict[str, Tensor] | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def roles(self) -> dict[str, Any]:
+        """The reference and the reward models too."""
+        rewards = {name: reward.model for name, reward in model_rewards(self.reward).items()}
+        return {"policy": self.policy, "reference": self.reference} | rewards
 
     def prepare(self) -> None:
         """Prompts, the stream of pretraining text, and the frozen models on the device."""

@@ -80,6 +80,8 @@ class Stage(pl.LightningModule):
     telling: ClassVar[tuple[str, ...]] = ("loss",)
     #: the metric that a sweep optimises
     headline: ClassVar[str] = "val/loss"
+    #: knobs that name another model, and whether that one is trained too: they can sit on the policy's base
+    models_beside: ClassVar[dict[str, bool]] = {}
 
     def __init__(
         self,
@@ -134,6 +136,10 @@ class Stage(pl.LightningModule):
     def modules_trained(self) -> Sequence[nn.Module]:
         """The modules whose parameters the optimizer gets."""
         return [self.policy]
+
+    def roles(self) -> dict[str, Any]:
+        """The models that are held, by role: modules or references."""
+        return {"policy": self.policy} if self.policy is not None else {"model": self.modules_trained()[0]}
 
     def save(self, folder: Path) -> None:
         """Writes the result as a Hugging Face folder."""

@@ -35,6 +35,7 @@ class DPOStage(Stage):
 
     telling = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
+    models_beside = {"reference": False}
 
     def __init__(
         self,
@@ -69,6 +70,10 @@ class DPOStage(Stage):
         self.reference: Reference | None = None
         if self.kind.needs_reference:
             self.reference = reference_of(model, reference)
+
+    def roles(self) -> dict[str, Any]:
+        """The reference too, which is there until it has read the data."""
+        return super().roles() | ({} if self.reference is None else {"reference": self.reference})
 
     def prepare(self) -> None:
         """Tokenises the data and lets the reference read each reply once."""

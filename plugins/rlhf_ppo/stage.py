@@ -6,10 +6,9 @@
 4. A few epochs of clipped updates over minibatches, each one optimizer step on L_PPO + gamma * L_pretraining.
 """
 
-import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -22,8 +21,7 @@ from rlhf.functional.advantages import explained_variance
 from rlhf.functional.masking import masked_mean
 from rlhf.functional.scores import MissingEnd, ScoreScale
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.roles import require_same_vocabulary
-from rlhf.models.scalar import ScalarModel
+from rlhf.models.roles import critic_of
 from rlhf.objective import Metrics, PolicyObjective
 from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
@@ -78,6 +76,8 @@ class PPOStage(RolloutStage):
             none.
         tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
     """
+
+    models_beside = {"reference": False, "value": True}
 
     def __init__(
         self,
@@ -141,17 +141,17 @@ class PPOStage(RolloutStage):
                 "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
             )
         self.value_warmup = value_warmup
-        self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
-        self.critic.disable_dropout()
-        if value:
-            instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
-            require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
+        self.critic = critic_of(model, value).disable_dropout()
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""
         return [self.policy, self.critic]
+
+    def roles(self) -> dict[str, Any]:
+        """The value model too."""
+        return super().roles() | {"value": self.critic}
 
     # -- the algorithm --------------------------------------------------------------------------------------------
 

@@ -136,6 +136,24 @@ class CausalLM:
         }
         return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
 
+    def load_tokenizer(self, corpus: Corpus | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, with its padding token and chat template."""
+        return self._tokenizer(corpus)
+
+    def load_base(
+        self, adapter: NoAdapter, precision: Precision, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PreTrainedModel, Callable[[Any], Callable[[], PreTrainedModel]] | None]:
+        """The causal LM that adapters are put on, quantised as ``adapter`` says, and what gives its plain weights.
+
+        The second is None without quantisation; else it takes the class that is to read the weights.
+        """
+        model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
+        adapter.prepare(model)
+        model.requires_grad_(False)
+        if adapter.quantization(precision) is None:
+            return model, None
+        return model, lambda kind: partial(self._plain_weights, kind, precision, tokenizer)
+
     # --- parts ---
 
     def _assemble(
@@ -149,7 +167,7 @@ class CausalLM:
         plain = None
         if adapter.quantization(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
-        language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain)
+        language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain, self.folder)
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
         return language_model.train()  # from_pretrained gives eval mode
