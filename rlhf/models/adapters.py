@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError, suggest
 from rlhf.models.precision import Precision
@@ -77,10 +78,14 @@ class LoRA(NoAdapter):
 
     @staticmethod
     def _check_modules(model: PreTrainedModel, modules: list[str]) -> None:
-        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        linear = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as convolutions
+        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, linear)}
         for wanted in modules:
             if wanted not in names:
-                raise UserError(f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}")
+                raise UserError(
+                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; it has "
+                    f"{', '.join(sorted(names))}"
+                )
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ class LanguageModel(nn.Module):
             state = dict(self._plain().state_dict())
             for name, module in tuned.items():
                 weight = state[f"{name}.weight"]
-                for adapter in module.active_adapters:
+                for adapter in (name for name in module.active_adapters if name in module.lora_A):
                     weight = weight + module.get_delta_weight(adapter).to(weight)
                 state[f"{name}.weight"] = weight
             return state

@@ -205,21 +205,25 @@ class SharedBase:
 
     def _mount(self, model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
         """The model with a stored adapter on it; the second role that has it shares its tensors."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        stem = "base_model.model."
+        own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
+        prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
+        state = {
+            stem + own + key.removeprefix(stem).removeprefix(prefix): value
+            for key, value in load_peft_weights(str(folder), device="cpu").items()
+        }
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False  # or no graph is made through it
+        # It may have been trained on a tree with a projection to the vocabulary and be put on one without, or so.
+        config.task_type = self.adapter.config(base).task_type
+        config.target_modules = {key.removeprefix(stem).rpartition(".lora_")[0] for key in state}
         with torch.random.fork_rng(devices=[]):  # its random start is thrown away, and must not be felt elsewhere
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
                 mounted = model
             else:
                 mounted = get_peft_model(model, config, adapter_name=name)  # type: ignore[assignment]
-        base = mounted.get_base_model()
-        own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
-        stem = "base_model.model."
-        prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
-        state = {}
-        for key, value in load_peft_weights(str(folder), device="cpu").items():
-            state[stem + own + key.removeprefix(stem).removeprefix(prefix)] = value
         found = set_peft_model_state_dict(mounted, state, adapter_name=name)
         fresh = {key: value for key, value in mounted.named_parameters() if f".{name}." in key or key.endswith(name)}
         strangers = list(found.unexpected_keys)
