@@ -83,6 +83,19 @@ def base_of(adapter: Path) -> str:
     raise UserError(f"{adapter} was trained on {stored['path']}, which is not there any more: put it back")
 
 
+def adapters_alone(path: str) -> tuple[list[Path], str]:
+    """The adapters to be put on a model, lowest first, and that model: those of folders that hold an adapter alone."""
+    found: list[Path] = []
+    while True:
+        adapter = _adapter_of(path)
+        if adapter is None or Node(path, adapter).whole:
+            return found[::-1], path
+        if adapter in found:
+            raise UserError(f"{adapter}: the adapters sit on each other in a circle")
+        found.append(adapter)
+        path = base_of(adapter)
+
+
 def chain(path: str) -> list[Node]:
     """The model at ``path`` (a folder as ``CausalLM.folder`` gives it, a hub id, a GGUF file) and all it sits on."""
     nodes: list[Node] = []

@@ -180,6 +180,26 @@ def test_roles_equal_those_with_weights_of_their_own(scorer: str, runs: Runs, ba
     assert (critic.scores(ids, mask) - scores).abs().max() > 1e-2
 
 
+def test_an_adapter_alone_is_a_policy_like_its_merged_model(runs: Runs, batch: Batch, tmp_path: Path) -> None:
+    """Its reference is a frozen copy of that adapter; so it goes for one more adapter on top, quantised or not."""
+    ids, mask, counts = batch
+    alone = runs.sft.parent / "adapter"
+    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    policy = SharedBase.find(spec(alone), ONE, FP32, {"reward.path": str(runs.scorer)}).policy()
+    torch.testing.assert_close(policy.reference().logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
+    train(policy)
+    policy.save(tmp_path / "model")
+    for path in (tmp_path / "model", tmp_path / "adapter"):
+        again = spec(path).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+        torch.testing.assert_close(again, policy.logprobs(ids, mask, None, counts)[0], atol=1e-4, rtol=0)
+    quantised = SharedBase.find(spec(alone), QLoRA(rank=4, shared_base=True), FP32, {}).policy()
+    torch.testing.assert_close(
+        quantised.reference().logprobs(ids, mask, None, counts), quantised.logprobs(ids, mask, None, counts)[0]
+    )
+    with pytest.raises(UserError, match="adapter.shared_base=true"):
+        spec(alone).load(QLoRA(rank=4), FP32)
+
+
 def test_a_reference_of_its_own_sits_on_the_base_too(runs: Runs, batch: Batch) -> None:
     ids, mask, counts = batch
     policy = SharedBase.find(spec(runs.sft), ONE, FP32, {"stage.reference": str(runs.pre)}).policy()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf.build import build_stage
-from rlhf.errors import UserError
+from rlhf.errors import RunFailed, UserError
 from rlhf.metrics_file import read_rows
 from rlhf.models import roles, shared_base
 from rlhf.models.adapters import LoRA, NoAdapter
@@ -174,6 +174,14 @@ def test_only_adapters_and_heads_are_trained_and_the_run_is_saved_as_before(runs
         (tmp_path / "run" / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "critic_adapter")
     ]
     assert adapters[0] != adapters[1]
+
+
+def test_a_trained_parameter_without_a_gradient_stops_the_run(runs: Runs, tmp_path: Path) -> None:
+    """What a kernel that cuts the graph looks like: the run would train nothing, silently."""
+    stage = made("ppo", runs)
+    stage.critic.register_parameter("forgotten", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(RunFailed, match="1 trainable parameters got no gradient in the first step, such as forgotten"):
+        fit(stage, tmp_path)
 
 
 # -- from the command line ------------------------------------------------------------------------------------------
