@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.models.adapters import TRAINED
+from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.lineage import adapter_beside, write_base
+from rlhf.models.precision import Precision
 
 if TYPE_CHECKING:
     from rlhf.models.shared_base import SharedBase
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module):
         self._plain = plain
         self.origin = origin
         self.shared: SharedBase | None = None
+        # How it was loaded: what a critic beside it is loaded with, too.
+        self.adapter, self.precision = NoAdapter(), Precision("32-true")
 
     # --- what it is ---
 
@@ -273,7 +276,7 @@ class LanguageModel(nn.Module):
     def save(self, folder: Path | str) -> None:
         """Writes a Hugging Face folder: merged weights (safetensors), tokenizer, chat template, generation config.
 
-        An adapter is written by itself too, beside it (``adapter`` beside ``model``).
+        An adapter is written by itself too, as ``adapter_beside`` says.
         """
         folder = Path(folder)
         model = materialize(type(self.base), plain_config(self.base.config), self.merged_state())

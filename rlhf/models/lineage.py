@@ -40,9 +40,9 @@ class Node:
 
 
 def adapter_beside(folder: Path) -> Path:
-    """Where the adapter of a model folder is kept: ``adapter`` beside ``model``, ``NAME_adapter`` beside ``NAME``."""
-    name = folder.name.lstrip(".")  # a run saves under a hidden name first
-    return folder.parent / ("adapter" if name == "model" else f"{name}_adapter")
+    """Where the adapter of a model folder is kept: ``adapter`` beside a run's ``model``, and within any other."""
+    run = folder.name.lstrip(".") == "model"  # a run saves under a hidden name first
+    return (folder.parent if run else folder) / "adapter"
 
 
 def write_base(adapter: Path, base: str) -> None:

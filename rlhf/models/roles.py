@@ -66,14 +66,18 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
 def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
     """The critic: of the reward model at ``path``, or of the policy's own weights with a head of zeros.
 
-    On a shared base it has an adapter of its own on the policy's weights, and else weights of its own.
+    Either way with an adapter of its own, if the policy has one; the head is trained whole. On a shared base that
+    adapter sits on the policy's weights, and else on weights of its own.
 
     Raises:
         UserError: For a model with another vocabulary.
     """
     if path is None:
         return ScalarModel(copy.deepcopy(policy) if policy.shared is None else share(policy), zero_init=True)
-    critic = ScalarModel.load(path) if policy.shared is None else policy.shared.scalar(path, fresh=True)
+    if policy.shared is not None:
+        critic = policy.shared.scalar(path, fresh=True)
+    else:
+        critic = ScalarModel.load(path, policy.adapter, policy.precision)
     instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
     require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", instead)
     return critic

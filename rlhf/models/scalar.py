@@ -190,6 +190,7 @@ class ScalarModel(nn.Module):
         """Writes a Hugging Face ``*ForSequenceClassification`` folder with one output, adapter merged in.
 
         Plain transformers give the scores before scale and bias, which are in ``rlhf.json`` beside them.
+        An adapter is written by itself too, as ``adapter_beside`` says.
         """
         folder = Path(folder)
         base = self.language_model.base

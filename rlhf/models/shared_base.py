@@ -199,6 +199,7 @@ class SharedBase:
         plain = None if self._plain is None else self._plain(kind)
         role = LanguageModel(model, tokenizer, _end_id(tokenizer), plain, path)
         role.shared = self
+        role.adapter, role.precision = self.adapter, self.precision
         if self.spec.gradient_checkpointing and fresh:
             role.gradient_checkpointing()
         return role.train()

@@ -171,7 +171,7 @@ def test_only_adapters_and_heads_are_trained_and_the_run_is_saved_as_before(runs
     critic = ScalarModel.load(tmp_path / "run" / "critic")
     torch.testing.assert_close(critic.values(ids, mask), stage.critic.values(ids, mask), atol=1e-4, rtol=1e-4)
     adapters = [
-        (tmp_path / "run" / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "critic_adapter")
+        (tmp_path / "run" / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "critic/adapter")
     ]
     assert adapters[0] != adapters[1]
 
