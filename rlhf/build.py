@@ -16,8 +16,13 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
-from rlhf.errors import RLHFError
+from rlhf.errors import RLHFError, UserError
 from rlhf.metrics import loggers
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.footprint import footprint
+from rlhf.models.precision import Precision
+from rlhf.models.shared_base import SharedBase
+from rlhf.scoring import ModelReward, model_rewards
 from rlhf.stage import Stage
 from rlhf.validation import groups
 
@@ -60,12 +65,42 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
         parts[name] = built.load() if hasattr(built, "digest") else built
     precision = instantiate(config.precision)
     corpus = getattr(parts.get("data"), "texts", None)
-    spec = instantiate(config.model, _convert_="all")
-    parts["model"] = stage_class.load_model(spec, instantiate(config.adapter), precision, corpus)
+    spec, adapter = instantiate(config.model, _convert_="all"), instantiate(config.adapter)
+    rewards = {name: reward for part in parts.values() for name, reward in model_rewards(part).items()}
+    base = _shared_base(config, stage_class, spec, adapter, precision, rewards)
+    for reward in rewards.values():
+        reward.load(base if base is None else base.load(corpus))
+    if base is None:
+        parts["model"] = stage_class.load_model(spec, adapter, precision, corpus)
+    else:
+        parts["model"] = base.policy(corpus)
     knobs: dict[str, Any] = OmegaConf.to_container(config.stage, resolve=True)  # type: ignore[assignment]
     stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
+
+
+def _shared_base(
+    config: DictConfig,
+    stage: type[Stage],
+    spec: CausalLM,
+    adapter: Any,
+    precision: Precision,
+    rewards: Mapping[str, ModelReward],
+) -> SharedBase | None:
+    """The base that all roles of the stage sit on, where ``adapter.shared_base`` asks for it and there are several."""
+    if not getattr(adapter, "shared_base", False) or not (stage.models_beside or rewards):
+        return None
+    strategy = str(config.trainer.get("strategy", "auto"))
+    if strategy.partition("_")[0] not in ("auto", "ddp", "single"):
+        raise UserError(
+            f"adapter.shared_base=true with trainer.strategy={strategy}: a strategy that cuts weights up cannot share "
+            "them; type adapter.shared_base=false, or trainer=ddp"
+        )
+    others = {f"stage.{knob}": str(config.stage[knob]) for knob in stage.models_beside if config.stage.get(knob)}
+    trained = [f"stage.{knob}" for knob, learns in stage.models_beside.items() if learns]
+    others |= {"reward.path" if name == "reward" else f"reward.{name}.path": r.path for name, r in rewards.items()}
+    return SharedBase.find(spec, adapter, precision, others, trained)
 
 
 def instantiated(node: Any) -> Any:
@@ -113,6 +148,9 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
     torch.manual_seed(config.seed)
     stage = build_stage(config, folder)
     trainer, clock = build_trainer(config, folder)
+    held = footprint(stage.roles())
+    if len(held.roles) > 1 and trainer.is_global_zero:
+        print(f"  {stage.name}: {held}", flush=True)
     checkpoint = latest(folder) if resume else None
     started = time.perf_counter()
     if stage.produces == "model":
@@ -131,6 +169,7 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
         metrics["tokens_per_second"] = stage.tokens_seen / busy
         metrics["samples_per_second"] = stage.examples_seen / busy
     metrics["train_seconds"] = seconds
+    metrics |= held.numbers()
     if stage.headline in metrics:
         metrics["headline"] = metrics[stage.headline]
     return metrics

@@ -28,7 +28,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
 from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
-from rlhf.scoring import Reward, make_ready
+from rlhf.scoring import Reward, make_ready, model_rewards
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
@@ -95,6 +95,7 @@ class RolloutStage(Stage):
 
     telling = ("score", "kl", "length", "loss")
     headline = "val/score"
+    models_beside = {"reference": False}
 
     def __init__(
         self,
@@ -181,6 +182,11 @@ class RolloutStage(Stage):
             )
 
     # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def roles(self) -> dict[str, Any]:
+        """The reference and the reward models too."""
+        rewards = {name: reward.model for name, reward in model_rewards(self.reward).items()}
+        return {"policy": self.policy, "reference": self.reference} | rewards
 
     def read_examples(self) -> None:
         """The prompts, all of which fit the context with a reply."""

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from rlhf.data.template import Encoded, encode_prompt, encode_turns
 from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_base import SharedBase
 from rlhf.rollout import Rollout
 
 
@@ -75,6 +76,8 @@ class ModelReward:
     It reads the text of prompt and reply in its own tokens and its own chat template, as it did when it was trained, so
     the policy may have another tokenizer. A reply with tool calls is read whole: every turn, the tools' too.
 
+    Its weights are read by ``load``, or when they are first needed.
+
     Args:
         path: Run folder or model folder of the reward model.
         batch_size: Replies scored at a time.
@@ -83,7 +86,23 @@ class ModelReward:
     def __init__(self, path: str, batch_size: Annotated[int, Field(gt=0)] = 256) -> None:
         self.path = path
         self.batch_size = batch_size
-        self.model = ScalarModel.load(path).eval().requires_grad_(False)
+        self._model: ScalarModel | None = None
+
+    def load(self, base: SharedBase | None = None) -> "ModelReward":
+        """Reads the weights; on a shared base only the reward model's adapter and head."""
+        if base is not None:
+            self._model = base.scalar(self.path)
+        else:
+            self._model = ScalarModel.load(self.path).eval().requires_grad_(False)
+        return self
+
+    @property
+    def model(self) -> ScalarModel:
+        """The reward model, frozen, in eval mode."""
+        if self._model is None:
+            self.load()
+        assert self._model is not None
+        return self._model
 
     def to(self, device: torch.device) -> "ModelReward":
         """Moves the weights to ``device``."""
@@ -123,6 +142,18 @@ class ModelReward:
             batch = collate([encoded[i] for i in rows], self.model.pad_id).to(device)
             scores[rows] = self.model.scores(batch.ids, batch.attention_mask, batch.position_ids).float()
         return scores
+
+
+def model_rewards(part: Any) -> dict[str, ModelReward]:
+    """The reward models in a reward, in a combination of some, or in an annotator that asks one, by name."""
+    if isinstance(part, ModelReward):
+        return {"reward": part}
+    inner = getattr(part, "rewards", None)
+    if isinstance(inner, Mapping):
+        found = {name: model_rewards(reward) for name, reward in inner.items()}
+        return {name if len(of) == 1 else f"{name}.{key}": one for name, of in found.items() for key, one in of.items()}
+    inner = getattr(part, "reward", None)
+    return {} if inner is None else model_rewards(inner)
 
 
 class FunctionReward:

@@ -84,6 +84,8 @@ class Stage(pl.LightningModule):
     headline: ClassVar[str] = "val/loss"
     #: whether a reference, if there is one, stays in memory while the stage trains
     keeps_reference: ClassVar[bool] = True
+    #: knobs that name another model, and whether that one is trained too: they can sit on the policy's base
+    models_beside: ClassVar[dict[str, bool]] = {}
 
     def __init__(
         self,
@@ -171,6 +173,10 @@ class Stage(pl.LightningModule):
     def modules_trained(self) -> Sequence[nn.Module]:
         """The modules whose parameters the optimizer gets."""
         return [self.policy]
+
+    def roles(self) -> dict[str, Any]:
+        """The models that are held, by role: modules or references."""
+        return {"policy": self.policy} if self.policy is not None else {"model": self.modules_trained()[0]}
 
     def save(self, folder: Path) -> None:
         """Writes the result as a Hugging Face folder."""

@@ -20,6 +20,7 @@ _SPEED = {
     "step_seconds_median": "median_step_s",
     "train_seconds": "train_s",
 }
+_WEIGHTS = "weights_bytes/"  # before the names of the sizes that rlhf.models.footprint counted
 
 
 def command() -> str:
@@ -39,6 +40,7 @@ def summary(step: Step, metrics: Mapping[str, float], memory: Plain, seconds: fl
     """
     numbers = {name: float(value) for name, value in metrics.items()}
     value = numbers.pop("headline", numbers.get(step.headline))
+    weights = {name: int(numbers.pop(name)) for name in list(numbers) if name.startswith(_WEIGHTS)}
     speed = {ours: numbers.pop(theirs) for theirs, ours in _SPEED.items() if theirs in numbers}
     return {
         "stage": step.stage,
@@ -48,6 +50,7 @@ def summary(step: Step, metrics: Mapping[str, float], memory: Plain, seconds: fl
         "wall_s": seconds,
         **speed,
         "peak_memory_bytes": memory,
+        "weights_bytes": {name.removeprefix(_WEIGHTS): value for name, value in weights.items()},
         "seed": step.config.get("seed"),
         "attempts": attempts,
         "command": command(),

@@ -36,6 +36,7 @@ class DPOStage(Stage):
     telling = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
     keeps_reference = False  # it reads the data once
+    models_beside = {"reference": False}
 
     def __init__(
         self,
@@ -67,6 +68,10 @@ class DPOStage(Stage):
         self.reference: Reference | None = None
         if self.kind.needs_reference:
             self.reference = reference_of(model, reference)
+
+    def roles(self) -> dict[str, Any]:
+        """The reference too, which is there until it has read the data."""
+        return super().roles() | ({} if self.reference is None else {"reference": self.reference})
 
     @classmethod
     def check_parts(

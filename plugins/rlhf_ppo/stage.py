@@ -6,7 +6,6 @@
 4. A few epochs of clipped updates over minibatches, each one optimizer step on L_PPO + gamma * L_pretraining.
 """
 
-import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +20,7 @@ from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.masking import masked_mean
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.roles import require_same_vocabulary
-from rlhf.models.scalar import ScalarModel
+from rlhf.models.roles import critic_of
 from rlhf.objective import Metrics, PolicyObjective
 from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
@@ -63,6 +61,8 @@ class PPOStage(RolloutStage):
         knobs: The others of ``RolloutStage``.
     """
 
+    models_beside = {"reference": False, "value": True}
+
     def __init__(
         self,
         model: LanguageModel,
@@ -102,15 +102,7 @@ class PPOStage(RolloutStage):
             **knobs,
         )
         self.value_warmup = value_warmup
-        self.critic = (
-            ScalarModel.load(value, model.adapter, model.precision)
-            if value
-            else ScalarModel(copy.deepcopy(model), zero_init=True)
-        )
-        self.critic.disable_dropout()
-        if value:
-            instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
-            require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
+        self.critic = critic_of(model, value).disable_dropout()
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -127,6 +119,10 @@ class PPOStage(RolloutStage):
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""
         return [self.policy, self.critic]
+
+    def roles(self) -> dict[str, Any]:
+        """The value model too."""
+        return super().roles() | {"value": self.critic}
 
     # -- the algorithm --------------------------------------------------------------------------------------------
 
@@ -196,5 +192,4 @@ class PPOStage(RolloutStage):
     def save(self, folder: Path) -> None:
         """The policy; the critic beside it, its adapter within."""
         super().save(folder)
-        critic = folder.parent / "critic"
-        self.critic.save(critic, critic / "adapter")
+        self.critic.save(folder.parent / "critic")

@@ -7,9 +7,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError, suggest
 from rlhf.models.precision import Precision
+
+TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class NoAdapter:
     def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
         """How the base is quantised when loaded; None for not at all."""
         return None
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Makes a loaded base fit to be adapted."""
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """The model with the adapter on it."""
@@ -34,22 +40,33 @@ class LoRA(NoAdapter):
         alpha: Scale of the update; it is multiplied by alpha / rank.
         dropout: Dropout on the adapter's input, in [0, 1).
         modules: Names of the linear layers adapted, or "all-linear" for all but the output projection.
+        shared_base: Whether all roles of a stage (policy, reference, value and reward model) are adapters on one copy
+            of the base weights (``rlhf.models.shared_base``), where each would else hold weights of its own.
     """
 
     rank: Annotated[int, Field(gt=0)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     modules: str | list[str] = "all-linear"
+    shared_base: bool = False
 
     decompose: ClassVar[bool] = False
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """The model with its weights frozen and a fresh adapter on it, equal to the model itself at first."""
+        return get_peft_model(model, self.config(model), adapter_name=TRAINED)
+
+    def config(self, model: PreTrainedModel) -> LoraConfig:
+        """PEFT's description of the adapter.
+
+        Raises:
+            UserError: If the model has no linear layers of the names asked for.
+        """
         modules: str | list[str] = "all-linear"
         if self.modules != "all-linear":
             modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
             self._check_modules(model, modules)
-        config = LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works; PEFT's annotation says int
             lora_dropout=self.dropout,
@@ -58,14 +75,17 @@ class LoRA(NoAdapter):
             bias="none",
             task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
         )
-        return get_peft_model(model, config)
 
     @staticmethod
     def _check_modules(model: PreTrainedModel, modules: list[str]) -> None:
-        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        linear = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as convolutions
+        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, linear)}
         for wanted in modules:
             if wanted not in names:
-                raise UserError(f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}")
+                raise UserError(
+                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; it has "
+                    f"{', '.join(sorted(names))}"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,9 +123,13 @@ class QLoRA(LoRA):
             bnb_4bit_compute_dtype=precision.compute,
         )
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Quantised layers compute the same whether they train or not."""
+        make_exact(model)
+
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """As LoRA, on quantised layers that compute the same whether they train or not."""
-        make_exact(model)
+        self.prepare(model)
         return super().apply(model)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from pydantic import Field
 from transformers import (
     AutoConfig,
@@ -30,6 +30,7 @@ from rlhf.data.tokenizer import SPECIALS, train_tokenizer
 from rlhf.errors import UserError, suggest
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.language_model import LanguageModel, plain_config
+from rlhf.models.lineage import adapters_alone
 from rlhf.models.precision import Precision
 
 if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
@@ -136,6 +137,24 @@ class CausalLM:
         }
         return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
 
+    def load_tokenizer(self, corpus: Corpus | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, with its padding token and chat template."""
+        return self._tokenizer(corpus)
+
+    def load_base(
+        self, adapter: NoAdapter, precision: Precision, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PreTrainedModel, Callable[[Any], Callable[[], PreTrainedModel]] | None]:
+        """The causal LM that adapters are put on, quantised as ``adapter`` says, and what gives its plain weights.
+
+        The second is None without quantisation; else it takes the class that is to read the weights.
+        """
+        model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
+        adapter.prepare(model)
+        model.requires_grad_(False)
+        if adapter.quantization(precision) is None:
+            return model, None
+        return model, lambda kind: partial(self._plain_weights, kind, precision, tokenizer)
+
     # --- parts ---
 
     def _assemble(
@@ -149,7 +168,7 @@ class CausalLM:
         plain = None
         if adapter.quantization(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
-        language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain)
+        language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain, self.folder)
         language_model.adapter, language_model.precision = adapter, precision
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
@@ -184,19 +203,22 @@ class CausalLM:
             model = kind.from_config(config, dtype=precision.weights, attn_implementation=self.attention)
             model.load_state_dict(loaded.state_dict())
         else:
-            path, adapter_path = self._base_path(), self._adapter_path()
+            path, adapters = self._base_path(), self._adapters()
             size = precision.weights.itemsize
             if quantization is not None:
-                if adapter_path:
-                    raise UserError(f"model.path={self.path}: adapters cannot be quantised, give the merged model")
+                if adapters:
+                    raise UserError(
+                        f"model.path={self.path}: adapters cannot be quantised; give the merged model, or type "
+                        "adapter.shared_base=true where a stage can put its own adapter on top"
+                    )
                 size = 1
                 quantization.llm_int8_skip_modules = ["lm_head", "score"]
                 arguments["quantization_config"] = quantization
                 arguments["device_map"] = {"": _device()}
             self._check_memory(self.config(), size)
             model = self._read(kind, path, **arguments)
-            if adapter_path:
-                model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+            for one in adapters:
+                model = PeftModel.from_pretrained(model, str(one)).merge_and_unload()
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             if type(adapter) is not NoAdapter:
                 raise UserError(
@@ -217,8 +239,9 @@ class CausalLM:
             tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), self.vocab_size)
         else:
             if source == self.path and not self.path.endswith(".gguf"):
-                own = self._adapter_path()
-                source = own if own and (Path(own) / "tokenizer_config.json").exists() else self._base_path()
+                own = self._adapters()
+                there = own and (own[-1] / "tokenizer_config.json").exists()
+                source = str(own[-1]) if there else self._base_path()
             tokenizer = self._found(AutoTokenizer.from_pretrained, source)
         if self.chat_template is not None:
             tokenizer.chat_template = self._template()
@@ -288,21 +311,13 @@ class CausalLM:
             return str(inner)
         return self.path
 
-    def _adapter_path(self) -> str | None:
-        """The folder if it holds a PEFT adapter and no model."""
-        folder = Path(self.folder or "")
-        alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-        return str(folder) if alone else None
+    def _adapters(self) -> list[Path]:
+        """The adapters to be put on ``_base_path``, lowest first, if the folder holds a PEFT adapter and no model."""
+        return adapters_alone(self.folder)[0] if self.folder is not None else []
 
     def _base_path(self) -> str:
         """Where the full weights are."""
-        adapter = self._adapter_path()
-        if adapter is None:
-            return str(self.folder)
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        if not base:
-            raise UserError(f"model.path={self.path}: the adapter does not say which model it belongs to")
-        return str(base)
+        return adapters_alone(str(self.folder))[1]
 
     @property
     def scalar(self) -> bool:

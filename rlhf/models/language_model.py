@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -18,8 +18,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.models.adapters import NoAdapter
+from rlhf.models.adapters import TRAINED, NoAdapter
+from rlhf.models.lineage import adapter_beside, write_base
 from rlhf.models.precision import Precision
+
+if TYPE_CHECKING:
+    from rlhf.models.shared_base import SharedBase
 
 
 class LanguageModel(nn.Module):
@@ -31,6 +35,9 @@ class LanguageModel(nn.Module):
         end_id: Id of the token that ends a reply.
         plain: For a quantised base, loads the same weights unquantised: adapters are merged into those when saving,
             because merging into 4-bit weights would round the adapter away.
+        origin: Path of the weights that the trained adapter sits on; None for random ones.
+
+    ``shared`` is the base that other roles sit on too, if there is one.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class LanguageModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         end_id: int,
         plain: Callable[[], PreTrainedModel] | None = None,
+        origin: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,6 +54,8 @@ class LanguageModel(nn.Module):
         self.end_id = end_id
         self.pad_id = int(tokenizer.pad_token_id)
         self._plain = plain
+        self.origin = origin
+        self.shared: SharedBase | None = None
         # How it was loaded: what a critic beside it is loaded with, too.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
 
@@ -210,8 +220,11 @@ class LanguageModel(nn.Module):
 
         With an adapter that is the base with the adapter off, at no memory: an adapter is always put freshly on the
         starting policy (earlier adapters were merged when they were saved), so the base *is* the starting policy.
-        Without one it is a copy.
+        On a shared base it is that base with the frozen adapters that make the starting policy of it, if there are
+        any. Without an adapter it is a copy.
         """
+        if self.shared is not None:
+            return Reference(self.shared.start_of(self), shared=True)
         if self.adapted:
             return Reference(self)
         return Reference(copy.deepcopy(self).frozen())
@@ -245,7 +258,9 @@ class LanguageModel(nn.Module):
             state = dict(self._plain().state_dict())
             for name, module in tuned.items():
                 weight = state[f"{name}.weight"]
-                state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight)
+                for adapter in (name for name in module.active_adapters if name in module.lora_A):
+                    weight = weight + module.get_delta_weight(adapter).to(weight)
+                state[f"{name}.weight"] = weight
             return state
         state = {
             name.replace(".base_layer.", "."): value
@@ -261,7 +276,7 @@ class LanguageModel(nn.Module):
     def save(self, folder: Path | str) -> None:
         """Writes a Hugging Face folder: merged weights (safetensors), tokenizer, chat template, generation config.
 
-        An adapter is written by itself too, to ``<folder>/../adapter``.
+        An adapter is written by itself too, as ``adapter_beside`` says.
         """
         folder = Path(folder)
         model = materialize(type(self.base), plain_config(self.base.config), self.merged_state())
@@ -273,12 +288,16 @@ class LanguageModel(nn.Module):
         model.generation_config = generation
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.save_adapter(folder.parent / "adapter")
+        self.save_adapter(adapter_beside(folder))
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes the adapter alone, in PEFT's format; nothing without an adapter."""
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder))
+        """Writes the trained adapter alone, in PEFT's format, and what it sits on; nothing without an adapter."""
+        if not isinstance(self.model, PeftModel):
+            return
+        self.model.peft_config[TRAINED].base_model_name_or_path = self.origin
+        self.model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        if self.origin is not None:
+            write_base(folder, self.origin)
 
     def check_head(self) -> None:
         """Raises UserError unless ``head(hidden(x))`` equals the architecture's own logits."""
@@ -315,27 +334,32 @@ class Reference:
 
     Args:
         model: A frozen model; or one with an adapter, read with the adapter off.
+        shared: Whether its weights are the trained model's. It is then a frozen model of modules of its own, or, if
+            not said, the one with an adapter.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, shared: bool | None = None) -> None:
         self._model = model
+        self._switched = shared is None and model.adapted
+        self.shared = self._switched if shared is None else shared
 
     @property
-    def shared(self) -> bool:
-        """Whether it is the trained model's own base."""
-        return self._model.adapted
+    def modules(self) -> tuple[LanguageModel, bool]:
+        """The modules that hold its weights, and whether the trained adapter on them is none of it."""
+        return self._model, self._switched
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
         """The reference as a LanguageModel: eval mode, no gradients, adapter off while the context is open."""
         model = self._model
-        switch = model.model.disable_adapter() if isinstance(model.model, PeftModel) else nullcontext()
+        on = isinstance(model.model, PeftModel) and self._switched
+        switch = model.model.disable_adapter() if on else nullcontext()  # type: ignore[operator]
         with torch.no_grad(), evaluating(model), switch:
             yield model
 
     def to(self, device: torch.device | str) -> "Reference":
-        """Moves the weights, unless they belong to the trained model."""
-        if not self.shared:
+        """Moves the weights, unless it is the trained model itself; shared weights move for both."""
+        if not self._switched:
             self._model.to(device)
         return self
 
@@ -348,7 +372,7 @@ class Reference:
         temperature: float = 1.0,
     ) -> Tensor:
         """Log-probabilities [B, T] as ``LanguageModel.logprobs``, without gradients."""
-        if not self.shared and self._model.device != ids.device:
+        if self._model.device != ids.device:
             self.to(ids.device)
         with self.active() as model:
             return model.logprobs(ids, attention_mask, position_ids, loss_mask, temperature)[0]

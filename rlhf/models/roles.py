@@ -1,5 +1,7 @@
 """Models beside the policy that read its tokens: a reference and a critic must share its vocabulary."""
 
+import copy
+
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
@@ -7,6 +9,8 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.models.precision import Precision
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_base import share
 
 
 def require_same_vocabulary(
@@ -37,9 +41,15 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
     """
     if path is None:
         return policy.reference()
+    what = f"inputs.reference={path}"
+    if policy.shared is not None:
+        model = policy.shared.language_model(path)
+        require_same_vocabulary(
+            policy.tokenizer, model.tokenizer, what, "inputs.reference=null (the policy as it starts)"
+        )
+        return Reference(model, shared=True)
     weights = next(policy.base.parameters()).dtype
     precision = Precision("bf16-true") if str(weights) == "torch.bfloat16" else Precision("32-true")
-    what = f"inputs.reference={path}"
     try:
         model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
     except UserError as error:
@@ -51,3 +61,23 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
             "type inputs.reference=null (the policy as it starts)"
         )
     return Reference(model.disable_dropout().frozen())
+
+
+def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
+    """The critic: of the reward model at ``path``, or of the policy's own weights with a head of zeros.
+
+    Either way with an adapter of its own, if the policy has one; the head is trained whole. On a shared base that
+    adapter sits on the policy's weights, and else on weights of its own.
+
+    Raises:
+        UserError: For a model with another vocabulary.
+    """
+    if path is None:
+        return ScalarModel(copy.deepcopy(policy) if policy.shared is None else share(policy), zero_init=True)
+    if policy.shared is not None:
+        critic = policy.shared.scalar(path, fresh=True)
+    else:
+        critic = ScalarModel.load(path, policy.adapter, policy.precision)
+    instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
+    require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", instead)
+    return critic

@@ -15,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, materialize, plain_config
+from rlhf.models.lineage import adapter_beside
 from rlhf.models.precision import Precision
 
 FP32 = Precision("32-true")
@@ -75,16 +76,20 @@ class ScalarModel(nn.Module):
         decoder, head = spec.load_decoder(adapter or NoAdapter(), precision, corpus)
         model = cls(decoder, zero_init)
         if head is not None:
-            model.head.weight.data.copy_(head)
-            file = Path(spec.folder or "") / "rlhf.json"
-            if file.is_file():
-                stored = json.loads(file.read_text(encoding="utf-8"))
-                model.scale.fill_(stored["scale"])
-                model.bias.fill_(stored["bias"])
-            file = Path(spec.folder or "") / SAFETY_HEAD
-            if file.is_file():
-                model.add_safety_head().load_state_dict(load_file(file))
+            model.take_heads(head, Path(spec.folder or ""))
         return model
+
+    def take_heads(self, head: Tensor, folder: Path) -> None:
+        """Takes up the head [1, D] of a stored reward model, and its normalisation and safety head from its folder."""
+        self.head.weight.data.copy_(head)
+        file = folder / "rlhf.json"
+        if file.is_file():
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            self.scale.fill_(stored["scale"])
+            self.bias.fill_(stored["bias"])
+        file = folder / SAFETY_HEAD
+        if file.is_file():
+            self.add_safety_head().load_state_dict(load_file(file))
 
     def add_safety_head(self) -> nn.Linear:
         """The auxiliary head of Llama 2 (arXiv 2307.09288, section 3.2.2): logit that a reply is unsafe, from w = 0.
@@ -181,14 +186,11 @@ class ScalarModel(nn.Module):
         self.bias.copy_((self.bias - mean) / std)
         self.scale.copy_(self.scale / std)
 
-    def save(self, folder: Path | str, adapter: Path | None = None) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes a Hugging Face ``*ForSequenceClassification`` folder with one output, adapter merged in.
 
         Plain transformers give the scores before scale and bias, which are in ``rlhf.json`` beside them.
-
-        Args:
-            folder: Where to.
-            adapter: Where the adapter goes by itself, if there is one; None: ``<folder>/../adapter``.
+        An adapter is written by itself too, as ``adapter_beside`` says.
         """
         folder = Path(folder)
         base = self.language_model.base
@@ -207,7 +209,7 @@ class ScalarModel(nn.Module):
         state["score.weight"] = self.head.weight.detach()
         materialize(kind, config, state).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.language_model.save_adapter(adapter or folder.parent / "adapter")
+        self.language_model.save_adapter(adapter_beside(folder))
         numbers = {"scale": self.scale.item(), "bias": self.bias.item()}
         if self.safety_head is not None:
             head = {name: value.detach().cpu().contiguous() for name, value in self.safety_head.state_dict().items()}

@@ -101,8 +101,36 @@ def test_names_of_layers() -> None:
         "q_proj",
         "v_proj",
     }
-    with pytest.raises(UserError, match=r"adapter.modules=q_prj.*did you mean q_proj"):
+    every = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(UserError, match=rf"adapter.modules=q_prj.*did you mean q_proj.*it has {every}$"):
         LoRA(modules=["q_prj"]).apply(random_model().base)
+    with pytest.raises(UserError, match=rf"adapter.modules=c_attn.*it has {every}$"):
+        LoRA(modules="c_attn").apply(random_model().base)
+
+
+@pytest.mark.parametrize(
+    "knob", [{"rank": 3}, {"alpha": 9.0}, {"dropout": 0.2}, {"modules": ["k_proj"]}, {"modules": "all-linear"}], ids=str
+)
+def test_every_knob_of_lora_moves_something(knob: dict, folder: Path, batch: Batch) -> None:
+    """A forward pass in training mode with an adapter moved by the same noise."""
+    ids, mask, counts = batch
+
+    def outcome(**knobs: object) -> Tensor:
+        torch.manual_seed(0)
+        model = spec(folder).load(LoRA(**{"rank": 4, "alpha": 8.0, "modules": ["q_proj"], **knobs}), FP32)  # type: ignore[arg-type]
+        move_adapter(model)
+        torch.manual_seed(3)
+        return model.logprobs(ids, mask, None, counts)[0]
+
+    assert torch.equal(outcome(), outcome())
+    assert (outcome(**knob) - outcome()).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("knob", [{"quantize": "int8"}, {"double_quant": False}], ids=str)
+def test_every_knob_of_qlora_moves_something(knob: dict, folder: Path, batch: Batch) -> None:
+    ids, mask, counts = batch
+    one, other = (spec(folder).load(QLoRA(rank=4, **knobs), FP32) for knobs in ({}, knob))
+    assert not torch.equal(one.logprobs(ids, mask, None, counts)[0], other.logprobs(ids, mask, None, counts)[0])
 
 
 def test_all_linear_leaves_the_vocabulary_alone(folder: Path) -> None:

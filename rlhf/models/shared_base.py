@@ -1,0 +1,281 @@
+"""One base, many roles: policy, reference, value and reward model as adapters and heads on one frozen copy of weights.
+
+A role is a tree of modules of its own around the *same* weight tensors, with its own adapters in it. Nothing is
+switched on or off between calls, as PEFT's ``set_adapter`` and ``disable_adapter`` would do (which also set
+``requires_grad`` on whatever they switch on): gradient checkpointing recomputes a layer inside the very tree that ran
+it, each role keeps its own mode and dropout, and a tree costs Python objects, no tensors.
+
+A role's adapters add up: ``W + sum_i (alpha_i / r_i) B_i A_i``. The lower ones are frozen and make of the base the
+model that the role starts from (the SFT adapter, the reward model's); the last one, if the role is trained, is fresh.
+That is the same function, with the same gradient, as a fresh adapter on weights into which the lower ones were merged,
+so sharing changes memory and not the algorithm. The reference is the policy's tree without its last adapter.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models.adapters import TRAINED, LoRA
+from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.lineage import common_base
+from rlhf.models.precision import Precision
+from rlhf.models.scalar import ScalarModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def share(model: M) -> M:
+    """A second tree of modules around the same frozen tensors; those that are trained are copied.
+
+    What quantised layers keep beside their weights is shared too.
+    """
+    same: list[Any] = []
+    for part in model.modules():
+        tensors = [*part._parameters.values(), *part._buffers.values()]
+        same += [tensor for tensor in tensors if tensor is not None and not tensor.requires_grad]
+        same += [getattr(part, name, None) for name in ("quant_state", "tokenizer", "shared")]
+        if hasattr(part, "init_8bit_state"):  # the first forward moves the weight's scales into the state: one for all
+            same.append(part.state)
+    return copy.deepcopy(model, {id(value): value for value in same if value is not None})
+
+
+class SharedBase:
+    """The weights that all roles of a stage sit on, loaded once, and the trees on them.
+
+    Made by ``find``, which reads no weights.
+
+    Args:
+        spec: Where the policy comes from.
+        adapter: What is trained on top.
+        precision: Format of the weights.
+        base: Path of the weights; None for the policy's random ones.
+        stacks: Path of a model -> the adapters that make it of the base, lowest first.
+    """
+
+    def __init__(
+        self,
+        spec: CausalLM,
+        adapter: LoRA,
+        precision: Precision,
+        base: str | None,
+        stacks: Mapping[str, Sequence[Path]],
+    ) -> None:
+        self.spec, self.adapter, self.precision = spec, adapter, precision
+        self.path, self.stacks = base, dict(stacks)
+        self.model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._plain: Any = None
+        self._frozen: dict[Path, dict[str, nn.Parameter]] = {}
+
+    @classmethod
+    def find(
+        cls,
+        spec: CausalLM,
+        adapter: LoRA,
+        precision: Precision,
+        others: Mapping[str, str],
+        trained: Collection[str] = (),
+    ) -> "SharedBase":
+        """The base that the policy shares with the others.
+
+        Args:
+            spec: Where the policy comes from.
+            adapter: What is trained on top.
+            precision: Format of the weights.
+            others: What is typed to name a model -> its path (run folder, model folder or hub id).
+            trained: Of these, the ones that get a fresh adapter too.
+
+        Raises:
+            UserError: If they do not sit on common weights, or their adapters cannot be added up.
+        """
+        if spec.folder is None:
+            for key, path in others.items():
+                raise UserError(
+                    f"{key}={path} cannot share the base of a policy with random weights: type inputs.policy=RUN, or "
+                    "adapter.shared_base=false"
+                )
+            return cls(spec, adapter, precision, None, {})
+        paths = {key: _folder(path) for key, path in others.items()}
+        base, stacks = common_base(spec.folder, paths)
+        found = cls(spec, adapter, precision, base.path, stacks)
+        fresh = {spec.folder, *(paths[key] for key in trained if key in paths)}
+        for path, adapters in stacks.items():
+            for folder in adapters:
+                found._check(folder, summed=len(adapters) > 1 or path in fresh, under_fresh=path in fresh)
+        return found
+
+    # --- roles ---
+
+    def load(self, corpus: Corpus | None = None) -> "SharedBase":
+        """Itself, with the weights read, if they were not."""
+        if self.model is None:
+            self.tokenizer = self.spec.load_tokenizer(corpus)
+            spec = self.spec if self.path is None else dataclasses.replace(self.spec, path=self.path)
+            self.model, self._plain = spec.load_base(self.adapter, self.precision, self.tokenizer)
+        return self
+
+    def policy(self, corpus: Corpus | None = None) -> LanguageModel:
+        """The model that is trained, with a fresh adapter: its tree is the base's own, and nothing is left over."""
+        self.load(corpus)
+        assert self.model is not None and self.tokenizer is not None
+        model = self._role(share(self.model), self.spec.folder, self.tokenizer, AutoModelForCausalLM, fresh=True)
+        model.check_head()
+        return model
+
+    def language_model(self, path: str) -> LanguageModel:
+        """Another policy as it is, frozen, in eval mode: a reference, or who samples."""
+        self.load()
+        assert self.model is not None
+        folder = _folder(path)
+        tokenizer = CausalLM(folder, None, None).load_tokenizer()
+        return self._role(share(self.model), folder, tokenizer, AutoModelForCausalLM).disable_dropout().frozen()
+
+    def scalar(self, path: str, fresh: bool = False) -> ScalarModel:
+        """The reward model at ``path``, frozen; or with a fresh adapter and a head that is trained, as a critic.
+
+        For a language model the head is a fresh one.
+        """
+        self.load()
+        assert self.model is not None
+        spec = CausalLM(_folder(path), None, None)
+        decoder = share(self.model.get_decoder())
+        role = self._role(decoder, spec.folder, spec.load_tokenizer(), AutoModel, fresh)
+        model = ScalarModel(role)
+        if spec.scalar:
+            model.take_heads(stored_head(Path(str(spec.folder))), Path(str(spec.folder)))
+        if not fresh:
+            model.requires_grad_(False)
+            return model.eval()
+        return model.train()
+
+    def start_of(self, policy: LanguageModel) -> LanguageModel:
+        """The policy as it was before training, frozen: its tree without the trained adapter."""
+        start = share(policy)
+        assert isinstance(start.model, PeftModel)
+        below = [name for name in start.model.base_model.active_adapters if name != TRAINED]  # type: ignore[operator,union-attr]
+        if below:
+            start.model.delete_adapter(TRAINED)
+            _activate(start.model, below)
+        else:
+            start.model = start.model.unload()  # type: ignore[operator]
+        return start.frozen()
+
+    # --- how they are made ---
+
+    def _role(
+        self,
+        tree: PreTrainedModel,
+        path: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: Any,
+        fresh: bool = False,
+    ) -> LanguageModel:
+        """A tree with its frozen adapters, and a fresh one if it is trained."""
+        model: PreTrainedModel | PeftModel = tree
+        names = []
+        for folder in self.stacks.get(path, ()) if path else ():
+            self._frozen.setdefault(folder, {})
+            name = f"below_{list(self._frozen).index(folder)}"
+            model = self._mount(model, folder, name)
+            names.append(name)
+        if fresh and isinstance(model, PeftModel):
+            model.add_adapter(TRAINED, self.adapter.config(tree))
+        elif fresh:
+            model = self.adapter.apply(tree)
+        if isinstance(model, PeftModel):
+            _activate(model, [*names, *([TRAINED] if fresh else [])])
+        plain = None if self._plain is None else self._plain(kind)
+        role = LanguageModel(model, tokenizer, _end_id(tokenizer), plain, path)
+        role.shared = self
+        role.adapter, role.precision = self.adapter, self.precision
+        if self.spec.gradient_checkpointing and fresh:
+            role.gradient_checkpointing()
+        return role.train()
+
+    def _mount(self, model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
+        """The model with a stored adapter on it; the second role that has it shares its tensors."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        stem = "base_model.model."
+        own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
+        prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
+        state = {
+            stem + own + key.removeprefix(stem).removeprefix(prefix): value
+            for key, value in load_peft_weights(str(folder), device="cpu").items()
+        }
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = False  # or no graph is made through it
+        # It may have been trained on a tree with a projection to the vocabulary and be put on one without, or so.
+        config.task_type = self.adapter.config(base).task_type
+        config.target_modules = {key.removeprefix(stem).rpartition(".lora_")[0] for key in state}
+        with torch.random.fork_rng(devices=[]):  # its random start is thrown away, and must not be felt elsewhere
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                mounted = model
+            else:
+                mounted = get_peft_model(model, config, adapter_name=name)  # type: ignore[assignment]
+        found = set_peft_model_state_dict(mounted, state, adapter_name=name)
+        fresh = {key: value for key, value in mounted.named_parameters() if f".{name}." in key or key.endswith(name)}
+        strangers = list(found.unexpected_keys)
+        if strangers or len(fresh) != len(state):
+            some = strangers[0] if strangers else "fewer weights than the model has places for"
+            raise UserError(f"{folder} does not fit {self.path}: {some}; type adapter.shared_base=false")
+        known = self._frozen[folder]
+        for key, value in fresh.items():
+            short = key.removeprefix(stem).removeprefix(own)
+            if short in known:
+                at, _, last = key.rpartition(".")
+                mounted.get_submodule(at)._parameters[last] = known[short]
+            else:
+                known[short] = value
+        return mounted
+
+    def _check(self, folder: Path, summed: bool, under_fresh: bool) -> None:
+        """Refuses adapters that are no LoRA, and sums with an adapter that has a magnitude apart."""
+        stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
+            raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
+        if (summed and stored.get("use_dora")) or (under_fresh and self.adapter.decompose):
+            raise UserError(
+                f"{folder}: the magnitude of DoRA belongs to a whole weight, so no other adapter can be added to it: "
+                "type adapter=lora for both, or adapter.shared_base=false"
+            )
+
+
+def _activate(model: PeftModel, names: list[str]) -> None:
+    """Puts these adapters to work, one on the other; only the trained one gets gradients."""
+    model.base_model.set_adapter(names)  # type: ignore[operator,union-attr]
+    for key, value in model.named_parameters():
+        value.requires_grad_(f".{TRAINED}." in key and TRAINED in names)
+
+
+def _folder(path: str) -> str:
+    """The model folder of a path as an input gives it."""
+    return str(CausalLM(str(path), None, None).folder)
+
+
+def stored_head(folder: Path) -> Tensor:
+    """The [1, D] head of a stored reward model, without reading its other weights.
+
+    Raises:
+        UserError: If there is none, or one of several outputs.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            if "score.weight" in content.keys():  # noqa: SIM118  # no mapping
+                head = content.get_tensor("score.weight").float()
+                if len(head) != 1:
+                    raise UserError(f"model.path={folder}: has {len(head)} outputs, a reward model has 1")
+                return head
+    raise UserError(f"model.path={folder}: has no score.weight, so it is no reward model")

@@ -1,0 +1,344 @@
+"""One base, many roles: each role is the model it would be with weights of its own, and the weights are there once."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
+from rlhf.models.footprint import footprint
+from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.lineage import chain, common_base, digest
+from rlhf.models.roles import critic_of, reference_of
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_base import SharedBase, share
+from tests.models.conftest import FP32, move_adapter, random_model, spec
+
+Batch = tuple[Tensor, Tensor, Tensor]
+ONE = LoRA(rank=4, shared_base=True)
+
+
+def save_policy(folder: Path, base: Path, adapter: NoAdapter) -> Path:
+    """A run that trained an adapter on ``base``, or all weights."""
+    model = spec(base).load(adapter, FP32)
+    move_adapter(model)
+    model.save(folder / "model")
+    return folder / "model"
+
+
+def save_scorer(folder: Path, base: Path, adapter: NoAdapter, seed: int = 3) -> Path:
+    """The same of a reward model, as its stage does it: a head on a language model; its scores normalised."""
+    torch.manual_seed(seed)
+    model = ScalarModel.load(spec(base).load(adapter, FP32))
+    move_adapter(model)
+    model.scale.fill_(1.7)
+    model.bias.fill_(-0.4)
+    model.save(folder / "model")
+    return folder / "model"
+
+
+class Runs(NamedTuple):
+    """pre <- sft (LoRA) <- judge (reward model, LoRA), and pre <- scorer (reward model, LoRA)."""
+
+    root: Path
+    pre: Path
+    sft: Path
+    judge: Path
+    scorer: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("outputs")
+    random_model().save(root / "pre" / "model")
+    pre = root / "pre" / "model"
+    sft = save_policy(root / "sft", pre, LoRA(rank=2, alpha=8.0))
+    judge = save_scorer(root / "judge", sft, LoRA(rank=3))
+    return Runs(root, pre, sft, judge, save_scorer(root / "scorer", pre, LoRA(rank=2, modules=["q_proj", "up_proj"])))
+
+
+def roles_on(policy: Path, scorer: Path, adapter: LoRA = ONE, **changes: object) -> tuple:
+    """Policy, reference, critic and reward model on one base."""
+    key = {"reward.path": str(scorer), "stage.value": str(scorer)}
+    base = SharedBase.find(spec(policy, **changes), adapter, FP32, key, ["stage.value"]).load()
+    reward, model = base.scalar(str(scorer)), base.policy()
+    return base, model, model.reference(), critic_of(model, str(scorer)), reward
+
+
+def train(model: nn.Module) -> None:
+    """What training would do to the adapters that learn."""
+    torch.manual_seed(1)
+    for name, value in model.named_parameters():
+        if ".lora_B.default." in name:
+            assert value.requires_grad
+            value.data += 0.05 * torch.randn_like(value)
+
+
+# -- which base -------------------------------------------------------------------------------------------------------
+
+
+def test_chains_meet_as_near_to_the_policy_as_they_can(runs: Runs) -> None:
+    assert [node.path for node in chain(str(runs.judge))] == [str(runs.judge), str(runs.sft), str(runs.pre)]
+    base, stacks = common_base(str(runs.sft), {"reward.path": str(runs.judge)})
+    assert base.path == str(runs.sft)  # the SFT model's merged weights: its reference is the base itself
+    assert stacks == {str(runs.sft): [], str(runs.judge): [runs.judge.parent / "adapter"]}
+    base, stacks = common_base(str(runs.sft), {"a": str(runs.judge), "b": str(runs.scorer)})
+    assert base.path == str(runs.pre)
+    assert stacks[str(runs.judge)] == [runs.sft.parent / "adapter", runs.judge.parent / "adapter"]
+    assert stacks[str(runs.sft)] == [runs.sft.parent / "adapter"]
+
+
+def test_the_same_weights_elsewhere_are_the_same_base(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs.pre.parent, tmp_path / "copy")
+    base, _ = common_base(str(tmp_path / "copy" / "model"), {"reward.path": str(runs.scorer)})
+    assert base.path == str(tmp_path / "copy" / "model")
+
+
+def test_another_base_is_one_line_that_says_what_to_type(runs: Runs, tmp_path: Path) -> None:
+    whole = save_scorer(tmp_path / "whole", runs.pre, NoAdapter())
+    with pytest.raises(
+        UserError, match=r"reward.path=.*all of its weights were trained.*adapter.shared_base=false"
+    ) as e:
+        SharedBase.find(spec(runs.sft), ONE, FP32, {"reward.path": str(whole)})
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="random weights.*adapter.shared_base=false"):
+        SharedBase.find(spec(), ONE, FP32, {"reward.path": str(whole)})
+
+
+def test_a_base_with_other_weights_by_now_is_refused(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs.root, tmp_path / "outputs")
+    scorer = tmp_path / "outputs" / "scorer" / "model"
+    file = scorer.parent / "adapter" / "base.json"
+    stored = json.loads(file.read_text())
+    assert stored["digest"] == digest(str(runs.pre)) and stored["path"] == str(runs.pre)
+    file.write_text(json.dumps({**stored, "path": "/nowhere"}))  # moved outputs: found by its place beside the run
+    assert chain(str(scorer))[-1].path == str(tmp_path / "outputs" / "pre" / "model")
+    save_policy(tmp_path / "outputs" / "pre", runs.sft, LoRA(rank=1))
+    with pytest.raises(UserError, match="was trained on other weights than"):
+        chain(str(scorer))
+    shutil.rmtree(tmp_path / "outputs" / "pre")
+    with pytest.raises(UserError, match="is not there any more"):
+        chain(str(scorer))
+
+
+def test_dora_cannot_be_added_up(runs: Runs, tmp_path: Path) -> None:
+    dora = DoRA(rank=2, shared_base=True)
+    with pytest.raises(UserError, match="type adapter=lora for both"):
+        roles_on(runs.pre, runs.scorer, dora)
+    scorer = save_scorer(tmp_path / "scorer", runs.pre, DoRA(rank=2))
+    with pytest.raises(UserError, match="type adapter=lora for both"):
+        roles_on(runs.pre, scorer)
+    base = SharedBase.find(spec(runs.pre), dora, FP32, {"reward.path": str(scorer)})  # alone it is one like any other
+    ids = torch.arange(20).view(2, 10) + 10
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        base.scalar(str(scorer)).scores(ids, mask), ScalarModel.load(scorer).scores(ids, mask), atol=1e-5, rtol=1e-5
+    )
+    assert base.policy().shared is base
+
+
+def test_a_reward_model_trained_on_a_reward_model_finds_the_language_model_below(runs: Runs, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    second = ScalarModel.load(runs.scorer, LoRA(rank=2))  # a tree without vocabulary projection
+    move_adapter(second)
+    second.save(tmp_path / "second" / "model")
+    ids = torch.arange(20).view(2, 10) + 10
+    mask = torch.ones_like(ids)
+    base, _, _, critic, reward = roles_on(runs.sft, tmp_path / "second" / "model")
+    assert base.path == str(runs.pre) and len(base.stacks[str(tmp_path / "second" / "model")]) == 2
+    for model in (critic, reward):
+        torch.testing.assert_close(model.scores(ids, mask), second.scores(ids, mask), atol=1e-5, rtol=1e-5)
+
+
+# -- each role is what it would be ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scorer", ["judge", "scorer"], ids=["merged", "adapter"])
+def test_roles_equal_those_with_weights_of_their_own(scorer: str, runs: Runs, batch: Batch) -> None:
+    """merged: the base is the SFT model; adapter: it lies below, and the reference is a frozen copy of SFT's LoRA."""
+    ids, mask, counts = batch
+    path = getattr(runs, scorer)
+    base, policy, reference, critic, reward = roles_on(runs.sft, path)
+    assert base.path == str(runs.sft if scorer == "judge" else runs.pre)
+    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    scores = ScalarModel.load(path).scores(ids, mask)
+    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(policy.logprobs(ids, mask, None, counts)[0], start, atol=1e-5, rtol=0)
+    for model in (reward, critic):
+        torch.testing.assert_close(model.scores(ids, mask), scores, atol=1e-5, rtol=1e-5)
+    train(policy)  # what is trained moves the policy and nobody else
+    train(critic)
+    assert (policy.logprobs(ids, mask, None, counts)[0] - start).abs().max() > 1e-2
+    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward.scores(ids, mask), scores, atol=1e-5, rtol=1e-5)
+    assert (critic.scores(ids, mask) - scores).abs().max() > 1e-2
+
+
+def test_an_adapter_alone_is_a_policy_like_its_merged_model(runs: Runs, batch: Batch, tmp_path: Path) -> None:
+    """Its reference is a frozen copy of that adapter; so it goes for one more adapter on top, quantised or not."""
+    ids, mask, counts = batch
+    alone = runs.sft.parent / "adapter"
+    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    policy = SharedBase.find(spec(alone), ONE, FP32, {"reward.path": str(runs.scorer)}).policy()
+    torch.testing.assert_close(policy.reference().logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
+    train(policy)
+    policy.save(tmp_path / "model")
+    for path in (tmp_path / "model", tmp_path / "adapter"):
+        again = spec(path).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+        torch.testing.assert_close(again, policy.logprobs(ids, mask, None, counts)[0], atol=1e-4, rtol=0)
+    quantised = SharedBase.find(spec(alone), QLoRA(rank=4, shared_base=True), FP32, {}).policy()
+    torch.testing.assert_close(
+        quantised.reference().logprobs(ids, mask, None, counts), quantised.logprobs(ids, mask, None, counts)[0]
+    )
+    with pytest.raises(UserError, match="adapter.shared_base=true"):
+        spec(alone).load(QLoRA(rank=4), FP32)
+
+
+def test_a_reference_of_its_own_sits_on_the_base_too(runs: Runs, batch: Batch) -> None:
+    ids, mask, counts = batch
+    policy = SharedBase.find(spec(runs.sft), ONE, FP32, {"stage.reference": str(runs.pre)}).policy()
+    reference = reference_of(policy, str(runs.pre))
+    expected = spec(runs.pre).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), expected, atol=1e-6, rtol=0)
+    assert footprint({"policy": policy, "reference": reference}).roles["reference"][1] == 0
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, value) for name, value in module.named_parameters() if "lora_" not in name and "head" not in name)
+
+
+@pytest.mark.parametrize("adapter", [ONE, QLoRA(rank=4, shared_base=True)], ids=["lora", "qlora"])
+def test_the_weights_are_there_once(adapter: LoRA, runs: Runs) -> None:
+    base, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter)
+    assert base.model is not None
+    places = {value.data_ptr() for value in base.model.parameters()}
+    for role in (policy, critic, reward, reference.modules[0]):
+        assert {value.data_ptr() for _, value in weights_of(role)} <= places
+    trained = [name for role in (policy, critic) for name, value in role.named_parameters() if value.requires_grad]
+    assert all(".default." in name or name == "head.weight" for name in trained) and len(trained) > 20
+    assert not any(value.requires_grad for role in (reward, reference.modules[0]) for value in role.parameters())
+    held = footprint({"policy": policy, "reference": reference, "value": critic, "reward": reward})
+    once = sum(role.numel() * role.element_size() for role in base.model.parameters())
+    assert once <= held.held < 0.45 * held.copies
+
+
+@pytest.mark.parametrize("adapter", [QLoRA(rank=4, shared_base=True), QLoRA(rank=4, quantize="int8", shared_base=True)])
+def test_a_quantised_base_survives_evaluation(adapter: QLoRA, runs: Runs, batch: Batch) -> None:
+    """The repacking of NF4 weights at the first forward without gradient would silence every role at once."""
+    ids, mask, counts = batch
+    base, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter)
+    assert base.model is not None
+    before = {name: value.detach().clone() for name, value in base.model.named_parameters()}
+    with torch.no_grad():
+        first = policy.eval().logprobs(ids, mask, None, counts)[0]
+        reward.scores(ids, mask)
+        critic.eval().scores(ids, mask)
+    again = reference.logprobs(ids, mask, None, counts)
+    torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
+    assert all(torch.equal(before[name], value) for name, value in base.model.named_parameters())
+    policy.train(), critic.train()
+    (policy.logprobs(ids, mask, None, counts)[0].sum() + critic.scores(ids, mask).sum()).backward()
+    check_gradients(policy)
+    check_gradients(critic)
+
+
+def test_a_quantised_role_is_saved_on_the_plain_base(runs: Runs, batch: Batch, tmp_path: Path) -> None:
+    """Merging into NF4 would round the adapters away: all of them go into the base as it was before."""
+    ids, mask, _ = batch
+    saved = {}
+    for adapter in (QLoRA(rank=4, shared_base=True), ONE):
+        torch.manual_seed(5)
+        _, policy, _, critic, _ = roles_on(runs.sft, runs.scorer, adapter)
+        train(policy)
+        train(critic)
+        to = tmp_path / type(adapter).__name__
+        policy.save(to / "model")
+        critic.save(to / "critic")
+        saved[type(adapter)] = (
+            spec(to / "model").load(NoAdapter(), FP32).hidden(ids, mask),
+            ScalarModel.load(to / "critic").scores(ids, mask),
+        )
+        assert [node.path for node in chain(str(to / "model"))][1:] == [str(runs.sft), str(runs.pre)]
+        assert [node.path for node in chain(str(to / "critic"))][1:] == [str(runs.scorer), str(runs.pre)]
+    for quantised, plain in zip(saved[QLoRA], saved[LoRA], strict=True):
+        torch.testing.assert_close(quantised, plain, atol=1e-4, rtol=1e-4)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(runs: Runs, batch: Batch, adapter: LoRA, interleaved: bool, **changes: object) -> dict[str, Tensor]:
+    """Gradients of policy and critic; interleaved: every forward before any backward, other roles in between."""
+    ids, mask, counts = batch
+    torch.manual_seed(7)
+    _, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter, **changes)
+    train(policy)
+    train(critic)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: policy.logprobs(ids, mask, None, counts)[0].sum(),
+        lambda: critic.values(ids, mask).square().sum(),
+    ]
+    if interleaved:
+        losses = []
+        for seed, call in enumerate(calls):
+            torch.manual_seed(seed)
+            losses.append(call())
+            reference.logprobs(ids, mask, None, counts)
+            reward.scores(ids, mask)
+        torch.stack(losses).sum().backward()
+    else:
+        for seed, call in enumerate(calls):
+            torch.manual_seed(seed)
+            call().backward()
+    models = {"policy": policy, "critic": critic}
+    return {
+        f"{role}.{name}": value.grad
+        for role, model in models.items()
+        for name, value in model.named_parameters()
+        if value.grad is not None
+    }
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_runs_under_the_role_that_ran(dropout: float, runs: Runs, batch: Batch) -> None:
+    """The classic bug: a layer recomputed in backward while another adapter is active."""
+    adapter = LoRA(rank=4, dropout=dropout, shared_base=True)
+    plain = gradients(runs, batch, adapter, interleaved=False)
+    checkpointed = gradients(runs, batch, adapter, interleaved=True, gradient_checkpointing=True)
+    assert plain.keys() == checkpointed.keys() and any("critic" in name for name in plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_checkpointing_is_on_in_the_roles_that_learn(runs: Runs) -> None:
+    _, policy, _, critic, _ = roles_on(runs.sft, runs.scorer, gradient_checkpointing=True)
+    assert policy.base.is_gradient_checkpointing and critic.language_model.base.is_gradient_checkpointing
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_sharing_copies_what_is_trained_and_nothing_else(model: LanguageModel) -> None:
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False))
+    layer[0].requires_grad_(False)
+    other = share(layer)
+    assert other[0] is not layer[0] and other[0].weight is layer[0].weight and other[0].bias is layer[0].bias
+    assert other[1].weight is not layer[1].weight and torch.equal(other[1].weight, layer[1].weight)
+    held = footprint({"one": layer, "two": other})
+    assert held.roles == {"one": (4 * 15, 4 * 3), "two": (4 * 15, 4 * 3)}  # 9 + 3 shared, 3 of its own, 4 bytes each
+    assert (held.held, held.copies) == (4 * 18, 4 * 30)
+    assert "two copies" in str(held)
+
+
+def test_what_comes_before_an_adapter_on_nothing(tmp_path: Path) -> None:
+    """An adapter on random weights has no base to name, and the chain of its model ends there."""
+    model = random_model()
+    model.model = LoRA(rank=2).apply(model.model)
+    model.save(tmp_path / "model")
+    assert not (tmp_path / "adapter" / "base.json").exists() and len(chain(str(tmp_path / "model"))) == 1
