@@ -34,12 +34,7 @@ class Labels:
 
     def records(self, data: Split) -> Split:
         """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
-        train, validation = _labelled(data.train, data), _labelled(data.validation, data)
-        kinds = {label.desirable for label in train}
-        if len(kinds) == 1:
-            what = "good" if kinds.pop() else "bad"
-            raise UserError(f"data.source={data.data.source}: all replies are {what}; this objective needs both kinds")
-        return replace(data, train=train, validation=validation)
+        return labelled_replies(data)
 
     def check_batch(self, batch_size: int) -> None:
         """Any batch will do: the mismatched replies come from the whole data set."""
@@ -80,6 +75,10 @@ class Labels:
         """[B] ones: every reply counts the same."""
         return torch.ones(len(part), device=part.desirable.device)
 
+    def teaches(self, parts: list[LabelBatch], together: bool = True) -> bool:
+        """Every batch does."""
+        return True
+
     @torch.no_grad()
     def around(self, policy: LanguageModel, parts: list[LabelBatch], together: bool = True) -> Tensor:
         """z (scalar) of the whole batch, of all processes if ``together``; 0 where there is no mismatched reply."""
@@ -100,6 +99,16 @@ class Labels:
         logp = policy.logprobs(*inputs(part.tokens))[0].sum(dim=1)
         losses, metrics = self.objective(logp, part.reference, part.desirable, around)
         return losses, {**metrics, "reference_gap": (logp - part.reference).abs().detach()}
+
+
+def labelled_replies(data: Split) -> Split:
+    """Labels, of comparisons too. Raises UserError for other records, and where all are of one kind."""
+    train, validation = _labelled(data.train, data), _labelled(data.validation, data)
+    kinds = {label.desirable for label in train}
+    if len(kinds) == 1:
+        what = "good" if kinds.pop() else "bad"
+        raise UserError(f"data.source={data.data.source}: all replies are {what}; this objective needs both kinds")
+    return replace(data, train=train, validation=validation)
 
 
 def _labelled(records: Sequence[Any], data: Split) -> list[Label]:

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pydantic import ConfigDict, ValidationError, create_model
 
-from rlhf.objective import LabelObjective, Objective, PairContext, PairLogps, PairObjective
+from rlhf.objective import ContrastObjective, LabelObjective, Objective, PairContext, PairLogps, PairObjective
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("conf/objective/*.yaml"), *ROOT.glob("plugins/rlhf_*/conf/objective/*.yaml")])
@@ -93,8 +93,11 @@ def test_every_knob_changes_the_loss(path):
         objective = instantiate(config)
         if isinstance(objective, PairObjective):
             return objective(policy, reference, context)[0]
+        good = torch.arange(6) % 2 == 0
+        if isinstance(objective, ContrastObjective):
+            return objective(sums[0], sums[2], good, context.prompt_embedding)[0]
         assert isinstance(objective, LabelObjective)
-        return objective(sums[0], sums[2], torch.arange(6) % 2 == 0, torch.tensor(0.3))[0]
+        return objective(sums[0], sums[2], good, torch.tensor(0.3))[0]
 
     for knob, value in config.items():
         if knob in ("_target_", "pooling", "encoder"):  # of the stage's embeddings: tests/stages
