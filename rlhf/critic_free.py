@@ -132,6 +132,12 @@ class GroupStage(RolloutStage):
             kl_budget=kl_budget,
             average=average,
         )
+        self.refills = refills
+        self.first_draw: Metrics = {}
+
+    @staticmethod
+    def check_sampler_fits(rollout: Sampler) -> None:
+        """Refuses a single reply, which has no baseline, and a distribution that is cut."""
         if rollout.samples < 2:
             raise UserError(
                 f"rollout.samples={rollout.samples}: the baseline of a reply is the other replies to its prompt; "
@@ -142,8 +148,6 @@ class GroupStage(RolloutStage):
                 "replies must come from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"
             )
-        self.refills = refills
-        self.first_draw: Metrics = {}
 
     @torch.no_grad()
     def refilled(self, rollout: Rollout) -> Rollout:

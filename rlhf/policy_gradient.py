@@ -29,6 +29,7 @@ from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+from rlhf.together import Config, built, check_minibatches, check_text, check_vocabulary
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
 COARSE = 50
@@ -129,11 +130,8 @@ class RolloutStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        if batch_size % minibatches:
-            raise UserError(
-                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
-                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
-            )
+        check_minibatches({"stage": {"batch_size": batch_size, "minibatches": minibatches}})
+        self.check_sampler_fits(rollout)
         check_context(model, text_length, "stage.text_length")
         self.objective: Any = objective
         self.data, self.text, self.reward, self.rollout = data, text, reward, rollout
@@ -152,6 +150,19 @@ class RolloutStage(Stage):
         self._average_state: dict[str, Tensor] | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_sampler_fits(rollout: Sampler) -> None:
+        """Refuses a sampler whose replies the algorithm cannot learn from."""
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """What can be told before anything is loaded: minibatches, sampler, text, vocabularies."""
+        check_minibatches(config)
+        check_text(config)
+        cls.check_sampler_fits(built(config, "rollout"))
+        start = "inputs.reference=null (the policy as it starts)"
+        check_vocabulary(config, config["stage"].get("reference"), "inputs.reference", start)
 
     def prepare(self) -> None:
         """Prompts, the stream of pretraining text, and the frozen models on the device."""
@@ -173,8 +184,8 @@ class RolloutStage(Stage):
             if self._average_state is not None:
                 self.average.load(self._average_state)
         if self.objective.gamma:
-            if self.text is None:
-                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
+            check_text({"objective": {"gamma": self.objective.gamma}, "text": self.text})
+            assert self.text is not None
             tokenizer = self.policy.tokenizer
             self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
 

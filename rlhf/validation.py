@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
-from rlhf import discovery
+from rlhf import discovery, together
 from rlhf.errors import RLHFError, UserError, suggest
 
 # Groups that build reads for every stage, whether or not its constructor names them.
@@ -46,6 +46,8 @@ def check(config: DictConfig, step: str = "") -> None:
                 errors += _walk(node, f"{prefix}{key}")
         errors += _stage(plain, prefix)
         errors += _roots(plain, prefix)
+        if not errors:
+            errors += _together(plain, prefix)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
 
@@ -160,13 +162,19 @@ def check_node(
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
             errors.append(f"{path}: {_first_line(e)}")
-    elif not errors and hasattr(target, "check_knobs") and not holds_object(values):
-        # For a class that holds more than values: what it can tell from its knobs together, before it is built.
+    elif not errors and hasattr(target, "check_knobs"):
+        # For a class that holds more than values: what it can tell from its plain knobs, before it is built.
         try:
-            target.check_knobs(**values)
+            target.check_knobs(**{name: value for name, value in values.items() if not holds_object(value)})
         except (ValueError, RLHFError) as e:
-            errors.append(f"{path}: {_first_line(e)}")
+            errors.append(_named(_first_line(e), path))
     return errors
+
+
+def _named(message: str, path: str) -> str:
+    """A message about the node at ``path``; one that begins with its own key gets the whole path there instead."""
+    group = path.rpartition(".")[2]
+    return path.removesuffix(group) + message if message.startswith(f"{group}.") else f"{path}: {message}"
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
@@ -279,6 +287,19 @@ def _objective(config: dict[str, Any], parameter: inspect.Parameter | None, stag
     key = f"objective@{step}.objective" if step else "objective"
     takes = ", ".join(sorted(fitting)) or "none that is installed"
     yield f"stage={stage} does not take {key}={chosen}; it takes: {takes}"
+
+
+def _together(config: dict[str, Any], prefix: str) -> list[str]:
+    """What the stage finds wrong with its parts taken together (``check_config``), nothing being loaded."""
+    node = config.get("stage")
+    check_config = getattr(_load(node["_target_"]), "check_config", None) if isinstance(node, dict) else None
+    if check_config is None:
+        return []
+    try:
+        check_config(config)
+    except RLHFError as error:
+        return [together.placed(_first_line(error), config, prefix)]
+    return []
 
 
 def _classes(annotation: Any) -> tuple[type, ...]:

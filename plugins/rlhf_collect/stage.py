@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Rollout, Sampler
 from rlhf.stage import Parts, Stage
+from rlhf.together import Config, built
 
 
 class CollectStage(Stage):
@@ -42,9 +43,13 @@ class CollectStage(Stage):
         batch_size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
         super().__init__(model, None, None, batch_size=batch_size)
-        if rollout.samples < 2:
-            raise UserError(f"rollout.samples={rollout.samples}: a comparison needs 2 or more; type rollout.samples=4")
+        check_samples(rollout.samples)
         self.data, self.rollout, self.annotator = data, rollout, annotator
+
+    @staticmethod
+    def check_config(config: Config) -> None:
+        """What can be told before anything is loaded."""
+        check_samples(built(config, "rollout").samples)
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
@@ -140,6 +145,12 @@ class CollectStage(Stage):
                 if name.startswith("of")
             },
         }
+
+
+def check_samples(samples: int) -> None:
+    """Refuses a single reply to a prompt."""
+    if samples < 2:
+        raise UserError(f"rollout.samples={samples}: a comparison needs 2 or more; type rollout.samples=4")
 
 
 def agreement(rollout: Rollout, comparisons: list[Comparison]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rlhf.distributed import gather_rows
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics
-from rlhf_dpo.labels import labelled_replies
+from rlhf_dpo.labels import check_labels, labelled_replies
 from rlhf_dpo.pairs import Inputs, inputs, pooling_and_encoder, processes
 
 
@@ -46,6 +46,10 @@ class Contrasts:
     def records(self, data: Split) -> Split:
         """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
         return labelled_replies(data)
+
+    def check_records(self, name: str | None, source: object) -> None:
+        """Refuses records that no labels can be made of; None says nothing."""
+        check_labels(name, source)
 
     def check_batch(self, batch_size: int) -> None:
         """Refuses a batch in which there is nothing to set a reply against."""

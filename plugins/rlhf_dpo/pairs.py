@@ -53,11 +53,7 @@ class Pairs:
         everything = [*data.train, *data.validation]
         other = next((record for record in everything if not isinstance(record, Comparison)), None)
         if other is not None:
-            instead = " or objective=kto" if other.name == "label" else ""
-            raise UserError(
-                f"this objective reads pairs of replies, and data.source={data.data.source} holds {other.name}s: "
-                f"type data=comparisons{instead}"
-            )
+            self.check_records(other.name, data.data.source)
         without = sum(record.scores is None for record in everything)
         if self.objective.needs_scores and without:
             raise UserError(
@@ -65,6 +61,15 @@ class Pairs:
                 "have none: give comparisons of stage=collect, or type objective=dpo"
             )
         return data
+
+    def check_records(self, name: str | None, source: object) -> None:
+        """Refuses records that hold no pairs; None says nothing."""
+        if name not in (None, "comparison"):
+            instead = " or objective=kto" if name == "label" else ""
+            raise UserError(
+                f"this objective reads pairs of replies, and data.source={source} holds {name}s: "
+                f"type data=comparisons{instead}"
+            )
 
     def check_batch(self, batch_size: int) -> None:
         """Refuses a batch in which there is nothing to set a pair against."""

@@ -14,6 +14,7 @@ from rlhf.models.roles import reference_of
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
+from rlhf.together import Config, built, check_vocabulary
 from rlhf_dpo.contrasts import Contrasts
 from rlhf_dpo.embedding import embed_prompts
 from rlhf_dpo.labels import Labels
@@ -63,13 +64,22 @@ class DPOStage(Stage):
         self.kind: Any = _kind(objective)
         self.data, self.epochs = self.kind.records(data), epochs
         self.kind.check_batch(batch_size)
-        if reference is not None and not self.kind.needs_reference:
-            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
+        check_reference(self.kind, reference)
         self.policy.disable_dropout()
         self.starts_at_reference = self.kind.needs_reference and reference is None
         self.reference: Reference | None = None
         if self.kind.needs_reference:
             self.reference = reference_of(model, reference)
+
+    @staticmethod
+    def check_config(config: Config) -> None:
+        """What can be told before anything is loaded: records, batch, reference."""
+        kind: Any = _kind(built(config, "objective"))
+        kind.check_records(config["data"].get("record"), config["data"].get("source"))
+        kind.check_batch(config["stage"]["batch_size"])
+        reference = config["stage"].get("reference")
+        check_reference(kind, reference)
+        check_vocabulary(config, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
 
     def prepare(self) -> None:
         """Tokenises the data and lets the reference read each reply once."""
@@ -149,6 +159,12 @@ class DPOStage(Stage):
             losses, metrics = self.kind.losses(self.policy, part, around, index)
             for name, values in {"loss": losses, **metrics}.items():
                 self.log_mean(f"val/{name}", values, self.kind.weight(part))
+
+
+def check_reference(kind: Any, reference: str | None) -> None:
+    """Refuses a reference that nothing reads."""
+    if reference is not None and not kind.needs_reference:
+        raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
 
 
 def _kind(objective: PairObjective | LabelObjective | ContrastObjective) -> Pairs | Labels | Contrasts:

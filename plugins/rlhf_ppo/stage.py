@@ -29,6 +29,9 @@ from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward
 from rlhf.stage import Optimizer, Parts, Schedule, chunks
+from rlhf.together import Config, check_vocabulary
+
+OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
 
 
 @dataclass(frozen=True)
@@ -135,19 +138,28 @@ class PPOStage(RolloutStage):
             kl_budget=kl_budget,
             average=average,
         )
+        self.value_warmup = value_warmup
+        self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
+        self.critic.disable_dropout()
+        if value:
+            require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", OWN_CRITIC)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_sampler_fits(rollout: Sampler) -> None:
+        """Refuses more than one reply to a prompt, and a distribution that is cut."""
         if not rollout.exact or rollout.samples != 1:
             raise UserError(
                 "PPO samples one reply per prompt from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
             )
-        self.value_warmup = value_warmup
-        self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
-        self.critic.disable_dropout()
-        if value:
-            instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
-            require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
 
-    # -- set-up ---------------------------------------------------------------------------------------------------
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """What every rollout stage asks, and that the critic reads the policy's tokens."""
+        super().check_config(config)
+        check_vocabulary(config, config["stage"].get("value"), "stage.value", OWN_CRITIC)
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""

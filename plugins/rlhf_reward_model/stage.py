@@ -25,6 +25,7 @@ from rlhf.objective import Metrics, ScoreObjective
 from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
+from rlhf.together import Config
 
 
 class RewardModelStage(Stage):
@@ -74,8 +75,7 @@ class RewardModelStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        if normalize == "demonstrations" and demonstrations is None:
-            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
+        check_demonstrations(normalize, demonstrations)
         self.objective, self.data, self.demonstrations = objective, data, demonstrations
         self.epochs, self.normalize, self.safety_coefficient = epochs, normalize, safety_coefficient
         self.scorer = model.disable_dropout()
@@ -87,6 +87,11 @@ class RewardModelStage(Stage):
         # The units the loss is in; normalisation at the end changes the scorer's.
         self.units = (self.scorer.scale.item(), self.scorer.bias.item())
         self.calibration: Reliability | None = None
+
+    @staticmethod
+    def check_config(config: Config) -> None:
+        """What can be told before anything is loaded."""
+        check_demonstrations(config["stage"].get("normalize"), config.get("demonstrations"))
 
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> object:
@@ -222,3 +227,9 @@ class RewardModelStage(Stage):
     def save(self, folder: Path) -> None:
         """A sequence classifier with one output, and its normalisation."""
         self.scorer.save(folder)
+
+
+def check_demonstrations(normalize: str | None, demonstrations: object) -> None:
+    """Refuses to normalise by what is not there."""
+    if normalize == "demonstrations" and demonstrations is None:
+        raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
