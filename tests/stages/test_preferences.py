@@ -54,28 +54,20 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
-def test_every_loss_trains_and_every_knob_moves_the_weights(path: Path, load: Load, tmp_path: Path) -> None:
-    """As `rlhf stage=dpo objective=NAME objective.KNOB=...` does; no knob is dead."""
+def test_every_loss_trains(path: Path, load: Load, tmp_path: Path) -> None:
+    """As `rlhf stage=dpo objective=NAME` does. That no knob of a loss is dead: test_every_knob."""
 
     def trained(**knobs: object) -> dict[str, torch.Tensor]:
-        folder = tmp_path / "-".join(map(str, ["run", *knobs.values()])).replace("/", "_")
+        folder = tmp_path / "-".join(map(str, ["run", *knobs.values()]))
         run = stage(load, named(path.stem, **knobs))
-        fit(run, folder, limit_train_batches=3, limit_val_batches=0)
+        fit(run, folder, limit_train_batches=2, limit_val_batches=0)
         assert all(math.isfinite(row["loss"]) for row in read_rows(folder / "metrics.csv"))
         return weights(run)
 
-    config = OmegaConf.load(path)
     before = trained()
     assert not same(before, weights(stage(load, named(path.stem)))), "nothing was learnt"
-    other = {"distance": "squared", "pooling": "last"}
-    for knob, value in config.items():
-        if knob in ("_target_", "encoder"):
-            continue
-        if isinstance(value, str):
-            moved: object = other[knob]
-        else:
-            moved = not value if isinstance(value, bool) else (value or 0.1) * 1.2
-        assert not same(trained(**{knob: moved}), before), f"{path.stem}.{knob} is dead"
+    if "pooling" in OmegaConf.load(path):  # of what the stage embeds
+        assert not same(trained(pooling="last"), before)
 
 
 @pytest.mark.parametrize("name", ["kto", "relative", "relative_diagonal", "relative_unpaired", "reward_aware", "orpo"])
@@ -387,6 +379,9 @@ def test_another_encoder_reads_the_prompts_text(load: Load, tmp_path: Path) -> N
     assert not torch.equal(run.examples[0].embedding, by_reference.examples[0].embedding)
     with pytest.raises(UserError, match="objective.encoder=./nowhere/at-all"):
         fit(stage(load, Relative(encoder="./nowhere/at-all")), tmp_path / "bad")
+    unpaired = stage(load, RelativeUnpaired(encoder=str(other)), data("label"))
+    fit(unpaired, tmp_path / "unpaired", limit_train_batches=1)
+    assert torch.isfinite(unpaired.examples[0].embedding).all()
 
 
 def test_in_a_ranking_no_reply_is_set_against_a_better_one(load: Load, tmp_path: Path) -> None:
