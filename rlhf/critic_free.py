@@ -4,7 +4,7 @@ GRPO and RLOO differ in their objectives and in nothing here.
 """
 
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -135,15 +135,16 @@ class GroupStage(RolloutStage):
         self.refills = refills
         self.first_draw: Metrics = {}
 
-    @staticmethod
-    def check_sampler_fits(rollout: Sampler) -> None:
-        """Refuses a single reply, which has no baseline, and a distribution that is cut."""
-        if rollout.samples < 2:
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is not None and rollout.samples < 2:
             raise UserError(
                 f"rollout.samples={rollout.samples}: the baseline of a reply is the other replies to its prompt; "
                 "type rollout.samples=8"
             )
-        if not rollout.exact:
+        if rollout is not None and not rollout.exact:
             raise UserError(
                 "replies must come from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"

@@ -29,7 +29,7 @@ from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
-from rlhf.together import Config, built, check_minibatches, check_text, check_vocabulary
+from rlhf.vocabulary import check_vocabulary
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
 COARSE = 50
@@ -130,8 +130,9 @@ class RolloutStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        check_minibatches({"stage": {"batch_size": batch_size, "minibatches": minibatches}})
-        self.check_sampler_fits(rollout)
+        self.check_parts(
+            objective=objective, text=text, rollout=rollout, batch_size=batch_size, minibatches=minibatches
+        )
         check_context(model, text_length, "stage.text_length")
         self.objective: Any = objective
         self.data, self.text, self.reward, self.rollout = data, text, reward, rollout
@@ -149,43 +150,55 @@ class RolloutStage(Stage):
         self.average: MovingAverage | None = None
         self._average_state: dict[str, Tensor] | None = None
 
-    # -- set-up ---------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def check_sampler_fits(rollout: Sampler) -> None:
-        """Refuses a sampler whose replies the algorithm cannot learn from."""
-
     @classmethod
-    def check_config(cls, config: Config) -> None:
-        """What can be told before anything is loaded: minibatches, sampler, text, vocabularies."""
-        check_minibatches(config)
-        check_text(config)
-        cls.check_sampler_fits(built(config, "rollout"))
-        start = "inputs.reference=null (the policy as it starts)"
-        check_vocabulary(config, config["stage"].get("reference"), "inputs.reference", start)
+    def check_parts(
+        cls,
+        *,
+        batch_size: int = 1,
+        minibatches: int = 1,
+        processes: int = 1,
+        objective: Any = None,
+        text: Any = None,
+        model: Any = None,
+        reference: str | None = None,
+        **parts: Any,
+    ) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(batch_size=batch_size, processes=processes, **parts)
+        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+        if batch_size % minibatches:
+            raise UserError(
+                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
+                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+            )
+        if batch_size // processes % minibatches:
+            raise UserError(
+                f"stage.minibatches={minibatches} does not divide the {batch_size // processes} prompts of each of the "
+                f"{processes} processes: type a stage.batch_size that is a multiple of {minibatches * processes}"
+            )
+        if objective is not None and objective.gamma and text is None:
+            raise UserError(
+                f"objective.gamma={objective.gamma:g} needs pretraining text: type data@text=text, or objective.gamma=0"
+            )
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Prompts, the stream of pretraining text, and the frozen models on the device."""
-        mine = self.batch_size // self.trainer.world_size
-        if mine % self.minibatches:
-            raise UserError(
-                f"stage.minibatches={self.minibatches} does not divide the {mine} prompts of each of the "
-                f"{self.trainer.world_size} processes: type a stage.batch_size that is a multiple of "
-                f"{self.minibatches * self.trainer.world_size}"
-            )
+        processes = self.trainer.world_size  # which the config need not have said
+        self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
         self.reference.to(self.device)
         self.examples, self.held_out = self.data.train, self.data.validation
         prompts = [*self.examples, *self.held_out]
         self.rollout.check(self.policy, prompts)
-        make_ready(self.reward, self.device, prompts, self.rollout.longest)
+        make_ready(self.reward, self.device, prompts, self.rollout.room(self.policy))
         self.batches = self.order(len(self.examples), steps=self.steps)
         if self.average_decay is not None:
             self.average = MovingAverage(self.policy, self.average_decay)
             if self._average_state is not None:
                 self.average.load(self._average_state)
         if self.objective.gamma:
-            check_text({"objective": {"gamma": self.objective.gamma}, "text": self.text})
-            assert self.text is not None
+            assert self.text is not None  # check_parts
             tokenizer = self.policy.tokenizer
             self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
 

@@ -7,19 +7,20 @@ constructors are imported, and they may bring it in.
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
-from rlhf import discovery, together
+from rlhf import discovery
 from rlhf.errors import RLHFError, UserError, suggest
 
 # Groups that build reads for every stage, whether or not its constructor names them.
@@ -47,7 +48,7 @@ def check(config: DictConfig, step: str = "") -> None:
         errors += _stage(plain, prefix)
         errors += _roots(plain, prefix)
         if not errors:
-            errors += _together(plain, prefix)
+            errors += _together(plain, step)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
 
@@ -162,10 +163,10 @@ def check_node(
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
             errors.append(f"{path}: {_first_line(e)}")
-    elif not errors and hasattr(target, "check_knobs"):
-        # For a class that holds more than values: what it can tell from its plain knobs, before it is built.
+    elif not errors and hasattr(target, "check_knobs") and UNRESOLVED not in values.values():
+        # For a class that holds more than values: what it can tell from its knobs together, before it is built.
         try:
-            target.check_knobs(**{name: value for name, value in values.items() if not holds_object(value)})
+            target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
             errors.append(_named(_first_line(e), path))
     return errors
@@ -272,6 +273,45 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
     yield from _objective(config, asked.get("objective"), name, step)
 
 
+def _together(config: dict[str, Any], step: str) -> list[str]:
+    """What the stage says of its knobs and groups together (``Stage.check_parts``), each being right by itself."""
+    node = config.get("stage")
+    if not isinstance(node, dict) or "_target_" not in node:
+        return []
+    stage = _load(node["_target_"])
+    if not hasattr(stage, "check_parts"):
+        return []
+    parts = {name: value for name, value in node.items() if name not in (*RESERVED, "name")}
+    for group, parameter in groups(stage).items():
+        chosen = config.get(group)
+        made = None if chosen is None else _light(chosen)
+        if made is not None or type(None) in get_args(parameter.annotation):
+            parts[group] = chosen if made is None else made
+    if isinstance(config.get("data"), dict):
+        parts["record"] = config["data"].get("record")
+    trainer = config.get("trainer") or {}
+    counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
+    if all(type(count) is int and count > 0 for count in counts):  # "auto" and -1 are known on the machine alone
+        parts["processes"] = counts[0] * counts[1]
+    try:
+        stage.check_parts(**parts)
+    except RLHFError as e:
+        if not step:
+            return [str(e)]
+        keys = rf"(?<![\w.@])((?:stage|inputs|trainer|{'|'.join(groups(stage))})\.\w+=)"
+        return [f"{step}: " + re.sub(keys, rf"{step}.\1", str(e))]
+    return []
+
+
+def _light(node: dict[str, Any]) -> Any:
+    """The object of a node that costs nothing to build, since it only holds knobs: a dataclass or a sampler."""
+    from rlhf.rollout import Sampler
+
+    target = _load(node["_target_"])
+    light = dataclasses.is_dataclass(target) or inspect.isclass(target) and issubclass(target, Sampler)
+    return instantiate(node) if light else None
+
+
 def _objective(config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str) -> Iterator[str]:
     """Whether the objective speaks the protocol of the stage: wrong pairs compose silently."""
     node = config.get("objective")
@@ -287,19 +327,6 @@ def _objective(config: dict[str, Any], parameter: inspect.Parameter | None, stag
     key = f"objective@{step}.objective" if step else "objective"
     takes = ", ".join(sorted(fitting)) or "none that is installed"
     yield f"stage={stage} does not take {key}={chosen}; it takes: {takes}"
-
-
-def _together(config: dict[str, Any], prefix: str) -> list[str]:
-    """What the stage finds wrong with its parts taken together (``check_config``), nothing being loaded."""
-    node = config.get("stage")
-    check_config = getattr(_load(node["_target_"]), "check_config", None) if isinstance(node, dict) else None
-    if check_config is None:
-        return []
-    try:
-        check_config(config)
-    except RLHFError as error:
-        return [together.placed(_first_line(error), config, prefix)]
-    return []
 
 
 def _classes(annotation: Any) -> tuple[type, ...]:

@@ -47,9 +47,9 @@ class Contrasts:
         """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
         return labelled_replies(data)
 
-    def check_records(self, name: str | None, source: object) -> None:
+    def check_records(self, name: str | None) -> None:
         """Refuses records that no labels can be made of; None says nothing."""
-        check_labels(name, source)
+        check_labels(name)
 
     def check_batch(self, batch_size: int) -> None:
         """Refuses a batch in which there is nothing to set a reply against."""

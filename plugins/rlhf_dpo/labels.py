@@ -36,9 +36,9 @@ class Labels:
         """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
         return labelled_replies(data)
 
-    def check_records(self, name: str | None, source: object) -> None:
+    def check_records(self, name: str | None) -> None:
         """Refuses records that no labels can be made of; None says nothing."""
-        check_labels(name, source)
+        check_labels(name)
 
     def check_batch(self, batch_size: int) -> None:
         """Any batch will do: the mismatched replies come from the whole data set."""
@@ -123,14 +123,13 @@ def _labelled(records: Sequence[Any], data: Split) -> list[Label]:
         elif isinstance(record, Comparison):
             found += labels_of(record)
         else:
-            check_labels(record.name, data.data.source)
+            check_labels(record.name)
     return found
 
 
-def check_labels(name: str | None, source: object) -> None:
+def check_labels(name: str | None) -> None:
     """Refuses records that no labels can be made of; None says nothing."""
     if name not in (None, "label", "comparison"):
         raise UserError(
-            f"this objective reads labelled replies, and data.source={source} holds {name}s: "
-            "type data=labels or data=comparisons"
+            f"this objective reads labelled replies, and the data holds {name}s: type data=labels or data=comparisons"
         )

@@ -53,7 +53,7 @@ class Pairs:
         everything = [*data.train, *data.validation]
         other = next((record for record in everything if not isinstance(record, Comparison)), None)
         if other is not None:
-            self.check_records(other.name, data.data.source)
+            self.check_records(other.name)
         without = sum(record.scores is None for record in everything)
         if self.objective.needs_scores and without:
             raise UserError(
@@ -62,13 +62,12 @@ class Pairs:
             )
         return data
 
-    def check_records(self, name: str | None, source: object) -> None:
+    def check_records(self, name: str | None) -> None:
         """Refuses records that hold no pairs; None says nothing."""
         if name not in (None, "comparison"):
             instead = " or objective=kto" if name == "label" else ""
             raise UserError(
-                f"this objective reads pairs of replies, and data.source={source} holds {name}s: "
-                f"type data=comparisons{instead}"
+                f"this objective reads pairs of replies, and the data holds {name}s: type data=comparisons{instead}"
             )
 
     def check_batch(self, batch_size: int) -> None:

@@ -14,7 +14,7 @@ from rlhf.models.roles import reference_of
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
-from rlhf.together import Config, built, check_vocabulary
+from rlhf.vocabulary import check_vocabulary
 from rlhf_dpo.contrasts import Contrasts
 from rlhf_dpo.embedding import embed_prompts
 from rlhf_dpo.labels import Labels
@@ -60,26 +60,36 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        # Either knows its own examples and batches; what passes through here is of one kind throughout.
-        self.kind: Any = _kind(objective)
+        self.check_parts(objective=objective, batch_size=batch_size, reference=reference)
+        self.kind = kind_of(objective)
         self.data, self.epochs = self.kind.records(data), epochs
-        self.kind.check_batch(batch_size)
-        check_reference(self.kind, reference)
         self.policy.disable_dropout()
         self.starts_at_reference = self.kind.needs_reference and reference is None
         self.reference: Reference | None = None
         if self.kind.needs_reference:
             self.reference = reference_of(model, reference)
 
-    @staticmethod
-    def check_config(config: Config) -> None:
-        """What can be told before anything is loaded: records, batch, reference."""
-        kind: Any = _kind(built(config, "objective"))
-        kind.check_records(config["data"].get("record"), config["data"].get("source"))
-        kind.check_batch(config["stage"]["batch_size"])
-        reference = config["stage"].get("reference")
-        check_reference(kind, reference)
-        check_vocabulary(config, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+    @classmethod
+    def check_parts(
+        cls,
+        *,
+        objective: Any = None,
+        batch_size: int = 2,
+        model: Any = None,
+        reference: str | None = None,
+        record: str | None = None,
+        **parts: Any,
+    ) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(batch_size=batch_size, **parts)
+        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+        if objective is None:
+            return
+        kind = kind_of(objective)
+        kind.check_records(record)
+        kind.check_batch(batch_size)
+        if reference is not None and not kind.needs_reference:
+            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
 
     def prepare(self) -> None:
         """Tokenises the data and lets the reference read each reply once."""
@@ -161,13 +171,8 @@ class DPOStage(Stage):
                 self.log_mean(f"val/{name}", values, self.kind.weight(part))
 
 
-def check_reference(kind: Any, reference: str | None) -> None:
-    """Refuses a reference that nothing reads."""
-    if reference is not None and not kind.needs_reference:
-        raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
-
-
-def _kind(objective: PairObjective | LabelObjective | ContrastObjective) -> Pairs | Labels | Contrasts:
+def kind_of(objective: PairObjective | LabelObjective | ContrastObjective) -> Any:
+    """What knows the examples and batches of an objective; what passes through the stage is of one kind throughout."""
     if isinstance(objective, LabelObjective):
         return Labels(objective)
     return Contrasts(objective) if isinstance(objective, ContrastObjective) else Pairs(objective)

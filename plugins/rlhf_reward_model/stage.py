@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from rlhf.objective import Metrics, ScoreObjective
 from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
-from rlhf.together import Config
 
 
 class RewardModelStage(Stage):
@@ -65,6 +64,7 @@ class RewardModelStage(Stage):
         normalize: Literal["none", "mean", "standard", "demonstrations"] = "standard",
         safety_coefficient: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
+        self.check_parts(normalize=normalize, demonstrations=demonstrations)
         if isinstance(model, LanguageModel):
             model = ScalarModel.load(model, zero_init=head_init == "zero")
         super().__init__(
@@ -75,7 +75,6 @@ class RewardModelStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        check_demonstrations(normalize, demonstrations)
         self.objective, self.data, self.demonstrations = objective, data, demonstrations
         self.epochs, self.normalize, self.safety_coefficient = epochs, normalize, safety_coefficient
         self.scorer = model.disable_dropout()
@@ -88,10 +87,12 @@ class RewardModelStage(Stage):
         self.units = (self.scorer.scale.item(), self.scorer.bias.item())
         self.calibration: Reliability | None = None
 
-    @staticmethod
-    def check_config(config: Config) -> None:
-        """What can be told before anything is loaded."""
-        check_demonstrations(config["stage"].get("normalize"), config.get("demonstrations"))
+    @classmethod
+    def check_parts(cls, *, normalize: str = "none", demonstrations: Any = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if normalize == "demonstrations" and demonstrations is None:
+            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
 
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> object:
@@ -227,9 +228,3 @@ class RewardModelStage(Stage):
     def save(self, folder: Path) -> None:
         """A sequence classifier with one output, and its normalisation."""
         self.scorer.save(folder)
-
-
-def check_demonstrations(normalize: str | None, demonstrations: object) -> None:
-    """Refuses to normalise by what is not there."""
-    if normalize == "demonstrations" and demonstrations is None:
-        raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")

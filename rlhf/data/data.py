@@ -156,19 +156,20 @@ class Data:
             raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
 
     @staticmethod
-    def check_knobs(record: RecordName, source: str | list[str], **knobs: Any) -> None:
+    def check_knobs(**knobs: Any) -> None:
         """Reads small local files before anything runs: what is wrong with them must not be told after hours.
 
         Raises UserError as ``load`` does. Larger files, runs, and data sets of the hub are read when their step begins.
         """
-        files = [Path(one) for one in ([source] if isinstance(source, str) else source)]
+        source = knobs.get("source") or []
+        files = [Path(str(one)) for one in ([source] if isinstance(source, str) else source)]
         if (
             files
             and all(file.is_file() for file in files)
             and sum(file.stat().st_size for file in files) <= SMALL_FILES
         ):
-            knobs = {"size": None, "validation": 0, "max_length": 2} | knobs
-            Data(record, source, **knobs).load()
+            own = {name: value for name, value in knobs.items() if name not in ("testbed", "arithmetic")}
+            Data(**{"size": None, "validation": 0, "max_length": 2} | own).load()
 
     def digest(self) -> str:
         """sha256 of what is read: contents of files, the testbed's knobs, or a data set's name."""

@@ -132,7 +132,7 @@ ROLLED: dict[str, Entry] = TRAINED | {
     "normalize_scores": Moves("batch", score_clip=2.0),
     "kl_budget": at("stages/test_ppo", "a_kl_budget_ends_the_training_and_keeps_the_result"),
     "average": Moves(0.5),
-    "reference": at("stages/test_ppo", "a_reference_of_its_own_is_where_kl_is_measured_from"),
+    "reference": at("stages/test_ppo_inputs", "a_reference_of_its_own_is_where_kl_is_measured_from"),
     "tolerance": at("stages/test_exactness", "ppo_stops_when_the_sampler_is_not_the_policy"),
 }
 STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
@@ -166,7 +166,7 @@ STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
         sampled(PPOStage, PPO, 1),
         ROLLED
         | {
-            "value": at("stages/test_ppo", "the_critic_starts_from_the_reward_model"),
+            "value": at("stages/test_ppo_critic", "the_critic_starts_from_the_reward_model"),
             "value_warmup": Moves(1),
         },
     ),
