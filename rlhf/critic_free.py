@@ -11,12 +11,15 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.data import Split
+from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.groups import grouped, has_spread
 from rlhf.functional.reduction import weighted_mean
+from rlhf.functional.scores import missing_end
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import GroupObjective, Metrics
 from rlhf.policy_gradient import RolloutStage
+from rlhf.refill import others_in_order, refill
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward
 from rlhf.stage import Optimizer, Schedule, chunks
@@ -61,6 +64,8 @@ class GroupStage(RolloutStage):
         steps: Rollouts, each of ``rollout.samples`` replies to ``batch_size`` prompts.
         batch_size, epochs, minibatches, missing_end_penalty, score_clip: As ``RolloutStage``.
         knobs: The others of ``RolloutStage``.
+        refills: Most times per rollout that further prompts are sampled in place of groups whose replies all score the
+            same (DAPO's dynamic sampling), 0: such groups stay.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class GroupStage(RolloutStage):
         minibatches: Annotated[int, Field(gt=0)] = 1,
         missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
         score_clip: Annotated[float, Field(gt=0)] | None = None,
+        refills: Annotated[int, Field(ge=0)] = 0,
         **knobs: Any,
     ) -> None:
         super().__init__(
@@ -99,6 +105,8 @@ class GroupStage(RolloutStage):
             score_clip=score_clip,
             **knobs,
         )
+        self.refills = refills
+        self.first_draw: Metrics = {}
 
     @classmethod
     def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
@@ -114,6 +122,32 @@ class GroupStage(RolloutStage):
                 "replies must come from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"
             )
+
+    @torch.no_grad()
+    def refilled(self, rollout: Rollout) -> Rollout:
+        """With ``refills``, a rollout whose groups have something to teach, as far as prompts are found whose have."""
+        if not self.refills:
+            return rollout
+
+        def scores(sampled: Rollout) -> Tensor:
+            raw = self.reward(sampled).float()
+            if self.normalize_scores == "none":
+                return self.learnt(raw, sampled.ended)
+            # Normalisation makes equal scores of equal ones, and its moments are to be those of the final rollout.
+            return missing_end(raw, sampled.ended, self.missing_end_penalty, self.missing_end)
+
+        def sample(prompts: list[Prompt], index: int) -> Rollout:
+            return self.rollout.sample(self.policy, prompts, seed=self.step_seed(f"refill {index}"))
+
+        samples = self.rollout.samples
+        others = others_in_order(self.examples, rollout.prompts, self.step_seed("further prompts"))
+        final, asked = refill(rollout, scores, sample, others, samples, self.refills, self.policy.pad_id)
+        self.first_draw = {
+            "drawn_score": self.reward(rollout).float().mean(),
+            "drawn_zero_spread": 1.0 - has_spread(scores(rollout), samples).float().mean(),
+            "refilled": torch.tensor(asked * samples / len(rollout.texts), device=rollout.mask.device),
+        }
+        return final
 
     @torch.no_grad()
     def log_probabilities(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -166,7 +200,11 @@ class GroupStage(RolloutStage):
         """One row per rollout: means over its updates, what the replies are like, and what groups had to teach."""
         samples = self.rollout.samples
         self.record(
-            {**self.of_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
+            {
+                **self.of_updates(metrics),
+                **self.describe(rollout, raw, experience.logp, experience.ref_logp),
+                **self.first_draw,
+            },
             group_std=grouped(scores, samples).std(1).mean(),
             zero_spread=1.0 - has_spread(scores, samples).float().mean(),
             dropped=1.0 - experience.keep.float().mean(),

@@ -132,6 +132,26 @@ class LabelObjective(Objective):
         """Losses [N] from summed log-probabilities [N] under both models, labels [N] (bool) and `kl`, a scalar."""
 
 
+class ContrastObjective(Objective):
+    """A loss that sets the good responses of a batch against its bad ones, of whatever prompts; used by dpo and kto.
+
+    It is given the rows of the whole batch, of all processes.
+    """
+
+    @property
+    def needs_prompt_embedding(self) -> bool:
+        """Whether `embedding` is read."""
+        return False
+
+    @abstractmethod
+    def __call__(
+        self, policy: Tensor, reference: Tensor, desirable: Tensor, embedding: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """Losses [N] from summed log-probabilities [N] under both models and labels [N] (bool); all 0 where the batch
+        holds one kind alone. `embedding` [N, E] is a vector of each response's prompt.
+        """
+
+
 class ScoreObjective(Objective):
     """A loss per pair of scalar scores; used by reward_model."""
 

@@ -30,6 +30,7 @@ from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, single
 from rlhf.scoring import Reward, make_ready, model_rewards
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
+from rlhf.vocabulary import check_vocabulary
 
 #: In 16 bits single log-probabilities may be off by tenths; their mean gap may be this many times the tolerance.
 COARSE = 50
@@ -162,10 +163,13 @@ class RolloutStage(Stage):
         processes: int = 1,
         objective: Any = None,
         text: Any = None,
+        model: Any = None,
+        reference: str | None = None,
         **parts: Any,
     ) -> None:
         """As ``Stage.check_parts``."""
         super().check_parts(batch_size=batch_size, processes=processes, **parts)
+        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
         if batch_size % minibatches:
             raise UserError(
                 f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "

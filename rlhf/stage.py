@@ -129,7 +129,7 @@ class Stage(pl.LightningModule):
             batch_size: Every knob is given by its name.
             processes: How many will train, if the config says.
             _: Groups, by the constructor's names: those that only hold knobs (objective, rollout) themselves; of those
-                that may be left out None, or anything else where they are not.
+                that may be left out None, or anything else where they are not; and ``record``, what the data holds.
 
         Raises:
             UserError: One line, with the keys to type.

@@ -261,6 +261,11 @@ def check_objective(made: Any) -> list[str]:
     elif isinstance(made, objective.LabelObjective):
         leaf = numbers(count)
         losses, metrics = made(leaf - 9.0, torch.randn(count) - 9.0, torch.arange(count) % 2 == 0, torch.tensor(0.1))
+    elif isinstance(made, objective.ContrastObjective):
+        leaf = numbers(count)
+        losses, metrics = made(
+            leaf - 9.0, torch.randn(count) - 9.0, torch.arange(count) % 2 == 0, torch.randn(count, 4)
+        )
     elif isinstance(made, objective.PolicyObjective):
         leaf = numbers(count, 5)
         old_logp, advantages, values, old_values, returns = torch.randn(5, count, 5)

@@ -169,8 +169,14 @@ def check_node(
         try:
             target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
-            errors.append(f"{path}: {_first_line(e)}")
+            errors.append(_named(_first_line(e), path))
     return errors
+
+
+def _named(message: str, path: str) -> str:
+    """A message about the node at ``path``; one that begins with its own key gets the whole path there instead."""
+    group = path.rpartition(".")[2]
+    return path.removesuffix(group) + message if message.startswith(f"{group}.") else f"{path}: {message}"
 
 
 def holds_object(value: Any) -> bool:
@@ -258,6 +264,8 @@ def _together(config: dict[str, Any], step: str) -> list[str]:
         made = None if chosen is None else _light(chosen)
         if made is not None or type(None) in get_args(parameter.annotation):
             parts[group] = chosen if made is None else made
+    if isinstance(config.get("data"), dict):
+        parts["record"] = config["data"].get("record")
     trainer = config.get("trainer") or {}
     counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
     if all(type(count) is int and count > 0 for count in counts):  # "auto" and -1 are known on the machine alone

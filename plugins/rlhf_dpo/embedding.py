@@ -2,33 +2,35 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from rlhf.data.collate import collate_prompts
-from rlhf.data.template import EncodedComparison
+from rlhf.data.template import EncodedComparison, EncodedLabel
 from rlhf.errors import UserError
 from rlhf.functional.masking import last_index
 from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.stage import chunks
 
+E = TypeVar("E", EncodedComparison, EncodedLabel)
+
 
 @torch.no_grad()
 def embed_prompts(
-    examples: Sequence[EncodedComparison],
+    examples: Sequence[E],
     reference: Reference | None,
     policy: LanguageModel,
     pooling: str,
     encoder: str | None,
     batch_size: int,
-) -> list[EncodedComparison]:
-    """The comparisons with an embedding [E] of each prompt, on the CPU.
+) -> list[E]:
+    """The comparisons, or labels, with an embedding [E] of each prompt, on the CPU.
 
     Args:
-        examples: Encoded comparisons.
+        examples: Encoded comparisons or labels.
         reference: The frozen model whose last hidden states are pooled.
         policy: Whose tokens the prompts are in.
         pooling: ``mean`` over the prompt's tokens, or its ``last`` one.
@@ -37,7 +39,7 @@ def embed_prompts(
     """
     assert reference is not None
     read = _Own(reference.to(policy.device), policy) if encoder is None else _Encoder(encoder, policy)
-    done = []
+    done: list[E] = []
     for rows in chunks(len(examples), batch_size):
         chosen = examples[rows]
         hidden, mask = read([list(example.prompt) for example in chosen])

@@ -34,12 +34,11 @@ class Labels:
 
     def records(self, data: Split) -> Split:
         """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
-        train, validation = _labelled(data.train, data), _labelled(data.validation, data)
-        kinds = {label.desirable for label in train}
-        if len(kinds) == 1:
-            what = "good" if kinds.pop() else "bad"
-            raise UserError(f"data.source={data.data.source}: all replies are {what}; this objective needs both kinds")
-        return replace(data, train=train, validation=validation)
+        return labelled_replies(data)
+
+    def check_records(self, name: str | None) -> None:
+        """Refuses records that no labels can be made of; None says nothing."""
+        check_labels(name)
 
     def check_batch(self, batch_size: int) -> None:
         """Any batch will do: the mismatched replies come from the whole data set."""
@@ -80,6 +79,10 @@ class Labels:
         """[B] ones: every reply counts the same."""
         return torch.ones(len(part), device=part.desirable.device)
 
+    def teaches(self, parts: list[LabelBatch], together: bool = True) -> bool:
+        """Every batch does."""
+        return True
+
     @torch.no_grad()
     def around(self, policy: LanguageModel, parts: list[LabelBatch], together: bool = True) -> Tensor:
         """z (scalar) of the whole batch, of all processes if ``together``; 0 where there is no mismatched reply."""
@@ -102,6 +105,16 @@ class Labels:
         return losses, {**metrics, "reference_gap": (logp - part.reference).abs().detach()}
 
 
+def labelled_replies(data: Split) -> Split:
+    """Labels, of comparisons too. Raises UserError for other records, and where all are of one kind."""
+    train, validation = _labelled(data.train, data), _labelled(data.validation, data)
+    kinds = {label.desirable for label in train}
+    if len(kinds) == 1:
+        what = "good" if kinds.pop() else "bad"
+        raise UserError(f"data.source={data.data.source}: all replies are {what}; this objective needs both kinds")
+    return replace(data, train=train, validation=validation)
+
+
 def _labelled(records: Sequence[Any], data: Split) -> list[Label]:
     found: list[Label] = []
     for record in records:
@@ -110,8 +123,13 @@ def _labelled(records: Sequence[Any], data: Split) -> list[Label]:
         elif isinstance(record, Comparison):
             found += labels_of(record)
         else:
-            raise UserError(
-                f"this objective reads labelled replies, and data.source={data.data.source} holds {record.name}s: "
-                "type data=labels or data=comparisons"
-            )
+            check_labels(record.name)
     return found
+
+
+def check_labels(name: str | None) -> None:
+    """Refuses records that no labels can be made of; None says nothing."""
+    if name not in (None, "label", "comparison"):
+        raise UserError(
+            f"this objective reads labelled replies, and the data holds {name}s: type data=labels or data=comparisons"
+        )

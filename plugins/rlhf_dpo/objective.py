@@ -1,4 +1,6 @@
-"""Direct preference optimisation and its relatives: one dataclass per published loss.
+"""Direct preference optimisation and its relatives: one dataclass per published loss on a pair of its own.
+
+Losses that read the whole batch, or single labelled replies, are in ``batch_objective``.
 
 Symbols: `u_c`, `u_r` = log pi(y | x) - log pi_ref(y | x) of the chosen and the rejected response, summed over the
 response's tokens; `delta = u_c - u_r`; a bar is the mean over tokens instead of the sum. P pairs.
@@ -12,15 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rlhf.objective import (
-    LabelObjective,
-    Metrics,
-    PairContext,
-    PairLogps,
-    PairObjective,
-    require_same_shape,
-    win_rate,
-)
+from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective, require_same_shape, win_rate
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -361,88 +355,6 @@ class DiscoPOP(PairObjective):
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
 
-def contrasts(chosen: Tensor, rejected: Tensor, context: PairContext | None) -> tuple[Tensor, Tensor]:
-    """`u_c,i - u_r,j` of all chosen i and rejected j [P, P], and which of them count.
-
-    Within one prompt only the annotated pairs themselves count (i = j): in a ranking the chosen reply of one pair may
-    be worse than the rejected one of another.
-    """
-    own = torch.eye(len(chosen), dtype=torch.bool, device=chosen.device)
-    counts = torch.ones_like(own)
-    if context is not None and context.prompt_index is not None:
-        counts = own | (context.prompt_index.unsqueeze(1) != context.prompt_index.unsqueeze(0))
-    return chosen.unsqueeze(1) - rejected.unsqueeze(0), counts
-
-
-@dataclass(frozen=True)
-class Relative(PairObjective):
-    """`mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
-
-    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each
-    chosen response is set against the rejected responses of all prompts of the batch, near prompts more: the batch is
-    all processes' and all micro-batches', so neither changes the loss, and its size does. `e` [P, E] embeds the
-    prompts: hidden states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
-    """
-
-    beta: Positive = 0.1
-    temperature: Positive = 0.5
-    pooling: Literal["mean", "last"] = "mean"
-    encoder: str | None = None
-
-    @property
-    def needs_prompt_embedding(self) -> bool:
-        return True
-
-    @property
-    def couples_pairs(self) -> bool:
-        return True
-
-    def __call__(
-        self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
-    ) -> tuple[Tensor, Metrics]:
-        """Losses [P]; log 2 when policy and reference agree. Raises ValueError without `context.prompt_embedding`."""
-        if context is None or context.prompt_embedding is None:
-            raise ValueError("relative preference optimisation needs an embedding of every prompt")
-        chosen, rejected = log_ratios(policy, reference)
-        differences, counts = contrasts(chosen, rejected, context)
-        embedding = F.normalize(context.prompt_embedding.detach().float(), dim=-1)
-        # cos - 1 = -(distance); the constant 1 drops out of the softmax
-        nearness = (embedding @ embedding.t() / self.temperature).masked_fill(~counts, -torch.inf)
-        logits = self.beta * torch.softmax(nearness, dim=-1) * differences
-        losses = -F.logsigmoid(logits).masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)
-        return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
-
-
-@dataclass(frozen=True)
-class RelativeDiagonal(PairObjective):
-    """`w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
-
-    Relative preference optimisation with diagonal weighting (Yin et al. 2024, arXiv 2402.10958): no embeddings, all
-    other prompts of the batch count alike. Sums over tokens; the batch is as for `Relative`. w = 1 is DPO.
-    """
-
-    beta: Positive = 0.1
-    own_weight: Annotated[float, Field(ge=0, le=1)] = 0.8
-
-    @property
-    def couples_pairs(self) -> bool:
-        return True
-
-    def __call__(
-        self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
-    ) -> tuple[Tensor, Metrics]:
-        """Losses [P]; log 2 when policy and reference agree."""
-        chosen, rejected = log_ratios(policy, reference)
-        differences, counts = contrasts(chosen, rejected, context)
-        terms = -F.logsigmoid(self.beta * differences)
-        own = terms.diagonal()
-        others = counts & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
-        mean = terms.masked_fill(~others, 0.0).sum(dim=1) / others.sum(dim=1).clamp(min=1)
-        weight = torch.where(others.any(dim=1), self.own_weight, 1.0)  # a pair alone in its batch is all there is
-        losses = weight * own + (1 - weight) * mean
-        return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
-
-
 @dataclass(frozen=True)
 class RewardAware(PairObjective):
     """Makes `beta * delta` match `score_scale * (s_c - s_r)`, the gap of numeric scores s.
@@ -479,31 +391,3 @@ class RewardAware(PairObjective):
             losses = bernoulli_kl(logits, target)
         metrics = reward_metrics(policy, self.beta * chosen, self.beta * rejected)
         return losses, metrics | {"target_margin": target}
-
-
-@dataclass(frozen=True)
-class KTO(LabelObjective):
-    """`w_d * (1 - sigmoid(beta * (u - z)))` for desirable, `w_u * (1 - sigmoid(beta * (z - u)))` for undesirable ones.
-
-    Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8) on single responses with a
-    label. Sums over tokens. z is an estimate of KL(pi || pi_ref) that carries no gradient: see `reference_point`.
-    """
-
-    beta: Positive = 0.1
-    desirable_weight: NotNegative = 1.0
-    undesirable_weight: NotNegative = 1.0
-
-    def __call__(self, policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [N] from summed log-probabilities [N], labels [N] (bool) and z."""
-        require_same_shape(policy=policy, reference=reference, desirable=desirable)
-        ratio = policy - reference
-        good = desirable.bool()
-        gain = self.beta * torch.where(good, ratio - kl, kl - ratio)
-        weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
-        reward = (self.beta * ratio).detach()
-        metrics = {
-            "reward": reward,
-            "accuracy": win_rate(gain.detach(), torch.zeros_like(reward)),
-            "kl": kl.detach().expand_as(reward),
-        }
-        return weight * torch.sigmoid(-gain), metrics

@@ -15,7 +15,7 @@ from rlhf.data.template import EncodedComparison
 from rlhf.distributed import gather_rows
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
-from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective
+from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 T = TypeVar("T", PairLogps, PairContext)
@@ -46,20 +46,14 @@ class Pairs:
     @property
     def embedding(self) -> tuple[str, str | None] | None:
         """Pooling and encoder of the prompts' embeddings, where the objective reads those."""
-        if not self.objective.needs_prompt_embedding:
-            return None
-        return getattr(self.objective, "pooling", "mean"), getattr(self.objective, "encoder", None)
+        return pooling_and_encoder(self.objective)
 
     def records(self, data: Split) -> Split:
         """The comparisons; refuses other records, and ones without the scores that the objective reads."""
         everything = [*data.train, *data.validation]
         other = next((record for record in everything if not isinstance(record, Comparison)), None)
         if other is not None:
-            instead = " or objective=kto" if other.name == "label" else ""
-            raise UserError(
-                f"this objective reads pairs of replies, and data.source={data.data.source} holds {other.name}s: "
-                f"type data=comparisons{instead}"
-            )
+            self.check_records(other.name)
         without = sum(record.scores is None for record in everything)
         if self.objective.needs_scores and without:
             raise UserError(
@@ -67,6 +61,14 @@ class Pairs:
                 "have none: give comparisons of stage=collect, or type objective=dpo"
             )
         return data
+
+    def check_records(self, name: str | None) -> None:
+        """Refuses records that hold no pairs; None says nothing."""
+        if name not in (None, "comparison"):
+            instead = " or objective=kto" if name == "label" else ""
+            raise UserError(
+                f"this objective reads pairs of replies, and the data holds {name}s: type data=comparisons{instead}"
+            )
 
     def check_batch(self, batch_size: int) -> None:
         """Refuses a batch in which there is nothing to set a pair against."""
@@ -97,6 +99,10 @@ class Pairs:
         """[P] 1 / the number of pairs of its prompt."""
         return part.weight
 
+    def teaches(self, parts: list[PairBatch], together: bool = True) -> bool:
+        """Every batch does."""
+        return True
+
     def around(self, policy: LanguageModel, parts: list[PairBatch], together: bool = True) -> Coupled | None:
         """For losses that couple pairs: all of them, computed over the whole batch.
 
@@ -105,7 +111,7 @@ class Pairs:
             parts: This process's micro-batches.
             together: Whether the batch is that of all processes; every one of them must then call this.
         """
-        if not self.objective.couples_pairs or (len(parts) == 1 and not (together and _processes() > 1)):
+        if not self.objective.couples_pairs or (len(parts) == 1 and not (together and processes() > 1)):
             return None  # one micro-batch has all there is
         with torch.no_grad():
             logps = [pair_logps(policy, part) for part in parts]
@@ -167,6 +173,13 @@ class Pairs:
         )
 
 
+def pooling_and_encoder(objective: PairObjective | ContrastObjective) -> tuple[str, str | None] | None:
+    """Of the prompts' embeddings, where the objective reads those."""
+    if not objective.needs_prompt_embedding:
+        return None
+    return getattr(objective, "pooling", "mean"), getattr(objective, "encoder", None)
+
+
 def inputs(tokens: TokenBatch) -> Inputs:
     """What a model reads."""
     return tokens.ids, tokens.attention_mask, tokens.position_ids, tokens.loss_mask
@@ -199,7 +212,8 @@ def _gathered(values: T) -> T:
     return type(values)(**gathered)
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -11,16 +11,18 @@ from rlhf.data.records import Prompt
 from rlhf.errors import RunFailed, UserError
 from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.models.roles import reference_of
-from rlhf.objective import LabelObjective, PairObjective
+from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
+from rlhf.vocabulary import check_vocabulary
+from rlhf_dpo.contrasts import Contrasts
 from rlhf_dpo.embedding import embed_prompts
 from rlhf_dpo.labels import Labels
 from rlhf_dpo.pairs import Pairs
 
 
 class DPOStage(Stage):
-    """Any loss on pairs of replies (``PairObjective``) or on single labelled ones (``LabelObjective``).
+    """Any loss on pairs of replies (``PairObjective``) or on labelled ones (``LabelObjective``, ``ContrastObjective``).
 
     Reference log-probabilities and embeddings are computed once, before training, from the very tokens that are
     trained on; the reference is then dropped.
@@ -41,7 +43,7 @@ class DPOStage(Stage):
     def __init__(
         self,
         model: LanguageModel,
-        objective: PairObjective | LabelObjective,
+        objective: PairObjective | LabelObjective | ContrastObjective,
         data: Split,
         optimizer: Optimizer,
         scheduler: Schedule,
@@ -75,13 +77,22 @@ class DPOStage(Stage):
 
     @classmethod
     def check_parts(
-        cls, *, objective: Any = None, batch_size: int = 2, reference: str | None = None, **parts: Any
+        cls,
+        *,
+        objective: Any = None,
+        batch_size: int = 2,
+        model: Any = None,
+        reference: str | None = None,
+        record: str | None = None,
+        **parts: Any,
     ) -> None:
         """As ``Stage.check_parts``."""
         super().check_parts(batch_size=batch_size, **parts)
+        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
         if objective is None:
             return
         kind = kind_of(objective)
+        kind.check_records(record)
         kind.check_batch(batch_size)
         if reference is not None and not kind.needs_reference:
             raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
@@ -143,7 +154,8 @@ class DPOStage(Stage):
                 self.check_start(metrics["reference_gap"])
             self.backward_mean(losses, self.kind.weight(part), total, metrics)
             self.count(len(part.tokens), part.tokens.attention_mask.sum())
-        self.record(self.step())
+        # Where there was nothing to compare, momentum alone must not move the policy.
+        self.record(self.step(frozen=None if self.kind.teaches(list(batch)) else self.policy))
 
     def check_start(self, gap: torch.Tensor) -> None:
         """At step 0 policy and reference are the same model, so every log-ratio is 0 and DPO's loss is log 2."""
@@ -160,6 +172,8 @@ class DPOStage(Stage):
     @torch.no_grad()
     def validation_step(self, batch: Parts[Any], batch_idx: int) -> None:
         """The same on held-out comparisons; what a loss reads of the batch around is this process's batch."""
+        if not self.kind.teaches(list(batch), together=False):
+            return
         around = self.kind.around(self.policy, list(batch), together=False)
         for index, part in enumerate(batch):
             losses, metrics = self.kind.losses(self.policy, part, around, index)
@@ -167,6 +181,8 @@ class DPOStage(Stage):
                 self.log_mean(f"val/{name}", values, self.kind.weight(part))
 
 
-def kind_of(objective: PairObjective | LabelObjective) -> Any:
+def kind_of(objective: PairObjective | LabelObjective | ContrastObjective) -> Any:
     """What knows the examples and batches of an objective; what passes through the stage is of one kind throughout."""
-    return Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
+    if isinstance(objective, LabelObjective):
+        return Labels(objective)
+    return Contrasts(objective) if isinstance(objective, ContrastObjective) else Pairs(objective)

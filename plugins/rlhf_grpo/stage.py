@@ -17,6 +17,7 @@ class GRPOStage(GroupStage):
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """One rollout and the updates on it."""
         rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("sample"))
+        rollout = self.refilled(rollout)
         raw, scores = self.scores(rollout)
         logp, ref_logp = self.log_probabilities(rollout)
         advantages, keep = self.objective.advantages(scores, logp, ref_logp, rollout.mask, self.rollout.samples)

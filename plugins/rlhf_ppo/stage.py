@@ -26,6 +26,7 @@ from rlhf.policy_gradient import RolloutStage
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward
 from rlhf.stage import Optimizer, Parts, Schedule, chunks
+from rlhf.vocabulary import OWN_CRITIC, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,12 @@ class PPOStage(RolloutStage):
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+    def check_parts(
+        cls, *, rollout: Sampler | None = None, model: Any = None, value: str | None = None, **parts: Any
+    ) -> None:
         """As ``Stage.check_parts``."""
-        super().check_parts(**parts)
+        super().check_parts(model=model, **parts)
+        check_vocabulary(model, value, "stage.value", OWN_CRITIC)
         if rollout is not None and not (rollout.exact and rollout.samples == 1):
             raise UserError(
                 "PPO samples one reply per prompt from the policy's own distribution: "

@@ -68,6 +68,7 @@ class LabelBatch(Movable):
     mismatched: TokenBatch | None  # M <= B rows of a prompt + the response to another one, None where there is none
     reference: Tensor | None = None  # [B] float, reference log-probability of each response, or None
     mismatched_reference: Tensor | None = None  # [M] float
+    embedding: Tensor | None = None  # [B, E] float, a vector of each prompt, or None
 
     def __len__(self) -> int:
         return self.desirable.shape[0]
@@ -148,12 +149,14 @@ def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
     others = [(label.prompt, label.mismatched) for label in labels if label.mismatched is not None]
     reference = [label.reference for label in labels if label.reference is not None]
     mismatched = [label.mismatched_reference for label in labels if label.mismatched_reference is not None]
+    embeddings = [label.embedding for label in labels if label.embedding is not None]
     return LabelBatch(
         tokens=collate([_row(label.prompt, label.response) for label in labels], pad_id),
         desirable=torch.tensor([label.desirable for label in labels], dtype=torch.bool),
         mismatched=collate([_row(*other) for other in others], pad_id) if others else None,
         reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(labels) else None,
         mismatched_reference=torch.tensor(mismatched, dtype=torch.float32) if len(mismatched) == len(others) else None,
+        embedding=torch.stack(embeddings) if len(embeddings) == len(labels) else None,
     )
 
 

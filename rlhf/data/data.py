@@ -28,6 +28,8 @@ TESTBED_SIZES: dict[str, int] = {
     "prompt": 1500,
 }
 
+SMALL_FILES = 4 << 20  # bytes of local files that are read before a run to see whether they can be
+
 
 @dataclass
 class LoadReport:
@@ -152,6 +154,22 @@ class Data:
             raise UserError(f"data.source=[{self.source}]: testbed cannot be one of several; use data=mixture")
         if validation >= 1 and validation != int(validation):
             raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
+
+    @staticmethod
+    def check_knobs(**knobs: Any) -> None:
+        """Reads small local files before anything runs: what is wrong with them must not be told after hours.
+
+        Raises UserError as ``load`` does. Larger files, runs, and data sets of the hub are read when their step begins.
+        """
+        source = knobs.get("source") or []
+        files = [Path(str(one)) for one in ([source] if isinstance(source, str) else source)]
+        if (
+            files
+            and all(file.is_file() for file in files)
+            and sum(file.stat().st_size for file in files) <= SMALL_FILES
+        ):
+            own = {name: value for name, value in knobs.items() if name not in ("testbed", "arithmetic")}
+            Data(**{"size": None, "validation": 0, "max_length": 2} | own).load()
 
     def digest(self) -> str:
         """sha256 of what is read: contents of files, the testbed's knobs, or a data set's name."""

@@ -49,7 +49,7 @@ class Mixture(Data):
         )
 
     @staticmethod
-    def check_knobs(parts: Mapping[str, Any], weights: Mapping[str, float], **_: Any) -> None:
+    def check_knobs(parts: Mapping[str, Any], weights: Mapping[str, float], **_: Any) -> None:  # type: ignore[override]
         """What can be told from the names alone. Raises UserError for parts and weights of different names."""
         for name in weights:
             if name not in parts:

@@ -87,6 +87,7 @@ class EncodedLabel:
 
     `mismatched` is the response to another prompt (the KL estimate of KTO reads it after this one's prompt); the two
     references are the reference policy's log-probabilities of `response` and of `mismatched`, computed once.
+    `embedding` is a vector [E] of the prompt, where an objective asks for one.
     """
 
     prompt: list[int]
@@ -95,6 +96,7 @@ class EncodedLabel:
     mismatched: list[int] | None = None
     reference: float | None = None
     mismatched_reference: float | None = None
+    embedding: Any = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -11,6 +11,7 @@ from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import share
+from rlhf.vocabulary import OWN_CRITIC
 
 
 def require_same_vocabulary(
@@ -78,6 +79,5 @@ def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
         critic = policy.shared.scalar(path, fresh=True)
     else:
         critic = ScalarModel.load(path, policy.adapter, policy.precision)
-    instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
-    require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", instead)
+    require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", OWN_CRITIC)
     return critic

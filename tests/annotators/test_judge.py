@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Message
 from rlhf.errors import UserError
 from rlhf.judge import TEMPLATES, Answer, JudgeAnnotator, Judgements, fill, parse, read_template
-from rlhf.rollout import Rollout
+from rlhf.rollout import Rollout, Sampler
 from rlhf.testing import check_annotator, rollout, tiny_model
 
 
@@ -315,3 +316,22 @@ def test_answers_are_json(folder: Path, tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["answer"] for row in rows] == [1.0, -1.0] and {row["said"] for row in rows} == {"A", "B"}
+
+
+def test_the_length_of_written_answers_and_the_number_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    inner = Sampler.sample
+
+    def sample(self: Sampler, *arguments: Any, **named: Any) -> Rollout:
+        lengths.append(self.max_new_tokens)
+        written = inner(self, *arguments, **named)
+        assert written.mask.shape[1] <= self.max_new_tokens
+        return written
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    for length in (1, 12):
+        judge = JudgeAnnotator(str(folder), answer="generate", max_new_tokens=length, max_nonsense=1.0)
+        judge.ask(["Which is better, A or B?", "Is it A?"])
+    assert lengths == [1, 12]
+    halved = JudgeAnnotator(str(folder), dtype="bfloat16")
+    assert {next(one.model.base.parameters()).dtype for one in (judge, halved)} == {torch.float32, torch.bfloat16}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf import validation
 from rlhf.annotators import GoldAnnotator
 from rlhf.build import quiet
-from rlhf.objective import CrossEntropy, LabelObjective, PairContext, PairLogps, PairObjective
+from rlhf.objective import ContrastObjective, CrossEntropy, LabelObjective, PairContext, PairLogps, PairObjective
 from rlhf.rollout import Sampler
 from rlhf.scoring import GoldReward
 from rlhf_collect.stage import CollectStage
@@ -184,6 +184,8 @@ def test_every_metric_of_an_objective_is_in_the_readme(path: Path) -> None:
     logps = PairLogps(-torch.ones(2), -torch.ones(2), torch.ones(2), torch.ones(2))
     if isinstance(objective, LabelObjective):
         _, metrics = objective(logps.chosen, logps.rejected, torch.tensor([True, False]), torch.tensor(0.0))
+    elif isinstance(objective, ContrastObjective):
+        _, metrics = objective(logps.chosen, logps.rejected, torch.tensor([True, False]), torch.eye(2))
     else:
         assert isinstance(objective, PairObjective)
         _, metrics = objective(logps, logps, PairContext(torch.ones(2), torch.zeros(2), torch.eye(2)))

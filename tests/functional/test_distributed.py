@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from rlhf.data.collate import PairBatch, TokenBatch
 from rlhf.distributed import gather_rows
-from rlhf_dpo.objective import KTO, Relative
+from rlhf_dpo.batch_objective import KTO, Relative
 from rlhf_dpo.pairs import Pairs
 
 

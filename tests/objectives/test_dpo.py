@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.objective import LabelObjective, PairContext, PairLogps, PairObjective
-from rlhf_dpo import objective as family
+from rlhf.objective import ContrastObjective, LabelObjective, Objective, PairContext, PairLogps, PairObjective
+from rlhf_dpo import batch_objective
+from rlhf_dpo import objective as pair_objective
+from rlhf_dpo.batch_objective import KTO, Relative, RelativeDiagonal, RelativeUnpaired
 from rlhf_dpo.objective import (
     DPO,
     DPONLL,
     EXO,
     IPO,
-    KTO,
     NCA,
     ORPO,
     SPPO,
@@ -22,8 +23,6 @@ from rlhf_dpo.objective import (
     DiscoPOP,
     DPONorm,
     Hinge,
-    Relative,
-    RelativeDiagonal,
     RewardAware,
     Robust,
     SimPO,
@@ -147,9 +146,9 @@ def context_for(objective, count):
 
 
 def test_every_loss_is_here():
-    classes = {value for value in vars(family).values() if isinstance(value, type)}
-    losses = {c for c in classes if issubclass(c, PairObjective | LabelObjective)} - {PairObjective, LabelObjective}
-    assert losses == {type(objective) for objective in ALL} | {APODown, KTO}
+    classes = {x for module in (pair_objective, batch_objective) for x in vars(module).values() if isinstance(x, type)}
+    losses = {c for c in classes if issubclass(c, Objective)} - {PairObjective, LabelObjective, ContrastObjective}
+    assert losses == {type(one) for one in ALL} | {APODown, KTO, RelativeUnpaired}
 
 
 @pytest.mark.parametrize("objective", [loss for loss in ALL if not isinstance(loss, DiscoPOP)], ids=repr)
@@ -299,6 +298,44 @@ def test_relative_with_one_sharp_temperature_is_dpo(pairs):
     embedding = PairContext(prompt_embedding=torch.eye(6))
     losses, _ = Relative(temperature=1e-3)(policy, reference, embedding)
     torch.testing.assert_close(losses, (DPO()(policy, reference)[0] + 5 * math.log(2)) / 6)
+
+
+def test_relative_unpaired_by_hand():
+    """Good u = 1 and 3, bad u = 0, 2 and 1, of any prompts: the mean over six contrasts, weighed by near prompts."""
+    policy, good = torch.tensor([0.0, 1.0, 2.0, 3.0, 1.0]), torch.tensor([False, True, False, True, False])
+    alike = torch.ones(5, 2)
+    losses, metrics = RelativeUnpaired(beta=1.0)(policy, torch.zeros(5), good, alike)
+    terms = [-log_sigmoid((chosen - rejected) / 3) for chosen in (1, 3) for rejected in (0, 2, 1)]
+    assert losses.mean().item() == pytest.approx(sum(terms) / 6)
+    assert losses[[1, 3]].sum().item() == pytest.approx(losses[~good].sum().item())  # each side bears half
+    assert metrics["accuracy"].mean().item() == pytest.approx((1 + 0 + 0.5 + 1 + 1 + 1) / 6)
+    apart = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]])  # the first good one is near the first bad one
+    losses, _ = RelativeUnpaired(beta=1.0, temperature=1.0)(policy, torch.zeros(5), good, apart)
+    w = [math.e / (math.e + 2), 1 / (math.e + 2), 1 / (math.e + 2)]
+    v = [1 / (1 + 2 * math.e), math.e / (1 + 2 * math.e), math.e / (1 + 2 * math.e)]
+    terms = [-log_sigmoid(a * (1 - u)) for a, u in zip(w, (0, 2, 1), strict=True)]
+    terms += [-log_sigmoid(a * (3 - u)) for a, u in zip(v, (0, 2, 1), strict=True)]
+    assert losses.mean().item() == pytest.approx(sum(terms) / 6)
+
+
+def test_relative_unpaired_of_pairs_is_relative_paired(pairs):
+    """The chosen replies labelled good and the rejected ones bad: the mean of the paired loss."""
+    policy, reference = pairs
+    embedding = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    paired, _ = Relative()(policy, reference, PairContext(prompt_embedding=embedding))
+    good = torch.arange(12) < 6
+    both = [torch.cat([x.chosen, x.rejected]) for x in (policy, reference)]
+    unpaired, _ = RelativeUnpaired()(*both, good, torch.cat([embedding, embedding]))
+    torch.testing.assert_close(unpaired.mean(), paired.mean())
+
+
+def test_relative_unpaired_without_both_kinds_teaches_nothing():
+    policy = torch.ones(3, requires_grad=True)
+    losses, _ = RelativeUnpaired()(policy, torch.zeros(3), torch.ones(3).bool(), torch.ones(3, 2))
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0, 0] and policy.grad.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="embedding"):
+        RelativeUnpaired()(policy, torch.zeros(3), torch.ones(3).bool())
 
 
 @pytest.mark.parametrize("distance", ["squared", "kl_scores_policy", "kl_policy_scores"])

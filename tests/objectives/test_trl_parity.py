@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rlhf.objective import PairLogps
+from rlhf_dpo.batch_objective import KTO
 from rlhf_dpo.objective import (
     DPO,
     DPONLL,
     EXO,
     IPO,
-    KTO,
     NCA,
     ORPO,
     SPPO,

@@ -1,7 +1,5 @@
 """Every knob of PPO, its scores, its budget and its moving average."""
 
-import inspect
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,85 +54,7 @@ def watched(load, **arguments) -> Watched:
     return stage
 
 
-# -- knobs ----------------------------------------------------------------------------------------------------------
-
-# Every knob of the stage and of the objective that changes what is learnt, with a value that is not its default.
-KNOBS = {
-    "normalize_scores": "running",
-    "score_clip": 0.5,
-    "missing_end": "replace",
-    "missing_end_penalty": 3.0,
-    "average": 0.5,
-    "epochs": 3,
-    "minibatches": 4,
-    "value_warmup": 2,
-    "gradient_clip": 0.01,
-}
-OBJECTIVE = {
-    "beta": 0.5,
-    "gamma": 0.5,
-    "clip": 0.001,
-    "value_clip": 0.001,
-    "value_coefficient": 0.5,
-    "discount": 0.9,
-    "gae_lambda": 0.5,
-    "entropy_coefficient": 0.1,
-    "whiten_rewards": True,
-    "kl_estimator": "k3",
-    "kl_target": 0.01,
-    "kl_horizon": 100.0,
-}
-PLAIN = {"score_clip": None, "normalize_scores": "batch"}  # so that the knobs around them are seen
-
-
-def result(stage: PPOStage, folder: Path) -> dict[str, torch.Tensor]:
-    """What is saved of a trained policy."""
-    fit(stage, folder, limit_val_batches=0)
-    with stage.averaged():
-        return {name: value for name, value in weights(stage).items() if name.startswith("policy.")}
-
-
-def test_every_knob_is_swept(load):
-    untouched = {
-        "steps",  # the number of rollouts
-        "batch_size",
-        "micro_batch_size",  # changes memory, not the result: test_exactness
-        "reference",
-        "value",
-        "text_ratio",
-        "text_length",
-        "kl_budget",
-        "tolerance",
-    }  # with a test of their own below or in test_exactness
-    parameters = inspect.signature(PPOStage).parameters.values()
-    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == {*KNOBS} | untouched
-    assert {*inspect.signature(PPO).parameters} == {*OBJECTIVE}
-
-
-@pytest.fixture(scope="module")
-def plain_result(folder, tmp_path_factory):
-    """Weights that the defaults lead to, of the stage and with the few knobs that others act on."""
-
-    def load(lora: bool = False):
-        torch.manual_seed(1)
-        return CausalLM(str(folder), None, None).load(NoAdapter(), Precision("32-true"))
-
-    found = {}
-    for name, objective in {"plain": PPO(), "steered": PPO(kl_target=0.01)}.items():
-        found[name] = result(varied(load, objective, **PLAIN), tmp_path_factory.mktemp(name))
-    return found
-
-
-@pytest.mark.parametrize("knob", [*KNOBS, *OBJECTIVE])
-def test_every_knob_moves_the_result(knob, load, plain_result, tmp_path):
-    knobs, objective, base = dict(PLAIN), PPO(), "plain"
-    if knob in KNOBS:
-        knobs[knob] = KNOBS[knob]
-    else:
-        if knob == "kl_horizon":
-            objective, base = PPO(kl_target=0.01), "steered"
-        objective = replace(objective, **{knob: OBJECTIVE[knob]})
-    assert not same(result(varied(load, objective, **knobs), tmp_path), plain_result[base])
+# -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,8 +70,8 @@ def test_all_state_survives_a_kill(knobs, load, tmp_path):
     """Running moments, the adapted beta, the moving average: the same bits and the same metrics."""
 
     def make():
-        own = {key: value for key, value in knobs.items() if key in OBJECTIVE}
-        return varied(load, PPO(**own), **{key: value for key, value in knobs.items() if key not in OBJECTIVE})
+        own = {key: value for key, value in knobs.items() if key in PPO.__dataclass_fields__}
+        return varied(load, PPO(**own), **{key: value for key, value in knobs.items() if key not in own})
 
     whole = make()
     expected = fit(whole, tmp_path / "whole")

@@ -13,8 +13,8 @@ from rlhf.models.precision import Precision
 from rlhf.rollout import Rollout, Sampler
 from rlhf_ppo.objective import PPO
 
-from .conftest import data, fit, same, weights
-from .test_ppo import PLAIN, result, rows_of, varied, watched
+from .conftest import data, fit, weights
+from .test_ppo import rows_of, varied, watched
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -170,14 +170,6 @@ def test_the_adaptive_beta_steers_and_is_used(load, tmp_path):
     last = rollout.mask.sum(1, keepdim=True) - 1
     gap = (x.logp - x.ref_logp).gather(1, last)[:, 0]
     torch.testing.assert_close(x.returns.gather(1, last)[:, 0], scores - rows[-1]["beta"] * gap, atol=1e-4, rtol=1e-4)
-
-
-def test_the_text_ratio_and_length_are_read(load, tmp_path):
-    results = {}
-    for knobs in ({}, {"text_ratio": 2.0}, {"text_length": 16}):
-        results[str(knobs)] = result(varied(load, PPO(gamma=1.0), **PLAIN, **knobs), tmp_path / str(knobs))
-    plain, *others = results.values()
-    assert not any(same(other, plain) for other in others)
 
 
 def test_half_precision_is_checked_too(load, tmp_path):

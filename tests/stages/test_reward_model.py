@@ -263,26 +263,7 @@ def test_going_on_from_an_earlier_reward_model(load, tmp_path):
     assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
-# -- knobs and bad input ---------------------------------------------------------------------------------------------
-
-KNOBS = [
-    {"head_init": "zero"},
-    {"safety_coefficient": 0.3},
-    {"batch_size": 6},
-    {"epochs": 2},
-    {"gradient_clip": 0.01},
-    {"objective": Pairwise(margin="large")},
-    {"objective": Pairwise(margin={"better": 0.7})},
-    {"objective": Pairwise(centering=0.1)},
-]
-
-
-@pytest.mark.parametrize("knob", KNOBS, ids=str)
-def test_every_knob_moves_the_result(load, tmp_path, knob):
-    plain, moved = stage_on(load), stage_on(load, **knob)
-    fit(plain, tmp_path / "plain")
-    fit(moved, tmp_path / "moved")
-    assert not same(weights(plain), weights(moved))
+# -- bad input ---------------------------------------------------------------------------------------------
 
 
 def written(folder, rows) -> str:

@@ -1,0 +1,47 @@
+"""Whether two models have one vocabulary, as far as their folders say it before anything is loaded. No torch here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
+"""What to type where a reward model cannot be the critic."""
+
+
+def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:
+    """Refuses a model that cannot read the policy's tokens, where both are folders that can be looked into by now.
+
+    Compared are the words of the two tokenizers; tokens that a chat template adds are left to the loaded models.
+
+    Args:
+        model: What ``conf/model`` says of the policy; None says nothing.
+        path: Folder of the other model; what is no folder yet is not compared.
+        what: The key that names it.
+        instead: What to type.
+    """
+    if not isinstance(path, str) or getattr(model, "path", None) is None or model.tokenizer is not None:
+        return
+    ours, theirs = words(model.path), words(path)
+    if ours is not None and theirs is not None and ours != theirs:
+        shared = sum(theirs.get(word) == number for word, number in ours.items())
+        raise UserError(
+            f"{what}={path} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} "
+            f"the same), so it cannot read the policy's tokens: type {instead}"
+        )
+
+
+def words(path: object) -> dict[str, int] | None:
+    """Word -> id of the tokenizer of a model or run folder, without added tokens; None where there is none to read."""
+    for folder in (Path(str(path)), Path(str(path)) / "model"):
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            try:
+                vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+            except (ValueError, KeyError, TypeError):
+                return None
+            if isinstance(vocabulary, dict):
+                return vocabulary
+            return {str(item[0]): index for index, item in enumerate(vocabulary)}
+    return None

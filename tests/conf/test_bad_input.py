@@ -1,0 +1,188 @@
+"""Bad input costs one line and exit status 2, at the earliest moment it can be known: mostly before any run begins."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rlhf import build
+from rlhf.cli import main
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.precision import Precision
+from rlhf.models.scalar import ScalarModel
+from rlhf.validation import check_node, parameters
+from tests.stages.conftest import ARCHITECTURE, data, folder  # noqa: F401  # fixture
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = {"prompt": "Where is Rome?", "chosen": "In Italy.", "rejected": "Who knows."}
+SMALL = ["trainer=cpu", "callbacks=quiet", "model.chat_template=null"]
+
+
+@pytest.fixture(scope="module")
+def house(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Files that cannot be used, a policy, and a language and a reward model with another tokenizer."""
+    path = tmp_path_factory.mktemp("house")
+    files: dict[str, list[dict[str, Any]]] = {
+        "equal.jsonl": [PAIR | {"rejected": PAIR["chosen"]}] * 4,
+        "some_equal.jsonl": [PAIR | {"prompt": f"{i}?"} for i in range(40)] + [PAIR | {"rejected": PAIR["chosen"]}] * 2,
+        "superb.jsonl": [PAIR | {"grade": "superb"}] * 4,
+        "good.jsonl": [{"prompt": "Where?", "response": "Here.", "desirable": True}] * 8,
+        "long.jsonl": [{"prompt": f"{i} " + "word " * 200} for i in range(8)],
+        "prompts.jsonl": [{"prompt": f"Where is {i}?"} for i in range(40)],
+    }
+    for name, rows in files.items():
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "policy").symlink_to(folder)
+    torch.manual_seed(3)
+    other = CausalLM(None, ARCHITECTURE, 300).load(NoAdapter(), Precision("32-true"), data("demonstration", 99).texts)
+    other.save(path / "other")
+    ScalarModel(other).save(path / "reward")
+    return path
+
+
+def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    try:
+        status = main.run(line.split())
+    except SystemExit as exit:  # a run that began says so on its way out
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+VOCABULARY = "has another vocabulary than the policy (300 tokens against 320"
+
+BEFORE_ANY_RUN = [
+    # equal answers
+    ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
+    ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no comparison to train on"),
+    ("pipeline=instructgpt reward_model.data.source=equal.jsonl", "4 dropped as ties"),
+    # grades nobody defined
+    ("pipeline=instructgpt reward_model.data.source=superb.jsonl", "row 1: grade: 'superb' is not one of negligible"),
+    ("pipeline=instructgpt reward_model.objective.margin={superb:1.0}", "should be 'negligible', 'slightly', 'better'"),
+    ("pipeline=instructgpt reward_model.objective.margin=huge", "reward_model.objective.margin=huge"),
+    # another vocabulary
+    ("stage=dpo inputs.policy=policy inputs.reference=other", f"inputs.reference=other {VOCABULARY}"),
+    ("stage=kto inputs.policy=policy inputs.reference=other", VOCABULARY),
+    ("stage=ppo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
+    ("stage=grpo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
+    ("stage=rloo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
+    ("stage=ppo inputs.policy=policy inputs.reward_model=reward", f"stage.value=reward {VOCABULARY}"),
+    # K = 1
+    ("pipeline=dpo collect.rollout.samples=1", "collect.rollout.samples=1: should be greater than or equal to 2"),
+    (
+        "pipeline=dpo rollout@collect.rollout=sample",
+        "collect: collect.rollout.samples=1: a comparison needs 2",
+    ),
+    ("stage=rejection_sampling inputs.policy=policy reward=gold rollout.samples=1", "rollout.samples=1: should be"),
+    ("stage=rejection_sampling inputs.policy=policy reward=gold rollout=sample rollout.samples=1", "the best of one"),
+    (
+        "pipeline=verifiable align.rollout.samples=1",
+        "align: align.rollout.samples=1: the baseline of a reply is the other rep",
+    ),
+    ("stage=rloo inputs.policy=policy reward=gold rollout=tools rollout.samples=1", "type rollout.samples=8"),
+    ("stage=ppo inputs.policy=policy reward=gold rollout=group", "PPO samples one reply per prompt"),
+    ("stage=grpo inputs.policy=policy reward=gold rollout.top_k=5", "type rollout.top_k=0"),
+    # negative beta
+    (
+        "pipeline=instructgpt align.objective.beta=-0.1",
+        "align.objective.beta=-0.1: should be greater than or equal to 0",
+    ),
+    ("pipeline=dpo align.objective.beta=-0.1", "align.objective.beta=-0.1: should be greater than 0"),
+    ("stage=grpo inputs.policy=policy reward=gold objective.beta=-1", "objective.beta=-1: should be greater"),
+    # what else does not go together: test_together, and
+    ("pipeline=dpo data@align.data=labels", "holds labels: type data=comparisons or objective=kto"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BEFORE_ANY_RUN, ids=[line for line, _ in BEFORE_ANY_RUN])
+def test_told_before_anything_runs(
+    house: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(house)
+    monkeypatch.setattr(build, "train", lambda *_: pytest.fail("a run began"))
+    status, _, err = typed(capsys, f"{line} outputs={tmp_path / 'outputs'}")
+    assert status == 2 and says in err, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not (tmp_path / "outputs").exists(), "a run began"
+
+
+ONCE_THE_MODELS_ARE_READ = [
+    # only the policy's tokenizer knows how long a prompt is
+    (
+        "stage=grpo inputs.policy=policy reward=gold data.source=long.jsonl data.validation=2",
+        "the model's context of 128 leaves",
+    ),
+    ("stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2", "set data.max_prompt_length=96"),
+    ("stage=dpo inputs.policy=policy data.max_length=999 data.source=too_long.jsonl", "type data.max_length=128"),
+    ("stage=kto inputs.policy=policy data.source=good.jsonl data.validation=0", "all replies are good"),
+    # an untrained judge says neither A nor B
+    (
+        "stage=collect inputs.policy=policy annotator=judge inputs.judge=other annotator.least_mass=0.9 data.size=16",
+        "annotator.path=other: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), ONCE_THE_MODELS_ARE_READ, ids=[line for line, _ in ONCE_THE_MODELS_ARE_READ])
+def test_told_before_anything_is_trained(
+    house: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(house)
+    row = PAIR | {"rejected": "word " * 150}
+    (house / "too_long.jsonl").write_text("".join(json.dumps(row | {"prompt": f"{i}?"}) + "\n" for i in range(80)))
+    status, _, err = typed(capsys, f"{line} {' '.join(SMALL)} outputs={tmp_path / 'outputs'}")
+    assert status == 2 and says in err, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    for file in (tmp_path / "outputs").rglob("metrics.csv"):
+        assert "loss" not in file.read_text()
+    assert not list((tmp_path / "outputs").rglob("model"))
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no mistake: only a critic must share the policy's tokens."""
+    monkeypatch.chdir(house)
+    line = "stage=ppo inputs.policy=policy inputs.reward_model=reward stage.value=null stage.steps=1 stage.batch_size=8"
+    status, out, err = typed(capsys, f"{line} data.size=8 data.validation=2 {' '.join(SMALL)} outputs={tmp_path}")
+    assert status == 0, out + err
+
+
+def test_some_equal_answers_are_dropped_and_counted(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(house)
+    line = "stage=dpo inputs.policy=policy data.source=some_equal.jsonl stage.batch_size=8"
+    status, out, err = typed(capsys, f"{line} {' '.join(SMALL)} outputs={tmp_path}")
+    assert status == 0, out + err
+    assert "42 read" in out and "2 dropped as ties (no preference, or the same text twice)" in out
+
+
+OBJECTIVES = sorted([*ROOT.glob("conf/objective/*.yaml"), *ROOT.glob("plugins/*/conf/objective/*.yaml")])
+
+
+def test_no_objective_takes_a_negative_beta() -> None:
+    from hydra.utils import get_object
+
+    found = 0
+    for path in OBJECTIVES:
+        target = get_object(OmegaConf.load(path)["_target_"])
+        if "beta" in (parameters(target) or {}):
+            (line,) = check_node(target, {"beta": -0.1}, "objective")
+            assert line.startswith("objective.beta=-0.1: should be greater than"), path.stem
+            found += 1
+    assert found >= 20
