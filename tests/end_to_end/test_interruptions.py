@@ -142,6 +142,32 @@ def test_a_collection_keeps_its_finished_batches(
     assert not list(folder.glob("*.part*"))
 
 
+def test_a_rejection_sampling_killed_while_it_samples_keeps_its_replies(
+    pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf
+):
+    policy = f"inputs.policy={first(home / 'outputs', 'sft')}"
+    words = ["stage=rejection_sampling", policy, "reward=gold", "data.size=64", "data.validation=8"]
+    words += ["rollout.max_new_tokens=8", "stage.batch_size=2", "stage.epochs=1"]
+    whole = rlhf(tmp_path / "whole", *words)
+    assert whole.status == 0, whole.err
+
+    killed = start(tmp_path, *words)
+    killed.until(lambda: [p for p in tmp_path.glob("outputs/*/*/replies.part0.jsonl") if p.read_text().count("\n") > 2])
+    killed.signal(signal.SIGKILL)
+    assert killed.wait().status == -signal.SIGKILL
+    folder = only(tmp_path / "outputs", "rejection_sampling")
+    assert not (folder / "picks.jsonl").exists()
+    part = folder / "replies.part0.jsonl"
+    assert part.read_text().count("\n") > 2
+
+    again = rlhf(tmp_path, *words)
+    assert again.status == 0, again.err
+    expected = only(tmp_path / "whole" / "outputs", "rejection_sampling")
+    assert (folder / "picks.jsonl").read_bytes() == (expected / "picks.jsonl").read_bytes()
+    same_run(folder, expected)
+    assert not part.exists()
+
+
 def test_of_two_that_want_the_same_run_one_waits(tmp_path: Path, start: Start, sft: Path):
     first = start(tmp_path, *SFT)
     first.until(checkpoint(tmp_path / "outputs", "sft", 1))
