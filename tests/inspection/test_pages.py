@@ -170,5 +170,5 @@ def test_real_files(capsys: pytest.CaptureFixture[str], option: str, name: str, 
     words = [f"stage={stage}", f"data={option}", f"data.source={SHARED / name}", "data.size=60"]
     code, out = typed(capsys, "data", *words, *MODEL)
     assert code == 0, out
-    assert "rows read 60" in out
+    assert "records kept 60 " in out
     assert "trained on:" in out
