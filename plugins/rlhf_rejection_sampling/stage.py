@@ -49,6 +49,7 @@ class RejectionSamplingStage(Supervised):
     """
 
     headline = "val/score_gain"
+    models_beside = {"sampler": False}
 
     def __init__(
         self,
@@ -165,8 +166,10 @@ class RejectionSamplingStage(Supervised):
         if self.sampler is None:
             return self.policy
         spec = CausalLM(path=self.sampler, architecture=None, vocab_size=None)
-        if spec.folder == getattr(self.policy.base.config, "_name_or_path", None):
+        if spec.folder == self.policy.origin:
             return self.policy  # the same weights, and an adapter that is fresh changes nothing
+        if self.policy.shared is not None:
+            return self.policy.shared.language_model(self.sampler).to(self.device)
         precision = Precision("bf16-true" if self.trainer.precision == "bf16-true" else "32-true")
         return spec.load(NoAdapter(), precision).frozen().to(self.device)
 

@@ -209,6 +209,10 @@ def test_the_config_asks_for_it(runs: Runs, tmp_path: Path) -> None:
     assert fresh.critic.head.weight.abs().max() == 0
     collect = build_stage(composed(runs, "annotator=reward", stage="collect"), tmp_path)
     assert collect.annotator.reward.model.language_model.shared is collect.policy.shared
+    again = build_stage(composed(runs, f"inputs.base={runs.pre}", stage="rejection_sampling"), tmp_path)
+    sampler = again.sampling_policy()  # the SFT model answers, the pretrained one is trained anew
+    read, own = footprint({"policy": again.policy, "sampler": sampler}).roles["sampler"]
+    assert sampler is not again.policy and own < 0.2 * read
 
 
 def test_what_cannot_be_shared_is_said_before_weights_are_read(runs: Runs, tmp_path: Path, monkeypatch) -> None:
