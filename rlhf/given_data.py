@@ -74,4 +74,5 @@ def _as_typed(message: str, kind: str, flag: str) -> str:
     """What the data set says of itself, in the words of a command that trains nothing."""
     message = message.replace("data.source=", f"{flag} ").replace(f"no {kind} to train on", f"holds no usable {kind}")
     message = re.sub(r" \(data\.max_bad=[^)]*\)", "", message)
+    message = message.replace("; give one with data.format=NAME", "")
     return re.sub(r"(?:mend the file, name its data\.format.*|; set data\..*)$", "mend the file", message)

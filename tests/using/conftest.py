@@ -10,6 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from rlhf.cli import main
+from rlhf.data.collate import collate
+from rlhf.data.records import Message
+from rlhf.data.template import encode_dialogue
 from rlhf.models.adapters import DoRA, LoRA, QLoRA
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
@@ -20,13 +23,39 @@ from tests.models.conftest import FP32, move_adapter, spec
 ADAPTERS = {"lora": LoRA(rank=4), "qlora": QLoRA(rank=4), "dora": DoRA(rank=4)}
 
 
-def policy(seed: int = 0) -> LanguageModel:
+LESSON = {
+    "Hello": "Good day to you.",
+    "Who?": "Anna.",
+    "What is two plus two?": "Two plus two is four, of course.",
+    "And now?": "Nothing more. Good bye.",
+}
+
+
+def untrained() -> LanguageModel:
     """Random weights, spread widely enough that likely tokens stand out."""
-    model = tiny_model(seed=seed)
+    model = tiny_model((*LESSON, *LESSON.values()))
     with torch.no_grad():
         for value in model.parameters():
             value.mul_(4.0 if value.ndim > 1 else 1.0)
     return model
+
+
+def policy(steps: int = 35) -> LanguageModel:
+    """A model that has learnt four answers half by heart: it writes text, comes to an end, and is not sure of either."""
+    model = tiny_model((*LESSON, *LESSON.values()))
+    rows = [
+        encode_dialogue(model.tokenizer, (Message("user", question), Message("assistant", answer)))
+        for question, answer in LESSON.items()
+    ]
+    batch = collate(rows, model.pad_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        logp, _ = model.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+        loss = -logp.sum() / batch.loss_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
 
 
 def finished(folder: Path, model: LanguageModel | ScalarModel, path: str | None, *parents: Path, **config: Any) -> Path:
@@ -67,13 +96,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("using") / "outputs"
     data = {"_target_": "rlhf.data.Data", "record": "text", "source": "testbed", "size": 64}
     data["testbed"] = {"_target_": "rlhf.data.testbed.Testbed", "seed": 3, "people": 5}
-    base = finished(outputs / "pretrain" / "a0", policy(), None, data=data)
+    base = finished(outputs / "pretrain" / "a0", untrained(), None, data=data)
     for name, adapter in ADAPTERS.items():
         model = spec(base / "model").load(adapter, FP32)
         move_adapter(model)
         knobs = {"adapter": {"rank": 4}, "data": {"record": "demonstration", "source": "mine.jsonl"}}
         finished(outputs / "sft" / f"{name}0", model, str(base / "model"), base, **knobs)
-    finished(outputs / "sft" / "none0", policy(seed=1), str(base / "model"), base)
+    finished(outputs / "sft" / "none0", policy(), str(base / "model"), base)
     reward = ScalarModel.load(str(base / "model"))
     reward.calibrate(torch.tensor([3.0, 5.0, 9.0]))
     finished(outputs / "reward_model" / "b0", reward, str(base / "model"), base)
