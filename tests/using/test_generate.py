@@ -120,7 +120,8 @@ def test_an_interrupted_file_is_gone_on_with(rlhf: Typed, outputs: Path) -> None
         ("p.jsonl", '{"instruction": "Who?", "output": "I."}\n{"instruction": "Why?", "output": "So."}\n'),
         ("q.jsonl", '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I"}]}\n'
                     '{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So"}]}\n'),
-        ("r.jsonl", '{"chosen": "\\n\\nHuman: Who?\\n\\nAssistant: I", "rejected": "\\n\\nHuman: Who?\\n\\nAssistant: U"}\n'
+        ("r.jsonl", '{"chosen": "\\n\\nHuman: Who?\\n\\nAssistant: I", '
+                    '"rejected": "\\n\\nHuman: Who?\\n\\nAssistant: U"}\n'
                     '{"prompt": "Why?", "completion": "So"}\n'),
     ],
 )  # fmt: skip
@@ -141,6 +142,7 @@ def test_the_testbeds_prompts_are_those_held_out_from_the_run(outputs: Path) -> 
     found = load_prompts("testbed", world, 30)
     assert found == list(Testbed(seed=3, people=5).prompts(30, 0, held_out=True))
     assert found != load_prompts("testbed", None, 30)
+    assert 30 < len(load_prompts("testbed", world, None)) < 400  # all that so small a world holds out
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_the_testbeds_prompts_are_those_held_out_from_the_run(outputs: Path) -> 
         (("reward_model/b0", "--prompts", "good.txt"), "is a reward or value model"),
         (
             ("sft/stopped", "--prompts", "good.txt"),
-            "this run is not finished (stopped); finish it with: rlhf stage=sft",
+            "not finished (stopped); finish it with: rlhf stage=sft",
         ),
     ],
 )
