@@ -13,7 +13,14 @@ from rlhf.named import Named
 
 Kind = Literal["model", "adapter", "reward_model"]
 # What a model folder consists of: the only files that --force removes.
-PARTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md")
+# fmt: off
+PARTS = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "base.json", "rlhf.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "README.md",
+)
+# fmt: on
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 SAFETY_HEAD = "safety_head.safetensors"
 
@@ -74,6 +81,8 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
     """
     adapter = None if merge or named.scalar(model.path) else adapter_of(model)
     base = None if adapter is None else _base(model, adapter)
+    if folder.resolve() == Path(model.path).resolve():
+        raise UserError(f"--to {folder}: is the model itself; name another folder")
     prepare(folder, force)
     if named.scalar(model.path):
         return _reward_model(Path(model.path), folder)

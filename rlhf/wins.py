@@ -6,6 +6,7 @@ from pathlib import Path
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.judge import JudgeAnnotator, fill
+from rlhf.measuring import device
 
 
 def by_scores(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -28,6 +29,7 @@ class Judge:
             self._judge = JudgeAnnotator(path, template, batch_size=batch_size)
         except UserError as error:
             raise _as_typed(error) from error
+        self._judge.to(device())
         self._judge.open(cache)
         self.asked = self.same_place = 0
 

@@ -1,4 +1,4 @@
-"""Talk with a run's policy: `rlhf chat RUN` (a run, a model folder, a GGUF file or a hub id).
+"""Talk with a policy: rlhf chat RUN.
 
 Replies are written as they are sampled, through the model's own chat template. When the input is no terminal, every
 line of it is a turn and every reply a line (line breaks in a reply are kept).

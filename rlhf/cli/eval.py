@@ -1,4 +1,4 @@
-"""Measure policies on the same held-out prompts: `rlhf eval RUN...`: reward, win rate, KL, length, perplexity.
+"""Measure policies on the same prompts: rlhf eval RUN... gives reward, win rate, KL, length, perplexity.
 
 Every number has its standard error; all policies answer the same prompts from the same random numbers, so differences
 are paired. The table is printed, and each run's part of it goes to eval.json in its folder.

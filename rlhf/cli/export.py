@@ -1,4 +1,4 @@
-"""Write a run's model for others to load: `rlhf export RUN --to FOLDER`, a Hugging Face folder with a model card.
+"""Take a model elsewhere: rlhf export RUN --to FOLDER writes a Hugging Face folder with a model card.
 
 Plain transformers (for an adapter: peft) load it and generate the same greedy tokens.
 """

@@ -1,4 +1,4 @@
-"""Replies of a run's policy to a file of prompts: `rlhf generate RUN --prompts FILE`, as JSON lines.
+"""Answer a file of prompts: rlhf generate RUN --prompts FILE writes JSON lines.
 
 The same command goes on with a file that was interrupted. Replies do not depend on the batch size.
 """

@@ -138,7 +138,7 @@ def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) 
 def test_what_cannot_be_exported_is_one_line(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
-    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "full" / "thesis.json").write_text("years of work")
     run = outputs / "sft" / "lora0"
     for words, said in (
         ((run, "--to", "full"), "is not empty; name another one, or type --force"),
@@ -150,7 +150,9 @@ def test_what_cannot_be_exported_is_one_line(rlhf: Typed, outputs: Path, tmp_pat
         assert status == 2 and said in out and "Traceback" not in out, out
     assert not (tmp_path / "new").exists()
     assert rlhf("export", outputs / "sft" / "lora0", "--to", "full", "--force")[0] == 0
-    assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "full" / "thesis.json").read_text() == "years of work"
+    assert rlhf("export", "full", "--to", "full", "--force")[0] == 2  # or it would remove what it is to read
+    assert (tmp_path / "full" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "full" / "config.json").exists()  # or an adapter's folder would pass for a whole model
 
 
