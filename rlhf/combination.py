@@ -1,7 +1,7 @@
 """Rewards made of other rewards."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -100,13 +100,17 @@ class WeightedReward(Combination):
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
         super().__init__(rewards)
-        if not self.rewards:
+        self.check_knobs(rewards, weights)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in self.rewards}
+
+    @staticmethod
+    def check_knobs(rewards: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+        """What can be told from the names alone. Raises UserError for none, and for a weight of no reward."""
+        if not rewards:
             raise UserError("reward.rewards is empty: type +reward@reward.rewards.NAME=model")
-        given = dict(weights)
-        for name in given:
-            if name not in self.rewards:
-                raise UserError(f"reward.weights.{name}: there is no such reward{suggest(name, self.rewards)}")
-        self.weights = {name: float(given.get(name, 1.0)) for name in self.rewards}
+        for name in weights:
+            if name not in rewards:
+                raise UserError(f"reward.weights.{name}: there is no such reward{suggest(name, rewards)}")
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores, [B]."""

@@ -4,7 +4,7 @@ GRPO and RLOO differ in their objectives and in nothing here.
 """
 
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -127,12 +127,17 @@ class GroupStage(RolloutStage):
             kl_budget=kl_budget,
             average=average,
         )
-        if rollout.samples < 2:
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is not None and rollout.samples < 2:
             raise UserError(
                 f"rollout.samples={rollout.samples}: the baseline of a reply is the other replies to its prompt; "
                 "type rollout.samples=8"
             )
-        if not rollout.exact:
+        if rollout is not None and not rollout.exact:
             raise UserError(
                 "replies must come from the policy's own distribution: "
                 "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"

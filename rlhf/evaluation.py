@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf.data.collate import collate
 from rlhf.data.records import Prompt
+from rlhf.data.template import encode_text
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
@@ -33,6 +35,7 @@ LABELS = {
     "reward": "model's reward",
     "length": "reply length (tokens)",
     "ended": "replies that end",
+    "text_loss": "loss on pretraining text (nats per token)",
 }
 """What the metrics are called where people read them."""
 
@@ -91,7 +94,9 @@ class Evaluation:
     """Result of `compare`.
 
     `before` and `after` hold by metric: gold (testbed's true reward; gold_safe and gold_unsafe are its parts), reward
-    (the reward model's), length (tokens), ended (share of replies that came to their end-of-turn token).
+    (the reward model's), length (tokens), ended (share of replies that came to their end-of-turn token), text_loss
+    (cross-entropy per token of held-out pretraining text, documents weighed alike: what alignment cost; the paired
+    difference is over documents).
     `kl` is KL(after || before) per reply, in nats, at the sampling temperature; None if their tokenizers differ.
     """
 
@@ -148,6 +153,7 @@ def compare(
     after: Path | str,
     prompts: Sequence[Prompt] | PromptData,
     reward_model: Path | str | None = None,
+    text: PromptData | None = None,
     *,
     gold: bool | None = None,
     count: int = 400,
@@ -163,26 +169,33 @@ def compare(
         before, after: model folders (or hub ids) of the two policies.
         prompts: the prompts, or a data set whose held-out part is taken.
         reward_model: folder of a reward model that scores the replies too.
+        text: a data set of documents, on whose held-out part both policies are measured as language models too.
         gold: whether the testbed's labeller scores them; by default if the prompts are a data set of the testbed.
-        count: prompts used, the first ones.
+        count: prompts used, the first ones; as many documents of `text`.
         max_new_tokens: longest reply, in tokens.
         temperature: of sampling and of the log-probabilities whose difference is the KL; above 0.
         seed: of sampling.
         folder: where the result is kept, as `evaluation-<key>.json`; None keeps it nowhere.
         batch_size: rows sampled or scored at a time.
 
-    Raises UserError when there are no prompts.
+    Raises UserError when there are no prompts, or no held-out documents.
     """
     if gold is None:
         gold = getattr(prompts, "source", None) == "testbed"
+    documents = [] if text is None else [record.text for record in text.load().validation][:count]
+    if text is not None and not documents:
+        raise UserError("no held-out documents to compare on; type compare.text.validation=400")
     asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
     if not asked:
         raise UserError("no held-out prompts to compare on; type data.validation=400 or name more prompts")
-    key = _key(before, after, reward_model, gold, asked, max_new_tokens, temperature, seed)
+    settings = (max_new_tokens, temperature, seed, *([documents] if documents else []))
+    key = _key(before, after, reward_model, gold, asked, *settings)
     cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"
     if cached is not None and cached.is_file():
         return Evaluation.from_json(json.loads(cached.read_text(encoding="utf-8")))
-    result = _compare(before, after, asked, reward_model, gold, max_new_tokens, temperature, seed, batch_size)
+    result = _compare(
+        before, after, asked, documents, reward_model, gold, max_new_tokens, temperature, seed, batch_size
+    )
     if cached is not None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
@@ -196,6 +209,7 @@ def _compare(
     before: Path | str,
     after: Path | str,
     prompts: list[Prompt],
+    documents: list[str],
     reward_model: Path | str | None,
     gold: bool,
     max_new_tokens: int,
@@ -209,6 +223,7 @@ def _compare(
     new = sampler.sample(policy, prompts, seed)
     logp_after = sequence_logprobs(policy, new, temperature, batch_size)
     vocabulary = policy.tokenizer.get_vocab()
+    text_after = text_losses(policy, documents, batch_size)
     del policy
 
     policy = load_policy(before)
@@ -217,6 +232,7 @@ def _compare(
     if policy.tokenizer.get_vocab() == vocabulary:
         # E_after[log after - log before]: unbiased, because the replies are drawn from `after` itself, uncut.
         kl = estimate((logp_after - sequence_logprobs(policy, new, temperature, batch_size)).tolist())
+    text_before = text_losses(policy, documents, batch_size)
     del policy
 
     scores: dict[str, tuple[list[float], list[float]]] = {}
@@ -230,6 +246,8 @@ def _compare(
         score("reward", ModelReward(str(reward_model)).to(new.mask.device))
     score("length", lambda rollout: rollout.lengths)
     score("ended", lambda rollout: rollout.ended)
+    if documents:
+        scores["text_loss"] = (text_before, text_after)
 
     whole = dict(scores)
     unsafe = [prompt.unsafe for prompt in prompts]
@@ -252,7 +270,7 @@ def _compare(
         after={name: estimate(scores[name][1]) for name in order},
         differences={name: paired(*scores[name]) for name in order},
         kl=kl,
-        samples=_samples(prompts, old, new, whole),
+        samples=_samples(prompts, old, new, {name: v for name, v in whole.items() if name != "text_loss"}),
     )
 
 
@@ -278,6 +296,18 @@ def sequence_logprobs(policy: LanguageModel, rollout: Rollout, temperature: floa
         )
         sums.append(logp.sum(dim=1).cpu())
     return torch.cat(sums)
+
+
+@torch.no_grad()
+def text_losses(policy: LanguageModel, documents: Sequence[str], batch_size: int) -> list[float]:
+    """Mean -log p(token | what stands before it) of each document, in nats; the end of the text counts as a token."""
+    losses: list[float] = []
+    for start in range(0, len(documents), batch_size):
+        rows = [encode_text(policy.tokenizer, text) for text in documents[start : start + batch_size]]
+        batch = collate(rows, policy.pad_id).to(next(policy.parameters()).device)
+        logp, _ = policy.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+        losses += (-logp.sum(dim=1) / batch.loss_mask.sum(dim=1)).tolist()
+    return losses
 
 
 def estimate(values: Sequence[float]) -> Estimate:

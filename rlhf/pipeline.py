@@ -276,13 +276,16 @@ def _compare(made: Plan, seed: int) -> Any:
     before, after = made.get(node["before"]), made.get(node["after"])
     scorer = made.get(node.get("reward_model"))
     assert before is not None and after is not None
-    knobs = {key: value for key, value in node.items() if key not in ("before", "after", "reward_model", "data")}
+    apart = ("before", "after", "reward_model", "data", "text")
+    knobs = {key: value for key, value in node.items() if key not in apart}
+    text = node.get("text")
     console.say(f"comparing {before.name} with {after.name} on held-out prompts")
     return evaluation.compare(
         before.folder / "model",
         after.folder / "model",
         hydra.utils.instantiate(OmegaConf.create(node["data"])),
         None if scorer is None else scorer.folder / "model",
+        None if text is None else hydra.utils.instantiate(OmegaConf.create(text)),
         seed=seed,
         folder=after.folder,
         **knobs,

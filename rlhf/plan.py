@@ -247,15 +247,16 @@ class _Planner:
         from rlhf import evaluation, validation
 
         own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
-        given = ("before", "after", "reward_model", "prompts", "seed", "folder")
+        given = ("before", "after", "reward_model", "prompts", "text", "seed", "folder")
         for key in ("before", "after", "reward_model"):
             if own.get(key) is not None and own[key] not in self.names:
                 self.problems.append(f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), self.names)}")
         self.problems += validation.check_node(evaluation.compare, own, "compare", given=given, ignore=(*given, "data"))
-        try:
-            validation.check(OmegaConf.create({"data": own.get("data")}), "compare")
-        except UserError as error:
-            self.problems += str(error).splitlines()
+        for data in ("data", *(["text"] if own.get("text") else [])):
+            try:
+                validation.check(OmegaConf.create({data: own.get(data)}), "compare")
+            except UserError as error:
+                self.problems += str(error).splitlines()
         made = own.get("before") in self._by_name and own.get("after") in self._by_name
         return own if made else None
 

@@ -129,11 +129,9 @@ class RolloutStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        if batch_size % minibatches:
-            raise UserError(
-                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
-                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
-            )
+        self.check_parts(
+            objective=objective, text=text, rollout=rollout, batch_size=batch_size, minibatches=minibatches
+        )
         check_context(model, text_length, "stage.text_length")
         self.objective: Any = objective
         self.data, self.text, self.reward, self.rollout = data, text, reward, rollout
@@ -151,30 +149,52 @@ class RolloutStage(Stage):
         self.average: MovingAverage | None = None
         self._average_state: dict[str, Tensor] | None = None
 
+    @classmethod
+    def check_parts(
+        cls,
+        *,
+        batch_size: int = 1,
+        minibatches: int = 1,
+        processes: int = 1,
+        objective: Any = None,
+        text: Any = None,
+        **parts: Any,
+    ) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(batch_size=batch_size, processes=processes, **parts)
+        if batch_size % minibatches:
+            raise UserError(
+                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
+                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+            )
+        if batch_size // processes % minibatches:
+            raise UserError(
+                f"stage.minibatches={minibatches} does not divide the {batch_size // processes} prompts of each of the "
+                f"{processes} processes: type a stage.batch_size that is a multiple of {minibatches * processes}"
+            )
+        if objective is not None and objective.gamma and text is None:
+            raise UserError(
+                f"objective.gamma={objective.gamma:g} needs pretraining text: type data@text=text, or objective.gamma=0"
+            )
+
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Prompts, the stream of pretraining text, and the frozen models on the device."""
-        mine = self.batch_size // self.trainer.world_size
-        if mine % self.minibatches:
-            raise UserError(
-                f"stage.minibatches={self.minibatches} does not divide the {mine} prompts of each of the "
-                f"{self.trainer.world_size} processes: type a stage.batch_size that is a multiple of "
-                f"{self.minibatches * self.trainer.world_size}"
-            )
+        processes = self.trainer.world_size  # which the config need not have said
+        self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
         self.reference.to(self.device)
         self.examples, self.held_out = self.data.train, self.data.validation
         prompts = [*self.examples, *self.held_out]
         self.rollout.check(self.policy, prompts)
-        make_ready(self.reward, self.device, prompts, self.rollout.longest)
+        make_ready(self.reward, self.device, prompts, self.rollout.room(self.policy))
         self.batches = self.order(len(self.examples), steps=self.steps)
         if self.average_decay is not None:
             self.average = MovingAverage(self.policy, self.average_decay)
             if self._average_state is not None:
                 self.average.load(self._average_state)
         if self.objective.gamma:
-            if self.text is None:
-                raise UserError("objective.gamma > 0 needs pretraining text: type text=text, or objective.gamma=0")
+            assert self.text is not None  # check_parts
             tokenizer = self.policy.tokenizer
             self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
 

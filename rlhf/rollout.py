@@ -153,6 +153,9 @@ class Sampler:
         """Most tokens of its own that a reply may have."""
         return self.max_new_tokens
 
+    def require_single_turn(self, why: str) -> None:
+        """Raises UserError for a sampler whose replies are dialogues of several turns."""
+
     def room(self, policy: LanguageModel) -> int:
         """Most tokens that may follow a prompt, the policy's own or not."""
         return self.max_new_tokens

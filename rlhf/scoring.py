@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.collate import collate
-from rlhf.data.records import Prompt
-from rlhf.data.template import Encoded, encode_prompt, encode_response
+from rlhf.data.records import Message, Prompt
+from rlhf.data.template import Encoded, encode_prompt, encode_turns
 from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
 from rlhf.models.scalar import ScalarModel
@@ -37,7 +37,7 @@ def make_ready(
             called if it has them.
         device: Where its weights are to be; None leaves them.
         prompts: All prompts whose replies it will score.
-        max_new_tokens: Longest of these replies, in the policy's tokens.
+        max_new_tokens: Longest of these replies, answers of tools included, in the policy's tokens.
     """
     if device is not None and hasattr(reward, "to"):
         reward.to(device)
@@ -73,7 +73,7 @@ class ModelReward:
     """A trained reward model, read at the last token of the reply.
 
     It reads the text of prompt and reply in its own tokens and its own chat template, as it did when it was trained, so
-    the policy may have another tokenizer.
+    the policy may have another tokenizer. A reply with tool calls is read whole: every turn, the tools' too.
 
     Args:
         path: Run folder or model folder of the reward model.
@@ -108,8 +108,9 @@ class ModelReward:
         """Scores, [B]."""
         tokenizer = self.model.tokenizer
         encoded = []
-        for prompt, text, ended in zip(rollout.prompts, rollout.texts, rollout.ended.tolist(), strict=True):
-            question, reply = encode_prompt(tokenizer, prompt.messages), encode_response(tokenizer, text)
+        said = rollout.turns or [(Message("assistant", text),) for text in rollout.texts]
+        for prompt, turns, ended in zip(rollout.prompts, said, rollout.ended.tolist(), strict=True):
+            question, reply = encode_prompt(tokenizer, prompt.messages), encode_turns(tokenizer, turns)
             if not ended:
                 reply = reply[:-1]  # the reply was cut off: the reward model must see that it did not end
             self._fits(len(question) + len(reply), prompt)

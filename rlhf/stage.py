@@ -108,6 +108,27 @@ class Stage(pl.LightningModule):
 
     # -- what a stage fills in ------------------------------------------------------------------------------------
 
+    @classmethod
+    def check_parts(cls, *, batch_size: int = 1, processes: int = 1, **_: Any) -> None:
+        """Refuses knobs and groups that do not go together. Called before anything runs, and by constructors.
+
+        A stage with a rule of its own adds the parameters it reads, has a default for each, and calls this one.
+
+        Args:
+            batch_size: Every knob is given by its name.
+            processes: How many will train, if the config says.
+            _: Groups, by the constructor's names: those that only hold knobs (objective, rollout) themselves; of those
+                that may be left out None, or anything else where they are not.
+
+        Raises:
+            UserError: One line, with the keys to type.
+        """
+        if batch_size % processes:
+            raise UserError(
+                f"stage.batch_size={batch_size} is no multiple of the {processes} processes: "
+                f"type stage.batch_size={-(-batch_size // processes) * processes}"
+            )
+
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> Any:
         """What the constructor gets as ``model``: a language model, unless the stage can start from something else."""

@@ -170,6 +170,10 @@ class ToolSampler(Sampler):
         """Most tokens of its own that a reply may have."""
         return (self.max_calls + 1) * self.max_new_tokens
 
+    def require_single_turn(self, why: str) -> None:
+        """Raises UserError."""
+        raise UserError(f"rollout=tools gives replies of several turns, and {why}: type rollout=best_of_k")
+
     def room(self, policy: LanguageModel) -> int:
         """Most tokens that may follow a prompt: the policy's, and the tools' answers with what the template adds."""
         around = len(encode_tool_turn(policy.tokenizer, "."))

@@ -7,13 +7,14 @@ constructors are imported, and they may bring it in.
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
@@ -46,6 +47,8 @@ def check(config: DictConfig, step: str = "") -> None:
                 errors += _walk(node, f"{prefix}{key}")
         errors += _stage(plain, prefix)
         errors += _roots(plain, prefix)
+        if not errors:
+            errors += _together(plain, step)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
 
@@ -160,7 +163,7 @@ def check_node(
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
             errors.append(f"{path}: {_first_line(e)}")
-    elif not errors and hasattr(target, "check_knobs") and not holds_object(values):
+    elif not errors and hasattr(target, "check_knobs") and UNRESOLVED not in values.values():
         # For a class that holds more than values: what it can tell from its knobs together, before it is built.
         try:
             target.check_knobs(**values)
@@ -262,6 +265,43 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
         if is_node and group not in asked and group not in SHARED and group != "stage":
             yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*asked, 'stage'])}"
     yield from _objective(config, asked.get("objective"), name, step)
+
+
+def _together(config: dict[str, Any], step: str) -> list[str]:
+    """What the stage says of its knobs and groups together (``Stage.check_parts``), each being right by itself."""
+    node = config.get("stage")
+    if not isinstance(node, dict) or "_target_" not in node:
+        return []
+    stage = _load(node["_target_"])
+    if not hasattr(stage, "check_parts"):
+        return []
+    parts = {name: value for name, value in node.items() if name not in (*RESERVED, "name")}
+    for group, parameter in groups(stage).items():
+        chosen = config.get(group)
+        made = None if chosen is None else _light(chosen)
+        if made is not None or type(None) in get_args(parameter.annotation):
+            parts[group] = chosen if made is None else made
+    trainer = config.get("trainer") or {}
+    counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
+    if all(type(count) is int and count > 0 for count in counts):  # "auto" and -1 are known on the machine alone
+        parts["processes"] = counts[0] * counts[1]
+    try:
+        stage.check_parts(**parts)
+    except RLHFError as e:
+        if not step:
+            return [str(e)]
+        keys = rf"(?<![\w.@])((?:stage|inputs|trainer|{'|'.join(groups(stage))})\.\w+=)"
+        return [f"{step}: " + re.sub(keys, rf"{step}.\1", str(e))]
+    return []
+
+
+def _light(node: dict[str, Any]) -> Any:
+    """The object of a node that costs nothing to build, since it only holds knobs: a dataclass or a sampler."""
+    from rlhf.rollout import Sampler
+
+    target = _load(node["_target_"])
+    light = dataclasses.is_dataclass(target) or inspect.isclass(target) and issubclass(target, Sampler)
+    return instantiate(node) if light else None
 
 
 def _objective(config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -10,6 +9,7 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from rlhf.annotators import Annotator
+from rlhf.batch_file import BatchFile
 from rlhf.data.data import Split
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.sources import TESTBED
@@ -18,7 +18,7 @@ from rlhf.diagnostics import look, reply_metrics
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Rollout, Sampler
-from rlhf.stage import Parts, Stage
+from rlhf.stage import Parts, Stage, seed_of
 
 
 class CollectStage(Stage):
@@ -41,10 +41,18 @@ class CollectStage(Stage):
         *,
         batch_size: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
+        self.check_parts(rollout=rollout)
         super().__init__(model, None, None, batch_size=batch_size)
+        self.data, self.rollout, self.annotator = data, rollout, annotator
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **_: Any) -> None:
+        """As ``Stage.check_parts``; a batch is not shared out over processes, so it may be of any size."""
+        if rollout is None:
+            return
         if rollout.samples < 2:
             raise UserError(f"rollout.samples={rollout.samples}: a comparison needs 2 or more; type rollout.samples=4")
-        self.data, self.rollout, self.annotator = data, rollout, annotator
+        rollout.require_single_turn("comparisons are of single replies")
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
@@ -60,59 +68,40 @@ class CollectStage(Stage):
         """The training prompts in their order; the held-out ones stay unseen."""
         return DataLoader(self.data.train, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
 
-    @property
-    def part_file(self) -> Path:
-        """Finished batches of this process, one JSON line each."""
-        return self.run_folder / f"comparisons.part{self.trainer.global_rank}.jsonl"
-
-    def finished(self) -> dict[int, dict[str, Any]]:
-        """Batches done so far, by index; a line cut short by a kill is done again."""
-        done = {}
-        for file in self.run_folder.glob("comparisons.part*.jsonl"):
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-                row = json.loads(line)
-                done[row["batch"]] = row
-        return done
-
     def on_predict_epoch_start(self) -> None:
-        """Drops a half-written last line, so that what follows starts on a new one."""
-        self.done = self.finished()
-        if self.part_file.exists():
-            text = self.part_file.read_text(encoding="utf-8")
-            self.part_file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        """Finds what an earlier attempt has finished."""
+        self.file = BatchFile(self.run_folder, "comparisons", self.trainer.global_rank, self.trainer.world_size)
+        self.mine = set(self.file.mine(-(-len(self.data.train) // self.batch_size)))
 
     @torch.no_grad()
     def predict_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """Sample, rank, write down."""
-        if batch_idx in self.done or batch_idx % self.trainer.world_size != self.trainer.global_rank:
+        if batch_idx not in self.mine:
             return
-        seed = self.step_seed("collect", batch_idx)
+        seed = seed_of(self.seed, "collect", batch_idx, 0)  # the same on every process
         rollout = self.rollout.sample(self.policy, list(batch), seed)
         comparisons = self.annotator(rollout, self.rollout.samples, seed)
-        row = {
-            "batch": batch_idx,
-            "comparisons": [comparison.to_json() for comparison in comparisons],
-            "prompts": len(batch),
-            "replies": {name: value.item() for name, value in reply_metrics(rollout).items()},
-            "annotator": dict(getattr(self.annotator, "counts", {})),
-            "agreement": agreement(rollout, comparisons) if self.data.data.source == TESTBED else {},
-        }
-        with self.part_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.file.add(
+            batch_idx,
+            comparisons=[comparison.to_json() for comparison in comparisons],
+            prompts=len(batch),
+            replies={name: value.item() for name, value in reply_metrics(rollout).items()},
+            annotator=dict(getattr(self.annotator, "counts", {})),
+            agreement=agreement(rollout, comparisons) if self.data.data.source == TESTBED else {},
+        )
 
     def on_predict_end(self) -> None:
         """Joins the parts, in the order of the prompts."""
         self.trainer.strategy.barrier()
-        done = self.finished()
-        self.rows = [done[index] for index in sorted(done)]
+        self.rows = list(self.file.read().values())
+        self.trainer.strategy.barrier()  # all have read
         if self.trainer.is_global_zero:
             temporary = self.run_folder / ".comparisons.jsonl"
             with temporary.open("w", encoding="utf-8") as file:
                 for row in self.rows:
                     file.writelines(json.dumps(comparison) + "\n" for comparison in row["comparisons"])
             temporary.rename(self.run_folder / "comparisons.jsonl")
-            for part in self.run_folder.glob("comparisons.part*.jsonl"):
-                part.unlink()
+            self.file.remove()
 
     def final_metrics(self) -> dict[str, float]:
         """How many comparisons and pairs there are, and how they are graded."""

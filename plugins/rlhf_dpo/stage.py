@@ -58,17 +58,27 @@ class DPOStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        # Either knows its own examples and batches; what passes through here is of one kind throughout.
-        self.kind: Any = Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)
+        self.check_parts(objective=objective, batch_size=batch_size, reference=reference)
+        self.kind = kind_of(objective)
         self.data, self.epochs = self.kind.records(data), epochs
-        self.kind.check_batch(batch_size)
-        if reference is not None and not self.kind.needs_reference:
-            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
         self.policy.disable_dropout()
         self.starts_at_reference = self.kind.needs_reference and reference is None
         self.reference: Reference | None = None
         if self.kind.needs_reference:
             self.reference = reference_of(model, reference)
+
+    @classmethod
+    def check_parts(
+        cls, *, objective: Any = None, batch_size: int = 2, reference: str | None = None, **parts: Any
+    ) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(batch_size=batch_size, **parts)
+        if objective is None:
+            return
+        kind = kind_of(objective)
+        kind.check_batch(batch_size)
+        if reference is not None and not kind.needs_reference:
+            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
 
     def prepare(self) -> None:
         """Tokenises the data and lets the reference read each reply once."""
@@ -145,3 +155,8 @@ class DPOStage(Stage):
             losses, metrics = self.kind.losses(self.policy, part, around, index)
             for name, values in {"loss": losses, **metrics}.items():
                 self.log_mean(f"val/{name}", values, self.kind.weight(part))
+
+
+def kind_of(objective: PairObjective | LabelObjective) -> Any:
+    """What knows the examples and batches of an objective; what passes through the stage is of one kind throughout."""
+    return Labels(objective) if isinstance(objective, LabelObjective) else Pairs(objective)

@@ -9,7 +9,7 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -65,6 +65,7 @@ class PPOStage(RolloutStage):
         gradient_clip: Largest gradient norm, null: none.
         reference: Model that KL is measured against, null: the policy as it starts.
         value: Where the critic starts: model of a reward run, or null for the policy's own weights and a zero head.
+            Either way with an adapter of its own, if the policy has one; the head is trained whole.
         value_warmup: Rollouts at the start that train the critic alone.
         text_ratio: Rows of pretraining text per reply in the gamma term.
         text_length: Tokens in a row of pretraining text.
@@ -135,19 +136,28 @@ class PPOStage(RolloutStage):
             kl_budget=kl_budget,
             average=average,
         )
-        if not rollout.exact or rollout.samples != 1:
-            raise UserError(
-                "PPO samples one reply per prompt from the policy's own distribution: "
-                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
-            )
         self.value_warmup = value_warmup
-        self.critic = ScalarModel.load(value) if value else ScalarModel(copy.deepcopy(model), zero_init=True)
+        self.critic = (
+            ScalarModel.load(value, model.adapter, model.precision)
+            if value
+            else ScalarModel(copy.deepcopy(model), zero_init=True)
+        )
         self.critic.disable_dropout()
         if value:
             instead = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
             require_same_vocabulary(model.tokenizer, self.critic.tokenizer, f"stage.value={value}", instead)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is not None and not (rollout.exact and rollout.samples == 1):
+            raise UserError(
+                "PPO samples one reply per prompt from the policy's own distribution: "
+                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
+            )
 
     def modules_trained(self) -> list[nn.Module]:
         """Policy and critic."""
@@ -219,6 +229,7 @@ class PPOStage(RolloutStage):
         )
 
     def save(self, folder: Path) -> None:
-        """The policy; the critic beside it."""
+        """The policy; the critic beside it, its adapter within."""
         super().save(folder)
-        self.critic.save(folder.parent / "critic")
+        critic = folder.parent / "critic"
+        self.critic.save(critic, critic / "adapter")

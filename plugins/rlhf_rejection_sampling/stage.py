@@ -1,15 +1,16 @@
 """Rejection sampling fine-tuning (Llama 2, section 3.2.3): K replies per prompt, the best becomes a demonstration."""
 
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from rlhf.best_of_k import expected_best, kl_bound, log_law, rollout_of
+from rlhf.batch_file import BatchFile
+from rlhf.best_of_k import kl_bound, rollout_of
 from rlhf.data.data import Split
 from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.diagnostics import look, proxy_gold_gap, reply_metrics
@@ -25,29 +26,10 @@ from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward, make_ready
 from rlhf.stage import Optimizer, Schedule, seed_of
 from rlhf.supervised import Supervised
+from rlhf_rejection_sampling.picks import Candidate, Selection, pick, read_picks, worth, write_picks
 
-Selection = Literal["best_per_prompt", "top_overall", "random_per_prompt", "random_overall"]
 JUDGED = 400  # held-out prompts on which the result is scored; the standard error is then 1/20 of the spread
-
-
-@dataclass
-class Candidate:
-    """A reply that may be picked."""
-
-    prompt: Prompt
-    reply: str
-    ended: bool
-    temperature: float | None  # None: a pick of an earlier round
-    score: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.prompt.to_json(),
-            "reply": self.reply,
-            "ended": self.ended,
-            "score": self.score,
-            "temperature": self.temperature,
-        }
+HELD_OUT = -1  # number of the batch of held-out prompts among those of training prompts
 
 
 class RejectionSamplingStage(Supervised):
@@ -88,6 +70,7 @@ class RejectionSamplingStage(Supervised):
         earlier: str | list[str] | None = None,
         keep_earlier: bool = True,
     ) -> None:
+        self.check_parts(rollout=rollout)
         super().__init__(
             model,
             objective,
@@ -100,12 +83,20 @@ class RejectionSamplingStage(Supervised):
             epochs=epochs,
             packing=packing,
         )
-        if rollout.samples < 2:
-            raise UserError(f"rollout.samples={rollout.samples}: the best of one is no choice; type rollout.samples=4")
         self.reward, self.rollout, self.select, self.sampler = reward, rollout, select, sampler
         sources = [earlier] if isinstance(earlier, str) else list(earlier or ())
         self.earlier = [candidate for source in sources for candidate in read_picks(source)] if keep_earlier else []
         self.gain: dict[str, float] = {}
+
+    @classmethod
+    def check_parts(cls, *, rollout: Sampler | None = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if rollout is None:
+            return
+        if rollout.samples < 2:
+            raise UserError(f"rollout.samples={rollout.samples}: the best of one is no choice; type rollout.samples=4")
+        rollout.require_single_turn("a pick is a single reply")
 
     # -- sampling and picking -------------------------------------------------------------------------------------
 
@@ -122,11 +113,14 @@ class RejectionSamplingStage(Supervised):
     def prepare(self) -> None:
         """Samples, picks, tokenises."""
         make_ready(self.reward, self.device, [*self.data.train, *self.judged], self.rollout.max_new_tokens)
-        if not self.picks_file.exists():
+        if not self.best_of_k_file.exists():  # written last; without it only what is missing is sampled
+            self.trainer.strategy.barrier()
+            replies = self.sample()
             self.trainer.strategy.barrier()
             if self.trainer.is_global_zero:
-                self.sample_and_pick()
+                self.choose(replies.read())
             self.trainer.strategy.barrier()
+        self.policy.train()
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
         candidates = read_picks(str(self.picks_file))
         picks = [
@@ -167,34 +161,54 @@ class RejectionSamplingStage(Supervised):
         precision = Precision("bf16-true" if self.trainer.precision == "bf16-true" else "32-true")
         return spec.load(NoAdapter(), precision).frozen().to(self.device)
 
-    @torch.no_grad()
-    def sample_and_pick(self) -> None:
-        """K replies to each training prompt and the earlier picks, scored; writes the picks."""
+    def sample(self) -> BatchFile:
+        """K replies to each training prompt and one to each held-out one, by all processes, batch by batch."""
+        trainer, prompts = self.trainer, self.asked
+        file = BatchFile(self.run_folder, "replies", trainer.global_rank, trainer.world_size)
+        batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
+        todo = list(file.mine(len(batches)))
+        held_out = self.judged and trainer.is_global_zero and HELD_OUT not in file.done
+        if not todo and not held_out:
+            return file
         policy = self.sampling_policy().eval()
-        prompts = self.asked
-        candidates: list[Candidate] = []
-        spread = getattr(self.rollout, "spread", [self.rollout.temperature] * self.rollout.samples)
-        with Meter(f"{self.name}: sampling", len(prompts), "prompt") as meter:
-            for start in range(0, len(prompts), self.batch_size):
-                batch = prompts[start : start + self.batch_size]
-                rollout = self.rollout.sample(policy, batch, seed_of(self.seed, "sample", start))
-                candidates += [
-                    Candidate(prompt, text, ended, spread[row % len(spread)])
-                    for row, (prompt, text, ended) in enumerate(
-                        zip(rollout.prompts, rollout.texts, rollout.ended.tolist(), strict=True)
-                    )
-                ]
-                meter.advance(len(batch))
-        judged = self.answers(policy)
-        del policy
-        fresh = len(candidates)
+        total = -(-len(batches) // trainer.world_size)
+        screen = None if trainer.is_global_zero else io.StringIO()
+        with Meter(f"{self.name}: sampling", total, "batch", start=total - len(todo), stream=screen) as meter:
+            for index in todo:
+                seed = seed_of(self.seed, "sample", index * self.batch_size)
+                keep(file, index, self.rollout.sample(policy, batches[index], seed))
+                meter.advance()
+        if held_out:
+            keep(file, HELD_OUT, self.answers(policy))
+        return file
+
+    @torch.no_grad()
+    def choose(self, replies: dict[int, dict[str, Any]]) -> None:
+        """Scores the replies and the picks of earlier rounds, picks, and writes what was picked and what it is worth.
+
+        Args:
+            replies: What was sampled, by batch.
+        """
+        held_out = replies.pop(HELD_OUT, {"texts": [], "ended": []})
+        prompts, spread = self.asked, getattr(self.rollout, "spread", [self.rollout.temperature] * self.rollout.samples)
+        rows = [row for batch in replies.values() for row in zip(batch["texts"], batch["ended"], strict=True)]
+        candidates = [
+            Candidate(prompts[index // len(spread)], text, ended, spread[index % len(spread)])
+            for index, (text, ended) in enumerate(rows)
+        ]
         candidates += [Candidate(c.prompt, c.reply, c.ended, None) for c in self.earlier]
         scores = self.scores(candidates)
         for candidate, score in zip(candidates, scores.tolist(), strict=True):
             candidate.score = score
-        picks = self.pick(candidates, len(prompts))
-        self.write(scores[:fresh].view(len(prompts), -1), spread, picks, judged)
-        self.policy.train()
+        picks = pick(candidates, self.select, len(prompts), seed_of(self.seed, "pick"))
+        content = worth(scores[: len(rows)].view(len(prompts), -1), spread, picks)
+        gains = {int(k): gain for k, gain in content["gain_by_k"].items()}
+        diagnostics.best_of_k(gains, content["gain_per_log_k"], self.run_folder / "best_of_k.png")
+        write_picks(self.picks_file, picks)
+        content |= {"held_out_replies": held_out["texts"], "held_out_ended": held_out["ended"]}
+        temporary = self.best_of_k_file.with_name(".best_of_k.json")
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.rename(self.best_of_k_file)
 
     def scores(self, candidates: Sequence[Candidate]) -> torch.Tensor:
         """What the reward says of all candidates, [C]: in one call, so that all stand on one scale."""
@@ -207,81 +221,24 @@ class RejectionSamplingStage(Supervised):
             )
         ).float()
 
-    def pick(self, candidates: list[Candidate], count: int) -> list[Candidate]:
-        """The picks, in the order of the prompts."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "pick"))
-        places: dict[str, int] = {}
-        for candidate in candidates:
-            places.setdefault(key_of(candidate.prompt), len(places))
-        if self.select.endswith("_per_prompt"):
-            groups: list[list[Candidate]] = [[] for _ in places]
-            for candidate in candidates:
-                groups[places[key_of(candidate.prompt)]].append(candidate)
-            if self.select == "best_per_prompt":
-                return [max(group, key=lambda candidate: candidate.score) for group in groups]
-            draws = torch.rand(len(groups), generator=generator).tolist()
-            return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
-        # The same reply to the same prompt counts once, or the easiest prompts would fill the list.
-        distinct = list({(key_of(c.prompt), c.reply): c for c in reversed(candidates)}.values())[::-1]
-        if self.select == "top_overall":
-            chosen = sorted(distinct, key=lambda candidate: -candidate.score)[:count]
-        else:
-            chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator)[:count].tolist()]
-        return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
-
-    def write(self, scores: torch.Tensor, spread: list[float], picks: list[Candidate], judged: Rollout | None) -> None:
-        """``best_of_k.json`` and its plot, then ``picks.jsonl``: whole or not there."""
-        best = expected_best(scores)
-        gains = {k: value - best[1] for k, value in best.items()}
-        slope, explained = log_law(gains)
-        winners = scores.argmax(dim=1).tolist()
-        temperatures = {
-            f"{value:g}": {
-                "reward_mean": scores[:, [k for k, t in enumerate(spread) if t == value]].mean().item(),
-                "share_of_best": sum(spread[k] == value for k in winners) / len(winners),
-            }
-            for value in dict.fromkeys(spread)
-        }
-        content = {
-            "samples": scores.shape[1],
-            "prompts": len(scores),
-            "reward_mean": best[1],
-            "reward_best": best[scores.shape[1]],
-            "reward_picked": sum(candidate.score for candidate in picks) / len(picks),
-            "earlier_share": sum(candidate.temperature is None for candidate in picks) / len(picks),
-            "gain_by_k": {str(k): gain for k, gain in gains.items()},
-            "kl_bound_by_k": {str(k): kl_bound(k) for k in gains},
-            "gain_per_log_k": slope,
-            "log_law_r2": explained,
-            "temperatures": temperatures,
-            "held_out_replies": [] if judged is None else judged.texts,
-            "held_out_ended": [] if judged is None else judged.ended.tolist(),
-        }
-        diagnostics.best_of_k(gains, slope, self.run_folder / "best_of_k.png")
-        self.best_of_k_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary = self.picks_file.with_name(".picks.jsonl")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in picks)
-        temporary.rename(self.picks_file)
-
     # -- what it was worth ----------------------------------------------------------------------------------------
 
-    def answers(self, policy: LanguageModel) -> Rollout | None:
+    def answers(self, policy: LanguageModel) -> Rollout:
         """One reply to each held-out prompt at temperature 1; the same noise before and after training."""
-        if not self.judged:
-            return None
         sampler = Sampler(self.rollout.max_new_tokens)
         return sampler.sample(policy, self.judged, seed_of(self.seed, "judge"))
 
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Scores the trained policy on held-out prompts, beside the one that sampled."""
+        self.trainer.strategy.barrier()
+        if self.trainer.is_global_zero:
+            BatchFile(self.run_folder, "replies").remove()  # the picks say all that is needed now
         if not self.judged:
             return
         training = self.policy.training
         after = self.answers(self.policy.eval())
         self.policy.train(training)
-        assert after is not None
         rows = [
             *zip(self.judged, self.found["held_out_replies"], self.found["held_out_ended"], strict=True),
             *zip(self.judged, after.texts, after.ended.tolist(), strict=True),
@@ -320,24 +277,6 @@ class RejectionSamplingStage(Supervised):
         }
 
 
-def key_of(prompt: Prompt) -> str:
-    """What makes two prompts the same: what is asked."""
-    return "\x1f".join(f"{message.role}:{message.content}" for message in prompt.messages)
-
-
-def read_picks(source: str) -> list[Candidate]:
-    """The picks of a run, or of a picks.jsonl. Raises UserError where there are none."""
-    path = Path(source)
-    path = path / "picks.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"inputs.picks={source}: no picks.jsonl there; name a run of stage=rejection_sampling")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            raw = json.loads(line)
-            found.append(
-                Candidate(Prompt.from_json(raw), raw["reply"], bool(raw.get("ended", True)), raw.get("temperature"))
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"inputs.picks={source}: line {number} is no pick ({error!r})") from error
-    return found
+def keep(file: BatchFile, batch: int, rollout: Rollout) -> None:
+    """Writes down what the reward and the fine-tuning read of a rollout."""
+    file.add(batch, texts=rollout.texts, ended=rollout.ended.tolist())

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class RewardModelStage(Stage):
         normalize: Literal["none", "mean", "standard", "demonstrations"] = "standard",
         safety_coefficient: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
+        self.check_parts(normalize=normalize, demonstrations=demonstrations)
         if isinstance(model, LanguageModel):
             model = ScalarModel.load(model, zero_init=head_init == "zero")
         super().__init__(
@@ -74,8 +75,6 @@ class RewardModelStage(Stage):
             micro_batch_size=micro_batch_size,
             gradient_clip=gradient_clip,
         )
-        if normalize == "demonstrations" and demonstrations is None:
-            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
         self.objective, self.data, self.demonstrations = objective, data, demonstrations
         self.epochs, self.normalize, self.safety_coefficient = epochs, normalize, safety_coefficient
         self.scorer = model.disable_dropout()
@@ -87,6 +86,13 @@ class RewardModelStage(Stage):
         # The units the loss is in; normalisation at the end changes the scorer's.
         self.units = (self.scorer.scale.item(), self.scorer.bias.item())
         self.calibration: Reliability | None = None
+
+    @classmethod
+    def check_parts(cls, *, normalize: str = "none", demonstrations: Any = None, **parts: Any) -> None:
+        """As ``Stage.check_parts``."""
+        super().check_parts(**parts)
+        if normalize == "demonstrations" and demonstrations is None:
+            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
 
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> object:

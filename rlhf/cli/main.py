@@ -68,7 +68,9 @@ def dispatch(argv: list[str]) -> int:
         return subcommand(argv)
 
     register()
-    argv = rounds.typed(argv)
+    # Hydra takes words after -m for a second list of overrides, and refuses them.
+    flags = {"-m", "--multirun"} & set(argv)
+    argv = rounds.typed([word for word in argv if word not in flags] + sorted(flags)[:1])
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 

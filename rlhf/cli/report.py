@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhf.report.sweep import COSTS, cell, compare_runs, newest_sweep, short_names, show
+    from rlhf.report.members import COSTS, newest_sweep
+    from rlhf.report.sweep import cell, compare_runs, short_names, show
 
     references = list(options.runs)
     if not references:
@@ -61,12 +62,16 @@ def main(argv: Sequence[str]) -> int:
     page = write_report(comparison, folder / "report.html", title, failed)
     comparison.write_csv(folder / "report.csv")
     print(f"\n{page}\n{folder / 'report.csv'}")
+    if options.plot is not None:
+        from rlhf.report.figure import write_figure
+
+        print(write_figure(comparison, options.plot, options.x, options.y, options.along))
     return 0
 
 
 def _place(references: Sequence[str], outputs: Path) -> Path:
     """A sweep's own folder; otherwise a new folder of reports."""
-    from rlhf.report.sweep import is_run
+    from rlhf.report.members import is_run
 
     only = Path(references[0])
     if len(references) == 1 and only.is_dir() and not is_run(only) and only.resolve() != outputs.resolve():
@@ -79,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, folder of runs, or fingerprint prefix")
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
     parser.add_argument("--title", help="heading of the page")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw --y against --x (.png, .svg or .pdf)")
+    parser.add_argument("--x", default="step", metavar="NAME", help="a swept knob, a metric, or step (default)")
+    parser.add_argument("--y", action="append", default=[], metavar="METRIC", help="a panel of the plot (repeatable)")
+    parser.add_argument("--along", action="store_true", help="--x and --y over training, not at its end")
     parser.add_argument("--out", type=Path, help="folder for report.html and report.csv")
     parser.add_argument(
         "--outputs", type=Path, default=Path("outputs"), help="folder of all results (default: outputs)"

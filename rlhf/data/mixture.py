@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -29,12 +30,7 @@ class Mixture(Data):
         seed: int = 0,
     ) -> None:
         self.parts, self.weights, self.count = dict(parts), dict(weights), size
-        for name in weights:
-            if name not in parts:
-                raise UserError(f"data.weights.{name}: no such part{suggest(name, parts, 'data.weights.')}")
-        for name in parts:
-            if name not in weights:
-                raise UserError(f"data.parts.{name} has no weight; type data.weights.{name}=1")
+        self.check_knobs(parts, weights)
         kinds = {part.record for part in self.parts.values()}
         if len(kinds) != 1:
             raise UserError(
@@ -50,6 +46,16 @@ class Mixture(Data):
             max_prompt_length=first.max_prompt_length,
             seed=seed,
         )
+
+    @staticmethod
+    def check_knobs(parts: Mapping[str, Any], weights: Mapping[str, float], **_: Any) -> None:
+        """What can be told from the names alone. Raises UserError for parts and weights of different names."""
+        for name in weights:
+            if name not in parts:
+                raise UserError(f"data.weights.{name}: no such part{suggest(name, parts, 'data.weights.')}")
+        for name in parts:
+            if name not in weights:
+                raise UserError(f"data.parts.{name} has no weight; type data.weights.{name}=1")
 
     def digest(self) -> str:
         """sha256 over the parts' digests."""

@@ -225,6 +225,18 @@ def encode_tool_turn(tokenizer: Tokenizer, text: str) -> list[int]:
     )
 
 
+def encode_turns(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+    """Ids of what follows a prompt: turns of the assistant, each ending with end-of-turn, and of tools between them.
+
+    What encode_dialogue writes there for the same dialogue.
+    """
+    ids: list[int] = []
+    for turn in turns:
+        encode = encode_tool_turn if turn.role == "tool" else encode_response
+        ids += encode(tokenizer, turn.content)
+    return ids
+
+
 def fit_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None
 ) -> tuple[list[int] | None, bool]:

@@ -150,6 +150,7 @@ class CausalLM:
         if adapter.quantization(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
         language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain)
+        language_model.adapter, language_model.precision = adapter, precision
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
         return language_model.train()  # from_pretrained gives eval mode

@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.logprobs import token_logprobs
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.precision import Precision
 
 
 class LanguageModel(nn.Module):
@@ -44,6 +46,8 @@ class LanguageModel(nn.Module):
         self.end_id = end_id
         self.pad_id = int(tokenizer.pad_token_id)
         self._plain = plain
+        # How it was loaded: what a critic beside it is loaded with, too.
+        self.adapter, self.precision = NoAdapter(), Precision("32-true")
 
     # --- what it is ---
 

@@ -181,10 +181,14 @@ class ScalarModel(nn.Module):
         self.bias.copy_((self.bias - mean) / std)
         self.scale.copy_(self.scale / std)
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, adapter: Path | None = None) -> None:
         """Writes a Hugging Face ``*ForSequenceClassification`` folder with one output, adapter merged in.
 
         Plain transformers give the scores before scale and bias, which are in ``rlhf.json`` beside them.
+
+        Args:
+            folder: Where to.
+            adapter: Where the adapter goes by itself, if there is one; None: ``<folder>/../adapter``.
         """
         folder = Path(folder)
         base = self.language_model.base
@@ -203,7 +207,7 @@ class ScalarModel(nn.Module):
         state["score.weight"] = self.head.weight.detach()
         materialize(kind, config, state).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.language_model.save_adapter(folder.parent / "adapter")
+        self.language_model.save_adapter(adapter or folder.parent / "adapter")
         numbers = {"scale": self.scale.item(), "bias": self.bias.item()}
         if self.safety_head is not None:
             head = {name: value.detach().cpu().contiguous() for name, value in self.safety_head.state_dict().items()}

@@ -7,12 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from rlhf.functional.calibration import Reliability
-from rlhf.report.plots import COLOURS, PALE, _save, _style
+from rlhf.report.plots import COLOURS, PALE, save, style
 
 
 def calibration(curve: Reliability, path: Path) -> Path:
     """Predicted probability of a preference against its frequency, and how many pairs each point stands for."""
-    with _style():
+    with style():
         figure = Figure(figsize=(4.6, 4.4), layout="constrained")
         axes, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
         axes.plot([0.5, 1], [0.5, 1], color=PALE, linestyle="--", label="perfect")
@@ -25,27 +25,27 @@ def calibration(curve: Reliability, path: Path) -> Path:
         middles = [(one.low + one.high) / 2 for one in curve.bins]
         below.bar(middles, [one.count for one in curve.bins], width=0.04, color=COLOURS[0], alpha=0.6)
         below.set(xlabel="predicted probability, sigmoid(|gap|)", ylabel="pairs", xlim=(0.49, 1.01))
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def scores(counts: Mapping[str, Sequence[float]], path: Path) -> Path:
     """Histogram of the scores of chosen and of rejected replies."""
     edges = counts["edges"]
-    with _style():
+    with style():
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.subplots()
         for name, colour in (("chosen", COLOURS[0]), ("rejected", COLOURS[1])):
             axes.stairs(counts[name], edges, fill=True, color=colour, alpha=0.5, label=name)
         axes.set(title="Scores of held-out replies", xlabel="score", ylabel="replies")
         axes.legend()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def best_of_k(gains: Mapping[int, float], slope: float, path: Path) -> Path:
     """Gain of the best of k over the mean reply, against log k and against the KL bound log k - (k-1)/k."""
     ks = sorted(gains)
     values = [gains[k] for k in ks]
-    with _style():
+    with style():
         figure = Figure(figsize=(8.4, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         logs = [math.log(k) for k in ks]
@@ -57,4 +57,4 @@ def best_of_k(gains: Mapping[int, float], slope: float, path: Path) -> Path:
         bounds = [math.log(k) - (k - 1) / k for k in ks]
         right.plot(bounds, values, "o-", color=COLOURS[2], markersize=4)
         right.set(title="Gain against the KL bound", xlabel="log k - (k-1)/k (nats per reply)", ylabel="gain (score)")
-        return _save(figure, path)
+        return save(figure, path)

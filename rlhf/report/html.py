@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.report import plots
-from rlhf.report.sweep import COSTS, Comparison, Member, cell, short_names, show
+from rlhf.report.members import COSTS, Member
+from rlhf.report.sweep import Comparison, cell, short_names, show
 from rlhf.report.tree import family_tree
 
 _CSS = """

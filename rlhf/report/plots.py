@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlhf.metrics_file import read_series
-from rlhf.report.sweep import Comparison, Group, Series, Value, short_names, show
+from rlhf.report.members import Series, Value
+from rlhf.report.sweep import Comparison, Group, short_names, show
 
 # Okabe and Ito (2008): told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -46,10 +47,11 @@ _STYLE = {
 
 # What metrics are called on an axis, with their units; the first pattern that matches.
 _LABELS = (
-    (r"(^|/)kl$", "KL (nats per reply)"),
+    (r"(^|/|_)kl$", "KL (nats per reply)"),
     (r"k3|kl_k3", "KL, k3 estimate (nats per reply)"),
     (r"gold", "gold reward"),
-    (r"(^|/)score$", "reward model's score"),
+    (r"(^|/)score$|^after_reward$", "reward model's score"),
+    (r"text_loss", "loss on text (nats per token)"),
     (r"reward", "reward"),
     (r"perplexity", "perplexity"),
     (r"(^|/)loss$", "loss (nats)"),
@@ -91,7 +93,7 @@ def reward_and_kl(metrics: Path, path: Path) -> Path:
     series = read_series(metrics)
     kl = _find(series, KLS)
     rewards = [name for name in dict.fromkeys(_find(series, (pattern,)) for pattern in REWARDS) if name]
-    with _style():
+    with style():
         figure = Figure(figsize=(11.0, 3.1), layout="constrained")
         over_time, kl_axes, frontier = figure.subplots(1, 3)
         for axes, name, colour in _scales(over_time, rewards):
@@ -101,19 +103,19 @@ def reward_and_kl(metrics: Path, path: Path) -> Path:
             _curve(kl_axes, *series[kl], COLOURS[3], kl)
             kl_axes.set_ylim(bottom=min(0.0, *kl_axes.get_ylim()))
             for axes, name, colour in _scales(frontier, rewards):
-                if (way := _way(series[name], series[kl])) is not None:
+                if (way := way_there(series[name], series[kl])) is not None:
                     axes.plot(*way, color=colour, alpha=0.85)
                     axes.plot(way[0][-1:], way[1][-1:], "o", color=colour, markersize=5)
         kl_axes.set(title="Distance from the reference", xlabel="step", ylabel=label("kl"))
         frontier.set(title="Reward against KL (dot: the end)", xlabel=label("kl"))
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def losses(metrics: Path, path: Path) -> Path:
     """Plots the losses and the most telling other metrics of a metrics.csv to a PNG file."""
     series = read_series(metrics)
     panels = _panels(series)
-    with _style():
+    with style():
         figure = Figure(figsize=(3.5 * max(len(panels), 1), 3.1), layout="constrained")
         for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for name, colour in zip(names, COLOURS, strict=False):
@@ -123,7 +125,7 @@ def losses(metrics: Path, path: Path) -> Path:
             axes.set(title=names[0].removeprefix("val/"), xlabel="step", ylabel=label(names[0]))
             if len(names) > 1:
                 axes.legend()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def curves(comparison: Comparison, metrics: Sequence[str]) -> str:
@@ -131,8 +133,8 @@ def curves(comparison: Comparison, metrics: Sequence[str]) -> str:
 
     Returns an SVG document.
     """
-    with _style():
-        figure, panels = _grid(len(metrics), height=2.9)
+    with style():
+        figure, panels = grid(len(metrics), height=2.9)
         colours = _colours(comparison)
         for axes, metric in zip(panels, metrics, strict=True):
             for group in comparison.groups:
@@ -143,15 +145,23 @@ def curves(comparison: Comparison, metrics: Sequence[str]) -> str:
 
 
 def effects(comparison: Comparison, metrics: Sequence[str]) -> str:
-    """Final metrics against the knob that was swept: a line for numbers, dots for choices.
+    """Final metrics against the knob that was swept, as an SVG document; an empty string when nothing was swept.
 
-    With several knobs the first one is the x axis and the others are told apart by colour. Bars are one standard error
-    over seeds. Returns an SVG document; an empty string when nothing was swept.
+    With several knobs the first one is the x axis.
     """
-    knobs = _knobs(comparison)
-    if not knobs:
+    swept = knobs(comparison)
+    if not swept:
         return ""
-    x_key, *others = knobs
+    with style():
+        return _svg(against_knob(comparison, swept[0], metrics))
+
+
+def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> Figure:
+    """Final metrics against one knob: a line for numbers, dots for choices, a panel per metric.
+
+    Other knobs are told apart by colour. Bars are one standard error over seeds. Call it within `style()`.
+    """
+    others = [key for key in knobs(comparison) if key != x_key]
     short = short_names(comparison.varying)
     lines: dict[str, list[Group]] = {}
     for group in comparison.groups:
@@ -160,42 +170,40 @@ def effects(comparison: Comparison, metrics: Sequence[str]) -> str:
     values = list(dict.fromkeys(group.knobs.get(x_key) for group in comparison.groups))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {value: float(value) if numeric else float(i) for i, value in enumerate(values)}  # type: ignore[arg-type]
-    with _style():
-        figure, panels = _grid(len(metrics), height=2.9)
-        for axes, metric in zip(panels, metrics, strict=True):
-            for i, (name, groups) in enumerate(lines.items()):
-                shown = [group for group in groups if not math.isnan(group.mean(metric))]
-                # Choices stand side by side, so that their bars do not hide each other.
-                shift = 0.0 if numeric else (i - (len(lines) - 1) / 2) * min(0.6 / len(lines), 0.18)
-                x = [place[group.knobs.get(x_key)] + shift for group in shown]
-                axes.errorbar(
-                    x,
-                    [group.mean(metric) for group in shown],
-                    yerr=[0.0 if math.isnan(e := group.error(metric)) else e for group in shown],
-                    fmt="o-" if numeric else "o",
-                    color=COLOURS[i % len(COLOURS)],
-                    capsize=3,
-                    markersize=5.5,
-                    label=name,
-                )
-                for group, at in zip(shown, x, strict=True):
-                    if len(group.members) > 1:  # the single runs behind the mean
-                        single = group.values(metric)
-                        axes.plot([at] * len(single), single, ".", color=COLOURS[i % len(COLOURS)], alpha=0.35, ms=4)
-            if numeric and _geometric([float(v) for v in values]):  # type: ignore[arg-type]
-                axes.set_xscale("log")
-                axes.minorticks_off()
-            if numeric and len(values) <= 8 or not numeric:
-                texts = [show(value) if value is not None else "none" for value in values]
-                crowded = sum(map(len, texts)) > 34
-                axes.set_xticks([place[value] for value in values], texts, rotation=20 if crowded else 0)
-            if not numeric:
-                axes.set_xlim(-0.5, len(values) - 0.5)
-            axes.set(title=metric, xlabel=short[x_key], ylabel=label(metric))
-        if len(lines) > 1:
-            handles, names = panels[0].get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside lower center", ncols=min(len(lines), 4))
-        return _svg(figure)
+    figure, panels = grid(len(metrics), height=2.9)
+    for axes, metric in zip(panels, metrics, strict=True):
+        for i, (name, groups) in enumerate(lines.items()):
+            shown = [group for group in groups if not math.isnan(group.mean(metric))]
+            # Choices stand side by side, so that their bars do not hide each other.
+            shift = 0.0 if numeric else (i - (len(lines) - 1) / 2) * min(0.6 / len(lines), 0.18)
+            x = [place[group.knobs.get(x_key)] + shift for group in shown]
+            axes.errorbar(
+                x,
+                [group.mean(metric) for group in shown],
+                yerr=[0.0 if math.isnan(e := group.error(metric)) else e for group in shown],
+                fmt="o-" if numeric else "o",
+                color=COLOURS[i % len(COLOURS)],
+                capsize=3,
+                markersize=5.5,
+                label=name,
+            )
+            for group, at in zip(shown, x, strict=True):
+                if len(group.members) > 1:  # the single runs behind the mean
+                    single = group.values(metric)
+                    axes.plot([at] * len(single), single, ".", color=COLOURS[i % len(COLOURS)], alpha=0.35, ms=4)
+        if numeric:
+            scale_of(axes, [float(v) for v in values])  # type: ignore[arg-type]
+        if numeric and len(values) <= 8 or not numeric:
+            texts = [show(value) if value is not None else "none" for value in values]
+            crowded = sum(map(len, texts)) > 34
+            axes.set_xticks([place[value] for value in values], texts, rotation=20 if crowded else 0)
+        if not numeric:
+            axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.set(title=metric, xlabel=short[x_key], ylabel=label(metric))
+    if len(lines) > 1:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(lines), 4))
+    return figure
 
 
 def frontier(comparison: Comparison, reward: str, kl: str) -> str:
@@ -207,12 +215,12 @@ def frontier(comparison: Comparison, reward: str, kl: str) -> str:
     if not shown:
         return ""
     colours = _colours(comparison)
-    with _style():
+    with style():
         figure = Figure(figsize=(6.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for group in shown:  # the way there, as a thin line
             series = group.members[0].series
-            if reward in series and kl in series and (way := _way(series[reward], series[kl])) is not None:
+            if reward in series and kl in series and (way := way_there(series[reward], series[kl])) is not None:
                 axes.plot(*way, color=colours[group.label], alpha=0.35, linewidth=1.1)
         for group in shown:
             axes.errorbar(
@@ -288,7 +296,7 @@ def _group_curve(axes: Axes, group: Group, metric: str, colour: str) -> None:
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _way(
+def way_there(
     reward: tuple[list[float], list[float]], kl: tuple[list[float], list[float]]
 ) -> tuple[list[float], list[float]] | None:
     """How a run came to its end: smoothed KL and reward at the steps that have both."""
@@ -312,7 +320,7 @@ def _scales(axes: Axes, rewards: Sequence[str]) -> Iterator[tuple[Axes, str, str
         yield axes, name, colour
 
 
-def _knobs(comparison: Comparison) -> list[str]:
+def knobs(comparison: Comparison) -> list[str]:
     """The knobs swept, those with most numbers first: a number makes the better x axis."""
 
     def key(name: str) -> tuple[bool, int]:
@@ -351,7 +359,7 @@ def _legend(figure: Figure, comparison: Comparison, colours: dict[str, str]) -> 
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 110 // (widest + 6))))
 
 
-def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(count, 3)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(3.6 * max(columns, 1), height * rows + 0.4), layout="constrained")
@@ -384,18 +392,25 @@ def _find(series: Series, patterns: Sequence[str]) -> str | None:
     return None
 
 
-def _geometric(values: list[float]) -> bool:
-    """Whether positive numbers are better read on a logarithmic axis: they span more than a factor of eight."""
-    return min(values) > 0 and max(values) / min(values) > 8
+def scale_of(axes: Axes, values: list[float]) -> None:
+    """A logarithmic x axis for numbers that span more than a factor of eight; a 0 among them stands at its left."""
+    positive = [value for value in values if value > 0]
+    if min(values) < 0 or len(positive) < 2 or max(positive) / min(positive) <= 8:
+        return
+    if 0 in values:
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
+    else:
+        axes.set_xscale("log")
+    axes.minorticks_off()
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE):
         yield
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=160, metadata={"Software": None})
     return path
 

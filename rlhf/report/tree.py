@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from rlhf.report.sweep import Member, parents, show
+from rlhf.report.members import Member, parents
+from rlhf.report.sweep import show
 from rlhf.runs import Run
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, PORT = 150, 44, 110, 14, 8, 14  # pixels

@@ -36,6 +36,7 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=dpo objective=ip", "objective=ip: no such option (did you mean ipo?)"),
         ("stage=dpo objective.betta=1", "objective.betta: unknown option (did you mean objective.beta?)"),
         ("stage=dpo objective.betta=1,2 -m", "objective.betta: unknown option (did you mean objective.beta?)"),
+        ("stage=dpo -m objective.betta=1,2", "objective.betta: unknown option (did you mean objective.beta?)"),
         ("stage=dpo objective.beta=1,2", "objective.beta=1,2: several values are a sweep; add -m"),
         ("stage=dpo reward.x=1", "reward: stage=dpo has no such group"),
         ("stage=sft modell=x", "modell: unknown option (did you mean model?)"),

@@ -66,6 +66,7 @@ class FakeCompare:
         after: Path,
         prompts: Any,
         reward_model: Path | None = None,
+        text: Any = None,
         *,
         count: int = 400,
         max_new_tokens: int = 32,

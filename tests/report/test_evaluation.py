@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt
@@ -131,3 +132,28 @@ def test_estimates_by_hand():
     assert gap.mean == 0.5 and gap.se == pytest.approx(math.sqrt(5 / 3 / 4)) and gap.wins == 0.625
     assert gap.z == pytest.approx(gap.mean / gap.se)
     assert paired([0.0, 0.0], [1.0, 1.0]).z == math.inf
+
+
+def test_the_loss_on_text_is_that_of_transformers(policies):
+    before, after = policies
+    asked = Data(record="prompt", source="testbed", size=8, validation=8, max_length=64)
+    text = Data(record="text", source="testbed", size=30, validation=6, max_length=64)
+    result = compare(before, after, asked, text=text, max_new_tokens=4)
+    documents = [record.text for record in text.load().validation]
+    means = []
+    for folder, estimated in ((before, result.before["text_loss"]), (after, result.after["text_loss"])):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        losses = []
+        for document in documents:
+            ids = tokenizer(document + "<|endoftext|>", add_special_tokens=False, return_tensors="pt").input_ids
+            losses.append(float(model(ids, labels=ids).loss))
+        assert estimated.count == len(documents) > 1
+        means.append(sum(losses) / len(losses))
+        assert estimated.mean == pytest.approx(means[-1], abs=1e-5)
+    assert result.differences["text_loss"].mean == pytest.approx(means[1] - means[0], abs=1e-5)
+
+
+def test_text_without_held_out_documents_is_named(policies):
+    text = Data(record="text", source="testbed", size=30, validation=0, max_length=64)
+    with pytest.raises(UserError, match=r"compare\.text\.validation"):
+        compare(*policies, prompts(4), text=text, max_new_tokens=4)

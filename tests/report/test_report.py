@@ -12,17 +12,8 @@ pytest.importorskip("matplotlib")
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.report import plots  # noqa: E402
-from rlhf.report.sweep import (  # noqa: E402
-    Comparison,
-    Member,
-    compare_runs,
-    find_runs,
-    flatten,
-    newest_sweep,
-    short_names,
-    show,
-    with_error,
-)
+from rlhf.report.members import Member, find_runs, flatten, newest_sweep  # noqa: E402
+from rlhf.report.sweep import Comparison, compare_runs, short_names, show, with_error  # noqa: E402
 from rlhf.report.tree import family_tree  # noqa: E402
 from rlhf.runs import Run  # noqa: E402
 from tests.report.fake_runs import ppo_sweep, write_run  # noqa: E402

@@ -14,8 +14,11 @@ from rlhf.errors import UserError
 from rlhf.metrics_file import read_rows
 from rlhf.objective import CrossEntropy
 from rlhf.rollout import Sampler
+from rlhf.runs import Run
 from rlhf.scoring import GoldReward
-from rlhf_rejection_sampling.stage import Candidate, RejectionSamplingStage, key_of, read_picks
+from rlhf.stage import seed_of
+from rlhf_rejection_sampling.picks import Candidate, key_of, pick, read_picks
+from rlhf_rejection_sampling.stage import RejectionSamplingStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import Stop
@@ -136,11 +139,11 @@ def candidates(scores: list[list[float]]) -> list[Candidate]:
     ]
 
 
-def test_selection_rules(load):
+def test_selection_rules():
     found = candidates([[1, 5, 4], [2, 3, 0], [9, 8, 7]])
 
     def picked(select):
-        return [candidate.reply for candidate in stage_on(load, select=select).pick(found, 3)]
+        return [candidate.reply for candidate in pick(found, select, 3, seed=0)]
 
     assert picked("best_per_prompt") == ["r01", "r11", "r20"]
     assert picked("top_overall") == ["r20", "r21", "r22"]
@@ -149,24 +152,20 @@ def test_selection_rules(load):
     assert len(set(overall)) == 3 and overall == sorted(overall, key=lambda reply: reply[1])
 
 
-def test_controls_are_matched_and_blind(load):
+def test_controls_are_matched_and_blind():
     """As many picks, drawn evenly: the reward does not come in."""
     found = candidates([[1, 5], [2, 3]])
     draws = Counter()
-    stage = stage_on(load, select="random_per_prompt")
     for seed in range(200):
-        stage.seed = seed
-        draws.update(candidate.reply for candidate in stage.pick(found, 2))
-        stage.select = "random_overall"
-        assert len(stage.pick(found, 2)) == 2
-        stage.select = "random_per_prompt"
+        draws.update(candidate.reply for candidate in pick(found, "random_per_prompt", 2, seed_of(seed, "pick")))
+        assert len(pick(found, "random_overall", 2, seed)) == 2
     assert all(70 < count < 130 for count in draws.values()) and len(draws) == 4
 
 
-def test_the_same_reply_twice_is_one_of_the_top(load):
+def test_the_same_reply_twice_is_one_of_the_top():
     found = candidates([[5, 5], [4, 1]])
     found[1].reply = found[0].reply
-    assert [c.reply for c in stage_on(load, select="top_overall").pick(found, 2)] == ["r00", "r10"]
+    assert [c.reply for c in pick(found, "top_overall", 2, seed=0)] == ["r00", "r10"]
 
 
 def test_the_best_are_picked_and_trained_on(load, tmp_path):
@@ -263,6 +262,78 @@ def test_a_killed_run_ends_with_the_same_bits(load, tmp_path):
     fit(resumed, tmp_path / "killed", resume=checkpoint)
     assert same(weights(resumed), weights(whole))
     assert resumed.final_metrics() == whole.final_metrics()
+
+
+class Dies(BestOfK):
+    """Samples a few batches and is killed."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__(8, samples=4)
+        self.left = batches
+
+    def sample(self, policy, prompts, seed):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().sample(policy, prompts, seed)
+
+
+def replies_in(folder):
+    return {file.name: file.read_text().splitlines() for file in sorted(folder.glob("replies.part*.jsonl"))}
+
+
+def test_a_run_killed_while_it_samples_goes_on(load, tmp_path):
+    whole = stage_on(load, batch_size=4)
+    fit(whole, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(stage_on(load, batch_size=4, rollout=Dies(3)), killed)
+    ((name, lines),) = replies_in(killed).items()
+    assert len(lines) == 3 and not (killed / "best_of_k.json").exists()
+    with (killed / name).open("a") as file:
+        file.write(lines[0][:20])  # cut short, as by a kill in mid-write
+    again = stage_on(load, batch_size=4, rollout=Dies(1))  # one batch of four is left
+    fit(again, killed)
+    for file in ("picks.jsonl", "best_of_k.json", "metrics.csv"):
+        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert same(weights(again), weights(whole)) and again.final_metrics() == whole.final_metrics()
+    assert not replies_in(killed)
+
+
+def test_a_run_killed_before_its_first_checkpoint_does_not_sample_again(load, tmp_path):
+    """What is cleared before the second attempt is all but the records: picks.jsonl stays, best_of_k.json does not."""
+    whole = stage_on(load)
+    fit(whole, tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(stage_on(load), tmp_path / "killed", callbacks=[Stop(0, tmp_path / "killed")])
+    assert (tmp_path / "killed" / "best_of_k.json").exists() and replies_in(tmp_path / "killed")
+    Run(tmp_path / "killed").clear()
+    assert not (tmp_path / "killed" / "best_of_k.json").exists()
+    again = stage_on(load, rollout=Dies(0))
+    fit(again, tmp_path / "killed")
+    assert same(weights(again), weights(whole)) and again.final_metrics() == whole.final_metrics()
+
+
+def test_two_processes_pick_what_one_picks(load, tmp_path):
+    one = stage_on(load, batch_size=4)
+    fit(one, tmp_path / "one")
+    two = stage_on(load, batch_size=4)
+    two.__class__ = Shares
+    fit(two, tmp_path / "two", devices=2, strategy="ddp_fork", limit_val_batches=0)
+    for file in ("picks.jsonl", "best_of_k.json"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    shared = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert shared == [[-1, 0, 2], [1, 3]]
+
+
+class Shares(RejectionSamplingStage):
+    """Writes down which batches each process sampled."""
+
+    def sample(self):
+        file = super().sample()
+        own = sorted(json.loads(line)["batch"] for line in file.path.read_text().splitlines())
+        (self.run_folder / f"rank{self.trainer.global_rank}.json").write_text(json.dumps(own))
+        return file
 
 
 # -- knobs and bad input ---------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Rollouts with tools: what a tool says is read by the policy and by nothing else."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +14,10 @@ from rlhf.data.testbed import Testbed
 from rlhf.errors import UserError
 from rlhf.functional.advantages import gae
 from rlhf.metrics_file import read_rows
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.scalar import ScalarModel
 from rlhf.rollout import Sampler, single
-from rlhf.scoring import GoldReward
+from rlhf.scoring import GoldReward, ModelReward
 from rlhf.tools import Calculator, Search, ToolSampler
 from rlhf_grpo.objective import GRPO
 from rlhf_ppo.objective import PPO
@@ -171,6 +176,41 @@ def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
     spread = replies.advantages.abs() > 1e-6
     assert asked[wanted & spread.unsqueeze(1)].all()
     assert read_rows(tmp_path / "metrics.csv")[0]["calls"] > 0
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_reward_model_reads_the_whole_dialogue(template, folder, policy, prompts, calling, tmp_path):
+    """The score is that of the dialogue as it is tokenised for training, read at its last token."""
+    torch.manual_seed(3)
+    scorer = ScalarModel.load(CausalLM(str(folder), None, None, chat_template=template))
+    scorer.save(tmp_path / "reward")
+    reward = ModelReward(str(tmp_path / "reward"))
+    rollout = sampler().sample(policy, prompts, seed=0)
+    scores = reward(rollout)
+    calls = [sum(turn.role == "tool" for turn in turns) for turns in rollout.turns]
+    ended = rollout.ended.tolist()
+    assert {count for count, end in zip(calls, ended, strict=True) if end} == {0, 1, 2}
+    for row, (prompt, turns) in enumerate(zip(rollout.prompts, rollout.turns, strict=True)):
+        if ended[row]:
+            ids = torch.tensor([encode_dialogue(scorer.tokenizer, [*prompt.messages, *turns]).ids])
+            expected = scorer.scores(ids, torch.ones_like(ids))
+            torch.testing.assert_close(scores[row : row + 1], expected, atol=1e-5, rtol=1e-4)
+    # Another answer of the tool is another dialogue; the last turns, which other rewards read, are the same.
+    other = [tuple(Message(t.role, "99") if t.role == "tool" else t for t in turns) for turns in rollout.turns]
+    changed = (reward(replace(rollout, turns=other)) - scores).abs() > 1e-6
+    assert changed.tolist() == [count > 0 for count in calls]
+
+
+def test_room_for_the_tools_answers_is_asked_of_the_reward_model(load, tmp_path):
+    short = tmp_path / "reward"
+    ScalarModel.load(load()).save(short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    stage = tooled(load)
+    stage.rollout = sampler(max_result_tokens=16)
+    stage.reward = ModelReward(str(short))
+    with pytest.raises(UserError, match="the reward model .* reads 64"):
+        fit(stage, tmp_path / "run")
 
 
 def test_another_answer_of_the_same_length_is_another_context_but_no_target(policy, prompts, calling):

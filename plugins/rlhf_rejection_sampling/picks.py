@@ -1,0 +1,131 @@
+"""Which replies are picked, and the files that say so."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.best_of_k import expected_best, kl_bound, log_law
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+
+Selection = Literal["best_per_prompt", "top_overall", "random_per_prompt", "random_overall"]
+
+
+@dataclass
+class Candidate:
+    """A reply that may be picked."""
+
+    prompt: Prompt
+    reply: str
+    ended: bool
+    temperature: float | None  # None: a pick of an earlier round
+    score: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.prompt.to_json(),
+            "reply": self.reply,
+            "ended": self.ended,
+            "score": self.score,
+            "temperature": self.temperature,
+        }
+
+
+def key_of(prompt: Prompt) -> str:
+    """What makes two prompts the same: what is asked."""
+    return "\x1f".join(f"{message.role}:{message.content}" for message in prompt.messages)
+
+
+def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: int) -> list[Candidate]:
+    """The picks, in the order of the prompts.
+
+    Args:
+        candidates: All replies, scored; those to one prompt need not stand together.
+        select: The rule; the two with one pick per prompt take no ``count``.
+        count: Picks of all.
+        seed: Of the rules that draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places: dict[str, int] = {}
+    for candidate in candidates:
+        places.setdefault(key_of(candidate.prompt), len(places))
+    if select.endswith("_per_prompt"):
+        groups: list[list[Candidate]] = [[] for _ in places]
+        for candidate in candidates:
+            groups[places[key_of(candidate.prompt)]].append(candidate)
+        if select == "best_per_prompt":
+            return [max(group, key=lambda candidate: candidate.score) for group in groups]
+        draws = torch.rand(len(groups), generator=generator).tolist()
+        return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
+    # The same reply to the same prompt counts once, or the easiest prompts would fill the list.
+    distinct = list({(key_of(c.prompt), c.reply): c for c in reversed(candidates)}.values())[::-1]
+    if select == "top_overall":
+        chosen = sorted(distinct, key=lambda candidate: -candidate.score)[:count]
+    else:
+        chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator)[:count].tolist()]
+    return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
+
+
+def worth(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> dict[str, Any]:
+    """What the best of k replies and the picks are worth, as ``best_of_k.json`` has it.
+
+    Args:
+        scores: Of the K replies to each of N prompts, [N, K].
+        spread: The temperature of each of the K.
+        picks: What was chosen.
+    """
+    best = expected_best(scores)
+    gains = {k: value - best[1] for k, value in best.items()}
+    slope, explained = log_law(gains)
+    winners = scores.argmax(dim=1).tolist()
+    temperatures = {
+        f"{value:g}": {
+            "reward_mean": scores[:, [k for k, t in enumerate(spread) if t == value]].mean().item(),
+            "share_of_best": sum(spread[k] == value for k in winners) / len(winners),
+        }
+        for value in dict.fromkeys(spread)
+    }
+    return {
+        "samples": scores.shape[1],
+        "prompts": len(scores),
+        "reward_mean": best[1],
+        "reward_best": best[scores.shape[1]],
+        "reward_picked": sum(candidate.score for candidate in picks) / len(picks),
+        "earlier_share": sum(candidate.temperature is None for candidate in picks) / len(picks),
+        "gain_by_k": {str(k): gain for k, gain in gains.items()},
+        "kl_bound_by_k": {str(k): kl_bound(k) for k in gains},
+        "gain_per_log_k": slope,
+        "log_law_r2": explained,
+        "temperatures": temperatures,
+    }
+
+
+def write_picks(path: Path, picks: Sequence[Candidate]) -> None:
+    """One JSON line each; the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in picks)
+    temporary.rename(path)
+
+
+def read_picks(source: str) -> list[Candidate]:
+    """The picks of a run, or of a picks.jsonl. Raises UserError where there are none."""
+    path = Path(source)
+    path = path / "picks.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"inputs.picks={source}: no picks.jsonl there; name a run of stage=rejection_sampling")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            found.append(
+                Candidate(Prompt.from_json(raw), raw["reply"], bool(raw.get("ended", True)), raw.get("temperature"))
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"inputs.picks={source}: line {number} is no pick ({error!r})") from error
+    return found

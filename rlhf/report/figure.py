@@ -1,0 +1,171 @@
+"""One figure of a comparison (`rlhf report --plot FILE`): chosen metrics against a knob, a metric or time."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf.errors import UserError, suggest
+from rlhf.report import plots
+from rlhf.report.sweep import Comparison, Group, short_names, show
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def write_figure(comparison: Comparison, path: Path, x: str, y: Sequence[str], along: bool = False) -> Path:
+    """Draws `y` against `x`, a panel per metric of `y`, and writes it as PNG, SVG or PDF.
+
+    Args:
+        x: a swept knob, by its whole name or its last words; a metric; or `step`.
+        y: metrics.
+        along: `x` and `y` are read over training, not at its end (always so where `x` is `step`).
+
+    Points are means over seeds, bars and bands one standard error over seeds. Runs that differ in something other than
+    the seed (and `x`, where it is a knob) are told apart by colour. Raises UserError for a name that no run has.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--plot {path}: end the name in {', '.join(SUFFIXES)}")
+    if not y:
+        raise UserError("--plot: name what is drawn, --y METRIC (repeatable)")
+    along = along or x == "step"
+    knob = None if along else _knob(comparison, x)
+    for name in y if knob or x == "step" else [x, *y]:
+        _known(comparison, name, along)
+    with plots.style():
+        if knob is not None:
+            figure = plots.against_knob(comparison, knob, y)
+        else:
+            figure = _along(comparison, x, y) if along else _final(comparison, x, y)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return plots.save(figure, path)
+
+
+def _knob(comparison: Comparison, name: str) -> str | None:
+    """The swept knob that is meant, if one is."""
+    meant = [key for key in comparison.varying if key == name or key.replace(":", ".").endswith(f".{name}")]
+    if len(meant) > 1:
+        raise UserError(f"--x {name}: say which one: {', '.join(meant)}")
+    return meant[0] if meant else None
+
+
+def _known(comparison: Comparison, name: str, along: bool) -> None:
+    places = [member.series if along else member.metrics for member in comparison.members]
+    if any(name in place for place in places):
+        return
+    names = sorted({key for place in places for key in place})
+    where = "logged over training" if along else "among the final metrics"
+    knobs = "" if along else f"; swept: {', '.join(comparison.varying) or 'nothing'}"
+    raise UserError(f"{name}: not {where}{suggest(name, names)}; there are: {', '.join(names)}{knobs}")
+
+
+def _lines(comparison: Comparison) -> tuple[dict[str, list[Group]], list[str]]:
+    """Groups by their choices (such as the stage), and the numbers that change along each line."""
+    texts = [k for k in comparison.varying if any(isinstance(g.knobs.get(k), str | bool) for g in comparison.groups)]
+    short = short_names(comparison.varying)
+    lines: dict[str, list[Group]] = {}
+    for group in comparison.groups:
+        known = [(key, group.knobs[key]) for key in texts if group.knobs.get(key) is not None]
+        name = ", ".join(show(v) if k in ("stage", "objective") else f"{short[k]}={show(v)}" for k, v in known)
+        lines.setdefault(name, []).append(group)
+    return lines, [key for key in comparison.varying if key not in texts]
+
+
+def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
+    """Final metrics against another final metric: a line per choice, its points marked with the numbers swept."""
+    lines, numbers = _lines(comparison)
+    figure, panels = _panels(len(y))
+    for axes, metric in zip(panels, y, strict=True):
+        for colour, (name, groups) in zip(plots.COLOURS, lines.items(), strict=False):
+            points = [g for g in groups if not math.isnan(g.mean(x)) and not math.isnan(g.mean(metric))]
+            points.sort(key=lambda group: [_number(group.knobs.get(key)) for key in numbers])
+            axes.errorbar(
+                [g.mean(x) for g in points],
+                [g.mean(metric) for g in points],
+                xerr=[_bar(g.error(x)) for g in points],
+                yerr=[_bar(g.error(metric)) for g in points],
+                fmt="o-",
+                color=colour,
+                capsize=3,
+                markersize=5.5,
+                label=name,
+            )
+            for group in points:
+                marks = [show(group.knobs[key]) for key in numbers if group.knobs.get(key) is not None]
+                at = (group.mean(x), group.mean(metric))
+                axes.annotate(
+                    ", ".join(marks), at, (5, 5), textcoords="offset points", color=colour, fontsize=8, alpha=0.9
+                )
+        if x == "after_kl" and (start := _start(comparison, metric)) is not None:
+            axes.plot([0], [start], "D", color=plots.INK, markerfacecolor="white", markersize=6, label="before")
+        axes.set(title=metric, xlabel=plots.label(x), ylabel=plots.label(metric))
+    _legend(figure, panels[0])
+    return figure
+
+
+def _start(comparison: Comparison, metric: str) -> float | None:
+    """What a metric of the policies was before they were trained, at no distance from themselves; None if unknown."""
+    difference = f"{metric.removeprefix('after_')}_difference"
+    pairs = [m.metrics for m in comparison.members if metric in m.metrics and difference in m.metrics]
+    return math.fsum(one[metric] - one[difference] for one in pairs) / len(pairs) if pairs else None
+
+
+def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
+    """Metrics over training, against the step or against another metric that was logged at the same steps."""
+    figure, panels = _panels(len(y))
+    for axes, metric in zip(panels, y, strict=True):
+        for colour, group in zip(plots.COLOURS, comparison.groups, strict=False):
+            _way_of_group(axes, group, x, metric, colour)
+        axes.set(title=metric, xlabel="step" if x == "step" else plots.label(x), ylabel=plots.label(metric))
+    _legend(figure, panels[0])
+    return figure
+
+
+def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) -> None:
+    """Mean over seeds at equal steps, and each seed as a thin line."""
+    ways = []
+    for member in group.members:
+        if metric not in member.series or (x != "step" and x not in member.series):
+            continue
+        steps, values = member.series[metric]
+        smoothed = dict(zip(steps, plots.smooth(values), strict=True))
+        across = dict(zip(steps, steps, strict=True)) if x == "step" else _smoothed(member.series[x])
+        way = {step: (across[step], smoothed[step]) for step in steps if step in across}
+        if way:
+            ways.append(way)
+            axes.plot(*zip(*way.values(), strict=True), color=colour, alpha=0.25, linewidth=0.8)
+    if not ways:
+        return
+    shared = sorted(set.intersection(*(set(way) for way in ways)))
+    xs = [math.fsum(way[step][0] for way in ways) / len(ways) for step in shared]
+    ys = [math.fsum(way[step][1] for way in ways) / len(ways) for step in shared]
+    axes.plot(xs, ys, color=colour, label=group.label)
+    if len(ways) > 1:
+        spread = [math.fsum((way[step][1] - mean) ** 2 for way in ways) for step, mean in zip(shared, ys, strict=True)]
+        errors = [math.sqrt(one / (len(ways) - 1) / len(ways)) for one in spread]
+        low, high = [m - e for m, e in zip(ys, errors, strict=True)], [m + e for m, e in zip(ys, errors, strict=True)]
+        axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _smoothed(series: tuple[list[float], list[float]]) -> dict[float, float]:
+    return dict(zip(series[0], plots.smooth(series[1]), strict=True))
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * count, 3.6), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if len([name for name in names if name]) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
+
+
+def _bar(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.inf

@@ -1,0 +1,197 @@
+"""The runs of a report: where they lie, what they were told and what came out, and what they descend from. No torch."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.errors import UserError
+from rlhf.metrics_file import read_series
+from rlhf.runs import Run, find
+
+Value = str | int | float | bool | None
+Series = dict[str, tuple[list[float], list[float]]]
+
+# Config keys that say where things lie or how they are shown, not what is computed.
+_IGNORED = re.compile(
+    r"^(outputs|until|logger|callbacks|hydra|experiment|debug|pipeline|steps|compare|sweep_name|stage\.name)(\.|$)"
+)
+COSTS = {"minutes": "minutes", "tokens_per_s": "tokens/s", "peak_memory_gb": "peak GB"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run in a report, with the knobs and ancestors by which it is compared."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """Stage and first letters of the fingerprint."""
+        return f"{self.run.stage}/{self.run.folder.name[:6]}"
+
+    @cached_property
+    def ancestors(self) -> dict[str, Run]:
+        """The runs this one descends from, nearest first, by a name that is unique in this family."""
+        named: dict[str, Run] = {}
+        queue = list(parents(self.run))
+        seen: set[str] = set()
+        while queue:
+            role, run = queue.pop(0)
+            if run.fingerprint in seen:
+                continue
+            seen.add(run.fingerprint)
+            names = (run.stage, f"{run.stage}({role})", *(f"{run.stage}({role} {n})" for n in range(2, 1000)))
+            named[next(name for name in names if name not in named)] = run
+            queue.extend(parents(run))
+        return named
+
+    @cached_property
+    def knobs(self) -> dict[str, Value]:
+        """Its config and those of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`."""
+        knobs = dict(flatten(load_config(self.run)))
+        for name, run in self.ancestors.items():
+            knobs.update({f"{name}: {key}": value for key, value in flatten(load_config(run))})
+        return {"stage": self.run.stage, **knobs}
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics and costs. Of a run that is not finished, the newest row of its metrics.csv."""
+        summary = self.run.summary
+        metrics = {name: number for name, value in self.run.metrics.items() if (number := _number(value)) is not None}
+        if not metrics:
+            metrics = {name: values[-1] for name, (_, values) in self.series.items()}
+        for evaluation in self.evaluations:
+            metrics |= {f"after_{name}": value["mean"] for name, value in evaluation.get("after", {}).items()}
+            metrics |= {
+                f"{name}_difference": value["mean"] for name, value in evaluation.get("differences", {}).items()
+            }
+            if (kl := evaluation.get("kl")) is not None:
+                metrics["after_kl"] = kl["mean"]
+        costs = {name: _number(summary.get(name)) for name in COSTS}
+        costs["minutes"] = None if (seconds := _number(summary.get("wall_s"))) is None else seconds / 60
+        peaks = summary.get("peak_memory_bytes") or {}
+        peak = _number(peaks.get("gpu", peaks.get("cpu")))
+        costs["peak_memory_gb"] = None if peak is None else peak / 1e9
+        metrics |= {name: value for name, value in costs.items() if value is not None}
+        return metrics
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `rlhf.evaluation.compare` left in the run folder, oldest first."""
+        files = sorted(self.run.folder.glob("evaluation-*.json"), key=lambda file: file.stat().st_mtime)
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    @property
+    def headline(self) -> str | None:
+        """The metric that a sweep of its stage optimises."""
+        name = self.run.summary.get("headline")
+        return name if isinstance(name, str) and name in self.metrics else None
+
+    @cached_property
+    def series(self) -> Series:
+        """Everything logged: metric -> (steps, values)."""
+        return read_series(self.run.folder / "metrics.csv")
+
+
+def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
+    """The runs that a reference means: one run, all runs in a folder, or those whose fingerprint begins so."""
+    path = Path(reference)
+    if is_run(path):
+        return [Run(path)]
+    if path.is_dir():
+        found = [Run(folder) for folder in sorted(_run_folders(path, depth=3))]
+        if not found:
+            raise UserError(f"{reference}: no runs in this folder; type a run folder, a sweep folder or {outputs}")
+        # A job of a pipeline is its last run: the steps before are its ancestors.
+        above = {ancestor.fingerprint for run in found for ancestor in Member(run).ancestors.values()}
+        last = [run for run in found if run.fingerprint not in above]
+        return last or found
+    if path.parent.is_dir() and (begun := [Run(p) for p in sorted(path.parent.glob(path.name + "*")) if is_run(p)]):
+        return begun
+    by_name = [run for run in find(outputs) if run.fingerprint.startswith(str(reference))]
+    if not by_name:
+        raise UserError(f"{reference}: no such run or folder; `rlhf runs list` shows the runs")
+    return by_name
+
+
+def newest_sweep(outputs: Path) -> Path | None:
+    """The sweep folder that was made last."""
+    folders = [folder for folder in (outputs / "sweeps").glob("*") if folder.is_dir()]
+    return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run folder."""
+    return all((folder / name).is_file() for name in ("status.json", "config.yaml"))
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Run folders below a folder, links followed, each once by its real place."""
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir():
+            continue
+        if is_run(child):
+            yield _display(child)
+        elif depth > 1 and not child.name.startswith("."):
+            yield from _run_folders(child, depth - 1)
+
+
+def _display(folder: Path) -> Path:
+    real = folder.resolve()
+    return real.relative_to(Path.cwd()) if real.is_relative_to(Path.cwd()) else real
+
+
+def parents(run: Run) -> list[tuple[str, Run]]:
+    """The runs a run read from, with the role each had, from lineage.json; those that are gone are left out."""
+    lineage = run.lineage
+    ancestors = lineage.get("ancestors") or {}
+    found: list[tuple[str, Run]] = []
+    for role, identities in (lineage.get("inputs") or {}).items():
+        for identity in identities:
+            # A run's fingerprint, a path inside it after a slash, a hash of files, or a hub id.
+            place = (ancestors.get(str(identity).partition("/")[0]) or {}).get("folder")
+            if place is None:
+                continue
+            # Typed from another folder, or moved: runs of one outputs folder lie beside each other.
+            for folder in (Path(place), run.folder.resolve().parents[1].joinpath(*Path(place).parts[-2:])):
+                if is_run(folder):
+                    found.append((str(role), Run(folder)))
+                    break
+    return found
+
+
+def load_config(run: Run) -> dict[str, Any]:
+    """The resolved config of a run; empty if it is missing or broken."""
+    try:
+        config = OmegaConf.load(run.folder / "config.yaml")
+        assert isinstance(config, DictConfig)
+        plain = OmegaConf.to_container(config, resolve=False)
+    except (OSError, ValueError, AssertionError):
+        return {}
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
+    """Dotted keys of a config. A group's `_target_` stands under the group's own name, as the class's name."""
+    for key, value in node.items():
+        name = prefix.rstrip(".") if key == "_target_" and prefix else f"{prefix}{key}"
+        if key == "_partial_" or _IGNORED.match(name):
+            continue
+        if key == "_target_":
+            yield name, str(value).rpartition(".")[2]
+        elif isinstance(value, dict):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list):
+            yield name, json.dumps(value)
+        else:
+            yield name, value
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

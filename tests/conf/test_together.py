@@ -1,0 +1,100 @@
+"""Knobs and groups that do not go together are refused before the first step of a pipeline runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from rlhf import validation
+from rlhf.cli import main
+from rlhf.errors import UserError
+
+Composed = Callable[..., DictConfig]
+
+BAD = [
+    (
+        "stage=ppo inputs.policy=ORG/P reward=gold rollout.samples=4",
+        "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1",
+    ),
+    ("stage=ppo inputs.policy=ORG/P reward=gold rollout.top_p=0.9", "PPO samples one reply"),
+    ("stage=ppo inputs.policy=ORG/P reward=gold rollout=tools", "PPO samples one reply"),
+    ("stage=ppo inputs.policy=ORG/P reward=gold stage.minibatches=3", "type stage.batch_size=129"),
+    (
+        "stage=ppo inputs.policy=ORG/P reward=gold objective.gamma=2 text=null",
+        "objective.gamma=2 needs pretraining text",
+    ),
+    ("stage=ppo inputs.policy=ORG/P reward=gold trainer=ddp trainer.devices=3", "type stage.batch_size=129"),
+    (
+        "stage=ppo inputs.policy=ORG/P reward=gold trainer=ddp trainer.devices=2 trainer.num_nodes=32",
+        "a multiple of 256",
+    ),
+    ("stage=grpo inputs.policy=ORG/P reward=gold rollout.samples=1", "type rollout.samples=8"),
+    ("stage=rloo inputs.policy=ORG/P reward=gold rollout.top_k=3", "the policy's own distribution"),
+    ("stage=collect inputs.policy=ORG/P rollout.samples=1", "samples"),
+    ("stage=collect inputs.policy=ORG/P rollout=sample", "a comparison needs 2 or more"),
+    ("stage=collect inputs.policy=ORG/P rollout=tools", "type rollout=best_of_k"),
+    (
+        "stage=rejection_sampling inputs.policy=ORG/P reward=gold rollout=sample rollout.samples=1",
+        "the best of one is no choice",
+    ),
+    ("stage=rejection_sampling inputs.policy=ORG/P reward=gold rollout=tools", "a pick is a single reply"),
+    ("stage=reward_model inputs.policy=ORG/P stage.normalize=demonstrations demonstrations=null", "type +data@demonst"),
+    ("stage=dpo inputs.policy=ORG/P objective=simpo inputs.reference=ORG/R", "this objective has no reference"),
+    ("stage=dpo inputs.policy=ORG/P objective=relative stage.batch_size=1", "type stage.batch_size=2"),
+    ("stage=sft inputs.policy=ORG/P trainer=ddp trainer.devices=3", "no multiple of the 3 processes"),
+    (
+        "stage=ppo inputs.policy=ORG/P reward=weighted reward.rewards.model.path=ORG/R +reward.weights.rule=1",
+        "no such reward",
+    ),
+    (
+        "stage=dpo inputs.policy=ORG/P data=mixture data.parts.second.source=ORG/D +data.weights.third=1",
+        "data.weights.third: no such part",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=[words for words, _ in BAD])
+def test_a_bad_combination_is_refused_by_its_config(composed: Composed, words: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validation.check(composed(*words.split()))
+    assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "align.rollout.samples=4",
+            "error: align: PPO samples one reply per prompt from the policy's own distribution: "
+            "type align.rollout.top_k=0 align.rollout.top_p=1 align.rollout.samples=1 "
+            "and a rollout.temperature above 0",
+        ),
+        (
+            "stage@align=grpo align.stage.minibatches=5",
+            "error: align: align.stage.batch_size=32 is not a multiple of align.stage.minibatches=5: "
+            "type align.stage.batch_size=35",
+        ),
+        (
+            "stage@align=dpo objective@align.objective=relative align.stage.batch_size=1",
+            "error: align: align.stage.batch_size=1: this objective sets the prompts of a batch against each other; "
+            "type align.stage.batch_size=2 or more",
+        ),
+    ],
+)
+def test_a_pipeline_refuses_it_before_its_first_step(
+    words: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main.run(["pipeline=instructgpt", *words.split()])
+    captured = capsys.readouterr()
+    assert (code, (captured.out + captured.err).strip()) == (2, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_machine_alone_knows_is_left_to_it(composed: Composed) -> None:
+    """devices=auto may be anything; and a stage without the hook is asked nothing."""
+    words = ("stage=ppo", "inputs.policy=ORG/P", "reward=gold", "trainer=ddp")
+    validation.check(composed(*words, "trainer.devices=auto"))
+    with pytest.raises(UserError, match="no multiple of the 3 processes"):
+        validation.check(composed(*words, "trainer.devices=3"))

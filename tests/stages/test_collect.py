@@ -1,0 +1,78 @@
+"""Collecting: what is written does not depend on kills or on the number of processes."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+
+from rlhf.annotators import GoldAnnotator
+from rlhf.batch_file import BatchFile
+from rlhf.build import quiet
+from rlhf.rollout import Sampler
+from rlhf_collect.stage import CollectStage
+
+from .conftest import data
+
+
+class Dies(Sampler):
+    """Samples a few batches and is killed."""
+
+    def __init__(self, batches: int = 99) -> None:
+        super().__init__(8, samples=3)
+        self.left = batches
+
+    def sample(self, policy, prompts, seed):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().sample(policy, prompts, seed)
+
+
+def collect(load, folder: Path, rollout: Sampler | None = None, **trainer) -> dict[str, float]:
+    """Runs the stage over 10 prompts in batches of 3; gives its metrics, but on several processes."""
+    quiet()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = CollectStage(load(), data("prompt", 10, 2), rollout or Dies(), GoldAnnotator(), batch_size=3)
+    stage.run_folder = folder
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    runner = pl.Trainer(**{"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, **off, **trainer})
+    runner.predict(stage, return_predictions=False)
+    return stage.final_metrics() if runner.world_size == 1 else {}
+
+
+def test_a_killed_collection_and_two_processes_write_the_same_file(load, tmp_path):
+    metrics = collect(load, tmp_path / "whole")
+    expected = (tmp_path / "whole" / "comparisons.jsonl").read_bytes()
+    assert expected and metrics["prompts"] == 10
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        collect(load, tmp_path / "killed", Dies(2))
+    part = tmp_path / "killed" / "comparisons.part0.jsonl"
+    assert len(part.read_text().splitlines()) == 2
+    with part.open("a") as file:
+        file.write('{"batch": 2, "compar')  # cut short
+    assert collect(load, tmp_path / "killed", Dies(2)) == metrics  # two of the four batches were left
+    assert (tmp_path / "killed" / "comparisons.jsonl").read_bytes() == expected
+
+    collect(load, tmp_path / "two", devices=2, strategy="ddp_fork")
+    assert (tmp_path / "two" / "comparisons.jsonl").read_bytes() == expected
+    assert not list(tmp_path.glob("*/*.part*"))
+
+
+def test_batches_are_shared_out_and_kept(tmp_path):
+    first, second = (BatchFile(tmp_path, "work", rank, 2) for rank in (0, 1))
+    assert (list(first.mine(5)), list(second.mine(5))) == ([0, 2, 4], [1, 3])
+    first.add(2, value="zwei\n")
+    second.add(1, value=1)
+    assert first.read() == {1: {"batch": 1, "value": 1}, 2: {"batch": 2, "value": "zwei\n"}}
+    with second.path.open("a") as file:
+        file.write('{"batch": 3')
+    # Another attempt, on one process: what either of the two finished is not done again.
+    alone = BatchFile(tmp_path, "work")
+    assert list(alone.mine(5)) == [0, 3, 4]
+    assert BatchFile(tmp_path, "work", 1, 2).path.read_text() == json.dumps({"batch": 1, "value": 1}) + "\n"
+    alone.remove()
+    assert not list(tmp_path.iterdir())
