@@ -40,12 +40,12 @@ def random_model(**changes: object) -> LanguageModel:
     return spec(architecture=architecture).load(NoAdapter(), FP32, corpus)
 
 
-def move_adapter(model: torch.nn.Module) -> None:
+def move_adapter(model: torch.nn.Module, by: float = 0.05) -> None:
     """What training would do to an adapter that starts at zero."""
     torch.manual_seed(1)
     for name, value in model.named_parameters():
         if ".lora_B." in name or "magnitude" in name:
-            value.data += 0.05 * torch.randn_like(value)
+            value.data += by * torch.randn_like(value)
 
 
 @pytest.fixture

@@ -1,0 +1,101 @@
+"""Talk with a policy: rlhf chat RUN.
+
+Replies are written as they are sampled, through the model's own chat template. When the input is no terminal, every
+line of it is a turn and every reply a line (line breaks in a reply are kept).
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from rlhf.cli import options
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.chat import Chat
+
+COMMANDS = "/reset forgets the dialogue, /system TEXT starts over with a system message, /quit ends"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    from rlhf import named
+
+    found = named.policy(args.run, args.outputs)
+    from rlhf.chat import Chat
+    from rlhf.data.records import Message
+    from rlhf.evaluation import load_policy
+    from rlhf.rollout import Sampler
+
+    sampler = Sampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    policy = load_policy(found.path)
+    chat = Chat(policy, sampler, args.system, args.seed)
+    if args.system:
+        chat.encoded([*chat.messages, Message("user", "a")])  # a template without system messages says so now
+    if sys.stdin.isatty():
+        print(f"{found.label}, context of {policy.context_length} tokens. {COMMANDS}.")
+    talk(chat, sys.stdin.isatty())
+    if sys.stdin.isatty():
+        print(f"next: rlhf generate {args.run} --prompts FILE    # replies to a file of prompts")
+    return 0
+
+
+def talk(chat: "Chat", interactive: bool) -> None:
+    """Reads turns until the end of the input or /quit."""
+    while (line := _read(interactive)) is not None:
+        text = line.strip()
+        if not text:
+            continue
+        if text.startswith("/"):
+            if text == "/quit":
+                return
+            _command(chat, text)
+            continue
+        try:
+            for piece in chat.say(text):
+                print(piece, end="", flush=True)
+            print(flush=True)
+        except UserError as error:
+            print(f"({error})", file=sys.stderr, flush=True)
+            continue
+        except KeyboardInterrupt:  # of a long reply; the turn is not kept
+            print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+            continue
+        if chat.cut:
+            print(f"({chat.cut})", file=sys.stderr, flush=True)
+
+
+def _read(interactive: bool) -> str | None:
+    if not interactive:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _command(chat: "Chat", text: str) -> None:
+    word, _, rest = text.partition(" ")
+    if word == "/reset":
+        chat.reset()
+        print("(the dialogue starts over)", file=sys.stderr)
+    elif word == "/system":
+        chat.reset(rest.strip())
+        print(f"(the dialogue starts over {'with' if rest.strip() else 'without'} a system message)", file=sys.stderr)
+    else:
+        print(f"({word}: no such command; {COMMANDS})", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    parser.add_argument("--system", help="system message at the start (default: none, or the template's own)")
+    options.sampling(parser, 0.7, 256)
+    options.outputs(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""Measure policies on the same prompts: rlhf eval RUN... gives reward, win rate, KL, length, perplexity.
+
+Every number has its standard error; all policies answer the same prompts from the same random numbers, so differences
+are paired. The table is printed, and each run's part of it goes to eval.json in its folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.cli import options
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.eval_file import Result
+    from rlhf.measuring import Measured, Task
+    from rlhf.named import Named
+
+TESTBED_REPLY = 32  # tokens; as conf/rollout/sample
+REPLY = 128
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    from rlhf import eval_file, named
+    from rlhf.given_data import load_documents, load_prompts
+    from rlhf.report import console
+
+    # All that can be wrong with what was typed is found before torch is imported.
+    policies = [named.policy(ref, args.outputs) for ref in args.runs]
+    against = named.policy(args.against, args.outputs, "--against") if args.against else None
+    scorer = named.reward_model(args.reward_model, args.outputs) if args.reward_model else None
+    judge = named.policy(args.judge, args.outputs, "--judge") if args.judge else None
+    references = _references(args.reference, [*policies, *([against] if against else [])], args.outputs)
+    world = next((node for one in policies if one.run and (node := named.testbed(one.run))), None)
+    if args.prompts is None and world is None:
+        raise UserError("these models did not learn from the testbed: type --prompts FILE to say what they are asked")
+    source = args.prompts or "testbed"
+    gold = source == "testbed"
+    if judge is not None and against is None:
+        raise UserError("--judge compares two policies: type --against RUN to say with which")
+    if against is not None and not (gold or scorer or judge):
+        raise UserError("--against: nothing says which reply is better; type --reward-model RUN or --judge MODEL")
+    prompts = load_prompts(source, world, args.limit)
+    texts = load_documents("text", args.text, world, args.limit, "--text") if args.text else []
+    dialogues = (
+        load_documents("demonstration", args.demonstrations, world, args.limit, "--demonstrations")
+        if args.demonstrations
+        else []
+    )
+    from rlhf.measuring import Task
+
+    longest = args.max_new_tokens or (TESTBED_REPLY if gold else REPLY)
+    task = Task(prompts, texts, dialogues, longest, args.temperature, args.seed, args.batch_size)  # type: ignore[arg-type]
+    everyone = [*policies, *([against] if against and against.path not in [p.path for p in policies] else [])]
+    measured = _measure(everyone, references, scorer, gold, task)
+    baseline = next((m for m in measured if against and m.path == against.path), measured[0])
+    if against is not None:
+        _wins(measured, baseline, judge, args, task)
+    results = [_result(one, baseline) for one in measured]
+
+    names = [result.name for result in results]
+    title = f"{len(prompts)} prompts of {source}, temperature {args.temperature:g}, seed {args.seed}"
+    console.print_table(f"{title} (mean ± standard error)", ("metric", *names), eval_file.rows(results, False))
+    others = [result for result in results if result.differences]
+    if others:
+        columns = ("metric", *(result.name for result in others))
+        console.print_table(f"\nDifference to {baseline.name}, paired", columns, eval_file.rows(others, True))
+    for result in results:
+        for note in result.notes:
+            console.say(f"{result.name}: {note}", "yellow")
+    settings = _settings(args, source, len(prompts), longest, scorer, judge, against)
+    console.say("")
+    for one, result in zip(everyone, results, strict=True):
+        file = one.home(args.outputs, "evals") / eval_file.FILE
+        mine = {**settings, "run": str(one.run.folder) if one.run else one.path, "reference": references.get(one.path)}
+        eval_file.add(file, mine | {"baseline": baseline.name}, result)
+        print(file)
+    console.next_commands(_next(args, everyone, against))
+    return 0
+
+
+def _references(ref: str | None, policies: "list[Named]", outputs: Path) -> dict[str, str]:
+    """Policy's path -> path of the model its KL is measured against; those without one are left out."""
+    from rlhf import named
+
+    if ref == "none":
+        return {}
+    if ref is not None:
+        return dict.fromkeys((one.path for one in policies), named.policy(ref, outputs, "--reference").path)
+    started = {one.path: named.started_from(one.run) for one in policies if one.run is not None}
+    return {path: reference for path, reference in started.items() if reference is not None}
+
+
+def _measure(
+    everyone: "list[Named]", references: dict[str, str], scorer: "Named | None", gold: bool, task: "Task"
+) -> "list[Measured]":
+    """Every policy's replies with all metrics of them but wins. One model is in memory at a time."""
+    from rlhf.errors import UserError
+    from rlhf.measuring import add_kl, add_scores, device, measure
+    from rlhf.scoring import GoldReward, ModelReward, make_ready
+
+    measured = [measure(one.label, one.path, task) for one in everyone]
+    for reference in dict.fromkeys(references.values()) if task.temperature > 0 else ():
+        try:
+            add_kl([one for one in measured if references.get(one.path) == reference], reference, task)
+        except UserError as error:  # the lineage names a model that is gone: the rest is worth having
+            for one in measured:
+                if references.get(one.path) == reference:
+                    one.notes.append(f"no KL: {error}; --reference MODEL names another")
+    for one in measured if references else ():
+        if one.path not in references:
+            one.notes.append("no KL: no model is known that it started from; --reference MODEL names one")
+        elif task.temperature == 0:
+            one.notes.append("no KL: at temperature 0 replies are not samples of the policy")
+    if gold:
+        add_scores(measured, "gold", GoldReward(), {"safe": lambda p: not p.unsafe, "unsafe": lambda p: p.unsafe})
+    if scorer is not None:
+        reward = ModelReward(scorer.path, task.batch_size)
+        make_ready(reward, device())
+        add_scores(measured, "reward", reward)
+    return measured
+
+
+def _wins(
+    measured: "list[Measured]", baseline: "Measured", judge: "Named | None", args: argparse.Namespace, task: "Task"
+) -> None:
+    """Win rates of all others against the baseline, by everything that can tell."""
+    from rlhf.wins import Judge, by_scores
+
+    asked = Judge(judge.path, args.judge_template, args.outputs / "judge", args.batch_size) if judge else None
+    for one in measured:
+        if one is baseline:
+            continue
+        for name in ("gold", "reward"):
+            if name in one.values:
+                one.values[f"win_{name}"] = by_scores(one.values[name], baseline.values[name])
+        if asked is not None:
+            before, same = asked.asked, asked.same_place
+            one.values["win_judge"] = asked(task.prompts, one.texts, baseline.texts)
+            pairs, same = asked.asked - before, asked.same_place - same
+            one.notes.append(f"the judge preferred the same place in both orders for {same} of {pairs} pairs: ties")
+
+
+def _result(one: "Measured", baseline: "Measured") -> "Result":
+    from rlhf.eval_file import LABELS, Result
+    from rlhf.evaluation import estimate, paired
+
+    metrics = {name: estimate(one.values[name]) for name in LABELS if name in one.values}
+    differences = {}
+    if one is not baseline:
+        shared = [name for name in metrics if name in baseline.values and name != "kl"]
+        if one.vocabulary != baseline.vocabulary:  # a token of one is no token of the other
+            shared = [name for name in shared if not name.startswith("perplexity")]
+        differences = {name: paired(baseline.values[name], one.values[name]) for name in shared}
+    prompts = [prompt for rollout in one.rollouts for prompt in rollout.prompts][:3]
+    samples = [{"prompt": p.messages[-1].content, "reply": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
+    return Result(one.name, metrics, differences, one.notes, samples)
+
+
+def _settings(
+    args: argparse.Namespace, source: str, count: int, longest: int, *models: "Named | None"
+) -> dict[str, Any]:
+    scorer, judge, against = (None if one is None else str(one.run.folder if one.run else one.path) for one in models)
+    return {
+        "prompts": source,
+        "count": count,
+        "max_new_tokens": longest,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "text": args.text,
+        "demonstrations": args.demonstrations,
+        "reward_model": scorer,
+        "judge": judge,
+        "judge_template": args.judge_template if judge else None,
+        "against": against,
+    }
+
+
+def _next(args: argparse.Namespace, everyone: "list[Named]", against: "Named | None") -> list[tuple[str, str]]:
+    last = args.runs[-1]
+    found = [(f"rlhf chat {last}", "talk with it"), (f"rlhf export {last} --to FOLDER", "take it elsewhere")]
+    if against is None and everyone[-1].run is not None:
+        found.insert(0, (f"rlhf eval {last} --against RUN", "win rate against another run"))
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf eval", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    add("--prompts", metavar="FILE", help="what is asked, in any format of rlhf's data (default: testbed's held-out "
+        "prompts where a run's lineage is the testbed)")  # fmt: skip
+    options.count(parser, "--limit", 400, "prompts and documents used, the first ones (default: 400)")
+    add("--against", metavar="RUN", help="policy that the others are compared with: win rates and paired differences")
+    add("--reward-model", "--reward_model", metavar="RUN", help="reward model that scores the replies")
+    add("--judge", metavar="MODEL", help="language model that is shown both replies, in both orders")
+    add("--judge-template", metavar="T", default="instruction", help="short, instruction, or a text file with "
+        "{prompt}, {first} and {second} (default: instruction)")  # fmt: skip
+    add("--reference", metavar="MODEL", help="what KL is measured against, none for no KL (default: what each run "
+        "started from)")  # fmt: skip
+    add("--text", metavar="FILE", help="plain text whose perplexity is measured; testbed for its held-out text")
+    add("--demonstrations", metavar="FILE", help="dialogues; perplexity of what the assistant says in them")
+    options.longest(parser, None, f"{TESTBED_REPLY} on the testbed, else {REPLY}")
+    options.temperature(parser, 1.0)
+    options.seed(parser)
+    options.batch_size(parser, 64)
+    options.outputs(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""Take a model elsewhere: rlhf export RUN --to FOLDER writes a Hugging Face folder with a model card.
+
+Plain transformers (for an adapter: peft) load it and generate the same greedy tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rlhf.cli import options
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    from rlhf import named
+    from rlhf.export import export
+    from rlhf.model_card import card
+    from rlhf.report import console
+    from rlhf.summary import command
+
+    model = named.model(args.run, args.outputs)
+    found = export(model, args.to, args.merge, args.force)
+    end_id = _end_id(found.folder) if found.kind == "reward_model" else None
+    page = card(model, found, end_id, args.license, command())
+    (found.folder / "README.md").write_text(page, encoding="utf-8")
+    kinds = {"model": "a model with all its weights", "adapter": "an adapter", "reward_model": "a reward model"}
+    console.say(f"{kinds[found.kind]}, {sum(f.stat().st_size for f in found.folder.iterdir()) / 1e6:.1f} MB")
+    for note in found.notes:
+        console.say(note)
+    print(f"\n{found.folder}\n{found.folder / 'README.md'}    # lineage, metrics, and the code that loads it")
+    following = [(f"rlhf chat {found.folder}", "talk with what was exported")] if found.kind != "reward_model" else []
+    if found.kind == "reward_model":
+        following = [(f"rlhf eval RUN --reward-model {found.folder}", "score a policy with what was exported")]
+    console.next_commands(following)
+    return 0
+
+
+def _end_id(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    from rlhf.data.template import end_of_turn_id
+
+    return end_of_turn_id(AutoTokenizer.from_pretrained(folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf export", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "run", metavar="RUN", help="run of a policy or a reward model, model folder, GGUF file or hub id"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where; must be empty")
+    parser.add_argument(
+        "--merge", action="store_true", help="all weights with the adapter in them (default: the adapter alone, if any)"
+    )
+    parser.add_argument("--force", action="store_true", help="write over a model that is in the folder")
+    parser.add_argument("--license", metavar="ID", help="for the card, such as apache-2.0 (default: unknown)")
+    options.outputs(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

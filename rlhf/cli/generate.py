@@ -1,0 +1,105 @@
+"""Answer a file of prompts: rlhf generate RUN --prompts FILE writes JSON lines.
+
+The same command goes on with a file that was interrupted. Replies do not depend on the batch size.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf.cli import options
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    from rlhf import named, runs
+    from rlhf.given_data import load_prompts
+    from rlhf.reply_file import ReplyFile, digest
+    from rlhf.report import console
+
+    found = named.policy(args.run, args.outputs)
+    world = named.testbed(found.run) if found.run is not None else None
+    prompts = load_prompts(args.prompts, world, args.limit)
+    model = Path(found.path)
+    settings: dict[str, Any] = {
+        "run": str(found.run.folder) if found.run else None,
+        "model": runs.identity(model) if model.exists() else found.path,
+        "prompts": args.prompts,
+        "prompts_sha256": digest(prompts),
+        "count": len(prompts),
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    default = args.outputs / "generations" / f"{found.slug}-{Path(args.prompts).name.split('.')[0]}-{key}.jsonl"
+    file = ReplyFile(args.out or default, settings, args.samples)
+    done = file.open(args.force)
+    if done == len(prompts):
+        console.say(f"{file.path} is complete; --force writes it anew")
+    else:
+        _write(found.path, prompts, file, done, args)
+    rows = file.rows()
+    ended = sum(row["ended"] for row in rows) / len(rows)
+    tokens = sum(row["tokens"] for row in rows) / len(rows)
+    likely = sum(row["logprob"] for row in rows) / len(rows)
+    console.say(
+        f"{len(rows)} replies to {len(prompts)} prompts: {tokens:.1f} tokens on average, {100 * ended:.0f}% came to "
+        f"their end, mean log-probability {likely:.2f}"
+    )
+    console.say(f"\n{file.path}\n{file.meta}")
+    following = [(f"rlhf eval {args.run} --prompts {args.prompts}", "measure them: length, KL, reward, wins")]
+    console.next_commands([*following, (f"rlhf chat {args.run}", "talk with it")])
+    return 0
+
+
+def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.Namespace) -> None:
+    """Samples and writes what is still missing."""
+    from rlhf.evaluation import load_policy
+    from rlhf.generation import SeededSampler, in_batches, room
+    from rlhf.progress import Meter
+
+    policy = load_policy(path)
+    longest = room(policy, prompts, args.max_new_tokens)
+    if args.max_new_tokens is None:
+        print(f"at most {longest} tokens a reply (context {policy.context_length}; --max-new-tokens sets it)")
+    sampler = SeededSampler(longest, args.temperature, args.top_k, args.top_p, args.samples, args.batch_size)
+    with Meter("generate", len(prompts), "prompt", start=done) as meter:
+        for rollout in in_batches(policy, prompts, sampler, args.seed, done):
+            file.add(rollout, done)
+            count = len(rollout.texts) // args.samples
+            done += count
+            meter.advance(
+                count, length=float(rollout.lengths.float().mean()), ended=float(rollout.ended.float().mean())
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf generate", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="prompts, demonstrations or comparisons (jsonl, json, parquet, .gz), a text file with one prompt a line, "
+        "a glob, a data set of the hub, or testbed (its held-out prompts)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where (default: in OUTPUTS/generations)")
+    parser.add_argument("--force", action="store_true", help="write over a file that something else has made")
+    options.count(parser, "--samples", 1, "replies per prompt (default: 1)")
+    options.count(parser, "--limit", None, "only the first N prompts")
+    options.sampling(parser, 1.0, None, "128, or what the longest prompt leaves of the context")
+    options.batch_size(parser, 64)
+    options.outputs(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Options that several commands share, each with one name and one meaning."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def outputs(parser: argparse.ArgumentParser) -> None:
+    """--outputs: where runs are."""
+    parser.add_argument(
+        "--outputs", type=Path, default=Path("outputs"), help="folder of all results (default: outputs)"
+    )
+
+
+def sampling(parser: argparse.ArgumentParser, default: float, max_new_tokens: int | None, said: str = "") -> None:
+    """How replies are sampled. The names are those of transformers' generation config, with - or _ in them."""
+    longest(parser, max_new_tokens, said)
+    temperature(parser, default)
+    _both(parser, "--top-k", type=_whole(0), default=0, metavar="K", help="only the K likeliest tokens (default: all)")
+    _both(
+        parser,
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens that have probability P together (default: 1, all)",
+    )
+    seed(parser)
+
+
+def longest(parser: argparse.ArgumentParser, default: int | None, said: str = "") -> None:
+    """--max-new-tokens: of a reply."""
+    what = f"longest reply, tokens (default: {default or said})"
+    _both(parser, "--max-new-tokens", type=_whole(1), default=default, metavar="N", help=what)
+
+
+def temperature(parser: argparse.ArgumentParser, default: float) -> None:
+    """--temperature: of sampling."""
+    what = f"divides the logits, 0 takes the likeliest token (default: {default})"
+    parser.add_argument("--temperature", type=_number(0), default=default, metavar="T", help=what)
+
+
+def seed(parser: argparse.ArgumentParser) -> None:
+    """--seed: of sampling."""
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the sampling (default: 0)")
+
+
+def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
+    """--batch-size: bounds memory, changes no reply."""
+    what = f"replies sampled or scored at a time; bounds memory (default: {default})"
+    _both(parser, "--batch-size", type=_whole(1), default=default, metavar="N", help=what)
+
+
+def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str) -> None:
+    """A number of things, at least 1."""
+    parser.add_argument(flag, type=_whole(1), default=default, metavar="N", help=help)
+
+
+def _both(parser: argparse.ArgumentParser, flag: str, **knobs: object) -> None:
+    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **knobs)  # type: ignore[arg-type]
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    read.__name__ = "whole number"
+    return read
+
+
+def _number(least: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value

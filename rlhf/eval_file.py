@@ -1,0 +1,92 @@
+"""What `rlhf eval` finds, as a table and as eval.json. No torch here."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf import runs
+
+if TYPE_CHECKING:
+    from rlhf.evaluation import Difference, Estimate
+
+FILE = "eval.json"
+LABELS = {
+    "gold": "gold reward",
+    "gold_safe": "gold reward, safe prompts",
+    "gold_unsafe": "gold reward, unsafe prompts",
+    "reward": "reward model's score",
+    "win_gold": "win rate by gold",
+    "win_reward": "win rate by the reward model",
+    "win_judge": "win rate by the judge",
+    "kl": "KL to the reference (nats per reply)",
+    "length": "reply length (tokens)",
+    "ended": "share of replies that end",
+    "perplexity_text": "perplexity of the text (per token)",
+    "bits_per_byte_text": "bits per byte of the text",
+    "perplexity_answers": "perplexity of the answers (per token)",
+    "bits_per_byte_answers": "bits per byte of the answers",
+}
+"""Metrics in the order in which they are shown, and what they are called."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy's metrics, and what they are apart from the baseline's on the same prompts."""
+
+    name: str
+    metrics: "dict[str, Estimate]"
+    differences: "dict[str, Difference]"
+    notes: list[str]
+    samples: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; null for what is not known, such as the error of a single value."""
+        return {
+            "metrics": {name: _finite(asdict(value)) for name, value in self.metrics.items()},
+            "differences": {name: _finite(asdict(value)) for name, value in self.differences.items()},
+            "notes": self.notes,
+            "samples": self.samples,
+        }
+
+
+def rows(results: Sequence[Result], differences: bool) -> list[tuple[str, ...]]:
+    """A table's rows: the metric, and of each policy its mean and standard error, or the difference to the baseline."""
+    found = []
+    for name, label in LABELS.items():
+        cells = [(result.differences if differences else result.metrics).get(name) for result in results]
+        if any(cell is not None for cell in cells):
+            found.append((label, *("-" if cell is None else _cell(cell) for cell in cells)))
+    return found
+
+
+def _cell(value: "Estimate | Difference") -> str:
+    sign = "+" if hasattr(value, "z") else ""
+    mean, se = (
+        f"{x:{plus}.1f}" if abs(value.mean) >= 1000 else f"{x:{plus}.3f}"
+        for x, plus in ((value.mean, sign), (value.se, ""))
+    )
+    z = f" (z {value.z:+.1f})" if hasattr(value, "z") else ""
+    return f"{mean} ± {se}{z}"
+
+
+def add(file: Path, settings: dict[str, Any], result: Result) -> None:
+    """Keeps a result in a file of results, in the place of one that was made with the same settings."""
+    settings = json.loads(json.dumps(settings))
+    kept = [one for one in read(file) if one.get("settings") != settings]
+    runs.write_json(file, {"evaluations": [*kept, {"settings": settings, "when": runs.now(), **result.to_json()}]})
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All results in a file, oldest first; none where there is no file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return list(content.get("evaluations", ()))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

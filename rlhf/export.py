@@ -1,0 +1,179 @@
+"""A run's model as a folder that plain transformers and peft read, with a model card. torch only where it must load."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf import named, runs
+from rlhf.errors import UserError
+from rlhf.named import Named
+
+Kind = Literal["model", "adapter", "reward_model"]
+# What a model folder consists of: the only files that --force removes.
+# fmt: off
+PARTS = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "base.json", "rlhf.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "README.md",
+)
+# fmt: on
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+SAFETY_HEAD = "safety_head.safetensors"
+
+
+@dataclass
+class Exported:
+    """What was written.
+
+    Attributes:
+        kind: A language model with all its weights, an adapter alone, or a reward model.
+        base: What an adapter belongs to: a model folder, a GGUF file or a hub id.
+        bias: What is added to a reward model's output.
+        notes: What a user of the folder has to know.
+    """
+
+    kind: Kind
+    folder: Path
+    base: str | None = None
+    bias: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(folder: Path, force: bool) -> None:
+    """Makes the folder, empty of models.
+
+    Raises:
+        UserError: Something is in it, and ``force`` is not set; or it is a run's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to {folder}: is a file; name a folder")
+    if runs.run_of(folder.absolute()) is not None:
+        raise UserError(f"--to {folder}: lies in a run, whose files must stay as they are; name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise UserError(f"--to {folder}: is not empty; name another one, or type --force to write over a model in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in PARTS:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def adapter_of(model: Named) -> Path | None:
+    """Where the adapter of a model lies by itself, in PEFT's format; None where all weights were trained."""
+    places = [Path(model.path)] if model.run is None else [model.run.folder / "adapter"]
+    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
+
+
+def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Exported:
+    """Writes the model's folder, all but the card.
+
+    Args:
+        model: A run's model of either kind, a model or adapter folder, a GGUF file or a hub id.
+        folder: Where to.
+        merge: Writes the weights with the adapter in them, even where there is an adapter to write alone.
+        force: Writes over a model that is there.
+
+    Raises:
+        UserError: The folder is not free, or an adapter has no base that others could load.
+    """
+    adapter = None if merge or named.scalar(model.path) else adapter_of(model)
+    base = None if adapter is None else _base(model, adapter)
+    if folder.resolve() == Path(model.path).resolve():
+        raise UserError(f"--to {folder}: is the model itself; name another folder")
+    prepare(folder, force)
+    if named.scalar(model.path):
+        return _reward_model(Path(model.path), folder)
+    if adapter is not None:
+        assert base is not None
+        return _adapter(model, adapter, base, folder)
+    if (Path(model.path) / "config.json").is_file():
+        _copy(Path(model.path), folder, ("*",))
+        return Exported("model", folder)
+    from rlhf.evaluation import load_policy
+
+    load_policy(model.path).to("cpu").save(folder)  # a hub id, a GGUF file, an adapter to be merged
+    return Exported("model", folder)
+
+
+def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
+    """The adapter, the name of its base, and the tokenizer it was trained with."""
+    inside = Path(model.path)
+    _copy(inside, folder, ("*",), (*WEIGHTS, "config.json", "rlhf.json", "README.md"))
+    _copy(adapter, folder, ("adapter_config.json", *WEIGHTS))
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    found = Exported("adapter", folder, base)
+    if Path(base).exists():
+        found.notes.append(f"the adapter needs its base, {base}; --merge makes a folder that stands alone")
+    return found
+
+
+def _base(model: Named, adapter: Path) -> str:
+    """The weights an adapter was trained on top of, as others can load them."""
+    path = _named_base(model, adapter)
+    if not path:
+        raise UserError(f"{model.ref}: its adapter lies on random weights, which are nowhere else: type --merge")
+    place = Path(path).expanduser()
+    if (place / "model" / "config.json").is_file() and not (place / "config.json").is_file():
+        place = place / "model"
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise UserError(f"{model.ref}: its adapter lies on another adapter ({place}): type --merge")
+    if not place.exists() and (place.is_absolute() or path.endswith(".gguf") or path.count("/") > 1):
+        raise UserError(f"{model.ref}: the base of its adapter, {path}, is gone: type --merge")
+    return str(place.resolve()) if place.exists() else str(path)
+
+
+def _named_base(model: Named, adapter: Path) -> str | None:
+    """The base as the adapter's own files say, else as the run's config does."""
+    if (adapter / "base.json").is_file():
+        stored = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+        beside = adapter / stored.get("relative", "")
+        return str(stored["path"] if Path(stored["path"]).exists() or "relative" not in stored else beside.resolve())
+    if model.run is None:
+        path = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return None if path is None else str(path)
+    path = (model.run.plain_config.get("model") or {}).get("path")
+    return None if path is None else str(named.moved(Path(path), model.run)) if "/" in path else str(path)
+
+
+def _reward_model(source: Path, folder: Path) -> Exported:
+    """As it is, with the scale of its scores in the head; the bias is no part of transformers' heads."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    numbers: dict[str, Any] = {"scale": 1.0, "bias": 0.0}
+    if (source / "rlhf.json").is_file():
+        numbers = json.loads((source / "rlhf.json").read_text(encoding="utf-8"))
+    _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
+    model: Any = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto")
+    model.score.weight.data.mul_(numbers["scale"])
+    model.save_pretrained(folder)
+    numbers |= {"scale": 1.0}
+    (folder / "rlhf.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    found = Exported("reward_model", folder, bias=float(numbers["bias"]))
+    found.notes.append(
+        f"scores are normalised: the scale is in the head, the bias {found.bias:.6g} is to be added (it changes no "
+        "comparison of two replies)"
+    )
+    if (source / SAFETY_HEAD).is_file():
+        _copy(source, folder, (SAFETY_HEAD,))
+        found.notes.append(f"{SAFETY_HEAD} holds the auxiliary safety head, which transformers does not read")
+    return found
+
+
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...], but: tuple[str, ...] = ()) -> None:
+    """Files of a folder, by their content alone: what was private to the run's owner is not so in the copy."""
+    if not source.is_dir():
+        return
+    left_out = {file for pattern in but for file in source.glob(pattern)}
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file not in left_out:
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,89 @@
+"""Replies to given prompts: in batches for files and measurements, or token by token for somebody who waits."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+from rlhf.models.language_model import LanguageModel
+from rlhf.rollout import Rollout, Sampler, _inverse_cdf, positions
+
+
+class SeededSampler(Sampler):
+    """A sampler whose random numbers belong to the prompt's number and the seed, not to its place in a batch.
+
+    So replies are the same whatever the batch size, and those still to be written are the same after an interruption.
+    """
+
+    def sample_some(self, policy: LanguageModel, prompts: Sequence[Prompt], first: int, seed: int) -> Rollout:
+        """Replies to prompts number ``first`` and following: the rows that all prompts together would have there."""
+        self._first = first
+        return self.sample(policy, list(prompts), seed)
+
+    def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
+        numbers = range(self._first, self._first + rows // self.samples)
+        return torch.cat([self._of_prompt(number, columns, seed) for number in numbers])
+
+    def _of_prompt(self, number: int, columns: int, seed: int) -> Tensor:
+        name = hashlib.sha256(f"generate/{seed}/{number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(name[:8], "big") >> 1)
+        return torch.rand(self.samples, columns, generator=generator)
+
+
+def in_batches(
+    policy: LanguageModel, prompts: Sequence[Prompt], sampler: SeededSampler, seed: int, start: int = 0
+) -> Iterator[Rollout]:
+    """Rollouts of as many prompts as the sampler takes at a time, from prompt number ``start`` on."""
+    size = max(1, sampler.batch_size // sampler.samples)
+    for first in range(start, len(prompts), size):
+        yield sampler.sample_some(policy, prompts[first : first + size], first, seed)
+
+
+def room(policy: LanguageModel, prompts: Sequence[Prompt], wanted: int | None, default: int = 128) -> int:
+    """The longest reply, in tokens: ``wanted``, else ``default`` or what the longest prompt leaves of the context.
+
+    Raises:
+        UserError: A prompt leaves less than wanted, or nothing.
+    """
+    from rlhf.data.template import encode_prompt
+
+    lengths = [len(encode_prompt(policy.tokenizer, prompt.messages)) for prompt in prompts]
+    longest = max(range(len(prompts)), key=lengths.__getitem__)
+    left = policy.context_length - lengths[longest]
+    if left < (wanted or 1):
+        raise UserError(
+            f"prompt number {longest + 1} ('{prompts[longest].messages[-1].content[:60]}') has {lengths[longest]} "
+            f"tokens, and of the model's context of {policy.context_length} it leaves {max(0, left)}: "
+            + (f"type --max-new-tokens {left}, or shorten it" if left > 0 else "shorten it")
+        )
+    return wanted or min(default, left)
+
+
+@torch.no_grad()
+def stream(policy: LanguageModel, ids: Sequence[int], sampler: Sampler, seed: int) -> Iterator[int]:
+    """The tokens of one reply as they are sampled, end-of-turn included; greedily those that `Sampler` gives.
+
+    Args:
+        policy: The language model.
+        ids: The prompt with its generation prompt, in tokens.
+        sampler: Says how tokens are chosen and how many there may be.
+        seed: Of the sampling.
+    """
+    device = policy.device
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(1, len(ids), dtype=torch.bool, device=device)
+    hidden, cache = policy.step(torch.tensor([list(ids)], device=device), mask, positions(mask))
+    for number in range(sampler.max_new_tokens):
+        log_probs = sampler._distribution(policy.head(hidden[:, -1]))
+        uniform = torch.rand(1, generator=generator).to(device)
+        token = log_probs.argmax(dim=-1) if sampler.temperature == 0 else _inverse_cdf(log_probs, uniform)
+        index = int(token)
+        yield index
+        if index == policy.end_id or number + 1 == sampler.max_new_tokens:
+            return
+        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        place = torch.tensor([[len(ids) + number]], device=device)
+        hidden, cache = policy.step(token[:, None], mask, place, cache)

@@ -1,0 +1,233 @@
+"""The README.md of an exported model: how to load it, what it was made from, how it was measured. No torch here."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf import eval_file, named
+from rlhf.config import Plain
+from rlhf.export import Exported
+from rlhf.named import Named
+from rlhf.report.console import number
+from rlhf.runs import Run
+
+# Groups of a config that say how a model was made; the others say where and with what on the screen.
+KNOBS = ("stage", "objective", "model", "adapter", "precision", "optimizer", "scheduler", "rollout", "reward",
+         "annotator", "seed")  # fmt: skip
+
+BUILT_IN = ("testbed", "arithmetic")
+
+POLICY = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+"""
+ADAPTER = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")  # on top of {base}
+model.generation_config = GenerationConfig.from_pretrained(folder)
+"""
+ON_GGUF = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+base = AutoModelForCausalLM.from_pretrained("{parent}", gguf_file="{name}", dtype="float32")
+model = PeftModel.from_pretrained(base, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
+"""
+REPLY = """
+dialogue = [{"role": "user", "content": "Hello"}]
+prompt = tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+reply = output[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))
+"""
+REWARD = """import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+
+dialogue = [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "Hello. How can I help?"}}]
+ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt", return_dict=True)["input_ids"]
+end = (ids[0] == {end}).nonzero()[-1].item()  # the score is read at the last end of turn, whatever comes after it
+with torch.no_grad():
+    score = model(input_ids=ids[:, : end + 1]).logits[0, 0].item() + {bias!r}
+print(score)
+"""
+
+FLOAT32 = (
+    "in float32 greedy replies are those of `rlhf chat` and `rlhf generate` at temperature 0; in bfloat16 another "
+    "token may be chosen where two are almost equally likely"
+)
+
+
+def card(model: Named, exported: Exported, end_id: int | None, licence: str | None, command: str) -> str:
+    """The whole page.
+
+    Args:
+        model: What was exported.
+        exported: How.
+        end_id: The token that ends a turn, for reward models.
+        licence: Identifier of the licence, as the hub writes it; None: unknown.
+        command: What was typed.
+    """
+    parts: list[str | None] = [_front(model, exported, licence), f"# {exported.folder.name}\n", _what(model, exported)]
+    parts += ["## Load it\n", f"```python\n{_code(exported, end_id)}```\n"]
+    notes = [*exported.notes, FLOAT32] if exported.kind != "reward_model" else exported.notes
+    parts += [*(f"- {note}" for note in notes), ""]
+    if model.run is not None:
+        parts += [_lineage(model.run), _metrics(model.run), _evaluations(model.run)]
+    parts.append(_licence(licence, model))
+    parts.append(f"Written by `{command}`.\n")
+    return "\n".join(part for part in parts if part is not None)
+
+
+def _front(model: Named, exported: Exported, licence: str | None) -> str:
+    """What the hub reads."""
+    content: Plain = {
+        "license": licence or "unknown",
+        "library_name": "peft" if exported.kind == "adapter" else "transformers",
+        "pipeline_tag": "text-classification" if exported.kind == "reward_model" else "text-generation",
+        "tags": ["rlhf", *([model.run.stage] if model.run else []), *(["lora"] if exported.kind == "adapter" else [])],
+    }
+    root = exported.base if exported.kind == "adapter" else _root(model)
+    if root is not None and _hub_id(root):
+        content["base_model"] = root
+    return f"---\n{OmegaConf.to_yaml(OmegaConf.create(content))}---\n"
+
+
+def _what(model: Named, exported: Exported) -> str:
+    kinds = {
+        "model": "A causal language model with all its weights.",
+        "adapter": f"A LoRA adapter (PEFT) for `{exported.base}`.",
+        "reward_model": "A reward model: one number for a dialogue, higher for better replies.",
+    }
+    origin = f"the model `{model.ref}`" if model.run is None else f"stage `{model.run.stage}`, run `{model.run.folder}`"
+    return f"{kinds[exported.kind]} Exported from {origin}.\n"
+
+
+def _code(exported: Exported, end_id: int | None) -> str:
+    folder = exported.folder.name
+    if exported.kind == "reward_model":
+        return REWARD.format(folder=folder, end=end_id, bias=exported.bias)
+    if exported.kind == "model":
+        return POLICY.format(folder=folder) + REPLY
+    base = str(exported.base)
+    if base.endswith(".gguf"):
+        return ON_GGUF.format(folder=folder, parent=Path(base).parent, name=Path(base).name) + REPLY
+    return ADAPTER.format(folder=folder, base=base) + REPLY
+
+
+def _lineage(run: Run) -> str:
+    """Every ancestor, oldest first, and the run itself: what it read, its command line, its knobs."""
+    chain = [*named.ancestors(run), run]
+    names = {one.fingerprint: f"{one.stage} `{one.folder.name}`" for one in chain}
+    lines = ["## Lineage\n", "| run | made from | data |", "|---|---|---|"]
+    for one in chain:
+        inputs = one.lineage.get("inputs", {})
+        made = [f"{role}: {_called(name, names)}" for role, found in inputs.items() for name in found]
+        lines.append(f"| {names[one.fingerprint]} | {', '.join(made) or _start(one)} | {_data(one)} |")
+    for one in chain:
+        lines += ["", f"### {one.stage} `{one.folder.name}`\n"]
+        if not (one.folder / "config.yaml").is_file():
+            lines.append(f"Its folder, `{one.folder}`, is gone.")
+            continue
+        lines += ["```", str(one.status_file.get("command", "")), "```", "", "```yaml", _knobs(one).rstrip(), "```"]
+    versions = run.summary.get("versions", {})
+    if versions:
+        lines += ["", "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _called(identity: str, names: dict[str, str]) -> str:
+    """An input by its run's name, where a run made it."""
+    return names.get(identity.partition("/")[0], identity if identity.startswith("hub:") else f"`{identity[:20]}`")
+
+
+def _start(run: Run) -> str:
+    path = (_config(run).get("model") or {}).get("path")
+    return "random weights" if path is None else f"`{path}`"
+
+
+def _data(run: Run) -> str:
+    found = []
+    for node in _sources(_config(run).get("data")):
+        size = "" if node.get("size") is None else f", {node['size']} records"
+        source = node["source"] if isinstance(node["source"], str) else ", ".join(map(str, node["source"]))
+        found.append(f"{node.get('record', 'data')}s of {source}{size}")
+    return "; ".join(found) or "-"
+
+
+def _sources(node: Any) -> list[Plain]:
+    if not isinstance(node, dict):
+        return []
+    own = [node] if "source" in node else []
+    return own + [found for value in node.values() for found in _sources(value)]
+
+
+def _knobs(run: Run) -> str:
+    config = _config(run)
+    return OmegaConf.to_yaml(OmegaConf.create({key: config[key] for key in (*KNOBS, "data") if key in config}))
+
+
+def _metrics(run: Run) -> str | None:
+    if not run.metrics:
+        return None
+    lines = ["## Metrics at the end of training\n", "| metric | value |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {number(value)} |" for name, value in sorted(run.metrics.items()))]) + "\n"
+
+
+def _evaluations(run: Run) -> str | None:
+    """What `rlhf eval` found."""
+    parts = []
+    for one in eval_file.read(run.folder / eval_file.FILE):
+        settings = {key: value for key, value in one["settings"].items() if value is not None and key != "run"}
+        parts += [", ".join(f"{key}: {value}" for key, value in settings.items()) + "\n"]
+        parts += ["| metric | mean ± standard error |", "|---|---|"]
+        for name, value in one["metrics"].items():
+            parts.append(f"| {eval_file.LABELS.get(name, name)} | {number(value['mean'])} ± {number(value['se'])} |")
+        parts.append("")
+    return "\n".join(["## Evaluations (`rlhf eval`)\n", *parts]) if parts else None
+
+
+def _licence(licence: str | None, model: Named) -> str:
+    """What has to be looked at before the model is passed on: its own licence, and those it inherits terms from."""
+    root = _root(model)
+    rows = [("this model", licence or "unknown; `rlhf export --license ID` says it")]
+    if root is not None:
+        rows.append((f"the weights it started from, `{root}`", "to be looked up"))
+    chain = [] if model.run is None else [*named.ancestors(model.run), model.run]
+    sources = {str(node["source"]) for one in chain for node in _sources(_config(one).get("data"))}
+    made = {str(one.folder) for one in chain}
+    for source in sorted(sources - made):
+        rows.append((f"the data `{source}`", "part of rlhf" if source in BUILT_IN else "to be looked up"))
+    return "\n".join(["## Licence\n", "| of | licence |", "|---|---|", *(f"| {of} | {it} |" for of, it in rows)]) + "\n"
+
+
+def _root(model: Named) -> str | None:
+    """The weights at the beginning of the lineage; None where they were random."""
+    if model.run is None:
+        return model.path
+    for one in [*named.ancestors(model.run), model.run]:
+        path = (_config(one).get("model") or {}).get("path")
+        inside = path is not None and any(str(path).startswith(str(a.folder)) for a in named.ancestors(model.run))
+        if path is not None and not inside:
+            return str(path)
+    return None
+
+
+def _hub_id(path: str) -> bool:
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path) is not None and not Path(path).exists()
+
+
+def _config(run: Run) -> Plain:
+    return run.plain_config if (run.folder / "config.yaml").is_file() else {}

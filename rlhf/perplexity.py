@@ -1,0 +1,96 @@
+"""How likely a policy finds given text: perplexity per token and bits per byte, with the error of the sample."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.data.collate import collate
+from rlhf.data.records import Demonstration, Text
+from rlhf.data.template import Encoded, encode_dialogue, end_of_text_id, tokenize
+from rlhf.models.language_model import LanguageModel
+
+TOKENS = 8192  # in a batch, padding included: bounds memory whatever the lengths
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of each document: minus the log-probability of what counts in it (nats), and how much that is."""
+
+    nats: list[float]
+    tokens: list[int]
+    bytes: list[int]
+    cut: int = 0  # dialogues longer than the context, read only as far as it goes
+
+    def perplexity(self) -> list[float]:
+        """One number a document, whose mean is the perplexity and whose standard error is the perplexity's.
+
+        Perplexity is a function of a ratio of sums; these are its linearisation at the sample (delta method), so that
+        means, errors and paired differences are computed as for any other metric.
+        """
+        rate = math.fsum(self.nats) / max(1, sum(self.tokens))
+        return _linear(self.nats, self.tokens, math.exp(rate), slope=math.exp(rate))
+
+    def bits_per_byte(self) -> list[float]:
+        """As ``perplexity``, in bits per byte of the text: comparable between models with different tokenizers."""
+        rate = math.fsum(self.nats) / max(1, sum(self.bytes))
+        return _linear(self.nats, self.bytes, rate / math.log(2), slope=1 / math.log(2))
+
+
+def _linear(total: Sequence[float], count: Sequence[int], value: float, slope: float) -> list[float]:
+    """value + slope * (what each document moves the ratio sum(total) / sum(count))."""
+    rate, mean = math.fsum(total) / max(1, sum(count)), max(1, sum(count)) / len(count)
+    return [value + slope * (x - rate * n) / mean for x, n in zip(total, count, strict=True)]
+
+
+def of_texts(policy: LanguageModel, documents: Sequence[Text]) -> Likelihood:
+    """Of plain text. Every token is predicted once: the first from the end-of-text token that documents follow.
+
+    A document longer than the context is read in windows, of which each begins with the last token of the one before.
+    """
+    rows: list[tuple[int, Encoded]] = []
+    start, length = end_of_text_id(policy.tokenizer), policy.context_length
+    for number, document in enumerate(documents):
+        ids = [start, *tokenize(policy.tokenizer, document.text)]
+        for first in range(0, len(ids) - 1, length - 1):
+            window = ids[first : first + length]
+            rows.append((number, Encoded(window, [False] + [True] * (len(window) - 1))))
+    return _likelihood(policy, rows, [len(document.text.encode()) for document in documents])
+
+
+def of_answers(policy: LanguageModel, dialogues: Sequence[Demonstration]) -> Likelihood:
+    """Of what the assistant says in dialogues, its end of turn included. Longer ones are cut at the context's end."""
+    rows, sizes, cut = [], [], 0
+    for number, dialogue in enumerate(dialogues):
+        whole = encode_dialogue(policy.tokenizer, dialogue.messages)
+        row = Encoded(whole.ids[: policy.context_length], whole.mask[: policy.context_length])
+        cut += len(row) < len(whole)
+        share = sum(row.mask) / max(1, sum(whole.mask))
+        said = sum(len(turn.content.encode()) for turn in dialogue.messages if turn.role == "assistant")
+        rows.append((number, row))
+        sizes.append(round(share * said))
+    return _likelihood(policy, rows, sizes, cut)
+
+
+@torch.no_grad()
+def _likelihood(
+    policy: LanguageModel, rows: Sequence[tuple[int, Encoded]], sizes: list[int], cut: int = 0
+) -> Likelihood:
+    nats, tokens = [0.0] * len(sizes), [0] * len(sizes)
+    ordered = sorted(rows, key=lambda row: len(row[1]))
+    start = 0
+    while start < len(ordered):
+        stop = start + 1
+        while stop < len(ordered) and (stop + 1 - start) * len(ordered[stop][1]) <= TOKENS:
+            stop += 1
+        part = ordered[start:stop]
+        batch = collate([row for _, row in part], policy.pad_id).to(policy.device)
+        logp, _ = policy.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+        counts = batch.loss_mask.clone()
+        counts[:, 0] = False
+        for (number, _), value, count in zip(part, logp.sum(dim=1).tolist(), counts.sum(dim=1).tolist(), strict=True):
+            nats[number] -= value
+            tokens[number] += count
+        start = stop
+    return Likelihood(nats, tokens, sizes, cut)

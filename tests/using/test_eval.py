@@ -1,0 +1,176 @@
+"""Measurements against closed forms: perplexity, its error, wins in both orders, exact zeros for the same policy."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.data.records import Demonstration, Message, Prompt, Text
+from rlhf.evaluation import estimate, load_policy, paired
+from rlhf.judge import JudgeAnnotator
+from rlhf.models.language_model import LanguageModel
+from rlhf.perplexity import Likelihood, of_answers, of_texts
+from rlhf.wins import Judge, by_scores
+
+Typed = Callable[..., tuple[int, str]]
+TEXTS = ["Anna has four dogs.", "Two plus two is four, of course. " * 12, "Good bye."]
+
+
+@pytest.fixture(scope="module")
+def model(outputs: Path) -> LanguageModel:
+    return load_policy(outputs / "sft" / "none0" / "model")
+
+
+def test_perplexity_is_that_of_plain_transformers(outputs: Path, model: LanguageModel) -> None:
+    folder = outputs / "sft" / "none0" / "model"
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    nats, count = 0.0, 0
+    for text in TEXTS[::2]:  # the middle one is longer than the context
+        ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            loss = plain(input_ids=ids, labels=ids).loss.item()
+        nats, count = nats + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
+    found = of_texts(model, [Text(text) for text in TEXTS[::2]])
+    assert sum(found.tokens) == count
+    assert estimate(found.perplexity()).mean == pytest.approx(math.exp(nats / count), rel=1e-4)
+    size = sum(len(text) for text in TEXTS[::2])
+    assert estimate(found.bits_per_byte()).mean == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+def test_every_token_of_a_long_text_is_predicted_once(model: LanguageModel) -> None:
+    found = of_texts(model, [Text(text) for text in TEXTS])
+    tokens = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    assert found.tokens == tokens and tokens[1] > model.context_length
+    assert found.bytes == [len(text) for text in TEXTS]
+
+
+def test_of_a_dialogue_only_the_answers_count(model: LanguageModel) -> None:
+    turns = (Message("user", "Hello"), Message("assistant", "Good day to you."))
+    (likely,) = of_answers(model, [Demonstration(turns)]).nats
+    (other,) = of_answers(model, [Demonstration((turns[0], Message("assistant", "Anna.")))]).nats
+    assert likely < 3 < other  # what it has learnt, and what it has not
+    long = Demonstration((*turns, *(Message("user", "Who? " * 40), Message("assistant", "Anna."))))
+    found = of_answers(model, [long])
+    assert found.cut == 1 and found.nats[0] == pytest.approx(likely, abs=1e-4)
+
+
+def test_the_error_of_perplexity_is_the_jackknifes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 60, (80,), generator=generator).tolist()
+    nats = [n * (1 + 0.3 * torch.randn(1, generator=generator).item()) for n in tokens]
+    found = estimate(Likelihood(nats, tokens, tokens).perplexity())
+    whole = math.exp(sum(nats) / sum(tokens))
+    assert found.mean == pytest.approx(whole)
+    left = [math.exp((sum(nats) - x) / (sum(tokens) - n)) for x, n in zip(nats, tokens, strict=True)]
+    middle = sum(left) / len(left)
+    jackknife = math.sqrt((len(left) - 1) / len(left) * sum((value - middle) ** 2 for value in left))
+    assert found.se == pytest.approx(jackknife, rel=0.05)
+
+
+class Stub(JudgeAnnotator):
+    """A judge whose answers are a rule of the replies."""
+
+    def __init__(self, rule: Callable[[str, str], float | None]) -> None:
+        self.template, self.rule = "{first}|{second}", rule
+
+    def ask(self, questions: Sequence[str]) -> list[Any]:
+        return [(self.rule(*question.split("|")), "") for question in questions]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "same"),
+    [
+        (lambda a, b: float(len(a) - len(b)), [1.0, 0.0, 0.5], 0),  # the longer one, wherever it stands
+        (lambda a, b: 1.0, [0.5, 0.5, 0.5], 2),  # always the first: no preference
+        (lambda a, b: 1.0 if a == "long" else None, [0.5, 0.5, 0.5], 0),  # unreadable in one of the orders
+    ],
+)
+def test_a_judge_must_prefer_a_reply_in_both_orders(rule: Any, expected: list[float], same: int) -> None:
+    judge = Judge.__new__(Judge)
+    judge._judge, judge.asked, judge.same_place = Stub(rule), 0, 0
+    prompts = [Prompt((Message("user", "x"),))] * 3
+    assert judge(prompts, ["long", "a", "same"], ["b", "longer", "same"]) == expected
+    assert (judge.asked, judge.same_place) == (2, same)  # equal replies are not asked about
+
+
+def test_wins_count_ties_half() -> None:
+    wins = by_scores([1.0, 2.0, 2.0, 0.0], [0.0, 2.0, 3.0, 0.0])
+    assert wins == [1.0, 0.5, 0.0, 0.5]
+    assert estimate(wins).mean == paired([0.0, 2.0, 3.0, 0.0], [1.0, 2.0, 2.0, 0.0]).wins == 0.5
+
+
+def test_policies_side_by_side(rlhf: Typed, outputs: Path) -> None:
+    one, other = outputs / "sft" / "lora0", outputs / "sft" / "none0"
+    status, out = rlhf("eval", one, other, "--against", other, "--reward-model", outputs / "reward_model" / "b0",
+                       "--limit", 12, "--max-new-tokens", 8, "--batch-size", 5, "--text", "testbed")  # fmt: skip
+    assert status == 0 and "12 prompts of testbed" in out and str(one / "eval.json") in out and "Next:" in out, out
+    (mine,) = json.loads((one / "eval.json").read_text())["evaluations"]
+    (its,) = json.loads((other / "eval.json").read_text())["evaluations"]
+    measured = {"gold", "reward", "kl", "length", "ended", "perplexity_text", "bits_per_byte_text"}
+    assert measured | {"win_gold", "win_reward"} <= set(mine["metrics"])
+    assert measured <= set(its["metrics"]) and "win_gold" not in its["metrics"] and its["differences"] == {}
+    for name in ("length", "reward", "bits_per_byte_text"):
+        gap = mine["metrics"][name]["mean"] - its["metrics"][name]["mean"]
+        assert mine["differences"][name]["mean"] == pytest.approx(gap)
+    assert mine["metrics"]["win_reward"]["mean"] == pytest.approx(mine["differences"]["reward"]["wins"])
+    assert all(value["se"] is not None and value["count"] <= 12 for value in mine["metrics"].values())
+    assert mine["settings"]["reference"] == str(outputs / "pretrain" / "a0" / "model")
+    # The same replies as rlhf generate's, whatever the batches.
+    assert (
+        rlhf("generate", one, "--prompts", "testbed", "--limit", 12, "--max-new-tokens", 8, "--out", "r.jsonl")[0] == 0
+    )
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    assert [row["reply"] for row in rows[:3]] == [sample["reply"] for sample in mine["samples"]]
+    assert sum(row["tokens"] for row in rows) / 12 == pytest.approx(mine["metrics"]["length"]["mean"])
+
+
+def test_a_policy_against_itself_differs_in_nothing(rlhf: Typed, outputs: Path) -> None:
+    from rlhf.measuring import Task, add_kl, measure
+
+    Path("p.txt").write_text("Hello\nWho?\nWhy?\n")
+    path = str(outputs / "sft" / "none0" / "model")
+    task = Task([Prompt((Message("user", text),)) for text in ("Hello", "Who?", "Why?")], max_new_tokens=8)
+    one, other = measure("one", path, task), measure("other", path, task)
+    add_kl([one], path, task)
+    assert max(map(abs, one.values["kl"])) < 1e-5
+    assert one.texts == other.texts and one.values["length"] == other.values["length"]
+    run = outputs / "sft" / "qlora0"
+    status, out = rlhf("eval", run, "--prompts", "p.txt", "--max-new-tokens", 8, "--reference", run)
+    assert status == 0, out
+    (found,) = json.loads((run / "eval.json").read_text())["evaluations"]
+    assert found["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert rlhf("eval", run, "--prompts", "p.txt", "--max-new-tokens", 8, "--reference", run)[0] == 0
+    assert len(json.loads((run / "eval.json").read_text())["evaluations"]) == 1  # the same question: one answer
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("reward_model/b0",), "is a reward or value model, which writes nothing"),
+        (("sft/none0", "--reward-model", "sft/none0"), "is no reward model; name a run of stage=reward_model"),
+        (("sft/none0", "--judge", "nobody"), "--judge=nobody: no such run"),
+        (("sft/none0", "--judge", "sft/none0"), "type --against RUN"),
+        (("sft/none0", "--against", "sft/lora0", "--prompts", "p.txt"), "type --reward-model RUN or --judge MODEL"),
+        (("sft/none0", "--text", "nothing.txt"), "--text nothing.txt: no such file"),
+        (("sft/none0/model",), None),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    rlhf: Typed, outputs: Path, words: tuple[str, ...], said: str | None, tmp_path: Path
+) -> None:
+    Path("p.txt").write_text("Who?\n")
+    typed = [str(outputs / word) if (outputs / word).exists() else word for word in words]
+    if said is None:  # a model that no run of ours made: nothing says what it is to be asked
+        foreign = tmp_path / "foreign"
+        foreign.mkdir()
+        for file in (outputs / "sft" / "none0" / "model").iterdir():
+            (foreign / file.name).write_bytes(file.read_bytes())
+        typed, said = [str(foreign)], "type --prompts FILE"
+    status, out = rlhf("eval", *typed)
+    assert status == 2 and said in out and "Traceback" not in out, out

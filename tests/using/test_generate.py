@@ -1,0 +1,171 @@
+"""Replies to files of prompts: the same whatever the batch, the interruption and the way they are asked for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.data.records import Message, Prompt
+from rlhf.data.template import encode_dialogue, encode_prompt
+from rlhf.evaluation import load_policy
+from rlhf.generation import SeededSampler, in_batches, stream
+from rlhf.given_data import load_prompts
+from rlhf.models.language_model import LanguageModel
+from rlhf.rollout import Sampler
+
+Typed = Callable[..., tuple[int, str]]
+QUESTIONS = ["What is two plus two?", "Hello", "Two plus two is", "Who?", "What is four, and why?"]
+
+
+@pytest.fixture(scope="module")
+def model(outputs: Path) -> LanguageModel:
+    return load_policy(outputs / "sft" / "none0" / "model")
+
+
+def asked() -> list[Prompt]:
+    return [Prompt((Message("user", question),)) for question in QUESTIONS]
+
+
+def replies(model: LanguageModel, temperature: float, batch_size: int, samples: int = 2, start: int = 0) -> list[str]:
+    sampler = SeededSampler(16, temperature, samples=samples, batch_size=batch_size)
+    return [text for part in in_batches(model, asked(), sampler, 7, start) for text in part.texts]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_size_changes_no_reply(model: LanguageModel, temperature: float) -> None:
+    whole = replies(model, temperature, batch_size=64)
+    assert len(set(whole)) > 1
+    for size in (1, 2, 6):
+        assert replies(model, temperature, size) == whole
+    assert replies(model, temperature, 2, start=3) == whole[6:]
+    assert replies(model, 1.0, 64)[0::2] != replies(model, 1.0, 64)[1::2]  # two samples of a prompt are two
+
+
+def test_streamed_greedy_tokens_are_the_samplers(model: LanguageModel) -> None:
+    sampler = Sampler(24, temperature=0.0)
+    expected = sampler.sample(model, asked(), 0)
+    for row, prompt in enumerate(asked()):
+        tokens = list(stream(model, encode_prompt(model.tokenizer, prompt.messages), sampler, seed=3))
+        assert tokens == expected.response_ids[row][expected.mask[row]].tolist()
+
+
+def test_streamed_tokens_follow_the_models_distribution(model: LanguageModel) -> None:
+    ids = encode_prompt(model.tokenizer, asked()[0].messages)
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([ids]), torch.ones(1, len(ids)))
+        p = model.head(hidden[0, -1]).float().div(2.0).softmax(-1)
+    token = int(p.argmax())
+    drawn = [next(stream(model, ids, Sampler(1, temperature=2.0), seed)) for seed in range(120)]
+    share, expected = drawn.count(token) / 120, float(p[token])
+    assert 0.05 < expected < 0.99
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 120) ** 0.5
+
+
+def test_lines_hold_the_dialogue_and_its_likelihood(rlhf: Typed, outputs: Path, model: LanguageModel) -> None:
+    Path("p.txt").write_text("\n".join(QUESTIONS))
+    status, said = rlhf("generate", outputs / "sft" / "none0", "--prompts", "p.txt", "--out", "r.jsonl", "--samples", 2,
+                        "--max-new-tokens", 12, "--batch-size", 3)  # fmt: skip
+    assert status == 0 and "r.jsonl" in said and "rlhf eval" in said
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, k) for i in range(5) for k in range(2)]
+    assert [row["messages"][0]["content"] for row in rows[::2]] == QUESTIONS
+    for row in rows:
+        assert row["messages"][-1] == {"role": "assistant", "content": row["reply"]}
+    whole = next(row for row in rows if row["ended"] and row["reply"].strip() == row["reply"] != "")
+    messages = tuple(Message(**message) for message in whole["messages"])
+    encoded = encode_dialogue(model.tokenizer, messages)
+    if sum(encoded.mask) == whole["tokens"]:  # else the same text has other tokens
+        ids, mask = torch.tensor([encoded.ids]), torch.tensor([encoded.mask])
+        with torch.no_grad():
+            logp, _ = model.logprobs(ids, torch.ones_like(ids), None, mask)
+        assert whole["logprob"] == pytest.approx(logp.sum().item(), abs=1e-3)
+
+
+def test_an_interrupted_file_is_gone_on_with(rlhf: Typed, outputs: Path) -> None:
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": q, "tags": ["x"]}) + "\n" for q in QUESTIONS))
+    words = ("generate", outputs / "sft" / "none0", "--prompts", "p.jsonl", "--samples", 2, "--max-new-tokens", 8)
+    assert rlhf(*words, "--out", "whole.jsonl")[0] == 0
+    whole = Path("whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    # Two prompts, half a prompt more, and a line that a kill cut short.
+    assert rlhf(*words, "--out", "part.jsonl", "--limit", 1)[0] == 0
+    meta = Path("whole.jsonl.meta.json").read_text()
+    Path("part.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    Path("part.jsonl.meta.json").write_text(meta)
+    status, said = rlhf(*words, "--out", "part.jsonl")
+    assert status == 0 and "5/5" in said
+    found = [json.loads(line) for line in Path("part.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in lines]
+    for row, other in zip(found, expected, strict=True):  # other batches round the last digits otherwise
+        assert row.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-3)
+    assert found == expected
+    whole = Path("part.jsonl").read_bytes()
+    status, said = rlhf(*words, "--out", "part.jsonl")
+    assert status == 0 and "is complete" in said
+    status, said = rlhf(*words, "--out", "part.jsonl", "--seed", 1)
+    assert status == 2 and "was made with seed=0, now it is 1" in said
+    assert Path("part.jsonl").read_bytes() == whole
+    Path("mine.jsonl").write_text("precious\n")
+    status, said = rlhf(*words, "--out", "mine.jsonl")
+    assert status == 2 and Path("mine.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "Who?\nWhy?\n"),
+        ("p.json", '[{"prompt": "Who?"}, {"prompt": "Why?"}]'),
+        ("p.jsonl", '{"instruction": "Who?", "output": "I."}\n{"instruction": "Why?", "output": "So."}\n'),
+        ("q.jsonl", '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I"}]}\n'
+                    '{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So"}]}\n'),
+        ("r.jsonl", '{"chosen": "\\n\\nHuman: Who?\\n\\nAssistant: I", '
+                    '"rejected": "\\n\\nHuman: Who?\\n\\nAssistant: U"}\n'
+                    '{"prompt": "Why?", "completion": "So"}\n'),
+    ],
+)  # fmt: skip
+def test_prompts_come_in_every_format(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    found = load_prompts(str(tmp_path / name), None, None)
+    assert [prompt.messages for prompt in found] == [(Message("user", "Who?"),), (Message("user", "Why?"),)]
+    assert load_prompts(str(tmp_path / name), None, 1) == found[:1]
+
+
+def test_the_testbeds_prompts_are_those_held_out_from_the_run(outputs: Path) -> None:
+    from rlhf import named
+    from rlhf.data.testbed.world import Testbed
+    from rlhf.runs import Run
+
+    world = named.testbed(Run(outputs / "sft" / "lora0"))  # the pretrained model's: its own data are a file
+    assert world is not None and world["people"] == 5
+    found = load_prompts("testbed", world, 30)
+    assert found == list(Testbed(seed=3, people=5).prompts(30, 0, held_out=True))
+    assert found != load_prompts("testbed", None, 30)
+    assert 30 < len(load_prompts("testbed", world, None)) < 400  # all that so small a world holds out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sft/none0", "--prompts", "nothing.jsonl"), "--prompts nothing.jsonl: no such file"),
+        (("sft/none0", "--prompts", "empty.jsonl"), "--prompts empty.jsonl: holds no usable prompt"),
+        (("sft/none0", "--prompts", "bad.jsonl"), "1 of 1 rows are unusable as prompt"),
+        (("sft/none0", "--prompts", "good.txt", "--max-new-tokens", "500"), "type --max-new-tokens"),
+        (("reward_model/b0", "--prompts", "good.txt"), "is a reward or value model"),
+        (
+            ("sft/stopped", "--prompts", "good.txt"),
+            "not finished (stopped); finish it with: rlhf stage=sft",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(rlhf: Typed, outputs: Path, words: tuple[str, ...], said: str) -> None:
+    Path("empty.jsonl").touch()
+    Path("bad.jsonl").write_text('{"colour": "red"}\n')
+    Path("good.txt").write_text("Who?\n")
+    stopped = outputs / "sft" / "stopped"
+    stopped.mkdir(exist_ok=True)
+    (stopped / "status.json").write_text('{"status": "stopped", "command": "rlhf stage=sft"}')
+    status, out = rlhf("generate", outputs / words[0], *words[1:])
+    assert status == 2 and said in out and "data." not in out, out
+    assert len([line for line in out.splitlines() if line.startswith("error:")]) == 1
