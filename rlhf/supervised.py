@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import TokenBatch, collate, pack
+from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.data import Split
+from rlhf.data.disk import keep, lengths
 from rlhf.data.template import Encoded
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
@@ -60,8 +61,8 @@ class Supervised(Stage):
     def arrange(self) -> None:
         """Packs the documents, if that is asked for, and orders the batches."""
         if self.packing:
-            self.examples = pack(self.examples, self.packing)
-        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
+            self.examples = keep(packed(self.examples, self.packing), like=self.examples)
+        self.batches = self.order(lengths(self.examples), epochs=self.epochs)
 
     def collate(self, examples: list[Encoded]) -> TokenBatch:
         """A micro-batch of padded or packed rows."""

@@ -247,8 +247,27 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of the prompt with the generation prompt: what the policy continues."""
-    return tokenize(tokenizer, render(tokenizer, messages, generation_prompt=True))
+    """Ids of the prompt with the generation prompt: what the policy continues.
+
+    Earlier replies are tokenised apart from what precedes them, as they were when they were sampled and as
+    encode_dialogue does, so that training and sampling read the same tokens.
+    """
+    text = render(tokenizer, messages, generation_prompt=True)
+    ids: list[int] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:index], generation_prompt=True)
+        whole = render(tokenizer, messages[: index + 1])
+        if not whole.startswith(prompt) or not prompt.startswith(done):
+            break
+        answer = _until_end(tokenizer, whole[len(prompt) :])
+        if not text.startswith(prompt + answer):
+            break  # the template rewrites earlier turns: they are read as it writes them now
+        ids += tokenize(tokenizer, prompt[len(done) :]) + tokenize(tokenizer, answer)
+        done = prompt + answer
+    return ids + tokenize(tokenizer, text[len(done) :])
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
