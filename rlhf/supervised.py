@@ -10,6 +10,7 @@ from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.data import Split
 from rlhf.data.disk import keep, lengths
 from rlhf.data.template import Encoded
+from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context
@@ -54,7 +55,13 @@ class Supervised(Stage):
             check_context(model, packing, "stage.packing")
 
     def prepare(self) -> None:
-        """Tokenises the data."""
+        """Tokenises the data. Raises UserError for records that are neither texts nor demonstrations."""
+        record = self.data.data.record
+        if record not in ("text", "demonstration"):
+            raise UserError(
+                f"data.record={record}: stage={self.name} trains on texts and demonstrations; "
+                "type data.record=demonstration, or another data="
+            )
         self.encode(self.data, self.policy.tokenizer)
         self.arrange()
 

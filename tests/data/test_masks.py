@@ -1,6 +1,7 @@
 """The mask of every chat format, with a real tokenizer: it marks the decoded reply and its end of turn, and no more."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import AutoTokenizer
 from rlhf.data import template
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.collate import collate
-from rlhf.data.records import Message
+from rlhf.data.data import Data
+from rlhf.data.records import Comparison, Demonstration, Message
 from rlhf.data.template import Encoded, check_template, encode_dialogue, encode_prompt, encode_response
 from rlhf.errors import UserError
 from rlhf.models.causal_lm import CausalLM
@@ -175,9 +177,15 @@ def published(name: str) -> str:
     return (folder / f"{name}.jinja").read_text()
 
 
+@cache
+def published_tokenizer() -> Any:
+    """SmolLM2's tokenizer as it was published, which takes a second to load."""
+    return AutoTokenizer.from_pretrained(smollm2.folder())
+
+
 def with_tokens_of(text: str) -> Any:
-    """SmolLM2's tokenizer with the special tokens that a template of another family writes."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
+    """The same one, with the special tokens that a template of another family writes."""
+    tokenizer = published_tokenizer()
     names = set(re.findall(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>", text)) - set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(names)}, replace_extra_special_tokens=False)
     tokenizer.chat_template = text
@@ -216,3 +224,43 @@ def test_published_templates_that_cannot_be_trained_are_found_out(name: str, mes
     with pytest.raises(UserError, match=message) as caught:
         check_template(tokenizer, [*ONE, *MORE])
     assert "\n" not in str(caught.value) and "model.chat_template=chatml" in str(caught.value)
+
+
+# -- real files -----------------------------------------------------------------------------------------------------
+
+FILES = {
+    "alpaca_en_demo.json": "demonstration",
+    "tool_use_demo_50.jsonl": "demonstration",  # system messages, typed parts, tool calls, tool results
+    "gsm8k_train_1000.jsonl": "demonstration",
+    "dpo_en_demo.json": "comparison",  # several turns
+    "hh_harmless.jsonl.gz": "comparison",
+    "kto_en_demo.json": "label",
+}
+
+
+@pytest.mark.parametrize("name", ["own", "chatml", "zephyr", "llama2"])
+@pytest.mark.parametrize("file", FILES)
+def test_real_dialogues(tokenizer: Any, name: str, file: str, shared_data: Path) -> None:
+    """Of every dialogue the replies are trained, whole and with their end; of what users and tools say, nothing."""
+    data = Data(FILES[file], str(shared_data / file), 40, 0, 4096)  # type: ignore[arg-type]
+    split = data.load()
+    rows, report = split.encode(tokenizer, "train")
+    assert report.kept == len(split.train) and not report.refused and not report.dropped
+    end = FRAMES[name][2].strip()
+    for record, row in zip(split.train, rows, strict=True):
+        if isinstance(record, Demonstration):
+            found = spans(tokenizer, row)
+            said = [message.content for message in record.messages if message.role == "assistant"]
+        else:
+            responses = row.responses if isinstance(record, Comparison) else [row.response]
+            found = [tokenizer.decode(response) for response in responses]
+            said = list(record.responses) if isinstance(record, Comparison) else [record.response]
+            prompt = tokenizer.decode(row.prompt)
+            assert all(message.content.strip() in prompt for message in record.prompt)
+        assert all(text.endswith(end) for text in found)
+        assert [text.removesuffix(end).strip() for text in found] == [text.strip() for text in said]
+    if file.startswith("tool_use"):
+        roles = {message.role for record in split.train for message in record.messages}
+        assert roles == {"system", "user", "assistant", "tool"}
+        replies = "".join(text for row in rows for text in spans(tokenizer, row))
+        assert "<think>" in replies and "<tool_call>" in replies
