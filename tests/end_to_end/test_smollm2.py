@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,9 +49,11 @@ def rlhf(home: Path, *words: str) -> Done:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Iterator[Path]:
     smollm2.folder()
-    return tmp_path_factory.mktemp("smollm2")
+    folder = tmp_path_factory.mktemp("smollm2")
+    yield folder
+    shutil.rmtree(folder)  # half a gigabyte a run
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_sft_reward_model_and_ppo_with_lora(home: Path, pipeline: Done) -> None:
     [
         ("dpo", ["adapter=qlora", "data.validation=0", "stage.batch_size=2", "stage.epochs=1"]),
         ("grpo", ["adapter=lora", *PROMPTS, "stage.steps=1", "stage.batch_size=2"]),
-        ("rejection_sampling", ["adapter=qlora", *PROMPTS, "stage.batch_size=2", "stage.epochs=1"]),
+        ("rejection_sampling", ["adapter=qlora", *PROMPTS, "stage.batch_size=1", "stage.epochs=1"]),
     ],
 )
 def test_other_stages_from_the_same_policy(home: Path, pipeline: Done, stage: str, words: list[str]) -> None:
