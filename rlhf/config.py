@@ -1,7 +1,7 @@
 """The config of one step: the root config with the step's node merged on top, and then its own root.
 
-Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${artifact:STEP}``, ``${base_model:STEP}`` and
-``${base_weights:STEP}``.
+Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${pretrained_input:ROLE,HUB_ID,PACKAGE}``,
+``${artifact:STEP}``, ``${base_model:STEP}`` and ``${base_weights:STEP}``.
 No torch here.
 """
 
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 Plain = dict[str, Any]
 
-_READS = re.compile(r"(?:inputs\.|optional_input:)(\w+)")
+_READS = re.compile(r"(?:inputs\.|optional_input:|pretrained_input:)(\w+)")
 _REQUIRES = re.compile(r"\$\{inputs\.(\w+)\}")
 _REFERS = re.compile(r"\$\{(artifact|base_model|base_weights):\s*(\w+)\s*\}")
 
@@ -53,6 +53,16 @@ def _optional_input(role: str, default: Any = None, *, _root_: DictConfig) -> An
     return default if value is None else value
 
 
+def _pretrained_input(role: str, hub_id: str, package: str, *, _root_: DictConfig) -> Any:
+    """The input, else the hub's model, else (without network) the same model out of a Python package."""
+    value = _optional_input(role, _root_=_root_)
+    if value is not None:
+        return value
+    from rlhf import hub  # not at the top: it costs a look at the network, which most commands do not need
+
+    return hub.choose(hub_id, package).path
+
+
 def _artifact(step: str) -> str:
     current = _scope.get()
     if current is None or step not in current.folders:
@@ -73,6 +83,7 @@ def _base_weights(step: str) -> str:
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf. May be called any number of times."""
     OmegaConf.register_new_resolver("optional_input", _optional_input, replace=True)
+    OmegaConf.register_new_resolver("pretrained_input", _pretrained_input, replace=True)
     OmegaConf.register_new_resolver("artifact", _artifact, replace=True)
     OmegaConf.register_new_resolver("base_model", _base_model, replace=True)
     OmegaConf.register_new_resolver("base_weights", _base_weights, replace=True)

@@ -70,7 +70,7 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
         dropped = f"; the first unusable: {report.bad[0]}" if report.bad else ""
         print(f"{flag} {source}: {report.read} rows read, {report.kept} used{dropped}")
     records = split.validation if held_out else split.train
-    return records if limit is None else records[:limit]
+    return list(records if limit is None else records[:limit])
 
 
 def _as_typed(message: str, kind: str, flag: str) -> str:

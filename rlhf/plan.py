@@ -11,7 +11,7 @@ import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import config as configs
-from rlhf import rounds, runs
+from rlhf import hub, rounds, runs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
@@ -79,6 +79,11 @@ def plan(root: DictConfig, overrides: Sequence[str] = ()) -> Plan:
     planner.add(last)
     compare = planner.comparison()
     notes = _overrides_without_effect(planner, overrides, repeated)
+    for choice in _weights_chosen(planner):
+        if choice.problem:
+            planner.problems.append(choice.problem)
+        else:
+            notes.append(choice.said)
     if planner.problems:
         raise UserError("\n".join(dict.fromkeys(planner.problems)))
     return Plan(planner.steps, planner.skipped(last), compare, notes)
@@ -266,6 +271,13 @@ def _unread(config: Plain) -> set[str]:
     from rlhf import validation
 
     return {"optimizer", "scheduler"} - set(validation.groups(hydra.utils.get_object(config["stage"]["_target_"])))
+
+
+def _weights_chosen(planner: _Planner) -> list[hub.Choice]:
+    """Of the models that the hub or a package can give: those that a step of the plan starts from."""
+    models = [step.config.get("model") for step in planner.steps]
+    used = {model.get("path") for model in models if isinstance(model, dict)}
+    return [choice for choice in hub.chosen() if choice.path in used]
 
 
 def _overrides_without_effect(

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlhf.data.collate import TokenBatch, collate, pack
+from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.data import Split
+from rlhf.data.disk import keep
 from rlhf.data.records import Prompt
 from rlhf.data.template import encode_text
 from rlhf.diagnostics import proxy_gold_gap, reply_metrics
@@ -212,7 +213,8 @@ class RolloutStage(Stage):
         if self.objective.gamma:
             assert self.text is not None  # check_parts
             tokenizer = self.policy.tokenizer
-            self.documents = pack([encode_text(tokenizer, record.text) for record in self.text.train], self.text_length)
+            documents = (encode_text(tokenizer, record.text) for record in self.text.train)
+            self.documents = keep(packed(documents, self.text_length), like=self.text.train)
 
     def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
         """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""

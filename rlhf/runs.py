@@ -73,7 +73,9 @@ _IRRELEVANT_SOURCE = frozenset(
     ]
     # fmt: on
 )
-_HASHED_WHOLE = 64 * 2**20  # bytes; a larger file is known by its size, time of change and first MiB
+# Files that count by their content even where the name alone is typed.
+_NAMED_BY_CONTENT = (".jinja", ".gguf")
+_HASHED_WHOLE = 256 * 2**20  # bytes; a larger file is known by its size, time of change and first MiB
 
 
 # Files
@@ -353,7 +355,7 @@ def _canonical(node: Any, planned: Mapping[str, str]) -> Any:
         return [_canonical(value, planned) for value in node]
     if isinstance(node, float) and node.is_integer():
         return int(node)
-    if isinstance(node, str) and "/" in node:
+    if isinstance(node, str) and ("/" in node or node.endswith(_NAMED_BY_CONTENT)):
         for folder, name in planned.items():
             if node == folder or node.startswith(folder + "/"):
                 return name + node[len(folder) :]
@@ -378,10 +380,15 @@ def identity(path: Path) -> str:
 
 def _file_digest(path: Path) -> str:
     stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
     with path.open("rb") as file:
-        if stat.st_size <= _HASHED_WHOLE:
+        if size <= _HASHED_WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        return f"{stat.st_size}-{stat.st_mtime_ns}-{hashlib.sha256(file.read(2**20)).hexdigest()}"
+        return f"{size}-{changed_ns}-{hashlib.sha256(file.read(2**20)).hexdigest()}"
 
 
 def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
@@ -415,10 +422,10 @@ def _package_folder(package: str) -> Path | None:
 
 
 def source_digest(folder: Path, leave_out: Iterable[str] = ()) -> str:
-    """Digest of a package's Python code; comments, docstrings and layout do not count."""
+    """Digest of a package's Python code and chat templates; comments, docstrings and layout of code do not count."""
     left_out = frozenset(leave_out)
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]):
         relative = path.relative_to(folder)
         if relative.parts[0].removesuffix(".py") not in left_out and "tests" not in relative.parts:
             total.update(f"{relative.as_posix()}\0{_code(path, path.stat().st_mtime_ns)}\0".encode())
@@ -427,6 +434,8 @@ def source_digest(folder: Path, leave_out: Iterable[str] = ()) -> str:
 
 @cache
 def _code(path: Path, changed_ns: int) -> str:
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         tree = ast.parse(path.read_text())
     except SyntaxError:

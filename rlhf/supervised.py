@@ -6,9 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import TokenBatch, collate, pack
+from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.data import Split
+from rlhf.data.disk import keep, lengths
 from rlhf.data.template import Encoded
+from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context
@@ -53,15 +55,21 @@ class Supervised(Stage):
             check_context(model, packing, "stage.packing")
 
     def read_examples(self) -> None:
-        """Tokenises the data."""
+        """Tokenises the data. Raises UserError for records that are neither texts nor demonstrations."""
+        record = self.data.data.record
+        if record not in ("text", "demonstration"):
+            raise UserError(
+                f"data.record={record}: stage={self.name} trains on texts and demonstrations; "
+                "type data.record=demonstration, or another data="
+            )
         self.encode(self.data, self.policy.tokenizer)
         self.arrange()
 
     def arrange(self) -> None:
         """Packs the documents, if that is asked for, and orders the batches."""
         if self.packing:
-            self.examples = pack(self.examples, self.packing)
-        self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
+            self.examples = keep(packed(self.examples, self.packing), like=self.examples)
+        self.batches = self.order(lengths(self.examples), epochs=self.epochs)
 
     def collate(self, examples: list[Encoded]) -> TokenBatch:
         """A micro-batch of padded or packed rows."""

@@ -1,6 +1,6 @@
 """Tokens to tensors. B rows, T tokens, P pairs, R unique responses (one row each)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
@@ -179,7 +179,12 @@ def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 6
     return done
 
 
-def pack(documents: Sequence[Encoded], length: int) -> list[Encoded]:
+def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
+    """As `packed`, in a list."""
+    return list(packed(documents, length))
+
+
+def packed(documents: Iterable[Encoded], length: int) -> Iterator[Encoded]:
     """Rows of at most `length` tokens with several documents each, in order; positions restart at each document.
 
     A document is moved to the next row rather than cut, unless it is longer than a row: then it is cut into rows of
@@ -187,24 +192,17 @@ def pack(documents: Sequence[Encoded], length: int) -> list[Encoded]:
     """
     if length < 2:
         raise UserError(f"rows of length {length} have no target; type a length of 2 or more")
-    rows: list[Encoded] = []
     ids: list[int] = []
     mask: list[bool] = []
     positions: list[int] = []
-
-    def flush() -> None:
-        nonlocal ids, mask, positions
-        if ids:
-            rows.append(Encoded(ids, mask, positions))
-        ids, mask, positions = [], [], []
-
     for document in documents:
         for start in range(0, len(document), length):
             piece = document.ids[start : start + length]
-            if len(ids) + len(piece) > length:
-                flush()
+            if ids and len(ids) + len(piece) > length:
+                yield Encoded(ids, mask, positions)
+                ids, mask, positions = [], [], []
             ids += piece
             mask += [False, *document.mask[start + 1 : start + length]]  # a first token has no predecessor
             positions += range(len(piece))
-    flush()
-    return rows
+    if ids:
+        yield Encoded(ids, mask, positions)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlhf.data import template
+from rlhf.data.disk import DiskList, View
 from rlhf.data.formats import convert, detect, find_adapter
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text
 from rlhf.data.sources import ARITHMETIC, TESTBED, Row, digest_files, find_files, read_files, read_hub
@@ -61,17 +63,20 @@ class EncodeReport:
     truncated: int = 0  # rows cut at max_length, or prompts that lost their oldest turns
     dropped: int = 0  # do not fit
     tokens: int = 0
+    refused: int = 0  # dialogues that the chat template cannot write
+    first_refused: str = ""  # why, for the first of them
 
     def __str__(self) -> str:
-        return f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
+        line = f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
+        return line + (f", {self.refused} dropped: {self.first_refused}" if self.refused else "")
 
 
 @dataclass(frozen=True)
 class Split:
     """Records to train on and held-out ones, the report of loading them, and the options they were loaded with."""
 
-    train: list[Any]
-    validation: list[Any]
+    train: Sequence[Any]
+    validation: Sequence[Any]
     report: LoadReport
     data: "Data"
 
@@ -88,13 +93,13 @@ class Split:
 
     def encode(
         self, tokenizer: template.Tokenizer, part: Literal["train", "validation"]
-    ) -> tuple[list[Any], EncodeReport]:
+    ) -> tuple[Sequence[Any], EncodeReport]:
         """One side in tokens, as ``Data.encode``. Raises UserError where nothing to train on is left."""
         rows, report = self.data.encode(tokenizer, self.train if part == "train" else self.validation)
         if part == "train" and not rows:
             raise UserError(
-                f"data.max_length={self.data.max_length}: all {report.dropped} records of {self.data.source} are "
-                "longer; type a larger data.max_length"
+                f"data.max_length={self.data.max_length}: none of {self.data.source} is left to train on ({report}); "
+                "type a larger data.max_length"
             )
         return rows, report
 
@@ -121,6 +126,8 @@ class Data:
         tags: added to every prompt, for example [unsafe].
         testbed: the world, for source=testbed.
         arithmetic: the problems, for source=arithmetic.
+        streaming: read row by row, records and their tokens kept on disk (in RLHF_CACHE) and not in memory; for texts
+            and demonstrations. Everything else, the order of batches and a resume too, is as without it.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class Data:
         tags: list[str] | None = None,
         testbed: Testbed | None = None,
         arithmetic: Arithmetic | None = None,
+        streaming: bool = False,
     ) -> None:
         # With one source in the list nothing is different from that source.
         self.sources = [source] if isinstance(source, str) else [str(one) for one in source]
@@ -146,12 +154,18 @@ class Data:
         self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
         self.split, self.seed, self.max_bad = split, seed, max_bad
         self.tags = tuple(tags or ())
+        self.streaming = streaming
         self.testbed = testbed or Testbed()
         self.arithmetic = arithmetic or Arithmetic()
         if not self.sources:
             raise UserError("data.source=[]: no source in the list; name a run, a file or testbed")
         if len(self.sources) > 1 and {TESTBED, ARITHMETIC} & set(self.sources):
             raise UserError(f"data.source=[{self.source}]: testbed cannot be one of several; use data=mixture")
+        if streaming and record not in ("text", "demonstration"):
+            raise UserError(
+                f"data.streaming=true: {record}s are kept in memory, texts and demonstrations can be streamed; "
+                "leave it out"
+            )
         if validation >= 1 and validation != int(validation):
             raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
 
@@ -188,39 +202,55 @@ class Data:
         if self.source in (TESTBED, ARITHMETIC):
             train, validation = self._from_testbed(report)
         else:
-            train, validation = self._split(list(self._records(report)))
+            found = self._records(report)
+            train, validation = self._split(DiskList(found) if self.streaming else list(found))
         report.train, report.validation = len(train), len(validation)
         if not train:
             raise UserError(f"data.source={self.source}: no {self.record} to train on ({report})")
         return Split(train, validation, report, self)
 
-    def encode(self, tokenizer: template.Tokenizer, records: Sequence[Record]) -> tuple[list[Any], EncodeReport]:
+    def encode(self, tokenizer: template.Tokenizer, records: Sequence[Record]) -> tuple[Sequence[Any], EncodeReport]:
         """Records to tokens, within max_length and max_prompt_length.
 
         Gives Encoded for texts and demonstrations, EncodedComparison, EncodedLabel, or list[int] for prompts.
-        Documents longer than max_length are cut into several rows, which count as truncated.
+        Documents longer than max_length are cut into several rows, which count as truncated. Raises UserError for a
+        chat template that cannot be trained with, or that refuses more than max_bad of the records.
         """
-        rows: list[Any] = []
         report = EncodeReport()
+        found = self._encoded(tokenizer, records, report)
+        rows = DiskList(found) if self.streaming else list(found)
+        if report.refused > self.max_bad * len(records):
+            raise UserError(f"{report.refused} of {len(records)} records of {self.source}: {report.first_refused}")
+        return rows, report
+
+    def _encoded(self, tokenizer: template.Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
         for record in records:
             if isinstance(record, Text):
                 pieces = template.encode_text(tokenizer, record.text).pieces(self.max_length)
-                rows += pieces
                 report.kept += len(pieces)
                 report.truncated += len(pieces) > 1
                 report.tokens += sum(map(len, pieces))
+                yield from pieces
                 continue
-            row, cut = self._encode(tokenizer, record)
+            try:
+                row, cut = self._encode(tokenizer, record)
+            except template.Refused as refused:
+                report.refused += 1
+                report.first_refused = report.first_refused or str(refused)
+                continue
             if row is None:
                 report.dropped += 1
                 continue
-            rows.append(row)
             report.kept += 1
             report.truncated += cut
             report.tokens += len(row)
-        return rows, report
+            yield row
 
-    def _encode(self, tokenizer: template.Tokenizer, record: Record) -> tuple[Any, bool]:
+    def _encode(
+        self, tokenizer: template.Tokenizer, record: Demonstration | Comparison | Label | Prompt
+    ) -> tuple[Any, bool]:
+        asked = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+        template.check_template(tokenizer, asked)
         if isinstance(record, Demonstration):
             whole = template.encode_dialogue(tokenizer, record.messages)
             cut = template.Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
@@ -229,11 +259,10 @@ class Data:
             return template.encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
         if isinstance(record, Label):
             return template.encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
-        assert isinstance(record, Prompt)  # texts are cut, not fitted
         limit = self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
         return template.fit_prompt(tokenizer, record.messages, limit)
 
-    def _from_testbed(self, report: LoadReport) -> tuple[list[Any], list[Any]]:
+    def _from_testbed(self, report: LoadReport) -> tuple[Sequence[Any], Sequence[Any]]:
         size = self.size or TESTBED_SIZES[self.record]
         held_out = self._held_out(size)
         world = self.testbed if self.source == TESTBED else self.arithmetic
@@ -272,7 +301,7 @@ class Data:
             return (row for rows in rounds for row in rows if row is not None)
         if files:
             return read_files(files)
-        return read_hub(self.source, self.split, lazily=self.size is not None)
+        return read_hub(self.source, self.split, lazily=self.streaming or self.size is not None)
 
     def _records(self, report: LoadReport) -> Iterator[Record]:
         adapter = find_adapter(self.format)
@@ -288,6 +317,8 @@ class Data:
                     raise ValueError(f"expected an object with fields, got {type(raw).__name__}")
                 found = convert((adapter or find_adapter(detect(raw)))(raw), self.record)  # type: ignore[misc]
                 found = [self._tagged(record) for record in found]
+                for record in found:
+                    _check_turns(record)
                 if any(isinstance(record, Comparison) and not record.pairs() for record in found):
                     report.ties += 1
                     continue
@@ -315,7 +346,7 @@ class Data:
             return replace(record, tags=(*record.tags, *self.tags))
         raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
 
-    def _split(self, records: list[Any], held_out: int | None = None) -> tuple[list[Any], list[Any]]:
+    def _split(self, records: Sequence[Any], held_out: int | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
         """(train, validation) by the hash of what the records ask; the order within each side is that of the source."""
         if held_out is None:
             held_out = self._held_out(len(records))
@@ -326,19 +357,18 @@ class Data:
                 f"data.validation={self.validation} of {len(records)} records leaves none to train on; type a share, "
                 "such as data.validation=0.1"
             )
-        keys = [self._key(record) for record in records]
-        counts = Counter(keys)
-        taken: set[str] = set()
-        total = 0
-        for key in sorted(counts):
-            if total >= held_out:
-                break
-            taken.add(key)
-            total += counts[key]
-        train = [record for record, key in zip(records, keys, strict=True) if key not in taken]
-        return train, [record for record, key in zip(records, keys, strict=True) if key in taken]
+        import numpy as np
 
-    def _key(self, record: Record) -> str:
+        keys = np.fromiter((self._key(record) for record in records), np.uint64, len(records))
+        known, counts = np.unique(keys, return_counts=True)
+        last = known[np.searchsorted(np.cumsum(counts), held_out)]  # keys up to here have `held_out` records or more
+        sides = [array("Q", np.flatnonzero(side).tolist()) for side in (keys > last, keys <= last)]
+        if self.streaming:
+            return View(records, sides[0]), View(records, sides[1])
+        return [records[place] for place in sides[0]], [records[place] for place in sides[1]]
+
+    def _key(self, record: Record) -> int:
+        """64 bits of the hash of what a record asks."""
         if isinstance(record, Text):
             content = record.text
         elif isinstance(record, Demonstration):
@@ -347,4 +377,17 @@ class Data:
         else:
             turns = record.messages if isinstance(record, Prompt) else record.prompt
             content = "\x1f".join(message.content for message in turns)
-        return hashlib.sha256(f"{self.seed}\x1e{content}".encode()).hexdigest()
+        return int.from_bytes(hashlib.sha256(f"{self.seed}\x1e{content}".encode()).digest()[:8])
+
+
+def _check_turns(record: Record) -> None:
+    """Raises ValueError for a dialogue in which the user or the assistant says nothing.
+
+    A tool may answer nothing. A compared reply may be empty too: that it is worse than another is a preference.
+    """
+    if isinstance(record, Text):
+        return
+    messages = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+    for number, message in enumerate(messages, 1):
+        if message.role in ("user", "assistant") and not message.content.strip():
+            raise ValueError(f"turn {number} ({message.role}): empty")

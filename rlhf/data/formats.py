@@ -64,7 +64,7 @@ def _content(message: Raw) -> str:
     content = message.get("content", message.get("value"))
     if content is None and not message.get("tool_calls"):
         raise ValueError("content: missing")
-    parts = [content] if isinstance(content, str) else []
+    parts = [content] if isinstance(content, str) and (content or not message.get("tool_calls")) else []
     for part in content if isinstance(content, list | tuple) else ():
         kind, value = part.get("type", "text"), part.get("value", part.get("text"))
         if not isinstance(value, str):

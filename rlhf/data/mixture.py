@@ -3,17 +3,20 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.disk import Chain, View
 from rlhf.errors import UserError, suggest
 
 
 class Mixture(Data):
     """Takes the place of a Data: records of one type from several parts, in a random order drawn from the seed.
+
+    It streams if one of its parts does.
 
     Arguments:
         parts: the sources, by name; all of one record type. max_length and the like are the first part's.
@@ -46,6 +49,7 @@ class Mixture(Data):
             max_length=first.max_length,
             max_prompt_length=first.max_prompt_length,
             seed=seed,
+            streaming=any(part.streaming for part in self.parts.values()),
         )
 
     @staticmethod
@@ -68,23 +72,30 @@ class Mixture(Data):
         total = sum(self.weights.values())
         rng = random.Random(f"mixture/{self.seed}")
         report = LoadReport(source=self.source)
-        train: list[Any] = []
-        validation: list[Any] = []
+        parts: list[Sequence[Any]] = []
+        places: list[int] = []  # in all parts, one after the other
+        validation: list[Sequence[Any]] = []
         count = self.count
         for name, part in self.parts.items():
             split = part.load()
             if count is None:  # the first part
                 count = round(len(split.train) * total / self.weights[name])
             wanted = round(count * self.weights[name] / total)
-            drawn: list[Any] = []
+            first = sum(map(len, parts))
+            drawn: list[int] = []
             while len(drawn) < wanted:
-                drawn += rng.sample(split.train, min(wanted - len(drawn), len(split.train)))
-            train += drawn
-            validation += split.validation
+                own = range(first, first + len(split.train))
+                drawn += rng.sample(own, min(wanted - len(drawn), len(own)))
+            places += drawn
+            parts.append(split.train)
+            validation.append(split.validation)
             report.read += split.report.read
             report.kept += split.report.kept
             report.ties += split.report.ties
             report.bad += split.report.bad
-        rng.shuffle(train)
-        report.train, report.validation = len(train), len(validation)
-        return Split(train, validation, report, self)
+        rng.shuffle(places)
+        train, held_out = View(Chain(parts), places), Chain(validation)
+        report.train, report.validation = len(train), len(held_out)
+        if self.streaming:
+            return Split(train, held_out, report, self)
+        return Split(list(train), list(held_out), report, self)

@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,67 +76,153 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def read_files(files: list[Path]) -> Iterator[Row]:
-    """Rows of local files, lazily where the format allows; a line that is no JSON becomes a row with an error."""
+    """Rows of local files, lazily where the format allows; a line that cannot be read becomes a row with an error.
+
+    Raises UserError for a file that is broken as a whole.
+    """
     for path in files:
-        kind, name = _kind(path), path.name
-        if kind == ".parquet":
-            import pyarrow.parquet
+        number = 0
+        try:
+            for row in _read(path):
+                number = row.row
+                yield row
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(
+                f"data.source={path}: a broken gz file, unreadable after row {number} ({error}); get it again"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.source={path}: not UTF-8 (byte {error.object[error.start]:#x} after row {number}); convert it, "
+                f"for example with: iconv -f latin1 -t utf-8 {path.name}"
+            ) from None
 
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                for raw in batch.to_pylist():
-                    number += 1
-                    yield Row(name, number, raw)
+
+def _read(path: Path) -> Iterator[Row]:
+    kind, name = _kind(path), path.name
+    if kind == ".parquet":
+        yield from _read_parquet(path)
+    elif kind == ".txt":
+        yield from _read_text(path)
+    elif kind == ".json":
+        yield from _read_json(path)
+    else:
+        with _open(path) as lines:
+            yield from _read_lines(lines, name)
+
+
+def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8", errors="replace") as stream:
-            if kind == ".txt":
-                yield from _read_text(stream, name)
-            elif kind == ".json":
-                yield from _read_json(stream, path)
-            else:
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _parse(line, name, number)
+        try:
+            yield Row(name, number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+        except UnicodeDecodeError as error:
+            yield Row(name, number, None, f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})")
+        except json.JSONDecodeError as error:
+            yield Row(name, number, None, f"not JSON ({error.msg} at column {error.colno})")
 
 
-def _parse(line: str, name: str, number: int) -> Row:
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
     try:
-        return Row(name, number, json.loads(line))
-    except json.JSONDecodeError as error:
-        return Row(name, number, None, f"not JSON ({error.msg} at column {error.colno})")
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for raw in batch.to_pylist():
+                number += 1
+                yield Row(path.name, number, raw)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.source={path}: a broken parquet file, unreadable after row {number} ({reason}); get it again"
+        ) from None
 
 
-def _read_json(stream: IO[str], path: Path) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of rows, or an object that holds one list; or JSON lines, which often bear this name."""
+    with _open(path) as binary:
+        content = binary.read()
     try:
-        rows = json.load(stream)
+        rows = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"data.source={path}: not JSON ({error.msg}, line {error.lineno})") from None
+        if _is_json_object(content.lstrip().partition(b"\n")[0]):
+            yield from _read_lines(content.splitlines(), path.name)
+            return
+        raise UserError(
+            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); mend the file, or name it .jsonl if it "
+            "has one object a line"
+        ) from None
     if isinstance(rows, dict):  # {"data": [...]} and its like
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise UserError(f"data.source={path}: expected a list of rows, or an object that holds one list")
         rows = lists[0]
+    if not isinstance(rows, list):
+        raise UserError(f"data.source={path}: expected a list of rows, got {type(rows).__name__}")
     yield from (Row(path.name, number, raw) for number, raw in enumerate(rows, 1))
 
 
-def _read_text(stream: IO[str], name: str) -> Iterator[Row]:
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _read_text(path: Path) -> Iterator[Row]:
     """Plain text: documents parted by empty lines if there are any, else one a line."""
-    content = stream.read()
-    documents = content.split("\n\n") if "\n\n" in content else content.splitlines()
-    yield from (
-        Row(name, number, {"text": document}) for number, document in enumerate(documents, 1) if document.strip()
-    )
+    with _text(path) as stream:
+        pieces = iter(lambda: stream.read(2**20), "")
+        last = ""
+        parted = False
+        for piece in pieces:
+            parted = parted or "\n\n" in last + piece
+            last = piece[-1:]
+            if parted:
+                break
+    with _text(path) as stream:
+        documents = _parted(stream) if parted else (part for line in stream for part in line.splitlines())
+        for number, document in enumerate(documents, 1):
+            if document.strip():
+                yield Row(path.name, number, {"text": document})
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[IO[str]]:
+    with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as stream:
+        yield stream
+
+
+def _parted(stream: IO[str]) -> Iterator[str]:
+    """`stream.read().split("\\n\\n")`, a piece at a time."""
+    rest = ""
+    for piece in iter(lambda: stream.read(2**20), ""):
+        *whole, rest = (rest + piece).split("\n\n")
+        yield from whole
+    yield rest
 
 
 def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
     """Rows of a Hugging Face data set (ID or ID:SUBSET), from the hub or from its local cache. Raises UserError."""
+    from rlhf import hub
+
+    online = hub.use_cache_if_unreachable()
     import datasets
 
+    if not online:
+        datasets.config.HF_HUB_OFFLINE = True
     name, _, subset = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, name=subset or None, split=split, streaming=lazily)
+        # What lies in the cache lies there whole, and cannot be streamed.
+        rows = datasets.load_dataset(name, name=subset or None, split=split, streaming=lazily and online)
     except Exception as error:  # the library raises a dozen unrelated types for "not there"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not online:
+            raise UserError(
+                f"data.source={source}: no such file, and the hub is not reachable (nor is this data set in its cache "
+                "on this machine); give the path of a local file or a glob, or go online"
+            ) from error
         raise UserError(
             f"data.source={source}: neither a local file nor a data set that can be loaded ({reason}); "
             "give a path, a glob, a Hugging Face id or testbed"

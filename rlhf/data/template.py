@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
+from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.errors import UserError
 
@@ -13,23 +16,11 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|' + ('user' if message['role'] == 'tool' else message['role']) + '|>' + message['content'] + '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = TEMPLATES["plain"]
 """Template of tokenizers trained here: `<|user|>..<|end|><|assistant|>..<|end|>`, no newlines, no default system."""
 
-CHATML_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
+CHATML_TEMPLATE = TEMPLATES["chatml"]
 """ChatML without a default system message."""
-
-TEMPLATES = {"plain": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE}
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -102,12 +93,28 @@ class EncodedLabel:
         return len(self.prompt) + len(self.response)
 
 
+class Refused(UserError):
+    """A dialogue that the chat template cannot write: two user turns in a row where it wants them to alternate, say."""
+
+
 def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     """The dialogue as the template writes it, special tokens included as text."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
     turns = [message.to_json() for message in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is no Jinja template (line {error.lineno}: {error}); mend the file, or type "
+            "model.chat_template=chatml"
+        ) from None
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = ", ".join(message.role for message in messages)
+        raise Refused(
+            f"the chat template cannot write a dialogue of the turns {roles} ({str(error).splitlines()[0]}); "
+            "type model.chat_template=chatml"
+        ) from None
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -130,6 +137,62 @@ def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int]:
         "the chat template ends an assistant turn with no special token, so a policy could never learn to stop; "
         "type model.chat_template=chatml"
     )
+
+
+_NO_START = (
+    "the chat template's generation prompt is not how it begins an assistant turn, so a policy would be trained on "
+    "other text than it is asked to continue; type model.chat_template=chatml"
+)
+
+
+def _until_end(tokenizer: Tokenizer, turn: str) -> str:
+    """An assistant turn as rendered, up to and with its end-of-turn token."""
+    end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
+    if end not in turn:
+        raise UserError(
+            f"the chat template does not end every assistant turn with {end}, so a policy would not learn to stop; "
+            "type model.chat_template=chatml"
+        )
+    return turn[: turn.rindex(end) + len(end)]
+
+
+def check_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    """Whether the chat template can be trained with, for dialogues with the roles of this one.
+
+    Raises UserError, one line, for a template that leaves out what a role says, does not end every assistant turn with
+    the same token, begins an assistant turn otherwise than the generation prompt does, or rewrites earlier turns. Each
+    set of roles is tried once, on words of our own. What the template refuses is left to the dialogue itself.
+    """
+    if not tokenizer.chat_template:
+        render(tokenizer, messages)  # raises
+    roles = {message.role for message in messages}
+    several = sum(message.role == "assistant" for message in messages) > 1
+    _check(tokenizer, tokenizer.chat_template, "system" in roles, "tool" in roles, several)
+
+
+@lru_cache(maxsize=32)
+def _check(tokenizer: Tokenizer, chat_template: str, system: bool, tool: bool, several: bool) -> None:
+    roles = ["system"] * system + ["user", "assistant"] + ["tool", "assistant"] * tool + ["user", "assistant"] * several
+    dialogue = [Message(role, f"zqxj{index}") for index, role in enumerate(roles)]
+    try:
+        text = render(tokenizer, dialogue)
+        for message in dialogue:
+            if message.content not in text:
+                raise UserError(
+                    f"the chat template leaves out what the {message.role} says (role {message.role}); "
+                    "type model.chat_template=chatml, or a Jinja file that writes it"
+                )
+        alone = dialogue[: roles.index("assistant") + 1]
+        if not render(tokenizer, alone).startswith(render(tokenizer, alone[:-1], generation_prompt=True)):
+            raise UserError(_NO_START)
+        ends = [index for index, role in enumerate(roles) if role == "assistant"]
+        for index, place in enumerate(ends):
+            start = text.index(dialogue[place].content)
+            stop = text.index(dialogue[place + 1].content) if index + 1 < len(ends) else len(text)
+            _until_end(tokenizer, text[start:stop])
+        encode_dialogue(tokenizer, dialogue)
+    except Refused:
+        return
 
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:
@@ -177,9 +240,7 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
                 f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
                 "prompt), so answers cannot be masked; give a template that only appends: model.chat_template=chatml"
             )
-        turn = whole[len(prompt) :]
-        end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
-        answer = turn[: turn.rindex(end) + len(end)]
+        answer = _until_end(tokenizer, whole[len(prompt) :])
         before, target = tokenize(tokenizer, prompt[len(done) :]), tokenize(tokenizer, answer)
         ids += before + target
         mask += [False] * len(before) + [True] * len(target)
@@ -188,8 +249,27 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of the prompt with the generation prompt: what the policy continues."""
-    return tokenize(tokenizer, render(tokenizer, messages, generation_prompt=True))
+    """Ids of the prompt with the generation prompt: what the policy continues.
+
+    Earlier replies are tokenised apart from what precedes them, as they were when they were sampled and as
+    encode_dialogue does, so that training and sampling read the same tokens.
+    """
+    text = render(tokenizer, messages, generation_prompt=True)
+    ids: list[int] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:index], generation_prompt=True)
+        whole = render(tokenizer, messages[: index + 1])
+        if not whole.startswith(prompt) or not prompt.startswith(done):
+            break
+        answer = _until_end(tokenizer, whole[len(prompt) :])
+        if not text.startswith(prompt + answer):
+            break  # the template rewrites earlier turns: they are read as it writes them now
+        ids += tokenize(tokenizer, prompt[len(done) :]) + tokenize(tokenizer, answer)
+        done = prompt + answer
+    return ids + tokenize(tokenizer, text[len(done) :])
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -198,9 +278,10 @@ def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     prompt = [Message("user", "a")]
     before = render(tokenizer, prompt, generation_prompt=True)
     # Through the template, because some templates strip or decorate what the assistant says.
-    turn = render(tokenizer, [*prompt, Message("assistant", text)])[len(before) :]
-    end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
-    ids = tokenize(tokenizer, turn[: turn.rindex(end) + len(end)])
+    whole = render(tokenizer, [*prompt, Message("assistant", text)])
+    if not whole.startswith(before):
+        raise UserError(_NO_START)
+    ids = tokenize(tokenizer, _until_end(tokenizer, whole[len(before) :]))
     assert ids[-1] == end_id
     return ids
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
@@ -113,7 +114,12 @@ class QLoRA(LoRA):
             raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
 
     def quantization(self, precision: Precision) -> BitsAndBytesConfig:
-        """How the base is quantised; products are computed in the precision's format."""
+        """How the base is quantised; products are computed in the precision's format.
+
+        Raises:
+            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
+        """
+        check_bitsandbytes(self.quantize)
         if self.quantize == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
@@ -131,6 +137,32 @@ class QLoRA(LoRA):
         """As LoRA, on quantised layers that compute the same whether they train or not."""
         self.prepare(model)
         return super().apply(model)
+
+
+def check_bitsandbytes(quantize: str) -> None:
+    """Quantises and multiplies a few numbers, to find out before a model is loaded whether that works here.
+
+    Raises:
+        UserError: If it does not, with the reason.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        import bitsandbytes
+
+        kind = bitsandbytes.nn.Linear4bit if quantize == "nf4" else bitsandbytes.nn.Linear8bitLt
+        options = {"quant_type": "nf4"} if quantize == "nf4" else {"has_fp16_weights": False}
+        # A generator of its own: nothing else may draw from the run's randomness.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            layer = kind(64, 64, bias=False, **options).to(device)
+            found = layer(torch.ones(1, 64, device=device, dtype=torch.float16 if device == "cuda" else torch.float32))
+        works, reason = bool(torch.isfinite(found).all()), "it computes numbers that are not finite"
+    except Exception as error:  # missing libraries, kernels and drivers all raise types of their own
+        works, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not works:
+        raise UserError(
+            f"adapter=qlora: bitsandbytes does not run on this machine ({device}: {reason}); type adapter=lora, or "
+            "pip install --upgrade bitsandbytes"
+        )
 
 
 def make_exact(model: nn.Module) -> None:

@@ -25,11 +25,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from rlhf.data.template import TEMPLATES, end_of_turn_id
-from rlhf.data.tokenizer import SPECIALS, train_tokenizer
+from rlhf import hub
+from rlhf.data.chat_templates import TEMPLATES, TOKENS
+from rlhf.data.template import end_of_turn_id
+from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.language_model import LanguageModel, plain_config
+from rlhf.models.gguf import converted
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import adapters_alone
 from rlhf.models.precision import Precision
 
@@ -38,7 +41,6 @@ if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are 
 
 Corpus = Callable[[], Iterable[str]]
 
-TEMPLATE_TOKENS = {"plain": SPECIALS, "chatml": ("<|im_start|>", "<|im_end|>")}
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
@@ -53,7 +55,8 @@ class CausalLM:
         vocab_size: Vocabulary of the byte-level BPE that is trained on the corpus when there is neither ``path`` nor
             ``tokenizer``.
         tokenizer: Folder or hub id of another tokenizer. None: the model's own.
-        chat_template: "plain", "chatml" or a Jinja file, in place of the tokenizer's own. None: keep that.
+        chat_template: "plain", "chatml", "llama2", "llama3", "zephyr" or a Jinja file, in place of the tokenizer's own.
+            None: keep that.
         attention: Attention kernel: "sdpa" (PyTorch's fused one) or "eager" (written out).
         gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
         trust_remote_code: Whether Python code that comes with the weights may run.
@@ -194,31 +197,22 @@ class CausalLM:
             return self._made(kind.from_config, config, **arguments)
 
         arguments["trust_remote_code"] = self.trust_remote_code
-        if self.path.endswith(".gguf"):
-            if quantization is not None:
-                raise UserError(f"model.path={self.path}: a GGUF file cannot be quantised again; type adapter=lora")
-            loaded = self._read(kind, self.path, **arguments)
-            # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
-            config = plain_config(loaded.config)
-            model = kind.from_config(config, dtype=precision.weights, attn_implementation=self.attention)
-            model.load_state_dict(loaded.state_dict())
-        else:
-            path, adapters = self._base_path(), self._adapters()
-            size = precision.weights.itemsize
-            if quantization is not None:
-                if adapters:
-                    raise UserError(
-                        f"model.path={self.path}: adapters cannot be quantised; give the merged model, or type "
-                        "adapter.shared_base=true where a stage can put its own adapter on top"
-                    )
-                size = 1
-                quantization.llm_int8_skip_modules = ["lm_head", "score"]
-                arguments["quantization_config"] = quantization
-                arguments["device_map"] = {"": _device()}
-            self._check_memory(self.config(), size)
-            model = self._read(kind, path, **arguments)
-            for one in adapters:
-                model = PeftModel.from_pretrained(model, str(one)).merge_and_unload()
+        path, adapters = self._base_path(), self._adapters()
+        size = precision.weights.itemsize
+        if quantization is not None:
+            if adapters:
+                raise UserError(
+                    f"model.path={self.path}: adapters cannot be quantised; give the merged model, or type "
+                    "adapter.shared_base=true where a stage can put its own adapter on top"
+                )
+            size = 1
+            quantization.llm_int8_skip_modules = ["lm_head", "score"]
+            arguments["quantization_config"] = quantization
+            arguments["device_map"] = {"": _device()}
+        self._check_memory(self.config(), size)
+        model = self._read(kind, path, **arguments)
+        for one in adapters:
+            model = PeftModel.from_pretrained(model, str(one)).merge_and_unload()
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             if type(adapter) is not NoAdapter:
                 raise UserError(
@@ -238,14 +232,14 @@ class CausalLM:
                 )
             tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), self.vocab_size)
         else:
-            if source == self.path and not self.path.endswith(".gguf"):
+            if source == self.path:
                 own = self._adapters()
                 there = own and (own[-1] / "tokenizer_config.json").exists()
                 source = str(own[-1]) if there else self._base_path()
             tokenizer = self._found(AutoTokenizer.from_pretrained, source)
         if self.chat_template is not None:
             tokenizer.chat_template = self._template()
-            missing = [t for t in TEMPLATE_TOKENS.get(self.chat_template, ()) if t not in tokenizer.get_vocab()]
+            missing = [t for t in TOKENS.get(self.chat_template, ()) if t not in tokenizer.get_vocab()]
             if missing:
                 tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
         _give_pad(tokenizer)
@@ -257,8 +251,10 @@ class CausalLM:
             return TEMPLATES[self.chat_template]
         file = Path(self.chat_template)
         if not file.is_file():
-            names = " or ".join(TEMPLATES)
-            raise UserError(f"model.chat_template={self.chat_template}: no such file; type {names}, or a Jinja file")
+            raise UserError(
+                f"model.chat_template={self.chat_template}: neither a template's name nor a Jinja file"
+                f"{suggest(self.chat_template, TEMPLATES)}"
+            )
         return file.read_text(encoding="utf-8")
 
     # --- finding ---
@@ -287,12 +283,11 @@ class CausalLM:
         """Reads from a folder, a hub id or a GGUF file; what is not there is the user's to mend."""
         arguments.setdefault("trust_remote_code", self.trust_remote_code)
         if source.endswith(".gguf"):
-            file = Path(source)
-            if not file.is_file():
-                raise UserError(f"model.path={source}: no such file")
-            source, arguments["gguf_file"] = str(file.parent), file.name
+            source = converted(source)
         elif re.match(r"^[./~]", source) and not Path(source).is_dir():
             raise UserError(f"model.path={source}: no such folder")
+        elif not Path(source).is_dir():
+            hub.use_cache_if_unreachable()
         try:
             return self._made(read, source, **arguments)
         except (OSError, ValueError) as error:
@@ -303,9 +298,11 @@ class CausalLM:
 
     @property
     def folder(self) -> str | None:
-        """``path``, or the model inside it where it is a run folder."""
+        """``path``, or the model inside it where it is a run folder, or the folder that a GGUF file is read into."""
         if self.path is None:
             return None
+        if self.path.endswith(".gguf"):
+            return converted(self.path)
         inner = Path(self.path) / "model"
         if not (Path(self.path) / "config.json").exists() and (inner / "config.json").exists():
             return str(inner)

