@@ -71,7 +71,7 @@ class CollectStage(Stage):
 
     def predict_dataloader(self) -> DataLoader:
         """The prompts in their order."""
-        return DataLoader(self.examples, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
+        return DataLoader(self.data.train, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
 
     def on_predict_epoch_start(self) -> None:
         """Finds what an earlier attempt has finished."""

@@ -12,7 +12,7 @@ from rlhf.cli import options
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.chat import Chat
+    from rlhf.using.chat import Chat
 
 COMMANDS = "/reset forgets the dialogue, /system TEXT starts over with a system message, /quit ends"
 
@@ -20,13 +20,13 @@ COMMANDS = "/reset forgets the dialogue, /system TEXT starts over with a system 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import named
+    from rlhf.using import named
 
     found = named.policy(args.run, args.outputs)
-    from rlhf.chat import Chat
     from rlhf.data.records import Message
     from rlhf.evaluation import load_policy
     from rlhf.rollout import Sampler
+    from rlhf.using.chat import Chat
 
     sampler = Sampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     policy = load_policy(found.path)

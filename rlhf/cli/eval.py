@@ -13,9 +13,9 @@ from rlhf.cli import options
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.eval_file import Result
-    from rlhf.measuring import Measured, Task
-    from rlhf.named import Named
+    from rlhf.using.eval_file import Result
+    from rlhf.using.measuring import Measured, Task
+    from rlhf.using.named import Named
 
 TESTBED_REPLY = 32  # tokens; as conf/rollout/sample
 REPLY = 128
@@ -24,9 +24,9 @@ REPLY = 128
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import eval_file, named
-    from rlhf.given_data import load_documents, load_prompts
     from rlhf.report import console
+    from rlhf.using import eval_file, named
+    from rlhf.using.given_data import load_documents, load_prompts
 
     # All that can be wrong with what was typed is found before torch is imported.
     policies = [named.policy(ref, args.outputs) for ref in args.runs]
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         if args.demonstrations
         else []
     )
-    from rlhf.measuring import Task
+    from rlhf.using.measuring import Task
 
     longest = args.max_new_tokens or (TESTBED_REPLY if gold else REPLY)
     task = Task(prompts, texts, dialogues, longest, args.temperature, args.seed, args.batch_size)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def _references(ref: str | None, policies: "list[Named]", outputs: Path) -> dict[str, str]:
     """Policy's path -> path of the model its KL is measured against; those without one are left out."""
-    from rlhf import named
+    from rlhf.using import named
 
     if ref == "none":
         return {}
@@ -99,8 +99,8 @@ def _measure(
 ) -> "list[Measured]":
     """Every policy's replies with all metrics of them but wins. One model is in memory at a time."""
     from rlhf.errors import UserError
-    from rlhf.measuring import add_kl, add_scores, device, measure
     from rlhf.scoring import GoldReward, ModelReward, make_ready
+    from rlhf.using.measuring import add_kl, add_scores, device, measure
 
     measured = [measure(one.label, one.path, task) for one in everyone]
     for reference in dict.fromkeys(references.values()) if task.temperature > 0 else ():
@@ -128,7 +128,7 @@ def _wins(
     measured: "list[Measured]", baseline: "Measured", judge: "Named | None", args: argparse.Namespace, task: "Task"
 ) -> None:
     """Win rates of all others against the baseline, by everything that can tell."""
-    from rlhf.wins import Judge, by_scores
+    from rlhf.using.wins import Judge, by_scores
 
     asked = Judge(judge.path, args.judge_template, args.outputs / "judge", args.batch_size) if judge else None
     for one in measured:
@@ -145,8 +145,8 @@ def _wins(
 
 
 def _result(one: "Measured", baseline: "Measured") -> "Result":
-    from rlhf.eval_file import LABELS, Result
     from rlhf.evaluation import estimate, paired
+    from rlhf.using.eval_file import LABELS, Result
 
     metrics = {name: estimate(one.values[name]) for name in LABELS if name in one.values}
     differences = {}

@@ -13,11 +13,11 @@ from rlhf.cli import options
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import named
-    from rlhf.export import export
-    from rlhf.model_card import card
     from rlhf.report import console
     from rlhf.summary import command
+    from rlhf.using import named
+    from rlhf.using.export import export
+    from rlhf.using.model_card import card
 
     model = named.model(args.run, args.outputs)
     found = export(model, args.to, args.merge, args.force)

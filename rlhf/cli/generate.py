@@ -16,10 +16,11 @@ from rlhf.cli import options
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import named, runs
-    from rlhf.given_data import load_prompts
-    from rlhf.reply_file import ReplyFile, digest
+    from rlhf import runs
     from rlhf.report import console
+    from rlhf.using import named
+    from rlhf.using.given_data import load_prompts
+    from rlhf.using.reply_file import ReplyFile, digest
 
     found = named.policy(args.run, args.outputs)
     world = named.testbed(found.run) if found.run is not None else None
@@ -63,8 +64,8 @@ def main(argv: list[str]) -> int:
 def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.Namespace) -> None:
     """Samples and writes what is still missing."""
     from rlhf.evaluation import load_policy
-    from rlhf.generation import SeededSampler, in_batches, room
     from rlhf.progress import Meter
+    from rlhf.using.generation import SeededSampler, in_batches, room
 
     policy = load_policy(path)
     longest = room(policy, prompts, args.max_new_tokens)

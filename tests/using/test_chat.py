@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.chat import Chat, ContextFull
 from rlhf.data.records import Message, Prompt
 from rlhf.evaluation import load_policy
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
+from rlhf.using.chat import Chat, ContextFull
 
 Typed = Callable[..., tuple[int, str]]
 

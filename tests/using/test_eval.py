@@ -14,8 +14,8 @@ from rlhf.data.records import Demonstration, Message, Prompt, Text
 from rlhf.evaluation import estimate, load_policy, paired
 from rlhf.judge import JudgeAnnotator
 from rlhf.models.language_model import LanguageModel
-from rlhf.perplexity import Likelihood, of_answers, of_texts
-from rlhf.wins import Judge, by_scores
+from rlhf.using.perplexity import Likelihood, of_answers, of_texts
+from rlhf.using.wins import Judge, by_scores
 
 Typed = Callable[..., tuple[int, str]]
 TEXTS = ["Anna has four dogs.", "Two plus two is four, of course. " * 12, "Good bye."]
@@ -131,7 +131,7 @@ def test_policies_side_by_side(rlhf: Typed, outputs: Path) -> None:
 
 
 def test_a_policy_against_itself_differs_in_nothing(rlhf: Typed, outputs: Path) -> None:
-    from rlhf.measuring import Task, add_kl, measure
+    from rlhf.using.measuring import Task, add_kl, measure
 
     Path("p.txt").write_text("Hello\nWho?\nWhy?\n")
     path = str(outputs / "sft" / "none0" / "model")

@@ -15,15 +15,15 @@ from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation import load_policy
-from rlhf.export import export
 from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
-from rlhf.named import Named
 from rlhf.rollout import Rollout, Sampler
 from rlhf.runs import Run
 from rlhf.scoring import ModelReward
 from rlhf.testing import rollout
+from rlhf.using.export import export
+from rlhf.using.named import Named
 from tests.models.conftest import FP32, move_adapter, spec
 from tests.using.conftest import ADAPTERS, finished, untrained
 

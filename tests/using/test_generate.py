@@ -10,10 +10,10 @@ import torch
 from rlhf.data.records import Message, Prompt
 from rlhf.data.template import encode_dialogue, encode_prompt
 from rlhf.evaluation import load_policy
-from rlhf.generation import SeededSampler, in_batches, stream
-from rlhf.given_data import load_prompts
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
+from rlhf.using.generation import SeededSampler, in_batches, stream
+from rlhf.using.given_data import load_prompts
 
 Typed = Callable[..., tuple[int, str]]
 QUESTIONS = ["What is two plus two?", "Hello", "Two plus two is", "Who?", "What is four, and why?"]
@@ -133,9 +133,9 @@ def test_prompts_come_in_every_format(tmp_path: Path, name: str, content: str) -
 
 
 def test_the_testbeds_prompts_are_those_held_out_from_the_run(outputs: Path) -> None:
-    from rlhf import named
     from rlhf.data.testbed.world import Testbed
     from rlhf.runs import Run
+    from rlhf.using import named
 
     world = named.testbed(Run(outputs / "sft" / "lora0"))  # the pretrained model's: its own data are a file
     assert world is not None and world["people"] == 5

@@ -7,9 +7,9 @@ from jinja2 import TemplateError
 from rlhf.data.records import Message
 from rlhf.data.template import encode_prompt
 from rlhf.errors import UserError
-from rlhf.generation import stream
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
+from rlhf.using.generation import stream
 
 
 class ContextFull(UserError):

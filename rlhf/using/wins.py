@@ -6,7 +6,7 @@ from pathlib import Path
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.judge import JudgeAnnotator, fill
-from rlhf.measuring import device
+from rlhf.using.measuring import device
 
 
 def by_scores(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf import named, runs
+from rlhf import runs
 from rlhf.errors import UserError
-from rlhf.named import Named
+from rlhf.using import named
+from rlhf.using.named import Named
 
 Kind = Literal["model", "adapter", "reward_model"]
 # What a model folder consists of: the only files that --force removes.

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rlhf.data.records import Demonstration, Prompt, Text
 from rlhf.evaluation import load_policy, sequence_logprobs
-from rlhf.generation import SeededSampler, in_batches, room
 from rlhf.models.language_model import LanguageModel
-from rlhf.perplexity import Likelihood, of_answers, of_texts
 from rlhf.progress import Meter
 from rlhf.rollout import Rollout
 from rlhf.scoring import Reward
+from rlhf.using.generation import SeededSampler, in_batches, room
+from rlhf.using.perplexity import Likelihood, of_answers, of_texts
 
 
 @dataclass(frozen=True)

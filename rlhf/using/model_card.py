@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf import eval_file, named
 from rlhf.config import Plain
-from rlhf.export import Exported
-from rlhf.named import Named
 from rlhf.report.console import number
 from rlhf.runs import Run
+from rlhf.using import eval_file, named
+from rlhf.using.export import Exported
+from rlhf.using.named import Named
 
 # Groups of a config that say how a model was made; the others say where and with what on the screen.
 KNOBS = ("stage", "objective", "model", "adapter", "precision", "optimizer", "scheduler", "rollout", "reward",
