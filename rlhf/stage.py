@@ -215,6 +215,13 @@ class Stage(pl.LightningModule):
         self.held_out, held_out = data.encode(tokenizer, "validation")
         self.note(f"{data.report}; training: {training}; held out: {held_out}")
 
+    def fit_prompts(self, data: Split) -> Split:
+        """Prompts within ``data.max_length`` and ``data.max_prompt_length``; says what was dropped or cut."""
+        fitted, training, held_out = data.fitting(self.policy.tokenizer)
+        if any(part.truncated or part.dropped for part in (training, held_out)):
+            self.note(f"prompts: {training}; held out: {held_out}")
+        return fitted
+
     def note(self, text: str) -> None:
         """A line for the screen."""
         if self.trainer.is_global_zero:
@@ -222,7 +229,7 @@ class Stage(pl.LightningModule):
 
     # -- batches --------------------------------------------------------------------------------------------------
 
-    examples: Sequence[Any]
+    examples: Sequence[Any] = ()
     held_out: Sequence[Any] = ()
     batches: Batches
 

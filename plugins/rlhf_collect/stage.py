@@ -56,11 +56,10 @@ class CollectStage(Stage):
 
     def read_examples(self) -> None:
         """The training prompts; the held-out ones stay unseen."""
-        self.examples = self.data.train
+        self.examples = self.fit_prompts(self.data).train
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""
-        self.read_examples()
         parts: list[Any] = [self.annotator, getattr(self.annotator, "reward", None)]
         for part in parts:
             if hasattr(part, "to"):
@@ -70,13 +69,15 @@ class CollectStage(Stage):
         self.policy.eval()
 
     def predict_dataloader(self) -> DataLoader:
-        """The prompts in their order."""
-        return DataLoader(self.data.train, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
+        """The prompts in their order; asked for before ``prepare``."""
+        if not self.examples:
+            self.read_examples()
+        return DataLoader(self.examples, batch_size=self.batch_size, collate_fn=Parts)  # type: ignore[arg-type]
 
     def on_predict_epoch_start(self) -> None:
         """Finds what an earlier attempt has finished."""
         self.file = BatchFile(self.run_folder, "comparisons", self.trainer.global_rank, self.trainer.world_size)
-        self.mine = set(self.file.mine(-(-len(self.data.train) // self.batch_size)))
+        self.mine = set(self.file.mine(-(-len(self.examples) // self.batch_size)))
 
     @torch.no_grad()
     def predict_step(self, batch: Parts[Prompt], batch_idx: int) -> None:

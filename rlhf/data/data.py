@@ -103,6 +103,20 @@ class Split:
             )
         return rows, report
 
+    def fitting(self, tokenizer: template.Tokenizer) -> tuple["Split", EncodeReport, EncodeReport]:
+        """Prompts within the lengths of the data, and what became of both sides, as ``Data.fitting``.
+
+        Raises UserError where nothing to train on is left.
+        """
+        train, training = self.data.fitting(tokenizer, self.train)
+        validation, held_out = self.data.fitting(tokenizer, self.validation)
+        if not train:
+            raise UserError(
+                f"data.max_length={self.data.max_length}, data.max_prompt_length={self.data.max_prompt_length}: no prompt "
+                f"of {self.data.source} fits ({training}); type a larger one"
+            )
+        return replace(self, train=train, validation=validation), training, held_out
+
 
 class Data:
     """Records of one type from one source.
@@ -259,8 +273,27 @@ class Data:
             return template.encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
         if isinstance(record, Label):
             return template.encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
-        limit = self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
-        return template.fit_prompt(tokenizer, record.messages, limit)
+        return template.fit_prompt(tokenizer, record.messages, self.prompt_limit)
+
+    @property
+    def prompt_limit(self) -> int:
+        """Most tokens of a record that is a prompt alone."""
+        return self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
+
+    def fitting(self, tokenizer: template.Tokenizer, prompts: Sequence[Prompt]) -> tuple[list[Prompt], EncodeReport]:
+        """Prompts within max_length and max_prompt_length: the oldest turns of longer ones go, then the prompt."""
+        report = EncodeReport()
+        kept = []
+        for prompt in prompts:
+            turns, ids = template.fit_messages(tokenizer, prompt.messages, self.prompt_limit)
+            if turns is None:
+                report.dropped += 1
+                continue
+            report.kept += 1
+            report.truncated += len(turns) < len(prompt.messages)
+            report.tokens += len(ids)
+            kept.append(prompt if len(turns) == len(prompt.messages) else replace(prompt, messages=tuple(turns)))
+        return kept, report
 
     def _from_testbed(self, report: LoadReport) -> tuple[Sequence[Any], Sequence[Any]]:
         size = self.size or TESTBED_SIZES[self.record]

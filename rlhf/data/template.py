@@ -323,22 +323,29 @@ def encode_turns(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
 def fit_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None
 ) -> tuple[list[int] | None, bool]:
-    """(ids of at most max_length tokens, whether turns were left out); ids is None where it cannot fit.
+    """(ids of at most max_length tokens, whether turns were left out); ids is None where it cannot fit."""
+    fitting, ids = fit_messages(tokenizer, messages, max_length)
+    return (ids if fitting is not None else None), fitting is None or len(fitting) < len(messages)
+
+
+def fit_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None
+) -> tuple[list[Message] | None, list[int]]:
+    """(turns that make a prompt of at most max_length tokens, its ids); the turns are None where it cannot fit.
 
     The oldest turns go first, whole ones and up to the next user turn, so the template stays well formed. A leading
     system message is kept. The last turn is never cut: a prompt without its question is another prompt.
     """
     head = [message for message in messages[:1] if message.role == "system"]
     rest = list(messages[len(head) :])
-    cut = False
     while True:
         ids = encode_prompt(tokenizer, [*head, *rest])
         if max_length is None or len(ids) <= max_length:
-            return ids, cut
+            return [*head, *rest], ids
         starts = [index for index, message in enumerate(rest) if message.role == "user" and index > 0]
         if not starts:
-            return None, cut
-        rest, cut = rest[starts[0] :], True
+            return None, ids
+        rest = rest[starts[0] :]
 
 
 def encode_comparison(

@@ -2,11 +2,14 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from rlhf.data import Data, Mixture
+from rlhf.data.records import Message, Prompt
 from rlhf.data.sources import find_files
+from rlhf.data.template import encode_prompt
 from rlhf.data.testbed import Testbed
 from rlhf.errors import UserError
 
@@ -186,3 +189,18 @@ def test_real_files(shared_data, file, record, kept):
         assert all(prompt.reference for prompt in split.train)
     if file.startswith("graded"):
         assert {grade for record in split.train for *_, grade in record.pairs()} == {"negligible", "slightly", "better"}
+
+
+def test_prompts_lose_their_oldest_turns_and_then_themselves(tokenizer):
+    turns = [Message("user", "Hello."), Message("assistant", "Hello."), Message("user", "Who is Mia?")]
+    short, long = Prompt(tuple(turns[2:])), Prompt((Message("user", "who " * 60),))
+    lengths = [len(encode_prompt(tokenizer, messages)) for messages in (turns, turns[2:])]
+    made = data("testbed", "prompt", max_length=500, max_prompt_length=lengths[0] - 1)
+    kept, report = made.fitting(tokenizer, [Prompt(tuple(turns), tags=("a",)), short, long])
+    assert kept == [Prompt(tuple(turns[2:]), tags=("a",)), short]
+    assert (report.kept, report.truncated, report.dropped, report.tokens) == (2, 1, 1, 2 * lengths[1])
+    whole, report = data("testbed", "prompt", max_length=500).fitting(tokenizer, [Prompt(tuple(turns)), long])
+    assert len(whole) == 2 and report.truncated == report.dropped == 0
+    split = replace(made.load(), train=[long])
+    with pytest.raises(UserError, match="data.max_prompt_length"):
+        split.fitting(tokenizer)

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from rlhf.annotators import GoldAnnotator
 from rlhf.batch_file import BatchFile
 from rlhf.build import quiet
+from rlhf.data.template import encode_prompt
 from rlhf.rollout import Sampler
 from rlhf_collect.stage import CollectStage
 
@@ -76,3 +77,17 @@ def test_batches_are_shared_out_and_kept(tmp_path):
     assert BatchFile(tmp_path, "work", 1, 2).path.read_text() == json.dumps({"batch": 1, "value": 1}) + "\n"
     alone.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_are_too_long_are_left_out_and_said(load, tmp_path, capsys):
+    split = data("prompt", 10, 2)
+    lengths = sorted(len(encode_prompt(load().tokenizer, prompt.messages)) for prompt in split.train)
+    split.data.max_prompt_length = lengths[6]
+    kept = sum(length <= lengths[6] for length in lengths)
+    assert kept < 10
+    stage = CollectStage(load(), split, Sampler(8, samples=2), GoldAnnotator(), batch_size=4)
+    stage.run_folder = tmp_path
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    pl.Trainer(accelerator="cpu", **off).predict(stage, return_predictions=False)
+    assert sum(row["prompts"] for row in stage.rows) == kept
+    assert f"{10 - kept} dropped as too long" in capsys.readouterr().out
