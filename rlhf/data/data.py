@@ -112,8 +112,8 @@ class Split:
         validation, held_out = self.data.fitting(tokenizer, self.validation)
         if not train:
             raise UserError(
-                f"data.max_length={self.data.max_length} data.max_prompt_length={self.data.max_prompt_length}: no prompt "
-                f"of {self.data.source} fits ({training}); type a larger one"
+                f"data.max_length={self.data.max_length} data.max_prompt_length={self.data.max_prompt_length}: no "
+                f"prompt of {self.data.source} fits ({training}); type a larger one"
             )
         return replace(self, train=train, validation=validation), training, held_out
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_series
-from rlhf.runs import Run, find
+from rlhf.runs import Run, find, run_of
 
 Value = str | int | float | bool | None
 Series = dict[str, tuple[list[float], list[float]]]
@@ -53,11 +53,14 @@ class Member:
 
     @cached_property
     def knobs(self) -> dict[str, Value]:
-        """Its config and those of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`."""
-        knobs = dict(flatten(load_config(self.run)))
+        """Its config and those of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`.
+
+        A path into a run says only of which stage that is: what the runs differ in is there under their own names.
+        """
+        knobs = {"stage": self.run.stage} | dict(flatten(load_config(self.run)))
         for name, run in self.ancestors.items():
             knobs.update({f"{name}: {key}": value for key, value in flatten(load_config(run))})
-        return {"stage": self.run.stage, **knobs}
+        return {key: _stage_of(value) for key, value in knobs.items()} | {"stage": self.run.stage}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -175,6 +178,12 @@ def load_config(run: Run) -> dict[str, Any]:
     except (OSError, ValueError, AssertionError):
         return {}
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _stage_of(value: Value) -> Value:
+    """The stage of the run that a path leads into; anything else as it is."""
+    run = run_of(Path(value)) if isinstance(value, str) and "/" in value else None
+    return value if run is None else f"a run of {run.stage}"
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:

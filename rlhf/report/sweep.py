@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 from rlhf.report.members import COSTS, Member, Value, find_runs
-from rlhf.report.members import Series as Series  # plots take all their types from here
-from rlhf.runs import Run, run_of
+from rlhf.runs import Run
 
 # Metrics that a reader looks at first, best match first; the names are those that stages log.
 _TELLING = (
@@ -172,10 +171,10 @@ def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Seque
 
 
 def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]:
-    """Knobs in which runs differ, and for each the others of its group that change exactly with it.
+    """Knobs in which runs differ, and for each the others of its group (the stage: of all) that change exactly with it.
 
     A knob that only some runs have counts if those differ in it: otherwise it comes with an option that differs.
-    Left out are seeds, and paths into runs (what differs between those runs is there under their own name).
+    Left out are seeds.
     """
     order: dict[str, None] = {}
     for member in members:
@@ -183,7 +182,7 @@ def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]
     columns: dict[str, tuple[Value, ...]] = {}
     for key in order:
         present = [member.knobs[key] for member in members if key in member.knobs]
-        if len({_same(value) for value in present}) < 2 or _is_seed(key) or all(map(_in_a_run, present)):
+        if len({_same(value) for value in present}) < 2 or _is_seed(key):
             continue
         columns[key] = tuple(_same(member.knobs.get(key)) for member in members)
 
@@ -200,8 +199,11 @@ def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]
             (
                 other
                 for other in kept
-                if other.rpartition(": ")[2].split(".")[0] == group
-                and other.rpartition(": ")[0] == key.rpartition(": ")[0]
+                if (
+                    other == "stage"
+                    or other.rpartition(": ")[2].split(".")[0] == group
+                    and other.rpartition(": ")[0] == key.rpartition(": ")[0]
+                )
                 and _partition(columns[other]) == _partition(column)
             ),
             None,
@@ -269,10 +271,6 @@ def _rank(metric: str) -> tuple[int, int, str]:
 
 def _is_seed(key: str) -> bool:
     return re.split(r"[.: ]+", key)[-1] == "seed"
-
-
-def _in_a_run(value: Value) -> bool:
-    return isinstance(value, str) and "/" in value and run_of(Path(value)) is not None
 
 
 def _same(value: Value) -> Value:
