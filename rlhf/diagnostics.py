@@ -88,7 +88,7 @@ class HackingWarnings(pl.Callback):
         repetition: Share = 0.2,
         distinct: Share = 0.1,
         kl: Limit = 30.0,
-        proxy_gold_gap: Limit = 1.0,
+        proxy_gold_gap: Limit = 0.5,
     ) -> None:
         self.length_factor, self.ended, self.repetition, self.distinct = length_factor, ended, repetition, distinct
         self.kl, self.proxy_gold_gap = kl, proxy_gold_gap
