@@ -88,9 +88,9 @@ class Comparison:
     def _label(self, key: tuple[Value, ...], members: list[Member]) -> str:
         short = short_names(self.varying)
         parts = [
-            show(value) if name in ("stage", "objective") else f"{short[name]}={show(value)}"
+            show(value) if name in ("stage", "objective") else f"{short[name]}={show(value) or 'null'}"
             for name, value in zip(self.varying, key, strict=True)
-            if value is not None
+            if name in members[0].knobs
         ]
         return ", ".join(parts) or members[0].name
 
