@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text as Line
 
-from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.data import Data, LoadReport, Split, files_unread
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
 from rlhf.errors import UserError
@@ -30,7 +30,8 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
     Raises:
         UserError: A command line that could not be run, data that is not there, a stage that reads none.
     """
-    made = planned(words)
+    with files_unread():  # bad rows are what this page shows
+        made = planned(words)
     look = Look(made.steps)
     of = chosen(made, step)
     groups = look.data(of)
