@@ -62,7 +62,7 @@ def test_it_runs_from_nothing(rlhf: Rlhf, folder: Path, words: list[str], stage:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["align.rollout.samples=1"], "type rollout.samples=8"),
+        (["align.rollout.samples=1"], "type align.rollout.samples=8"),
         (["data@align.data=prompts"], "have no reference answer"),
         (["objective@align.objective=ppo"], "stage=grpo does not take objective@align.objective=ppo"),
         (["align.objective.beta=-1"], "align.objective.beta=-1"),

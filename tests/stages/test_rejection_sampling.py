@@ -244,7 +244,7 @@ def test_another_model_samples_than_is_trained(load, folder, tmp_path):
             parameter.add_(0.05 * torch.randn_like(parameter))
     before = {name: value.clone() for name, value in base.state_dict().items()}
     stage = stage_on(load, model=base, sampler=str(folder))
-    base.base.config._name_or_path = "another"
+    base.origin = "another"
     fit(stage, tmp_path / "restarted")
     assert (tmp_path / "own" / "picks.jsonl").read_text() == (tmp_path / "restarted" / "picks.jsonl").read_text()
     moved = max((value - before[name]).abs().max().item() for name, value in base.state_dict().items())
