@@ -181,9 +181,14 @@ def load_config(run: Run) -> dict[str, Any]:
 
 
 def _stage_of(value: Value) -> Value:
-    """The stage of the run that a path leads into; anything else as it is."""
-    run = run_of(Path(value)) if isinstance(value, str) and "/" in value else None
-    return value if run is None else f"a run of {run.stage}"
+    """The stage of the run that a path leads into, or of the runs in a list; anything else as it is."""
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    paths = json.loads(value) if value.startswith("[") else [value]
+    stages = [run.stage for path in paths if isinstance(path, str) and (run := run_of(Path(path))) is not None]
+    if len(stages) < len(paths) or len(set(stages)) != 1:
+        return value
+    return f"{len(stages)} {'run' if len(stages) == 1 else 'runs'} of {stages[0]}"
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
