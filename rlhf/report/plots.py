@@ -161,7 +161,8 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
 
     Other knobs are told apart by colour. Bars are one standard error over seeds. Call it within `style()`.
     """
-    others = [key for key in knobs(comparison) if key != x_key]
+    # A knob that follows from this one tells nothing more.
+    others = [key for key in knobs(comparison) if key != x_key and not _follows(comparison, key, x_key)]
     short = short_names(comparison.varying)
     lines: dict[str, list[Group]] = {}
     for group in comparison.groups:
@@ -169,6 +170,8 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
         lines.setdefault(name, []).append(group)
     values = list(dict.fromkeys(group.knobs.get(x_key) for group in comparison.groups))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numeric:
+        values.sort(key=show)
     place = {value: float(value) if numeric else float(i) for i, value in enumerate(values)}  # type: ignore[arg-type]
     figure, panels = grid(len(metrics), height=2.9)
     for axes, metric in zip(panels, metrics, strict=True):
@@ -204,6 +207,14 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(lines), 4))
     return figure
+
+
+def _follows(comparison: Comparison, key: str, from_key: str) -> bool:
+    """Whether all groups with the same value of one knob have the same value of another."""
+    found: dict[Value, set[Value]] = {}
+    for group in comparison.groups:
+        found.setdefault(group.knobs.get(from_key), set()).add(group.knobs.get(key))
+    return all(len(values) == 1 for values in found.values())
 
 
 def frontier(comparison: Comparison, reward: str, kl: str) -> str:
