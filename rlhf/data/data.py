@@ -113,9 +113,12 @@ class Split:
         train, training = self.data.fitting(tokenizer, self.train)
         validation, held_out = self.data.fitting(tokenizer, self.validation)
         if not train:
+            tighter = self.data.prompt_limit < self.data.max_length
+            knob, value = (
+                ("max_prompt_length", self.data.max_prompt_length) if tighter else ("max_length", self.data.max_length)
+            )
             raise UserError(
-                f"data.max_length={self.data.max_length} data.max_prompt_length={self.data.max_prompt_length}: no "
-                f"prompt of {self.data.source} fits ({training}); type a larger one"
+                f"data.{knob}={value}: no prompt of {self.data.source} fits ({training}); type a larger one"
             )
         return replace(self, train=train, validation=validation), training, held_out
 

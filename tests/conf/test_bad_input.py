@@ -118,10 +118,17 @@ def test_told_before_anything_runs(
 ONCE_THE_MODELS_ARE_READ = [
     # only the policy's tokenizer knows how long a prompt is
     (
-        "stage=grpo inputs.policy=policy reward=gold data.source=long.jsonl data.validation=2",
+        "stage=grpo inputs.policy=policy reward=gold data.source=long.jsonl data.validation=2 data.max_length=999",
         "the model's context of 128 leaves",
     ),
-    ("stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2", "set data.max_prompt_length=96"),
+    (
+        "stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2 data.max_length=999",
+        "set data.max_prompt_length=96",
+    ),
+    (
+        "stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2",
+        "data.max_length=128: no prompt of",
+    ),
     ("stage=dpo inputs.policy=policy data.max_length=999 data.source=too_long.jsonl", "type data.max_length=128"),
     ("stage=kto inputs.policy=policy data.source=good.jsonl data.validation=0", "all replies are good"),
     # an untrained judge says neither A nor B
