@@ -38,13 +38,10 @@ def contrasts(chosen: Tensor, rejected: Tensor, context: PairContext | None) -> 
 
 
 @dataclass(frozen=True)
-class Relative(PairObjective):
-    """`mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+class ByNearness:
+    """What relative preference optimisation knows of prompts: they count by how near they are.
 
-    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each
-    chosen response is set against the rejected responses of all prompts of the batch, near prompts more: the batch is
-    all processes' and all micro-batches', so neither changes the loss, and its size does. `e` [P, E] embeds the
-    prompts: hidden states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
+    `nearness` is cos / temperature, whose softmax is that of -(1 - cos) / temperature: the constant drops out.
     """
 
     beta: Positive = 0.1
@@ -56,6 +53,24 @@ class Relative(PairObjective):
     def needs_prompt_embedding(self) -> bool:
         return True
 
+    def nearness(self, embedding: Tensor | None) -> Tensor:
+        """[N, N] of N prompts with embeddings [N, E]. Raises ValueError without them."""
+        if embedding is None:
+            raise ValueError("relative preference optimisation needs an embedding of every prompt")
+        e = F.normalize(embedding.detach().float(), dim=-1)
+        return e @ e.t() / self.temperature
+
+
+@dataclass(frozen=True)
+class Relative(ByNearness, PairObjective):
+    """`mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+
+    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each
+    chosen response is set against the rejected responses of all prompts of the batch, near prompts more: the batch is
+    all processes' and all micro-batches', so neither changes the loss, and its size does. `e` [P, E] embeds the
+    prompts: hidden states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
+    """
+
     @property
     def couples_pairs(self) -> bool:
         return True
@@ -64,14 +79,10 @@ class Relative(PairObjective):
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
     ) -> tuple[Tensor, Metrics]:
         """Losses [P]; log 2 when policy and reference agree. Raises ValueError without `context.prompt_embedding`."""
-        if context is None or context.prompt_embedding is None:
-            raise ValueError("relative preference optimisation needs an embedding of every prompt")
+        nearness = self.nearness(None if context is None else context.prompt_embedding)
         chosen, rejected = log_ratios(policy, reference)
         differences, counts = contrasts(chosen, rejected, context)
-        embedding = F.normalize(context.prompt_embedding.detach().float(), dim=-1)
-        # cos - 1 = -(distance); the constant 1 drops out of the softmax
-        nearness = (embedding @ embedding.t() / self.temperature).masked_fill(~counts, -torch.inf)
-        logits = self.beta * torch.softmax(nearness, dim=-1) * differences
+        logits = self.beta * torch.softmax(nearness.masked_fill(~counts, -torch.inf), dim=-1) * differences
         losses = -F.logsigmoid(logits).masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
@@ -107,7 +118,7 @@ class RelativeDiagonal(PairObjective):
 
 
 @dataclass(frozen=True)
-class RelativeUnpaired(ContrastObjective):
+class RelativeUnpaired(ByNearness, ContrastObjective):
     """`mean_ij -log sigmoid(beta * w_ij * (u_i - u_j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
 
     Relative preference optimisation without pairs (Yin et al. 2024, arXiv 2402.10958, unpaired): every good response i
@@ -115,27 +126,16 @@ class RelativeUnpaired(ContrastObjective):
     over tokens, and `e` [N, E] embeds the prompts, as for `Relative`.
     """
 
-    beta: Positive = 0.1
-    temperature: Positive = 0.5
-    pooling: Literal["mean", "last"] = "mean"
-    encoder: str | None = None
-
-    @property
-    def needs_prompt_embedding(self) -> bool:
-        return True
-
     def __call__(
         self, policy: Tensor, reference: Tensor, desirable: Tensor, embedding: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
         """Losses [N], whose mean is the mean over all contrasts; 0 without responses of both kinds."""
         require_same_shape(policy=policy, reference=reference, desirable=desirable)
-        if embedding is None:
-            raise ValueError("relative preference optimisation needs an embedding of every prompt")
+        nearness = self.nearness(embedding)
         good = desirable.bool()
         ratio = policy - reference
         differences = ratio[good].unsqueeze(1) - ratio[~good].unsqueeze(0)
-        e = F.normalize(embedding.detach().float(), dim=-1)
-        weight = torch.softmax(e[good] @ e[~good].t() / self.temperature, dim=1)
+        weight = torch.softmax(nearness[good][:, ~good], dim=1)
         terms = -F.logsigmoid(self.beta * weight * differences)
         losses, accuracy = (_shares(x, good, ratio) for x in (terms, win_rate(differences, torch.zeros_like(terms))))
         metrics = {"reward": self.beta * ratio, "accuracy": accuracy}

@@ -1,6 +1,6 @@
 """Chat template and masks: prompt and answer are tokenised apart, ids and mask come out of one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -229,6 +229,23 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
     """
     ids: list[int] = []
     mask: list[bool] = []
+    for index, before, answer in _replies(tokenizer, messages):
+        if answer is None:
+            raise UserError(
+                f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
+                "prompt), so answers cannot be masked; give a template that only appends: model.chat_template=chatml"
+            )
+        context, target = tokenize(tokenizer, before), tokenize(tokenizer, answer)
+        ids += context + target
+        mask += [False] * len(context) + [True] * len(target)
+    return Encoded(ids=ids[:max_length], mask=mask[:max_length])
+
+
+def _replies(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[int, str, str | None]]:
+    """Every turn of the assistant: its number, what stands between the one before and it, and what it says to its end.
+
+    The last is None, and nothing follows, where the template rewrites what it wrote of earlier turns.
+    """
     done = ""
     for index, message in enumerate(messages):
         if message.role != "assistant":
@@ -236,16 +253,11 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
         prompt = render(tokenizer, messages[:index], generation_prompt=True)
         whole = render(tokenizer, messages[: index + 1])
         if not prompt.startswith(done) or not whole.startswith(prompt):
-            raise UserError(
-                f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
-                "prompt), so answers cannot be masked; give a template that only appends: model.chat_template=chatml"
-            )
+            yield index, "", None
+            return
         answer = _until_end(tokenizer, whole[len(prompt) :])
-        before, target = tokenize(tokenizer, prompt[len(done) :]), tokenize(tokenizer, answer)
-        ids += before + target
-        mask += [False] * len(before) + [True] * len(target)
+        yield index, prompt[len(done) :], answer
         done = prompt + answer
-    return Encoded(ids=ids[:max_length], mask=mask[:max_length])
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -257,18 +269,11 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     text = render(tokenizer, messages, generation_prompt=True)
     ids: list[int] = []
     done = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        prompt = render(tokenizer, messages[:index], generation_prompt=True)
-        whole = render(tokenizer, messages[: index + 1])
-        if not whole.startswith(prompt) or not prompt.startswith(done):
-            break
-        answer = _until_end(tokenizer, whole[len(prompt) :])
-        if not text.startswith(prompt + answer):
+    for _, before, answer in _replies(tokenizer, messages):
+        if answer is None or not text.startswith(done + before + answer):
             break  # the template rewrites earlier turns: they are read as it writes them now
-        ids += tokenize(tokenizer, prompt[len(done) :]) + tokenize(tokenizer, answer)
-        done = prompt + answer
+        ids += tokenize(tokenizer, before) + tokenize(tokenizer, answer)
+        done += before + answer
     return ids + tokenize(tokenizer, text[len(done) :])
 
 
