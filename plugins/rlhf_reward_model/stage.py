@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,10 +22,11 @@ from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
-from rlhf.objective import Metrics, ScoreObjective
+from rlhf.objective import Metrics, ScoreObjective, win_rate
 from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
+from rlhf_reward_model.accuracy import ALL, Accuracy, accuracies
 
 
 class RewardModelStage(Stage):
@@ -86,6 +88,7 @@ class RewardModelStage(Stage):
         # The units the loss is in; normalisation at the end changes the scorer's.
         self.units = (self.scorer.scale.clone(), self.scorer.bias.clone())
         self.calibration: Reliability | None = None
+        self.accuracies: dict[str, Accuracy] = {}
 
     @classmethod
     def check_parts(cls, *, normalize: str = "none", demonstrations: Any = None, **parts: Any) -> None:
@@ -208,22 +211,32 @@ class RewardModelStage(Stage):
         return torch.cat(scores)
 
     def diagnose(self) -> None:
-        """Calibration curve and histogram of scores of the held-out comparisons, as files."""
+        """Accuracy by grade, calibration curve and histogram of scores of the held-out comparisons, as files."""
         _, chosen, rejected = self.scores_of(self.held_out)
+        self.accuracies = accuracies(self.held_out, win_rate(chosen, rejected))
         # Probabilities are those of the loss: gaps in its units, not in the normalised ones.
         self.calibration = reliability((chosen - rejected) / self.scorer.scale * self.units[0])
         counts = histogram(chosen, rejected)
         if self.trainer.is_global_zero:
-            for name, content in {"calibration": self.calibration.to_json(), "score_histogram": counts}.items():
+            files = {
+                "accuracy": {grade: asdict(found) for grade, found in self.accuracies.items()},
+                "calibration": self.calibration.to_json(),
+                "score_histogram": counts,
+            }
+            for name, content in files.items():
                 (self.run_folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             diagnostics.calibration(self.calibration, self.run_folder / "calibration.png")
             diagnostics.scores(counts, self.run_folder / "score_histogram.png")
 
     def final_metrics(self) -> dict[str, float]:
-        """How well sigmoid(r_chosen - r_rejected) is calibrated on held-out pairs."""
+        """How sure the accuracies are, and how well sigmoid(r_chosen - r_rejected) is calibrated, on held-out pairs."""
         if self.calibration is None:
             return {}
-        return {"val/calibration_error": self.calibration.ece, "val/brier": self.calibration.brier}
+        found = {"val/calibration_error": self.calibration.ece, "val/brier": self.calibration.brier}
+        for grade, accuracy in self.accuracies.items():
+            if accuracy.standard_error is not None:
+                found["val/accuracy_se" if grade == ALL else f"val/accuracy_se/{grade}"] = accuracy.standard_error
+        return found
 
     def save(self, folder: Path) -> None:
         """A sequence classifier with one output, and its normalisation."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from rlhf.data.data import Data, LoadReport, Split
 from rlhf.data.records import Comparison, Message
+from rlhf.data.template import EncodedComparison
 from rlhf.data.testbed import Testbed
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_rows
@@ -17,6 +18,7 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
+from rlhf_reward_model.accuracy import Accuracy, accuracies
 from rlhf_reward_model.objective import Pairwise
 from rlhf_reward_model.stage import RewardModelStage
 
@@ -159,6 +161,35 @@ def test_each_normalisation_is_another_model_with_the_same_order(load, tmp_path)
 def test_demonstrations_are_needed_to_normalise_by_them(load):
     with pytest.raises(UserError, match="data@demonstrations=demonstrations"):
         stage_on(load, normalize="demonstrations")
+
+
+# -- how right, and how sure ----------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_grade_is_left_with_its_standard_error(load, tmp_path):
+    stage = stage_on(load, data("comparison", 32, 16))
+    fit(stage, tmp_path)
+    left, logged = json.loads((tmp_path / "accuracy.json").read_text()), stage.trainer.callback_metrics
+    assert left["all"]["accuracy"] == pytest.approx(logged["val/accuracy"].item(), abs=1e-6)
+    assert left["all"]["pairs"] == sum(len(one.pairs) for one in stage.held_out)
+    assert sum(found["pairs"] for grade, found in left.items() if grade != "all") == left["all"]["pairs"]
+    for grade in left.keys() - {"all"}:
+        assert left[grade]["accuracy"] == pytest.approx(logged[f"val/accuracy/{grade}"].item(), abs=1e-6)
+        assert stage.final_metrics().get(f"val/accuracy_se/{grade}") == left[grade]["standard_error"]
+    assert stage.final_metrics()["val/accuracy_se"] == left["all"]["standard_error"] > 0
+
+
+def test_accuracy_of_pairs_of_one_prompt_by_hand():
+    """Prompt 7 has two comparisons, one of two pairs; prompt 8 has one. Shares are 1/2, 1/2, 1, 1."""
+    first = EncodedComparison([7], [[1], [2], [3]], [(0, 1, "better"), (0, 2, "slightly")])
+    second, third = (EncodedComparison([prompt], [[1], [2]], [(0, 1, "slightly")]) for prompt in (7, 8))
+    found = accuracies([first, second, third], torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    # All: (0.5 + 1) / 3 = 1/2; of prompt 7 there is 0.5 of 2, so 0.5 - 1 = -1/2, of prompt 8 1 - 1/2 = +1/2.
+    assert found["all"] == Accuracy(0.5, pytest.approx(math.sqrt(2 * (0.25 + 0.25)) / 3), 4, 2)
+    # "slightly": (0 + 0 + 1) / 3; 0 - 2/3 and 1 - 1/3.
+    assert found["slightly"] == Accuracy(pytest.approx(1 / 3), pytest.approx(math.sqrt(2 * 2 * 4 / 9) / 3), 3, 2)
+    assert found["better"] == Accuracy(1.0, None, 1, 1)
+    assert list(found) == ["all", "slightly", "better"]
 
 
 # -- calibration -----------------------------------------------------------------------------------------------------
