@@ -247,11 +247,17 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
 
 def _beginning_with(path: Path, outputs: Path) -> list[Run]:
     if len(path.parts) > 1:
-        found = [Run(folder) for folder in sorted(path.parent.glob(path.name + "*"))] if path.parent.is_dir() else []
-        return [run for run in found if (run.folder / "status.json").exists()]
+        return [Run(folder) for folder in named_like(path) if (folder / "status.json").exists()]
     if not re.fullmatch(r"[0-9a-f]{3,}", path.name):
         return []
     return [run for run in find(outputs) if run.fingerprint.startswith(path.name)]
+
+
+def named_like(path: Path) -> list[Path]:
+    """What begins as `path` does; a `*` in it, left by a shell that found nothing, is a letter like any other."""
+    if not path.parent.is_dir():
+        return []
+    return sorted(found for found in path.parent.iterdir() if found.name.startswith(path.name))
 
 
 def _looks_like_hub_id(ref: str) -> bool:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_series
-from rlhf.runs import Run, find, run_of
+from rlhf.runs import Run, find, named_like, run_of
 
 Value = str | int | float | bool | None
 Series = dict[str, tuple[list[float], list[float]]]
@@ -70,7 +70,8 @@ class Member:
         if not metrics:
             metrics = {name: values[-1] for name, (_, values) in self.series.items()}
         for evaluation in self.evaluations:
-            metrics |= {f"after_{name}": value["mean"] for name, value in evaluation.get("after", {}).items()}
+            for when in ("before", "after"):
+                metrics |= {f"{when}_{name}": value["mean"] for name, value in evaluation.get(when, {}).items()}
             metrics |= {
                 f"{name}_difference": value["mean"] for name, value in evaluation.get("differences", {}).items()
             }
@@ -115,7 +116,7 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
         above = {ancestor.fingerprint for run in found for ancestor in Member(run).ancestors.values()}
         last = [run for run in found if run.fingerprint not in above]
         return last or found
-    if path.parent.is_dir() and (begun := [Run(p) for p in sorted(path.parent.glob(path.name + "*")) if is_run(p)]):
+    if begun := [Run(found) for found in named_like(path) if is_run(found)]:
         return begun
     by_name = [run for run in find(outputs) if run.fingerprint.startswith(str(reference))]
     if not by_name:

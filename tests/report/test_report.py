@@ -37,6 +37,8 @@ def test_references_are_sweeps_runs_folders_and_fingerprints(world):
     assert len(find_runs(outputs / "ppo" / "0", outputs)) == 6
     assert newest_sweep(outputs) == sweep
     with pytest.raises(UserError, match="no such run or folder"):
+        find_runs(sweep.parent / "*-nothing-*", outputs)  # as a shell hands on what matches nothing
+    with pytest.raises(UserError, match="no such run or folder"):
         find_runs("ffff", outputs)
     (outputs / "empty").mkdir(exist_ok=True)
     with pytest.raises(UserError, match="no runs in this folder"):
@@ -121,15 +123,23 @@ def test_an_evaluation_in_the_run_folder_is_part_of_its_metrics(tmp_path):
     folder = write_run(tmp_path, "ppo", "a1bbccddee", {}, {"kl": 3.0})
     estimate = {"mean": 0.75, "se": 0.01, "count": 400}
     (folder / "evaluation-0123456789.json").write_text(
-        json.dumps({"after": {"gold": estimate}, "differences": {"gold": {"mean": 0.25}}, "kl": {"mean": 2.5}})
+        json.dumps(
+            {
+                "before": {"gold": {"mean": 0.5}},
+                "after": {"gold": estimate},
+                "differences": {"gold": {"mean": 0.25}},
+                "kl": {"mean": 2.5},
+            }
+        )
     )
     metrics = Member(Run(folder)).metrics
-    assert (metrics["after_gold"], metrics["gold_difference"], metrics["after_kl"], metrics["kl"]) == (
-        0.75,
-        0.25,
-        2.5,
-        3.0,
-    )
+    assert {name: metrics[name] for name in ("before_gold", "after_gold", "gold_difference", "after_kl", "kl")} == {
+        "before_gold": 0.5,
+        "after_gold": 0.75,
+        "gold_difference": 0.25,
+        "after_kl": 2.5,
+        "kl": 3.0,
+    }
 
 
 def test_telling_metrics_held_out_first_and_no_more_than_two_of_a_kind(world):
