@@ -52,12 +52,16 @@ class GatedReward(Combination):
     `R_c = R_s if the prompt is tagged unsafe or R_s < threshold else R_h`, on probabilities, and the score is
     `logit(R_c)` (Llama 2, arXiv 2307.09288, section 3.2.3). The paper then whitens it: `stage.normalize_scores=batch`.
 
+    A reward model's probability is the one that its loss trained, so its scores are read in the units of the loss,
+    whatever deviation they were normalised to; the level, which the loss leaves open, is that of the normalisation: 1/2
+    is the average training reply.
+
     Args:
         helpfulness: Scores how helpful a reply is.
         safety: Scores how safe it is.
         threshold: Safety below this speaks whatever the prompt; a probability.
         eps: Probabilities are kept this far from 0 and 1, where the logit is infinite.
-        scale: What the two rewards give: "logit" (reward models; the gate reads the sigmoid) or "probability".
+        scale: What the two rewards give: "logit" (the gate reads the sigmoid) or "probability".
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class GatedReward(Combination):
 
     def _probability(self, name: str, scores: Tensor) -> Tensor:
         if self.scale == "logit":
-            return scores.sigmoid()
+            return (scores * getattr(self.rewards[name], "log_odds", 1.0)).sigmoid()
         if ((scores < 0) | (scores > 1)).any():
             raise UserError(
                 f"reward.{name} gives {scores.min():.3g} to {scores.max():.3g}: no probabilities, "

@@ -15,7 +15,8 @@ from rlhf.rollout import Rollout
 
 # A number in running text: grouped by commas or not, a decimal part or a fraction, perhaps a sign that is no minus.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\s?/\s?\d+)?|(?<![\w.])[-+]?\$?\.\d+")
-_PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/\d+)")
+# A text that is a number and nothing else; a comma or a space anywhere else would make other answers of it.
+_PLAIN = re.compile(r"\$?\s?[-+]?\s?\$?\s?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|\s?/\s?\d+)?|\.\d+)\s?%?\.?")
 _MARKER = "####"
 
 Extract = Literal["last_number", "after_marker", "regex", "whole"]
@@ -23,11 +24,11 @@ Extract = Literal["last_number", "after_marker", "regex", "whole"]
 
 def number(text: str) -> Fraction | None:
     """The number a text is, or None: `1,000`, `1000.0`, `$1000` and `2000/2` are one and the same."""
-    plain = text.strip().rstrip(".").replace(",", "").replace("$", "").replace(" ", "").removesuffix("%")
-    if len(plain) > 100 or not _PLAIN.fullmatch(plain):  # a policy can write anything, 1e999999999 too
+    text = text.strip()
+    if len(text) > 100 or not _PLAIN.fullmatch(text):  # a policy can write anything, 1e999999999 too
         return None
     try:
-        return Fraction(plain)
+        return Fraction(re.sub(r"[\s,$%]|\.$", "", text))
     except ZeroDivisionError:
         return None
 

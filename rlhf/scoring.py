@@ -104,6 +104,11 @@ class ModelReward:
         assert self._model is not None
         return self._model
 
+    @property
+    def log_odds(self) -> float:
+        """What a score is multiplied by to be in the units of the reward model's loss, undoing its normalisation."""
+        return self.model.log_odds
+
     def to(self, device: torch.device) -> "ModelReward":
         """Moves the weights to ``device``."""
         self.model.to(device)

@@ -84,7 +84,9 @@ class CollectStage(Stage):
         """Sample, rank, write down."""
         if batch_idx not in self.mine:
             return
-        seed = seed_of(self.seed, "collect", batch_idx, 0)  # the same on every process
+        # The same on every process; helpfulness and safety are not asked about the same replies.
+        aspect = aspect_of(self.annotator)
+        seed = seed_of(self.seed, "collect" if aspect == "total" else f"collect {aspect}", batch_idx, 0)
         rollout = self.rollout.sample(self.policy, list(batch), seed)
         comparisons = self.annotator(rollout, self.rollout.samples, seed)
         self.file.add(
@@ -93,7 +95,7 @@ class CollectStage(Stage):
             prompts=len(batch),
             replies={name: value.item() for name, value in reply_metrics(rollout).items()},
             annotator=dict(getattr(self.annotator, "counts", {})),
-            agreement=agreement(rollout, comparisons) if self.data.data.source == TESTBED else {},
+            agreement=agreement(rollout, comparisons, aspect) if self.data.data.source == TESTBED else {},
         )
 
     def on_predict_end(self) -> None:
@@ -137,19 +139,26 @@ class CollectStage(Stage):
         }
 
 
-def agreement(rollout: Rollout, comparisons: list[Comparison]) -> dict[str, int]:
+def aspect_of(annotator: Any) -> str:
+    """What an annotator judges: "total" unless it is asked for helpfulness or safety alone."""
+    return getattr(annotator, "aspect", "total")
+
+
+def agreement(rollout: Rollout, comparisons: list[Comparison], aspect: str = "total") -> dict[str, int]:
     """How often the annotator's order of a pair is gold's: counts of pairs (`of`) and of equal orders (`right`).
+
+    Gold is its score of the same aspect.
 
     Ties, the annotator's and gold's, are left out. With a grade they are also counted by grade.
     """
     prompts = {prompt.messages: prompt for prompt in rollout.prompts}
     counts: Counter[str] = Counter()
     for comparison in comparisons:
-        totals = [gold(prompts[comparison.prompt], reply).total for reply in comparison.responses]
+        truth = [getattr(gold(prompts[comparison.prompt], reply), aspect) for reply in comparison.responses]
         for better, worse, grade in comparison.pairs():
-            if totals[better] == totals[worse]:
+            if truth[better] == truth[worse]:
                 continue
             for name in ("", *([f"/{grade}"] if grade else [])):
                 counts[f"of{name}"] += 1
-                counts[f"right{name}"] += totals[better] > totals[worse]
+                counts[f"right{name}"] += truth[better] > truth[worse]
     return dict(counts)

@@ -128,6 +128,11 @@ class PPOStage(RolloutStage):
         """The value model too."""
         return super().roles() | {"value": self.critic}
 
+    @property
+    def warming(self) -> bool:
+        """Whether this rollout trains the critic alone."""
+        return self.batches_done < self.value_warmup
+
     # -- the algorithm --------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
@@ -138,7 +143,8 @@ class PPOStage(RolloutStage):
         kl = self.kl(experience)
         metrics = self.updates(experience, kl)
         self.report(rollout, raw, experience, metrics)
-        self.beta = self.objective.next_beta(self.beta, kl, self.batch_size)
+        if not self.warming:  # a policy that stands still has no KL to steer beta by
+            self.beta = self.objective.next_beta(self.beta, kl, self.batch_size)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:
@@ -163,7 +169,6 @@ class PPOStage(RolloutStage):
     def update(self, minibatch: Experience, first: bool) -> Metrics:
         """One optimizer step on L_PPO + gamma * L_pretraining."""
         total = self.total(minibatch.mask.sum())
-        warming = self.batches_done < self.value_warmup
         for part in chunks(len(minibatch), self.micro_batch_size):
             x = minibatch[part]
             width = x.mask.shape[1]
@@ -178,9 +183,9 @@ class PPOStage(RolloutStage):
                 self.check_ratio(metrics["ratio"], x.mask)
             self.backward_mean(losses, x.mask, total, metrics)
             self.count(len(x), x.attention_mask.sum())
-        if self.objective.gamma and not warming:
+        if self.objective.gamma and not self.warming:
             self.pretraining_term(len(minibatch))
-        return self.step(frozen=self.policy if warming else None)  # waits for a critic that has seen some returns
+        return self.step(frozen=self.policy if self.warming else None)  # waits for a critic that has seen some returns
 
     # -- what is logged -------------------------------------------------------------------------------------------
 

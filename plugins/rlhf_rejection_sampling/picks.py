@@ -48,7 +48,7 @@ def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: i
         candidates: All replies, scored; those to one prompt need not stand together.
         select: The rule; the two with one pick per prompt take no ``count``.
         count: Picks of all.
-        seed: Of the rules that draw.
+        seed: Of the rules that draw, and of the choice among replies of equal score.
     """
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, int] = {}
@@ -59,15 +59,17 @@ def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: i
         for candidate in candidates:
             groups[places[key_of(candidate.prompt)]].append(candidate)
         if select == "best_per_prompt":
-            return [max(group, key=lambda candidate: candidate.score) for group in groups]
+            ranks = torch.rand(len(candidates), generator=generator).tolist()
+            rank = {id(candidate): draw for candidate, draw in zip(candidates, ranks, strict=True)}
+            return [max(group, key=lambda candidate: (candidate.score, rank[id(candidate)])) for group in groups]
         draws = torch.rand(len(groups), generator=generator).tolist()
         return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
     # The same reply to the same prompt counts once, or the easiest prompts would fill the list.
     distinct = list({(key_of(c.prompt), c.reply): c for c in reversed(candidates)}.values())[::-1]
+    chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator).tolist()]
     if select == "top_overall":
-        chosen = sorted(distinct, key=lambda candidate: -candidate.score)[:count]
-    else:
-        chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator)[:count].tolist()]
+        chosen.sort(key=lambda candidate: -candidate.score)
+    chosen = chosen[:count]
     return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
 
 
@@ -82,11 +84,12 @@ def worth(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> di
     best = expected_best(scores)
     gains = {k: value - best[1] for k, value in best.items()}
     slope, explained = log_law(gains)
-    winners = scores.argmax(dim=1).tolist()
+    winners = scores == scores.amax(dim=1, keepdim=True)
+    won = (winners / winners.sum(dim=1, keepdim=True)).mean(dim=0).tolist()  # best replies of equal score share it
     temperatures = {
         f"{value:g}": {
             "reward_mean": scores[:, [k for k, t in enumerate(spread) if t == value]].mean().item(),
-            "share_of_best": sum(spread[k] == value for k in winners) / len(winners),
+            "share_of_best": sum(share for share, t in zip(won, spread, strict=True) if t == value),
         }
         for value in dict.fromkeys(spread)
     }

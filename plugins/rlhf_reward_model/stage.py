@@ -85,8 +85,7 @@ class RewardModelStage(Stage):
             self.scorer.add_safety_head()
         else:
             self.scorer.safety_head = None  # an earlier one would no longer fit the hidden states
-        # The units the loss is in; normalisation at the end changes the scorer's.
-        self.units = (self.scorer.scale.clone(), self.scorer.bias.clone())
+        self.scorer.log_odds = 1.0  # the loss reads the scores as they are now; normalisation at the end changes them
         self.calibration: Reliability | None = None
         self.accuracies: dict[str, Accuracy] = {}
 
@@ -215,7 +214,7 @@ class RewardModelStage(Stage):
         _, chosen, rejected = self.scores_of(self.held_out)
         self.accuracies = accuracies(self.held_out, win_rate(chosen, rejected))
         # Probabilities are those of the loss: gaps in its units, not in the normalised ones.
-        self.calibration = reliability((chosen - rejected) / self.scorer.scale * self.units[0])
+        self.calibration = reliability((chosen - rejected) * self.scorer.log_odds)
         counts = histogram(chosen, rejected)
         if self.trainer.is_global_zero:
             files = {

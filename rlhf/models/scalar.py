@@ -27,6 +27,8 @@ class ScalarModel(nn.Module):
 
     ``w`` starts as N(0, 1 / (D + 1)), that is a standard deviation of 1 / sqrt(D + 1) (Stiennon et al. 2020, Huang et
     al. 2024). ``scale`` and ``bias`` are no parameters; they normalise scores once trained (see ``calibrate``).
+    ``log_odds`` is what a normalised score is multiplied by to be in the units of the loss it was trained with, whose
+    differences are log-odds of a preference.
 
     Args:
         language_model: The decoder; its vocabulary projection, if it has one, is not used.
@@ -37,6 +39,7 @@ class ScalarModel(nn.Module):
 
     scale: Tensor
     bias: Tensor
+    log_odds: float = 1.0
 
     def __init__(self, language_model: LanguageModel, zero_init: bool = False) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class ScalarModel(nn.Module):
             stored = json.loads(file.read_text(encoding="utf-8"))
             self.scale.fill_(stored["scale"])
             self.bias.fill_(stored["bias"])
+            self.log_odds = stored.get("log_odds", 1.0)
         file = folder / SAFETY_HEAD
         if file.is_file():
             self.add_safety_head().load_state_dict(load_file(file))
@@ -185,6 +189,7 @@ class ScalarModel(nn.Module):
             raise UserError("reward normalisation: all scores are equal, there is nothing to scale by")
         self.bias.copy_((self.bias - mean) / std)
         self.scale.copy_(self.scale / std)
+        self.log_odds *= std.item()
 
     def save(self, folder: Path | str) -> None:
         """Writes a Hugging Face ``*ForSequenceClassification`` folder with one output, adapter merged in.
@@ -210,7 +215,7 @@ class ScalarModel(nn.Module):
         materialize(kind, config, state).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.language_model.save_adapter(adapter_beside(folder))
-        numbers = {"scale": self.scale.item(), "bias": self.bias.item()}
+        numbers = {"scale": self.scale.item(), "bias": self.bias.item(), "log_odds": self.log_odds}
         if self.safety_head is not None:
             head = {name: value.detach().cpu().contiguous() for name, value in self.safety_head.state_dict().items()}
             save_file(head, folder / SAFETY_HEAD)

@@ -51,7 +51,9 @@ def test_saved_folder_scores_alike_in_plain_transformers(folder: Path, batch: Ba
     torch.testing.assert_close(plain(input_ids=ids, attention_mask=mask.long()).logits[:, 0], raw)
     again = ScalarModel.load(tmp_path / "model")
     torch.testing.assert_close(again.scores(ids, mask), scalar.scores(ids, mask))
-    assert set(json.loads((tmp_path / "model" / "rlhf.json").read_text())) == {"scale", "bias"}
+    gaps = again.scores(ids, mask) - again.scores(ids, mask)[0]
+    torch.testing.assert_close(gaps * again.log_odds, raw - raw[0])  # what the loss read
+    assert set(json.loads((tmp_path / "model" / "rlhf.json").read_text())) == {"scale", "bias", "log_odds"}
 
 
 def test_a_reward_model_is_no_policy(model: LanguageModel, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Collecting: what is written does not depend on kills or on the number of processes."""
 
 import json
+import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -11,8 +13,9 @@ from rlhf.annotators import GoldAnnotator
 from rlhf.batch_file import BatchFile
 from rlhf.build import quiet
 from rlhf.data.template import encode_prompt
+from rlhf.data.testbed import Testbed
 from rlhf.rollout import Sampler
-from rlhf_collect.stage import CollectStage
+from rlhf_collect.stage import CollectStage, agreement
 
 from .conftest import data
 
@@ -31,12 +34,13 @@ class Dies(Sampler):
         return super().sample(policy, prompts, seed)
 
 
-def collect(load, folder: Path, rollout: Sampler | None = None, **trainer) -> dict[str, float]:
+def collect(load, folder: Path, rollout: Sampler | None = None, annotator=None, **trainer) -> dict[str, float]:
     """Runs the stage over 10 prompts in batches of 3; gives its metrics, but on several processes."""
     quiet()
     warnings.filterwarnings("ignore", category=FutureWarning)
     folder.mkdir(parents=True, exist_ok=True)
-    stage = CollectStage(load(), data("prompt", 10, 2), rollout or Dies(), GoldAnnotator(), batch_size=3)
+    annotator = annotator or GoldAnnotator()
+    stage = CollectStage(load(), data("prompt", 10, 2), rollout or Dies(), annotator, batch_size=3)
     stage.run_folder = folder
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     runner = pl.Trainer(**{"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, **off, **trainer})
@@ -61,6 +65,29 @@ def test_a_killed_collection_and_two_processes_write_the_same_file(load, tmp_pat
     collect(load, tmp_path / "two", devices=2, strategy="ddp_fork")
     assert (tmp_path / "two" / "comparisons.jsonl").read_bytes() == expected
     assert not list(tmp_path.glob("*/*.part*"))
+
+
+@pytest.mark.parametrize("aspect", ["total", "helpfulness", "safety"])
+def test_an_annotator_without_noise_agrees_with_gold_of_its_own_aspect(aspect):
+    world, rng = Testbed(), random.Random(0)
+    questions = world.questions(40, rng)
+    prompts = [world.prompt(question) for question in questions]
+    replies = [[world.reply(question, rng) for _ in range(4)] for question in questions]
+    asked = SimpleNamespace(prompts=[prompt for prompt in prompts for _ in range(4)], texts=sum(replies, []))
+    comparisons = GoldAnnotator(noise=0.0, aspect=aspect)(asked, 4, seed=0)
+    counts = agreement(SimpleNamespace(prompts=prompts), comparisons, aspect)
+    assert counts["right"] == counts["of"] > 40
+    other = agreement(SimpleNamespace(prompts=prompts), comparisons, "safety" if aspect != "safety" else "helpfulness")
+    assert other["right"] < other["of"]
+
+
+def test_helpfulness_and_safety_are_asked_about_different_replies(load, tmp_path):
+    replies = []
+    for aspect in ("helpfulness", "safety"):
+        collect(load, tmp_path / aspect, annotator=GoldAnnotator(aspect=aspect))
+        rows = map(json.loads, (tmp_path / aspect / "comparisons.jsonl").read_text().splitlines())
+        replies.append({(str(row["prompt"]), reply) for row in rows for reply in row["responses"]})
+    assert replies[0] and not replies[0] & replies[1]
 
 
 def test_batches_are_shared_out_and_kept(tmp_path):

@@ -34,6 +34,14 @@ def prompt(reference):
         ("", None),
         ("inf", None),
         ("nan", None),
+        ("$ 1,000 ", 1000),
+        ("-$3", -3),
+        ("3 / 4", Fraction(3, 4)),
+        # Not every text of digits is a number: a policy that lists guesses has not answered.
+        ("1 2", None),
+        ("1,2", None),
+        ("12,34", None),
+        ("3 4 5", None),
     ],
 )
 def test_numbers_are_read(text, value):
@@ -67,6 +75,7 @@ def test_the_last_number(text, found):
         ({}, "I do not know.", "7", 0.0),
         ({"extract": "after_marker"}, "So 7.\n#### 7\nGood day, 12 times.", "7", 1.0),
         ({"extract": "after_marker"}, "So 7.", "7", 0.0),
+        ({"extract": "after_marker"}, "#### 1, 2", "12", 0.0),
         ({"extract": "after_marker", "missing": -0.5}, "####", "7", -0.5),
         ({"extract": "regex", "pattern": r"\\boxed\{(.*?)\}"}, r"\boxed{3}, no: \boxed{7.0}", "7", 1.0),
         ({"extract": "regex", "pattern": "answer: (.*)"}, "answer:  North  pole", "north pole", 1.0),

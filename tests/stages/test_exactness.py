@@ -179,6 +179,15 @@ def test_value_warmup_leaves_the_policy_alone(load, tmp_path):
     assert moved and all(name.startswith("critic.") for name in moved)
 
 
+def test_beta_waits_for_a_policy_that_moves(load, tmp_path):
+    """A policy that stands still is at a KL of 0, far below any target: beta would fall for no reason."""
+    objective = PPO(kl_target=6.0, kl_horizon=50.0)
+    stages = {warmup: ppo(load, objective=objective, value_warmup=warmup) for warmup in (4, 3)}
+    for warmup, stage in stages.items():
+        fit(stage, tmp_path / str(warmup))
+    assert stages[4].beta == objective.beta > stages[3].beta
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_only_what_is_trained_moves(load, tmp_path, lora):
     stage = ppo(load, lora=lora)

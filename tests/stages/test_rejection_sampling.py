@@ -17,7 +17,7 @@ from rlhf.rollout import Sampler
 from rlhf.runs import Run
 from rlhf.scoring import GoldReward
 from rlhf.stage import seed_of
-from rlhf_rejection_sampling.picks import Candidate, key_of, pick, read_picks
+from rlhf_rejection_sampling.picks import Candidate, key_of, pick, read_picks, worth
 from rlhf_rejection_sampling.stage import RejectionSamplingStage
 
 from .conftest import adamw, constant, data, fit, same, weights
@@ -150,6 +150,25 @@ def test_selection_rules():
     assert [reply[1] for reply in picked("random_per_prompt")] == ["0", "1", "2"]
     overall = picked("random_overall")
     assert len(set(overall)) == 3 and overall == sorted(overall, key=lambda reply: reply[1])
+
+
+def test_replies_of_equal_score_are_picked_alike():
+    """Of a rule with two values most replies are tied: neither the first reply nor the first temperature is better."""
+    draws, tops = Counter(), Counter()
+    for seed in range(200):
+        found = candidates([[1, 1, 0], [1, 1, 1]])
+        draws.update(candidate.reply for candidate in pick(found, "best_per_prompt", 2, seed_of(seed, "pick")))
+        tops.update(candidate.reply for candidate in pick(found, "top_overall", 1, seed_of(seed, "pick")))
+    assert all(70 < draws[reply] < 130 for reply in ("r00", "r01")) and draws["r02"] == 0
+    assert all(40 < draws[reply] < 95 for reply in ("r10", "r11", "r12"))
+    assert all(20 < tops[reply] < 65 for reply in ("r00", "r01", "r10", "r11", "r12"))
+
+
+def test_the_best_of_equal_score_share_what_is_said_of_temperatures():
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    found = worth(scores, [0.7, 0.7, 1.3, 1.3], candidates([[1]]))["temperatures"]
+    assert found["0.7"]["share_of_best"] == pytest.approx(1 / 3)  # 1/2, 1/2 and 0
+    assert found["1.3"]["share_of_best"] == pytest.approx(2 / 3)
 
 
 def test_controls_are_matched_and_blind():

@@ -146,16 +146,20 @@ def test_demonstrations_get_a_mean_of_zero(load, tmp_path):
 
 
 def test_each_normalisation_is_another_model_with_the_same_order(load, tmp_path):
+    in_the_loss: dict[str, torch.Tensor] = {}
     levels = {}
     for name in ("none", "mean", "standard", "demonstrations"):
         stage = stage_on(load, normalize=name, demonstrations=data("demonstration", 24, 4))
         fit(stage, tmp_path / name)
         scores = stage.scores_of(stage.examples)[0]
+        in_the_loss[name] = (scores - scores[0]) * stage.scorer.log_odds
         levels[name] = (scores.mean().item(), scores.std().item(), scores.argsort().tolist())
     assert levels["mean"][0] == pytest.approx(0, abs=1e-5) and levels["mean"][1] == pytest.approx(levels["none"][1])
     assert levels["standard"][:2] == pytest.approx((0, 1), abs=1e-4)
     assert len({round(mean, 4) for mean, *_ in levels.values()}) >= 3
     assert all(order == levels["none"][2] for *_, order in levels.values())
+    for gaps in in_the_loss.values():  # what the gate of Llama 2 reads does not depend on it
+        torch.testing.assert_close(gaps, in_the_loss["none"], atol=1e-4, rtol=1e-4)
 
 
 def test_demonstrations_are_needed_to_normalise_by_them(load):

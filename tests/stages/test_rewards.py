@@ -77,6 +77,15 @@ def test_the_gate_on_the_sigmoid():
     assert reward.parts["gated"] == 0.5 and reward.parts["helpfulness"] == 2.0
 
 
+def test_the_gate_reads_the_probability_that_the_loss_trained():
+    """A score of -1.1 deviations of 2.5 log-odds each is one of -2.75 in the loss: a probability of 0.06, below 0.15."""
+    safety = fixed(-1.1, -0.6)
+    assert GatedReward(fixed(2.0, 2.0), safety)(asked(False, False)).tolist() == pytest.approx([2.0, 2.0], abs=1e-5)
+    safety.log_odds = 2.5
+    scores = GatedReward(fixed(2.0, 2.0), safety)(asked(False, False))
+    assert scores.tolist() == pytest.approx([-2.75, 2.0], abs=1e-5)
+
+
 def test_the_logit_is_clamped():
     scores = GatedReward(fixed(200.0, -200.0), fixed(5.0, 5.0), eps=1e-6)(asked(False, False))
     torch.testing.assert_close(scores, torch.tensor([13.8155, -13.8155]), atol=0.1, rtol=0)
