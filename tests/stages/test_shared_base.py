@@ -292,3 +292,36 @@ def test_a_pipeline_knows_what_its_models_will_sit_on(runs: Runs, tmp_path: Path
         planned(*shared, f"align.inputs.reward_model={runs.scorer}")
     with pytest.raises(UserError, match=r"^align: align.stage.value=.*all of its weights were trained"):
         planned(*shared, "+adapter@reward_model.adapter=none")
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+TWO = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 0}
+
+
+def trained(stage: Stage) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights(stage).items() if ".default." in name or "head" in name}
+
+
+def test_two_processes_train_what_one_trains(runs: Runs, tmp_path: Path) -> None:
+    before = trained(made("dpo", runs))
+    one, two = made("dpo", runs), made("dpo", runs)
+    fit(one, tmp_path / "one", limit_val_batches=0)
+    fit(two, tmp_path / "two", **TWO)
+    assert not same(trained(one), before)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sharing_changes_no_bit_on_two_processes(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    """Sampling draws by process, so PPO on two is held against two with a base for every role."""
+    shared = made("ppo", runs, steps=1)
+    fit(shared, tmp_path / "shared", **TWO)
+    copying = lambda module: shared_base.copy.deepcopy(module)  # noqa: E731
+    monkeypatch.setattr(shared_base, "share", copying)
+    monkeypatch.setattr(roles, "share", copying)
+    copies = made("ppo", runs, steps=1)
+    before = trained(copies)
+    fit(copies, tmp_path / "copies", **TWO)
+    assert same(trained(shared), trained(copies)) and not same(trained(shared), before)
+    assert rows(tmp_path / "shared") == rows(tmp_path / "copies") and rows(tmp_path / "shared")
