@@ -16,13 +16,11 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.checkpoints import latest
-from rlhf.errors import RLHFError, UserError
+from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
-from rlhf.models.causal_lm import CausalLM
 from rlhf.models.footprint import footprint
-from rlhf.models.precision import Precision
-from rlhf.models.shared_base import SharedBase
-from rlhf.scoring import ModelReward, model_rewards
+from rlhf.scoring import model_rewards
+from rlhf.sharing import shared_base
 from rlhf.stage import Stage
 from rlhf.validation import groups
 
@@ -44,7 +42,7 @@ class Clock(pl.Callback):
 
 
 def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | None = None) -> Stage:
-    """Builds the stage of a step's config: data first, because its errors are the cheapest to find.
+    """Builds the stage of a step's config: what reads nothing first, then data, because its errors are cheap to find.
 
     Args:
         config: Of one step, resolved.
@@ -54,6 +52,7 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
     Raises UserError for what the user can mend.
     """
     stage_class: type[Stage] = get_class(config.stage._target_)
+    base = shared_base(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     parts: dict[str, Any] = {}
     for name in groups(stage_class):
         if name in SPECIAL or name not in config:
@@ -66,9 +65,8 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
     precision = instantiate(config.precision)
     corpus = getattr(parts.get("data"), "texts", None)
     spec, adapter = instantiate(config.model, _convert_="all"), instantiate(config.adapter)
-    rewards = {name: reward for part in parts.values() for name, reward in model_rewards(part).items()}
-    base = _shared_base(config, stage_class, spec, adapter, precision, rewards)
-    for reward in rewards.values():
+    rewards = [reward for part in parts.values() for reward in model_rewards(part).values()]
+    for reward in rewards:
         reward.load(base if base is None else base.load(corpus))
     if base is None:
         parts["model"] = stage_class.load_model(spec, adapter, precision, corpus)
@@ -78,29 +76,6 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
     stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
     stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
     return stage
-
-
-def _shared_base(
-    config: DictConfig,
-    stage: type[Stage],
-    spec: CausalLM,
-    adapter: Any,
-    precision: Precision,
-    rewards: Mapping[str, ModelReward],
-) -> SharedBase | None:
-    """The base that all roles of the stage sit on, where ``adapter.shared_base`` asks for it and there are several."""
-    if not getattr(adapter, "shared_base", False) or not (stage.models_beside or rewards):
-        return None
-    strategy = str(config.trainer.get("strategy", "auto"))
-    if strategy.partition("_")[0] not in ("auto", "ddp", "single"):
-        raise UserError(
-            f"adapter.shared_base=true with trainer.strategy={strategy}: a strategy that cuts weights up cannot share "
-            "them; type adapter.shared_base=false, or trainer=ddp"
-        )
-    others = {f"stage.{knob}": str(config.stage[knob]) for knob in stage.models_beside if config.stage.get(knob)}
-    trained = [f"stage.{knob}" for knob, learns in stage.models_beside.items() if learns]
-    others |= {"reward.path" if name == "reward" else f"reward.{name}.path": r.path for name, r in rewards.items()}
-    return SharedBase.find(spec, adapter, precision, others, trained)
 
 
 def instantiated(node: Any) -> Any:

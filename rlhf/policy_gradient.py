@@ -197,9 +197,8 @@ class RolloutStage(Stage):
         """The prompts, all of which fit the context with a reply."""
         processes = self.trainer.world_size  # which the config need not have said
         self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
-        fitted = self.fit_prompts(self.data)
+        fitted = self.fit_prompts(self.data, self.rollout)
         self.examples, self.held_out = fitted.train, fitted.validation
-        self.rollout.check(self.policy, [*self.examples, *self.held_out])
         self.batches = self.order(len(self.examples), steps=self.steps)
 
     def prepare(self) -> None:

@@ -1,5 +1,6 @@
 """Sampling: prompts in, replies with their log-probabilities out."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -188,15 +189,19 @@ class Sampler:
     def check(self, policy: LanguageModel, prompts: list[Prompt]) -> list[list[int]]:
         """The prompts in tokens. Raises UserError for one that leaves less than ``room`` of the context."""
         encoded = [encode_prompt(policy.tokenizer, prompt.messages) for prompt in prompts]
+        self.check_lengths(policy, prompts, [len(ids) for ids in encoded])
+        return encoded
+
+    def check_lengths(self, policy: LanguageModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+        """As ``check``, of prompts whose tokens are counted already."""
         limit = policy.context_length - self.room(policy)
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if len(ids) > limit:
+        for prompt, length in zip(prompts, lengths, strict=True):
+            if length > limit:
                 raise UserError(
-                    f"prompt '{prompt.messages[-1].content[:60]}' has {len(ids)} tokens; with "
+                    f"prompt '{prompt.messages[-1].content[:60]}' has {length} tokens; with "
                     f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
                     f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
                 )
-        return encoded
 
     def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
         """One uniform number for every token a row may have, on the CPU so that it is the same on every device."""

@@ -14,8 +14,9 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | Non
     function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
     try:
         hints = get_type_hints(function, include_extras=True)
-    except Exception:
-        # An annotation that names something imported for type checking only: those parameters go unchecked.
+    except (NameError, AttributeError, SyntaxError, TypeError):
+        # An annotation in quotes that cannot be evaluated, such as one that names something imported for type checking
+        # only, or a target that has none (functools.partial): those parameters go unchecked.
         hints = {}
     return {
         name: p.replace(annotation=hints.get(name, Any if isinstance(p.annotation, str) else p.annotation))

@@ -215,9 +215,21 @@ class Stage(pl.LightningModule):
         self.held_out, held_out = data.encode(tokenizer, "validation")
         self.note(f"{data.report}; training: {training}; held out: {held_out}")
 
-    def fit_prompts(self, data: Split) -> Split:
-        """Prompts within ``data.max_length`` and ``data.max_prompt_length``; says what was dropped or cut."""
+    def fit_prompts(self, data: Split, sampler: Sampler, held_out_answered: int | None = None) -> Split:
+        """Prompts within ``data.max_length`` and ``data.max_prompt_length``; says what was dropped or cut.
+
+        Args:
+            data: Prompts, each tokenised once.
+            sampler: Who answers them.
+            held_out_answered: Of the held-out prompts only so many of the first are; None: all.
+
+        Raises:
+            UserError: For a prompt that leaves no room for the longest reply, before the first is sampled.
+        """
         fitted, training, held_out = data.fitting(self.policy.tokenizer)
+        sampler.check_lengths(self.policy, fitted.train, training.lengths)
+        answered = slice(held_out_answered)
+        sampler.check_lengths(self.policy, fitted.validation[answered], held_out.lengths[answered])
         if any(part.truncated or part.dropped for part in (training, held_out)):
             self.note(f"prompts: {training}; held out: {held_out}")
         return fitted

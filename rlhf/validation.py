@@ -273,11 +273,16 @@ def _together(config: dict[str, Any], step: str) -> list[str]:
     try:
         stage.check_parts(**parts)
     except RLHFError as e:
-        if not step:
-            return [str(e)]
-        keys = rf"(?<![\w.@])((?:stage|inputs|trainer|{'|'.join(groups(stage))})\.\w+=)"
-        return [f"{step}: " + re.sub(keys, rf"{step}.\1", str(e))]
+        return [said_of_step(str(e), config, step)]
     return []
+
+
+def said_of_step(message: str, config: dict[str, Any], step: str) -> str:
+    """A message about a step's config, its keys as they are typed in a pipeline; as it is outside of one (step "")."""
+    if not step:
+        return message
+    asked = "|".join(groups(_load(config["stage"]["_target_"])))
+    return f"{step}: " + re.sub(rf"(?<![\w.@])((?:stage|inputs|trainer|{asked})\.[\w.]+=)", rf"{step}.\1", message)
 
 
 def _light(node: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ class CollectStage(Stage):
 
     def read_examples(self) -> None:
         """The training prompts; the held-out ones stay unseen."""
-        self.examples = self.fit_prompts(self.data).train
+        self.examples = self.fit_prompts(self.data, self.rollout, held_out_answered=0).train
 
     def prepare(self) -> None:
         """Moves the annotator's model, if it has one, to the device, and opens what it keeps from run to run."""

@@ -113,7 +113,7 @@ class RejectionSamplingStage(Supervised):
 
     def prepare(self) -> None:
         """Samples, picks, tokenises."""
-        self.data = self.fit_prompts(self.data)
+        self.data = self.fit_prompts(self.data, self.rollout, held_out_answered=JUDGED)
         make_ready(self.reward, self.device, [*self.data.train, *self.judged], self.rollout.max_new_tokens)
         if not self.best_of_k_file.exists():  # written last; without it only what is missing is sampled
             self.trainer.strategy.barrier()

@@ -67,6 +67,7 @@ class EncodeReport:
     tokens: int = 0
     refused: int = 0  # dialogues that the chat template cannot write
     first_refused: str = ""  # why, for the first of them
+    lengths: list[int] = field(default_factory=list)  # tokens of each prompt that is kept, where they stay prompts
 
     def __str__(self) -> str:
         line = f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
@@ -312,6 +313,7 @@ class Data:
             report.kept += 1
             report.truncated += len(turns) < len(prompt.messages)
             report.tokens += len(ids)
+            report.lengths.append(len(ids))
             kept.append(prompt if len(turns) == len(prompt.messages) else replace(prompt, messages=tuple(turns)))
         return kept, report
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import shutil
 import sys
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cache import cache_folder
 from rlhf.errors import UserError
+from rlhf.models import gguf_source
 from rlhf.models.language_model import plain_config
 
 LAYOUT = "1"  # of the folders below; raised when the way they are made changes
@@ -33,8 +34,12 @@ def converted(source: str) -> str:
     if not file.is_file():
         raise UserError(f"model.path={source}: no such file")
     stat = file.stat()
-    folder = cache_folder("gguf") / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)[:16]}-{LAYOUT}"
+    digest = _digest(file, stat.st_size, stat.st_mtime_ns)
+    folder = cache_folder("gguf") / f"{file.stem}-{digest[:16]}-{LAYOUT}"
     if (folder / "config.json").exists():
+        if not (folder / gguf_source.SOURCE_FILE).exists():
+            with suppress(OSError):  # a cache for reading only stays as it is
+                gguf_source.write(folder, file, digest)
         return str(folder)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -43,6 +48,7 @@ def converted(source: str) -> str:
                 scratch = folder.with_name(f".{folder.name}.part")
                 shutil.rmtree(scratch, ignore_errors=True)
                 _convert(file, scratch)
+                gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
     except PermissionError as error:
         raise UserError(f"{folder.parent}: cannot be written; type RLHF_CACHE=FOLDER before the command") from error

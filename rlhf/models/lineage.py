@@ -39,6 +39,21 @@ class Node:
         return self.adapter is None or Path(self.path).absolute() != self.adapter.absolute()
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A model that is yet to be made.
+
+    Args:
+        adapter: Where its adapter will lie; None where all its weights are trained.
+        base: The model under that adapter.
+        decompose: Whether the adapter is DoRA.
+    """
+
+    adapter: Path | None = None
+    base: str | None = None
+    decompose: bool = False
+
+
 def adapter_beside(folder: Path) -> Path:
     """Where the adapter of a model folder is kept: ``adapter`` beside a run's ``model``, and within any other."""
     run = folder.name.lstrip(".") == "model"  # a run saves under a hidden name first
@@ -96,25 +111,32 @@ def adapters_alone(path: str) -> tuple[list[Path], str]:
         path = base_of(adapter)
 
 
-def chain(path: str) -> list[Node]:
-    """The model at ``path`` (a folder as ``CausalLM.folder`` gives it, a hub id, a GGUF file) and all it sits on."""
+def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]:
+    """The model at ``path`` (a folder as ``CausalLM.folder`` gives it, a hub id, a GGUF file) and all it sits on.
+
+    ``planned`` says it of folders that are not there yet.
+    """
     nodes: list[Node] = []
     while True:
-        adapter = _adapter_of(path)
+        known = (planned or {}).get(path)
+        adapter = _adapter_of(path) if known is None else known.adapter
         nodes.append(Node(path, adapter))
         if adapter is None:
             return nodes
         if any(path == node.path for node in nodes[:-1]):
             raise UserError(f"{adapter}: the adapters sit on each other in a circle")
-        path = base_of(adapter)
+        path = base_of(adapter) if known is None else str(known.base)
 
 
-def common_base(policy: str, others: Mapping[str, str]) -> tuple[Node, dict[str, list[Path]]]:
+def common_base(
+    policy: str, others: Mapping[str, str], planned: Mapping[str, Planned] | None = None
+) -> tuple[Node, dict[str, list[Path]]]:
     """The weights on which the policy and all others sit, as near to the policy as possible.
 
     Args:
         policy: Path of the policy.
         others: Key (what is typed to name it) -> path of each model that is to share them.
+        planned: Of folders that are yet to be made, what they will sit on.
 
     Returns:
         That model, and for each path the adapters that make it of that model, lowest first.
@@ -122,11 +144,11 @@ def common_base(policy: str, others: Mapping[str, str]) -> tuple[Node, dict[str,
     Raises:
         UserError: If one of them does not sit on any weights of the policy's chain.
     """
-    own = chain(policy)
+    own = chain(policy, planned)
     lowest = next(index for index, node in enumerate(own) if node.whole)
     met: dict[str, tuple[list[Node], dict[int, int]]] = {}
     for key, path in others.items():
-        nodes = chain(path)
+        nodes = chain(path, planned)
         places = {i: j for i, node in enumerate(own) for j, other in enumerate(nodes) if _same(node, other)}
         if not places:
             below = "all of its weights were trained" if len(nodes) == 1 else f"its adapter is for {nodes[-1].path}"

@@ -29,7 +29,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import TRAINED, LoRA
 from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import common_base
+from rlhf.models.lineage import Planned, common_base
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 
@@ -87,6 +87,7 @@ class SharedBase:
         precision: Precision,
         others: Mapping[str, str],
         trained: Collection[str] = (),
+        planned: Mapping[str, Planned] | None = None,
     ) -> "SharedBase":
         """The base that the policy shares with the others.
 
@@ -96,6 +97,7 @@ class SharedBase:
             precision: Format of the weights.
             others: What is typed to name a model -> its path (run folder, model folder or hub id).
             trained: Of these, the ones that get a fresh adapter too.
+            planned: Model folders that are yet to be made -> what they will sit on.
 
         Raises:
             UserError: If they do not sit on common weights, or their adapters cannot be added up.
@@ -108,12 +110,14 @@ class SharedBase:
                 )
             return cls(spec, adapter, precision, None, {})
         paths = {key: _folder(path) for key, path in others.items()}
-        base, stacks = common_base(spec.folder, paths)
+        base, stacks = common_base(spec.folder, paths, planned)
         found = cls(spec, adapter, precision, base.path, stacks)
         fresh = {spec.folder, *(paths[key] for key in trained if key in paths)}
+        kinds = {one.adapter: one.decompose for one in (planned or {}).values()}
         for path, adapters in stacks.items():
             for folder in adapters:
-                found._check(folder, summed=len(adapters) > 1 or path in fresh, under_fresh=path in fresh)
+                decompose = kinds[folder] if folder in kinds else _stored_lora(folder)
+                found._check(folder, decompose, summed=len(adapters) > 1 or path in fresh, under_fresh=path in fresh)
         return found
 
     # --- roles ---
@@ -241,12 +245,9 @@ class SharedBase:
                 known[short] = value
         return mounted
 
-    def _check(self, folder: Path, summed: bool, under_fresh: bool) -> None:
-        """Refuses adapters that are no LoRA, and sums with an adapter that has a magnitude apart."""
-        stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
-            raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
-        if (summed and stored.get("use_dora")) or (under_fresh and self.adapter.decompose):
+    def _check(self, folder: Path, decompose: bool, summed: bool, under_fresh: bool) -> None:
+        """Refuses sums with an adapter that has a magnitude apart."""
+        if (summed and decompose) or (under_fresh and self.adapter.decompose):
             raise UserError(
                 f"{folder}: the magnitude of DoRA belongs to a whole weight, so no other adapter can be added to it: "
                 "type adapter=lora for both, or adapter.shared_base=false"
@@ -258,6 +259,14 @@ def _activate(model: PeftModel, names: list[str]) -> None:
     model.base_model.set_adapter(names)  # type: ignore[operator,union-attr]
     for key, value in model.named_parameters():
         value.requires_grad_(f".{TRAINED}." in key and TRAINED in names)
+
+
+def _stored_lora(folder: Path) -> bool:
+    """Whether the adapter at ``folder`` is DoRA. Raises UserError for one that is no LoRA."""
+    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
+        raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
+    return bool(stored.get("use_dora"))
 
 
 def _folder(path: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from rlhf import runs
 from rlhf.errors import UserError
+from rlhf.models import gguf_source
+from rlhf.models.gguf_source import GGUFSource
 from rlhf.using import named
 from rlhf.using.named import Named
 
@@ -17,7 +19,7 @@ Kind = Literal["model", "adapter", "reward_model"]
 # fmt: off
 PARTS = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
-    "base.json", "rlhf.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "base.json", "gguf.json", "rlhf.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "README.md",
 )
@@ -33,6 +35,7 @@ class Exported:
     Attributes:
         kind: A language model with all its weights, an adapter alone, or a reward model.
         base: What an adapter belongs to: a model folder, a GGUF file or a hub id.
+        source: The GGUF file that this base was dequantised from, if it was.
         bias: What is added to a reward model's output.
         notes: What a user of the folder has to know.
     """
@@ -40,6 +43,7 @@ class Exported:
     kind: Kind
     folder: Path
     base: str | None = None
+    source: GGUFSource | None = None
     bias: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -108,10 +112,26 @@ def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    found = Exported("adapter", folder, base)
-    if Path(base).exists():
+    found = Exported("adapter", folder, base, gguf_source.read(Path(base)))
+    if found.source is not None:
+        found.notes += _of_gguf(base, found.source)
+    elif Path(base).exists():
         found.notes.append(f"the adapter needs its base, {base}; --merge makes a folder that stands alone")
     return found
+
+
+def _of_gguf(base: str, source: GGUFSource) -> list[str]:
+    """What has to be said of an adapter on dequantised weights, which are no model of the hub's."""
+    file = f"'{source.path}'"
+    if source.package:
+        file = f'"$(python -c "from rlhf.hub import packaged_file; print(packaged_file(\'{source.package}\'))")"'
+    first = f"`{source.install}`, then the code in the card, or " if source.install else ""
+    return [
+        f"the adapter's base is {source}, dequantised to float32: close to the model of the hub that the file was made "
+        f"of, but not its weights; here it lies in {base}, which adapter_config.json names",
+        f"elsewhere: {first}`rlhf export {file} --to base` for the base as a folder; --merge makes a folder that "
+        "stands alone",
+    ]
 
 
 def _base(model: Named, adapter: Path) -> str:

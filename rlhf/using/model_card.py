@@ -42,6 +42,18 @@ base = AutoModelForCausalLM.from_pretrained("{parent}", gguf_file="{name}", dtyp
 model = PeftModel.from_pretrained(base, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)
 """
+ON_PACKAGE = """from importlib.util import find_spec
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+(package,) = find_spec("{module}").submodule_search_locations  # {install}
+base = AutoModelForCausalLM.from_pretrained(package, gguf_file="{name}", dtype="float32")
+model = PeftModel.from_pretrained(base, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
+"""
 REPLY = """
 dialogue = [{"role": "user", "content": "Hello"}]
 prompt = tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -108,7 +120,7 @@ def _front(model: Named, exported: Exported, licence: str | None) -> str:
 def _what(model: Named, exported: Exported) -> str:
     kinds = {
         "model": "A causal language model with all its weights.",
-        "adapter": f"A LoRA adapter (PEFT) for `{exported.base}`.",
+        "adapter": f"A LoRA adapter (PEFT) for {exported.source or f'`{exported.base}`'}.",
         "reward_model": "A reward model: one number for a dialogue, higher for better replies.",
     }
     origin = f"the model `{model.ref}`" if model.run is None else f"stage `{model.run.stage}`, run `{model.run.folder}`"
@@ -121,7 +133,10 @@ def _code(exported: Exported, end_id: int | None) -> str:
         return REWARD.format(folder=folder, end=end_id, bias=exported.bias)
     if exported.kind == "model":
         return POLICY.format(folder=folder) + REPLY
-    base = str(exported.base)
+    base, source = str(exported.base), exported.source
+    if source is not None and source.package:
+        name = Path(source.path).name
+        return ON_PACKAGE.format(folder=folder, module=source.module, name=name, install=source.install) + REPLY
     if base.endswith(".gguf"):
         return ON_GGUF.format(folder=folder, parent=Path(base).parent, name=Path(base).name) + REPLY
     return ADAPTER.format(folder=folder, base=base) + REPLY

@@ -1,6 +1,8 @@
 """Knobs that a constructor hands on to the class below are its own."""
 
+import functools
 import inspect
+import typing
 from typing import Annotated, Any
 
 import pytest
@@ -74,3 +76,28 @@ def test_a_config_is_checked_against_all_of_them() -> None:
     assert findings(batch_size=1) == ["stage.batch_size=1: should be greater than 1"]
     assert findings(rat=0.1) == ["stage.rat: unknown option (did you mean stage.rate?)"]
     assert list(validation.groups(Mine)) == ["model", "data"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "raises"),
+    [("Absent", NameError), ("inspect.Absent", AttributeError), ("not a type", SyntaxError), ("int[str]", TypeError)],
+)
+def test_an_annotation_that_cannot_be_evaluated_leaves_its_knob_unchecked(
+    annotation: str, raises: type[Exception]
+) -> None:
+    def target(size: Any, rate: float = 0.5) -> None: ...
+
+    target.__annotations__["size"] = annotation
+    with pytest.raises(raises):
+        typing.get_type_hints(target)
+    found = validation.parameters(target)
+    assert found is not None and found["size"].annotation is Any and found["rate"].annotation is float
+    assert validation.check_node(target, {"size": 3}, "stage") == []
+    assert "unknown option" in validation.check_node(target, {"size": 3, "sise": 3}, "stage")[0]
+
+
+def test_a_target_without_annotations_of_its_own_is_checked_by_its_names() -> None:
+    target = functools.partial(Closed, other=2)
+    with pytest.raises(TypeError):
+        typing.get_type_hints(target)
+    assert {*(validation.parameters(target) or {})} == {"model", "other"}

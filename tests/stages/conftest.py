@@ -1,9 +1,10 @@
 """A model of 30 thousand weights, a small world, and a trainer for each test."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import pytorch_lightning as pl
@@ -16,6 +17,7 @@ from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.rollout import Sampler
 from rlhf.stage import Stage
 
 ARCHITECTURE = {
@@ -91,6 +93,22 @@ def fit(stage: Stage, folder: Path, resume: Path | None = None, **arguments: Any
     )
     trainer.fit(stage, ckpt_path=resume)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+S = TypeVar("S", bound=Sampler)
+
+
+def dies(sampler: S, batches: int) -> S:
+    """The sampler, killed when it is asked for one batch more than these."""
+    sample, asked = sampler.sample, itertools.count(1)
+
+    def until_killed(*arguments: Any, **named: Any) -> Any:
+        if next(asked) > batches:
+            raise KeyboardInterrupt
+        return sample(*arguments, **named)
+
+    sampler.sample = until_killed  # type: ignore[method-assign]
+    return sampler
 
 
 def weights(stage: Stage) -> dict[str, torch.Tensor]:

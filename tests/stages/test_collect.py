@@ -17,21 +17,11 @@ from rlhf.data.testbed import Testbed
 from rlhf.rollout import Sampler
 from rlhf_collect.stage import CollectStage, agreement
 
-from .conftest import data
+from .conftest import data, dies
 
 
-class Dies(Sampler):
-    """Samples a few batches and is killed."""
-
-    def __init__(self, batches: int = 99) -> None:
-        super().__init__(8, samples=3)
-        self.left = batches
-
-    def sample(self, policy, prompts, seed):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().sample(policy, prompts, seed)
+def sampler() -> Sampler:
+    return Sampler(8, samples=3)
 
 
 def collect(load, folder: Path, rollout: Sampler | None = None, annotator=None, **trainer) -> dict[str, float]:
@@ -40,7 +30,7 @@ def collect(load, folder: Path, rollout: Sampler | None = None, annotator=None, 
     warnings.filterwarnings("ignore", category=FutureWarning)
     folder.mkdir(parents=True, exist_ok=True)
     annotator = annotator or GoldAnnotator()
-    stage = CollectStage(load(), data("prompt", 10, 2), rollout or Dies(), annotator, batch_size=3)
+    stage = CollectStage(load(), data("prompt", 10, 2), rollout or sampler(), annotator, batch_size=3)
     stage.run_folder = folder
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     runner = pl.Trainer(**{"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, **off, **trainer})
@@ -54,12 +44,12 @@ def test_a_killed_collection_and_two_processes_write_the_same_file(load, tmp_pat
     assert expected and metrics["prompts"] == 10
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        collect(load, tmp_path / "killed", Dies(2))
+        collect(load, tmp_path / "killed", dies(sampler(), 2))
     part = tmp_path / "killed" / "comparisons.part0.jsonl"
     assert len(part.read_text().splitlines()) == 2
     with part.open("a") as file:
         file.write('{"batch": 2, "compar')  # cut short
-    assert collect(load, tmp_path / "killed", Dies(2)) == metrics  # two of the four batches were left
+    assert collect(load, tmp_path / "killed", dies(sampler(), 2)) == metrics  # two of the four batches were left
     assert (tmp_path / "killed" / "comparisons.jsonl").read_bytes() == expected
 
     collect(load, tmp_path / "two", devices=2, strategy="ddp_fork")

