@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.text import Text as Line
 
+from rlhf import validation
 from rlhf.data.data import Data, LoadReport, Split, files_unread
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
@@ -40,6 +41,9 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
         if maker is not None:
             raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
     places: dict[int, str] = {}
+    for name in validation.unread(of.config):
+        if of.config.get(name) is not None:
+            console.say(f"{of.name}: {name} is not read by this run, and not shown", "dim")
     splits = {name: _load(data, places) for name, data in groups.items()}
     tokenizer, room = _reader(look, of, splits)
     for name, split in splits.items():
