@@ -21,8 +21,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from rlhf import discovery
-from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.errors import RLHFError, UserError, data_keys, suggest
 from rlhf.signatures import groups, parameters
+from rlhf.vocabulary import lacks_template
 
 # Groups that build reads for every stage, whether or not its constructor names them.
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
@@ -169,7 +170,11 @@ def check_node(
         try:
             target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
-            errors.append(_named(_first_line(e), path))
+            message = _first_line(e)
+            if hasattr(target, "digest") and message.startswith("data.source"):
+                errors.append(data_keys(message, path))
+            else:
+                errors.append(_named(message, path))
     return errors
 
 
@@ -248,6 +253,7 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
         if is_node and group not in asked and group not in SHARED and group != "stage":
             yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*asked, 'stage'])}"
     yield from _records(config, stage, name, prefix)
+    yield from _template(config, asked)
     yield from _objective(config, asked.get("objective"), name, step)
 
 
@@ -306,6 +312,21 @@ def _records(config: dict[str, Any], stage: Any, name: str, prefix: str) -> Iter
                     f"{prefix}{path}.record={record}: stage={name} reads {'s and '.join(kinds)}s here; type another "
                     f"{group}=, or {prefix}{path}.record={kinds[-1]} if the rows hold what that takes"
                 )
+
+
+def _template(config: dict[str, Any], asked: typing.Collection[str]) -> Iterator[str]:
+    """Whether a local model's tokenizer lacks the chat template that the data needs; of others it is known later."""
+    model = config.get("model")
+    nodes = [config.get(group) for group in asked]
+    chat = any(isinstance(node, dict) and node.get("record") not in (None, "text") for node in nodes)
+    if not chat or not isinstance(model, dict) or model.get("chat_template") is not None:
+        return
+    key = "tokenizer" if model.get("tokenizer") else "path"
+    if lacks_template(model.get(key)):
+        yield (
+            f"model.{key}={model[key]}: its tokenizer has no chat template, chat data needs one; type "
+            "model.chat_template=chatml"
+        )
 
 
 def _light(node: dict[str, Any]) -> Any:

@@ -42,11 +42,19 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("plan pipeline=dpo data@sft.data=comparisons", "sft.data.record=comparison: stage=sft reads texts and demon"),
         ("plan stage=pretrain model.chat_template=chatlm", "model.chat_template=chatlm: neither a template's name nor"),
         ("plan stage=pretrain model.chat_template=half.jinja", "the chat template is no Jinja template (line 1"),
+        ("plan stage=sft model.path=bare", "model.path=bare: its tokenizer has no chat template, chat data needs one"),
+        ("plan pipeline=dpo model.tokenizer=bare", "model.tokenizer=bare: its tokenizer has no chat template"),
+        ("plan pipeline=instructgpt align.data.source=x*.jsonl", "align.data.source=x*.jsonl: no file matches"),
+        ("plan stage=reward_model demonstrations.source=x*.json", "demonstrations.source=x*.json: no file matches"),
+        ("plan pipeline=dpo sft.data.source=half.json", "sft.data.source=half.json: 1 of 1 rows are unusable"),
         ("data pipeline=dpo step=align", "data.source=outputs/collect/"),
         ("batch pipeline=dpo step=nope", "step=nope: not among the steps that would run"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    (Path("bare") / "model").mkdir(parents=True)
+    (Path("bare") / "model" / "tokenizer_config.json").write_text("{}")
+    Path("half.json").write_text('[{"prompt": ""}]')
     Path("half.jinja").write_text("{% for m in messages %}{{ m.content")
     code, out = typed(capsys, *line.split())
     assert code == 2 and said in out
