@@ -109,12 +109,13 @@ def test_calls_and_thoughts() -> None:
         {"type": "thinking", "thinking": "t"},
         {"type": "tool_call", "value": {"name": "f", "arguments": {"x": 1}}},
     ]
-    for turn in (
+    calls: list[dict[str, Any]] = [
         {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
         {"content": "", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
         {"content": parts[1:]},
-    ):
+    ]
+    for turn in calls:
         assert read({"messages": [*Q, {"role": "assistant", **turn}]}) == Demonstration((U("q"), A(CALL)))
     thought = f"<think>\nt\n</think>\n{CALL}"
     turns: list[dict[str, Any]] = [
