@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import validation
 from rlhf.checkpoints import latest
 from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
@@ -54,8 +55,13 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
     stage_class: type[Stage] = get_class(config.stage._target_)
     base = shared_base(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     parts: dict[str, Any] = {}
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    unread = validation.unread(plain)
     for name in groups(stage_class):
         if name in SPECIAL or name not in config:
+            continue
+        if name in unread:
+            parts[name] = None
             continue
         if loaded and name in loaded:
             parts[name] = loaded[name]

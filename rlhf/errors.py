@@ -1,5 +1,6 @@
 """What can go wrong, sorted by who can mend it. Standard library only."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -21,6 +22,21 @@ class UserError(RLHFError):
 
 class RunFailed(RLHFError):
     """A run that started and did not finish. Exit status 1."""
+
+
+_DATA_KEY = re.compile(
+    r"(?<![\w./-])data\.(?=(?:source|size|validation|max_length|max_prompt_length|format|split|max_bad|tags|streaming)\b)"
+)
+
+
+def data_keys(message: str, path: str) -> str:
+    """A message of a group of data, which calls itself ``data``, with the keys as they stand in the whole config.
+
+    Args:
+        message: Of ``rlhf.data.Data``.
+        path: Where the group stands: data, demonstrations, align.data, data.parts.first.
+    """
+    return _DATA_KEY.sub(lambda _: f"{path}.", message)
 
 
 def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:

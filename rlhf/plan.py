@@ -179,7 +179,10 @@ class _Planner:
             if needed in self._by_name:
                 parents[self._by_name[needed].fingerprint] = self._by_name[needed].folder
         planned = {str(folder): identity for identity, folder in parents.items()}
-        fingerprint = runs.fingerprint(config, identities, planned)
+        try:
+            fingerprint = runs.fingerprint(config, identities, planned)
+        except UserError as error:
+            raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
         headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
         made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline))

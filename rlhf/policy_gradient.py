@@ -7,7 +7,7 @@ must be the same in PPO, GRPO and RLOO for a comparison to mean something is her
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field
@@ -95,6 +95,7 @@ class RolloutStage(Stage):
             none.
     """
 
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",), "text": ("text",)}
     telling = ("score", "kl", "length", "loss")
     headline = "val/score"
     models_beside = {"reference": False}
@@ -185,6 +186,11 @@ class RolloutStage(Stage):
             raise UserError(
                 f"objective.gamma={objective.gamma:g} needs pretraining text: type data@text=text, or objective.gamma=0"
             )
+
+    @classmethod
+    def unread(cls, *, objective: Any = None, **_: Any) -> tuple[str, ...]:
+        """The text, where no pretraining term asks for it."""
+        return () if objective is None or objective.gamma else ("text",)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 

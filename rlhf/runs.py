@@ -26,7 +26,7 @@ import hydra.utils
 from omegaconf import OmegaConf
 
 from rlhf.config import Plain, leaves, targets
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, data_keys, suggest
 
 MODEL_ROLES = ("policy", "base", "reference", "reward_model", "safety_model", "value", "judge")
 LETTERS = 10  # of the fingerprint, in a folder's name
@@ -395,7 +395,10 @@ def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
         if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None)):
-            found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
+            try:
+                found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
+            except UserError as error:
+                raise UserError(data_keys(str(error), key)) from None
     return found
 
 

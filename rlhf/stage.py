@@ -86,6 +86,8 @@ class Stage(pl.LightningModule):
     keeps_reference: ClassVar[bool] = True
     #: knobs that name another model, and whether that one is trained too: they can sit on the policy's base
     models_beside: ClassVar[dict[str, bool]] = {}
+    #: groups of data, and the record types each may hold; what is not named is not checked
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,
@@ -139,6 +141,11 @@ class Stage(pl.LightningModule):
                 f"stage.batch_size={batch_size} is no multiple of the {processes} processes: "
                 f"type stage.batch_size={-(-batch_size // processes) * processes}"
             )
+
+    @classmethod
+    def unread(cls, **_: Any) -> tuple[str, ...]:
+        """Groups of data that these knobs leave unread: they are not loaded. Knobs and groups as in ``check_parts``."""
+        return ()
 
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> Any:

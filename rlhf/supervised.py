@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.data import Split
 from rlhf.data.disk import keep, lengths
 from rlhf.data.template import Encoded
-from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context
@@ -24,6 +24,7 @@ class Supervised(Stage):
         packing: Tokens in a row that holds several documents (each attends to itself alone); null pads instead.
     """
 
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("text", "demonstration")}
     telling = ("loss", "accuracy", "val/loss")
     headline = "val/loss"
 
@@ -55,13 +56,7 @@ class Supervised(Stage):
             check_context(model, packing, "stage.packing")
 
     def read_examples(self) -> None:
-        """Tokenises the data. Raises UserError for records that are neither texts nor demonstrations."""
-        record = self.data.data.record
-        if record not in ("text", "demonstration"):
-            raise UserError(
-                f"data.record={record}: stage={self.name} trains on texts and demonstrations; "
-                "type data.record=demonstration, or another data="
-            )
+        """Tokenises the data."""
         self.encode(self.data, self.policy.tokenizer)
         self.arrange()
 

@@ -21,8 +21,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from rlhf import discovery
-from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.errors import RLHFError, UserError, data_keys, suggest
 from rlhf.signatures import groups, parameters
+from rlhf.vocabulary import lacks_template
 
 # Groups that build reads for every stage, whether or not its constructor names them.
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
@@ -163,13 +164,17 @@ def check_node(
         try:
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
-            errors.append(f"{path}: {_first_line(e)}")
+            errors.append(_named(_first_line(e), path))
     elif not errors and hasattr(target, "check_knobs") and UNRESOLVED not in values.values():
         # For a class that holds more than values: what it can tell from its knobs together, before it is built.
         try:
             target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
-            errors.append(_named(_first_line(e), path))
+            message = _first_line(e)
+            if hasattr(target, "digest") and message.startswith("data.source"):
+                errors.append(data_keys(message, path))
+            else:
+                errors.append(_named(message, path))
     return errors
 
 
@@ -247,6 +252,8 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
         is_node = isinstance(value, dict) and "_target_" in value
         if is_node and group not in asked and group not in SHARED and group != "stage":
             yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*asked, 'stage'])}"
+    yield from _records(config, stage, name, prefix)
+    yield from _template(config, asked)
     yield from _objective(config, asked.get("objective"), name, step)
 
 
@@ -258,7 +265,23 @@ def _together(config: dict[str, Any], step: str) -> list[str]:
     stage = _load(node["_target_"])
     if not hasattr(stage, "check_parts"):
         return []
-    parts = {name: value for name, value in node.items() if name not in (*RESERVED, "name")}
+    try:
+        stage.check_parts(**_parts(config, stage))
+    except RLHFError as e:
+        return [said_of_step(str(e), config, step)]
+    return []
+
+
+def unread(config: dict[str, Any]) -> tuple[str, ...]:
+    """Groups of data that the stage of a checked config does not read, its knobs being what they are."""
+    stage = get_object(config["stage"]["_target_"])
+    found: tuple[str, ...] = stage.unread(**_parts(config, stage)) if hasattr(stage, "unread") else ()
+    return found
+
+
+def _parts(config: dict[str, Any], stage: Any) -> dict[str, Any]:
+    """Knobs of the stage and groups that cost nothing to build, as ``Stage.check_parts`` gets them."""
+    parts = {name: value for name, value in config["stage"].items() if name not in (*RESERVED, "name")}
     for group, parameter in groups(stage).items():
         chosen = config.get(group)
         made = None if chosen is None else _light(chosen)
@@ -270,11 +293,37 @@ def _together(config: dict[str, Any], step: str) -> list[str]:
     counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
     if all(type(count) is int and count > 0 for count in counts):  # "auto" and -1 are known on the machine alone
         parts["processes"] = counts[0] * counts[1]
-    try:
-        stage.check_parts(**parts)
-    except RLHFError as e:
-        return [said_of_step(str(e), config, step)]
-    return []
+    return parts
+
+
+def _records(config: dict[str, Any], stage: Any, name: str, prefix: str) -> Iterator[str]:
+    """Whether the data holds what the stage reads: records of another type are found when its step begins, at best."""
+    for group, kinds in getattr(stage, "reads", {}).items():
+        node = config.get(group)
+        parts = node.get("parts") if isinstance(node, dict) else None
+        nodes = {group: node} if not isinstance(parts, dict) else {f"{group}.parts.{k}": v for k, v in parts.items()}
+        for path, one in nodes.items():
+            record = one.get("record") if isinstance(one, dict) else None
+            if isinstance(record, str) and record not in kinds:
+                yield (
+                    f"{prefix}{path}.record={record}: stage={name} reads {'s and '.join(kinds)}s here; type another "
+                    f"{group}=, or {prefix}{path}.record={kinds[-1]} if the rows hold what that takes"
+                )
+
+
+def _template(config: dict[str, Any], asked: typing.Collection[str]) -> Iterator[str]:
+    """Whether a local model's tokenizer lacks the chat template that the data needs; of others it is known later."""
+    model = config.get("model")
+    nodes = [config.get(group) for group in asked]
+    chat = any(isinstance(node, dict) and node.get("record") not in (None, "text") for node in nodes)
+    if not chat or not isinstance(model, dict) or model.get("chat_template") is not None:
+        return
+    key = "tokenizer" if model.get("tokenizer") else "path"
+    if lacks_template(model.get(key)):
+        yield (
+            f"model.{key}={model[key]}: its tokenizer has no chat template, chat data needs one; type "
+            "model.chat_template=chatml"
+        )
 
 
 def said_of_step(message: str, config: dict[str, Any], step: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether two models have one vocabulary, as far as their folders say it before anything is loaded. No torch here."""
+"""What tokenizers are told apart by before anything is loaded: one vocabulary, a chat template. No torch here."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,22 @@ def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:
             f"{what}={path} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} "
             f"the same), so it cannot read the policy's tokens: type {instead}"
         )
+
+
+def lacks_template(path: object) -> bool:
+    """Whether a folder holds a tokenizer without a chat template; of what is no such folder nothing is said."""
+    if not isinstance(path, str):
+        return False
+    for folder in (Path(path), Path(path) / "model"):
+        file = folder / "tokenizer_config.json"
+        if file.is_file():
+            try:
+                own = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                return False
+            beside = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
+            return not (own.get("chat_template") or beside or (folder / "additional_chat_templates").is_dir())
+    return False
 
 
 def words(path: object) -> dict[str, int] | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class CollectStage(Stage):
     """
 
     produces = "comparisons"
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",)}
     telling = ()
     headline = "comparisons"
 

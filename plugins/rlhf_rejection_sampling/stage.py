@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ class RejectionSamplingStage(Supervised):
         keep_earlier: Whether they do.
     """
 
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",)}
     headline = "val/score_gain"
     models_beside = {"sampler": False}
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ class RewardModelStage(Stage):
         safety_coefficient: Weight of the auxiliary loss that tells unsafe replies (Llama 2, section 3.2.2), 0: no head.
     """
 
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("comparison",), "demonstrations": ("demonstration",)}
     telling = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
 
@@ -95,6 +96,11 @@ class RewardModelStage(Stage):
         super().check_parts(**parts)
         if normalize == "demonstrations" and demonstrations is None:
             raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
+
+    @classmethod
+    def unread(cls, *, normalize: str = "none", **_: Any) -> tuple[str, ...]:
+        """The demonstrations, unless their scores are to be the zero."""
+        return () if normalize == "demonstrations" else ("demonstrations",)
 
     @staticmethod
     def load_model(spec: CausalLM, adapter: NoAdapter, precision: Precision, corpus: Corpus | None) -> object:

@@ -43,6 +43,7 @@ class LoadReport:
     read: int = 0
     kept: int = 0
     ties: int = 0  # comparisons without a preference
+    unwanted: int = 0  # replies marked bad, where replies to imitate are read
     bad: list[str] = field(default_factory=list)  # "file, row 3: field: reason", one for each bad row
     train: int = 0
     validation: int = 0
@@ -52,6 +53,8 @@ class LoadReport:
         parts = [f"{self.source}: {self.read} read, {self.train} to train on, {self.validation} held out"]
         if self.ties:
             parts.append(f"{self.ties} dropped as ties (no preference, or the same text twice)")
+        if self.unwanted:
+            parts.append(f"{self.unwanted} left out as replies marked bad (label false)")
         if self.bad:
             parts.append(f"{len(self.bad)} dropped as unusable (first: {self.bad[0]})")
         return ", ".join(parts)
@@ -188,6 +191,7 @@ class Data:
         self.split, self.seed, self.max_bad = split, seed, max_bad
         self.tags = tuple(tags or ())
         self.streaming = streaming
+        self.places: dict[int, str] | None = None  # id of a record in memory -> "file, row 3", where somebody asks
         self.testbed = testbed or Testbed()
         self.arithmetic = arithmetic or Arithmetic()
         if not self.sources:
@@ -241,7 +245,9 @@ class Data:
             train, validation = self._split(DiskList(found) if self.streaming else list(found))
         report.train, report.validation = len(train), len(validation)
         if not train:
-            raise UserError(f"data.source={self.source}: no {self.record} to train on ({report})")
+            raise UserError(
+                f"data.source={self.source}: no {self.record} to train on ({report}); give another data.source"
+            )
         return Split(train, validation, report, self)
 
     def encode(self, tokenizer: template.Tokenizer, records: Sequence[Record]) -> tuple[Sequence[Any], EncodeReport]:
@@ -377,11 +383,17 @@ class Data:
                 if any(isinstance(record, Comparison) and not record.pairs() for record in found):
                     report.ties += 1
                     continue
+                if not found:  # of a tie no label is left, of a bad reply nothing to imitate
+                    report.ties += self.record == "label"
+                    report.unwanted += self.record != "label"
+                    continue
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 reason = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
                 report.bad.append(f"{row.file}, row {row.row}: {reason}")
                 continue
             report.kept += len(found)
+            if self.places is not None:
+                self.places |= {id(record): f"{row.file}, row {row.row}" for record in found}
             yield from found
         if len(report.bad) > self.max_bad * report.read:
             counts = Counter(line.split(": ", 1)[1] for line in report.bad).most_common(3)

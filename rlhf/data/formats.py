@@ -1,11 +1,8 @@
 """From the shapes in which data comes to the record types. A format is a function raw dict -> record."""
 
 import importlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from rlhf.data.records import (
     GRADES,
@@ -18,25 +15,11 @@ from rlhf.data.records import (
     Record,
     Text,
 )
+from rlhf.data.turns import Raw, asked, dialogue, is_transcript, message, split_system, with_system
 from rlhf.errors import UserError, suggest
 
-Raw = Mapping[str, Any]
 Adapter = Callable[[Raw], Record]
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 _GRADE_WORDS = {
     **{grade: grade for grade in GRADES},
     TIE: TIE,
@@ -46,6 +29,13 @@ _GRADE_WORDS = {
     "negligibly better": "negligible",
     "negligibly better / unsure": "negligible",
     "unsure": "negligible",
+    "much better": "significantly",  # HelpSteer's strongest of three; ours for Llama 2's strongest of four
+    "clearly better": "better",
+    **dict.fromkeys(("equal", "equally good", "same", "about the same"), TIE),
+}
+_MARKS = {
+    **dict.fromkeys(("true", "1", "yes", "good", "desirable", "up"), True),
+    **dict.fromkeys(("false", "0", "no", "bad", "undesirable", "down"), False),
 }
 
 
@@ -59,80 +49,28 @@ def _string(raw: Raw, *keys: str) -> str:
     raise ValueError(f"{keys[0]}: missing")
 
 
-def _content(message: Raw) -> str:
-    """What a message says as one string; typed parts (text, reasoning, tool calls) in the usual tags."""
-    content = message.get("content", message.get("value"))
-    if content is None and not message.get("tool_calls"):
-        raise ValueError("content: missing")
-    parts = [content] if isinstance(content, str) and (content or not message.get("tool_calls")) else []
-    for part in content if isinstance(content, list | tuple) else ():
-        kind, value = part.get("type", "text"), part.get("value", part.get("text"))
-        if not isinstance(value, str):
-            raise ValueError(f"content: a part of type {kind!r} holds no text (images and audio are not supported)")
-        wrap = {"reasoning": "<think>\n{}\n</think>", "tool_call": "<tool_call>\n{}\n</tool_call>"}.get(kind, "{}")
-        parts.append(wrap.replace("{}", value))
-    for call in message.get("tool_calls") or ():
-        parts.append(f"<tool_call>\n{json.dumps(call.get('function', call), ensure_ascii=False)}\n</tool_call>")
-    if content is not None and not isinstance(content, str | list | tuple):
-        raise ValueError(f"content: expected a string, got {type(content).__name__}")
-    return "\n".join(parts)
+def _tags(raw: Raw) -> tuple[str, ...]:
+    tags = raw.get("tags") or ()
+    if isinstance(tags, str):
+        return (tags,)
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"tags: expected a list of strings, got {tags!r}")
+    return tuple(tags)
 
 
-def _message(raw: object) -> Message:
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"expected a message with role and content, got {type(raw).__name__}")
-    role = raw.get("role", raw.get("from"))
-    if role not in _ROLES:
-        raise ValueError(f"role: {role!r} is not one of {', '.join(_ROLES)}")
-    return Message(_ROLES[role], _content(raw))
-
-
-def _dialogue(raw: object, field: str, alone: str = "user") -> tuple[Message, ...]:
-    """Messages from a list of them, one of them, an HH transcript, or a plain string (one turn of role `alone`)."""
-    try:
-        if isinstance(raw, str):
-            return parse_transcript(raw) if _TURN.match(raw) else (Message(alone, raw),)
-        if isinstance(raw, Mapping):
-            return (_message(raw),)
-        if isinstance(raw, list | tuple) and raw:
-            return tuple(_message(message) for message in raw)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
-    raise ValueError(f"{field}: expected a string or messages, got {'nothing' if not raw else type(raw).__name__}")
-
-
-def parse_transcript(text: str) -> tuple[Message, ...]:
-    """Turns of an HH transcript (`\\n\\nHuman: ... \\n\\nAssistant: ...`); turns of one speaker in a row are joined."""
-    head, *parts = _TURN.split(text)
-    if head.strip():
-        raise ValueError("a transcript must begin with a turn")
-    turns: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1].role == role:
-            turns[-1] = Message(role, f"{turns[-1].content}\n\n{content.strip()}")
-        else:
-            turns.append(Message(role, content.strip()))
-    return tuple(turns)
-
-
-def _with_system(raw: Raw, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """`system` and `tools` fields put in front, tools in the <tools> form most chat models know."""
-    system = raw.get("system") or ""
-    tools = raw.get("tools")
-    if tools:
-        if messages and messages[0].role == "system":
-            system, messages = messages[0].content, messages[1:]
-        listed = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-        system = f"{system}\n\n<tools>\n{listed}\n</tools>".strip()
-    return (Message("system", system), *messages) if system else messages
+def _mark(raw: Raw, *fields: str) -> bool | None:
+    """Whether the first of the fields that is there calls a reply good; None where none does, or by no known word."""
+    mark = next((raw[field] for field in fields if raw.get(field) is not None), None)
+    if isinstance(mark, str):
+        return _MARKS.get(mark.strip().lower())
+    return bool(mark) if isinstance(mark, int | float) and mark in (0, 1) else None
 
 
 def _grade(raw: Raw) -> str | None:
     grade = raw.get("grade")
-    if grade is None:
+    if grade is None or grade == "":
         return None
-    known = _GRADE_WORDS.get(str(grade).strip().lower())
+    known = _GRADE_WORDS.get(str(grade).strip().lower().replace("_", " "))
     if known is None:
         raise ValueError(f"grade: {grade!r} is not one of {', '.join((*GRADES, TIE))}")
     return known
@@ -153,18 +91,25 @@ def text(raw: Raw) -> Text:
     return Text(found)
 
 
-def alpaca(raw: Raw) -> Demonstration:
-    """{"instruction", "input", "output"}, optionally "system" and "history" (pairs)."""
+def _instruction(raw: Raw) -> str:
+    """What a row of the alpaca kind asks; Dolly calls the input context."""
     question = _string(raw, "instruction")
-    if raw.get("input"):
-        question = f"{question}\n{_string(raw, 'input')}"
-    turns = [
-        Message(role, content)
-        for pair in raw.get("history") or ()
-        for role, content in zip(("user", "assistant"), pair, strict=True)
-    ]
-    answer = Message("assistant", _string(raw, "output"))
-    return Demonstration(_with_system(raw, (*turns, Message("user", question), answer)))
+    given = next((key for key in ("input", "context") if raw.get(key)), None)
+    return question if given is None else f"{question}\n{_string(raw, given)}"
+
+
+def alpaca(raw: Raw) -> Demonstration | Label:
+    """{"instruction", "input", "output"}, optionally "system" and "history" (pairs or messages), "kto_tag"."""
+    turns: list[Message] = []
+    for past in raw.get("history") or ():
+        if isinstance(past, list | tuple) and len(past) == 2 and all(isinstance(said, str) for said in past):
+            turns += (Message("user", past[0]), Message("assistant", past[1]))
+        elif isinstance(past, Mapping):
+            turns.append(message(past))
+        else:
+            raise ValueError(f"history: expected pairs of question and answer, got {past!r}")
+    asks = with_system(raw, (*turns, Message("user", _instruction(raw))))
+    return _answered(raw, (*asks, Message("assistant", _string(raw, "output", "response"))), "output")
 
 
 def sharegpt(raw: Raw) -> Demonstration | Comparison | Label:
@@ -178,28 +123,43 @@ def messages(raw: Raw) -> Demonstration | Comparison | Label:
 
 
 def _chat(raw: Raw, field: str) -> Demonstration | Comparison | Label:
-    dialogue = _with_system(raw, _dialogue(raw.get(field), field))
-    if "chosen" in raw and "rejected" in raw:
-        return _comparison(raw, dialogue)
-    if isinstance(raw.get("label", raw.get("kto_tag")), bool):
-        if dialogue[-1].role != "assistant":
-            raise ValueError(f"{field}: a labelled dialogue must end with the assistant")
-        return Label(dialogue[:-1], dialogue[-1].content, raw.get("label", raw.get("kto_tag")))
-    return Demonstration(dialogue)
+    if isinstance(raw.get(field), str) and not is_transcript(raw[field]):
+        raise ValueError(f"{field}: expected a list of messages, got a string")
+    turns = with_system(raw, dialogue(raw.get(field), field))
+    if raw.get("chosen") is not None and raw.get("rejected") is not None:
+        return _comparison(raw, turns)
+    return _answered(raw, turns, field)
+
+
+def _answered(raw: Raw, turns: tuple[Message, ...], field: str) -> Demonstration | Label:
+    """A dialogue, or a marked reply where the row says whether it is good."""
+    good = _mark(raw, "label", "kto_tag")
+    if good is None:
+        return Demonstration(turns)
+    if turns[-1].role != "assistant":
+        raise ValueError(f"{field}: a labelled dialogue must end with the assistant")
+    return Label(turns[:-1], turns[-1].content, good)
 
 
 def prompt_completion(raw: Raw) -> Demonstration:
     """{"prompt", "completion"}, each a string or messages ("response" and "output" are other names)."""
     field = next((key for key in ("completion", "response", "output") if key in raw), "completion")
-    answer = _dialogue(raw.get(field), field, alone="assistant")
-    return Demonstration(_with_system(raw, (*_dialogue(raw.get("prompt"), "prompt"), *answer)))
+    answer = dialogue(raw.get(field), field, alone="assistant")
+    return Demonstration(with_system(raw, (*asked(raw.get("prompt")), *answer)))
 
 
 def preference(raw: Raw) -> Comparison:
-    """{"prompt", "chosen", "rejected"} as strings, message lists, or whole dialogues; "grade", "scores" optional."""
-    if raw.get("prompt") is None:
-        return _comparison(raw, ())
-    return _comparison(raw, _with_system(raw, _dialogue(raw["prompt"], "prompt")))
+    """{"prompt", "chosen", "rejected"} as strings, message lists, or whole dialogues; "grade", "scores" optional.
+
+    "question", or "instruction" and "input", are other names of a prompt.
+    """
+    if raw.get("prompt") is not None:
+        return _comparison(raw, with_system(raw, asked(raw["prompt"])))
+    if raw.get("instruction") is not None:
+        return _comparison(raw, with_system(raw, (Message("user", _instruction(raw)),)))
+    if raw.get("question") is not None:
+        return _comparison(raw, with_system(raw, asked(raw["question"], "question")))
+    return _comparison(raw, ())
 
 
 def hh(raw: Raw) -> Comparison:
@@ -211,7 +171,7 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
     """Prompt and two responses, where each side may repeat the prompt."""
     sides = []
     for field in ("chosen", "rejected"):
-        side = _dialogue(raw.get(field), field, alone="assistant")
+        side = dialogue(raw.get(field), field, alone="assistant")
         if side[-1].role != "assistant":
             raise ValueError(f"{field}: must end with what the assistant says")
         sides.append(side)
@@ -219,13 +179,11 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
     if len(chosen) > 1 or len(rejected) > 1:
         if chosen[:-1] != rejected[:-1]:
             raise ValueError("rejected: the dialogue before the last answer differs from chosen's")
-        # Either the whole dialogue again, or turns that go on from the prompt.
-        shared = chosen[:-1]
-        plain = tuple(message for message in prompt if message.role != "system")
-        repeats = not prompt or shared[: len(prompt)] == prompt or shared == plain
-        if not repeats:
+        # The whole dialogue again, perhaps on from the prompt; a system message may be on either side or on both.
+        (system, turns), (own, shared) = split_system(prompt), split_system(chosen[:-1])
+        if shared[: len(turns)] != turns or (system and own and system != own):
             raise ValueError("chosen: a dialogue of several turns that does not begin with the prompt")
-        prompt = prompt if shared == plain and prompt else shared
+        prompt = (*(system or own), *shared)
     if not prompt:
         raise ValueError("prompt: missing, and chosen/rejected are no whole dialogues")
     grade = _grade(raw)
@@ -234,14 +192,14 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
         responses=(chosen[-1].content, rejected[-1].content),
         grades=() if grade is None else (grade,),
         scores=_pair_scores(raw),
-        tags=tuple(raw.get("tags") or ()),
+        tags=_tags(raw),
     )
 
 
 def ranking(raw: Raw) -> Comparison:
     """{"prompt", "responses": best first}; "ranks" (1 = best, equal ranks are ties) for responses in another order."""
-    responses = list(raw.get("responses") or ())
-    if not all(isinstance(response, str) for response in responses):
+    responses = raw.get("responses") or []
+    if not isinstance(responses, list | tuple) or not all(isinstance(response, str) for response in responses):
         raise ValueError("responses: expected strings")
     scores = raw.get("scores")
     order = list(range(len(responses)))
@@ -257,21 +215,22 @@ def ranking(raw: Raw) -> Comparison:
             for j in range(i + 1, len(order))
         )
     return Comparison(
-        prompt=_with_system(raw, _dialogue(raw.get("prompt"), "prompt")),
+        prompt=with_system(raw, asked(raw.get("prompt"))),
         responses=tuple(responses[i] for i in order),
         grades=grades,
         scores=None if scores is None else tuple(float(scores[i]) for i in order),
-        tags=tuple(raw.get("tags") or ()),
+        tags=_tags(raw),
     )
 
 
 def unpaired(raw: Raw) -> Label:
-    """{"prompt", "response" or "completion", "desirable" or "label": true/false}, for KTO."""
-    good = raw.get("desirable", raw.get("label"))
-    if not isinstance(good, bool):
-        raise ValueError(f"desirable: expected true or false, got {good!r}")
-    prompt = _with_system(raw, _dialogue(raw.get("prompt"), "prompt"))
-    answer = _dialogue(raw.get("response", raw.get("completion")), "response", alone="assistant")
+    """{"prompt", "response" or "completion", "desirable", "label" or "kto_tag": true/false}, for KTO."""
+    good = _mark(raw, "desirable", "label", "kto_tag")
+    if good is None:
+        field = next((field for field in ("desirable", "label", "kto_tag") if field in raw), "desirable")
+        raise ValueError(f"{field}: expected true or false (or 1 and 0), got {raw.get(field)!r}")
+    prompt = with_system(raw, asked(raw.get("prompt")))
+    answer = dialogue(raw.get("response", raw.get("completion")), "response", alone="assistant")
     return Label((*prompt, *answer[:-1]), answer[-1].content, good)
 
 
@@ -281,11 +240,16 @@ def question_answer(raw: Raw) -> Demonstration:
 
 
 def prompt(raw: Raw) -> Prompt:
-    """{"prompt"}, optionally "tags", "reference", "id"."""
+    """{"prompt"}, optionally "tags", "reference" (a string or a number), "id"."""
+    known = raw.get("reference")
+    if isinstance(known, int | float) and not isinstance(known, bool):
+        known = str(known)
+    if known is not None and not isinstance(known, str):
+        raise ValueError(f"reference: expected a string or a number, got {type(known).__name__}")
     return Prompt(
-        messages=_with_system(raw, _dialogue(raw.get("prompt"), "prompt")),
-        tags=tuple(raw.get("tags") or ()),
-        reference=raw.get("reference"),
+        messages=with_system(raw, asked(raw.get("prompt"))),
+        tags=_tags(raw),
+        reference=known,
         id=str(raw.get("id", "")),
     )
 
@@ -311,16 +275,18 @@ FORMATS: dict[str, Adapter] = {
 def detect(raw: Raw) -> str:
     """The format that a row's keys say it has. Raises ValueError where none fits."""
     keys = set(raw)
+    if {"prompt", "chosen", "rejected"} <= keys:  # UltraFeedback has messages too: the chosen ones again
+        return "preference"
     if "conversations" in keys:
         return "sharegpt"
     if "messages" in keys:
         return "messages"
     if {"chosen", "rejected"} <= keys:
-        whole = isinstance(raw["chosen"], str) and _TURN.match(raw["chosen"])
-        return "hh" if whole and "prompt" not in keys else "preference"
+        whole = isinstance(raw["chosen"], str) and is_transcript(raw["chosen"])
+        return "hh" if whole else "preference"
     if {"prompt", "responses"} <= keys:
         return "ranking"
-    if "prompt" in keys and keys & {"response", "completion"} and keys & {"desirable", "label"}:
+    if "prompt" in keys and keys & {"response", "completion"} and keys & {"desirable", "label", "kto_tag"}:
         return "unpaired"
     if "prompt" in keys and keys & {"completion", "response", "output"}:
         return "prompt_completion"
@@ -388,4 +354,6 @@ def convert(record: Record, wanted: str) -> Iterable[Record]:
             return labels_of(record)
     if wanted == "demonstration" and isinstance(record, Label):
         return (Demonstration((*record.prompt, Message("assistant", record.response))),) if record.desirable else ()
+    if wanted == "label" and isinstance(record, Demonstration):
+        raise ValueError("label: missing, or not one of true, false, 1, 0")
     raise ValueError(f"holds a {record.name}, which cannot serve as a {wanted}")

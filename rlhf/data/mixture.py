@@ -92,6 +92,7 @@ class Mixture(Data):
             report.read += split.report.read
             report.kept += split.report.kept
             report.ties += split.report.ties
+            report.unwanted += split.report.unwanted
             report.bad += split.report.bad
         rng.shuffle(places)
         train, held_out = View(Chain(parts), places), Chain(validation)

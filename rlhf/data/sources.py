@@ -1,5 +1,6 @@
 """Where rows come from: local files and globs, folders of runs, Hugging Face data sets."""
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -56,10 +57,16 @@ def find_files(source: str, record: str) -> list[Path]:
             raise UserError(f"data.source={source}: no {own.name} and no other data file in this folder")
         return found
     if any(character in source for character in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if _kind(Path(name)))
-        if not found:
-            raise UserError(f"data.source={source}: no data file matches")
-        return found
+        matching = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        for file in matching:
+            if not _kind(file):
+                raise UserError(
+                    f"data.source={source}: matches {file} too, which cannot be read; narrow the glob to files that "
+                    f"end in {', '.join(SUFFIXES)}[.gz]"
+                )
+        if not matching:
+            raise UserError(f"data.source={source}: no file matches; give a path, or a glob that does (ls {path})")
+        return matching
     if _kind(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"data.source={source}: no such file; give a path, a glob, a Hugging Face id or testbed")
     return []
@@ -67,12 +74,17 @@ def find_files(source: str, record: str) -> list[Path]:
 
 def _kind(path: Path) -> str:
     """The suffix that says how to read a file, "" where none does."""
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"data.source={path}: UTF-16, expected UTF-8; convert it: iconv -f utf-16 -t utf-8 {path.name}")
+    zipped = path.suffix.lower() == ".gz" or start == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
 
 
 def read_files(files: list[Path]) -> Iterator[Row]:
@@ -107,6 +119,11 @@ def _read(path: Path) -> Iterator[Row]:
         yield from _read_json(path)
     else:
         with _open(path) as lines:
+            first = next((line for line in lines if line.strip()), b"")
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):  # a list under the name of JSON lines
+            yield from _read_json(path)
+            return
+        with _open(path) as lines:
             yield from _read_lines(lines, name)
 
 
@@ -115,11 +132,23 @@ def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            yield Row(name, number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            raw = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            yield Row(name, number, raw, _half_character(raw) if b"\\ud" in line.lower() else None)
         except UnicodeDecodeError as error:
             yield Row(name, number, None, f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})")
         except json.JSONDecodeError as error:
             yield Row(name, number, None, f"not JSON ({error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            yield Row(name, number, None, f"not JSON that can be read ({error})")
+
+
+def _half_character(raw: Any) -> str | None:
+    """What is wrong with a row that holds half of a surrogate pair, which no tokenizer reads; None if it does not."""
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"not UTF-8 (half of a character, {error.object[error.start]!a})"
+    return None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -143,24 +172,36 @@ def _read_json(path: Path) -> Iterator[Row]:
     """A list of rows, or an object that holds one list; or JSON lines, which often bear this name."""
     with _open(path) as binary:
         content = binary.read()
+    if not content.strip():
+        raise UserError(f"data.source={path}: an empty file; give another")
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         if _is_json_object(content.lstrip().partition(b"\n")[0]):
             yield from _read_lines(content.splitlines(), path.name)
             return
+        other = ", or name it .jsonl if it has one object a line" if _kind(path) == ".json" else ""
         raise UserError(
-            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); mend the file, or name it .jsonl if it "
-            "has one object a line"
+            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); mend the file{other}"
         ) from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data.source={path}: not JSON that can be read ({error}); mend the file") from None
+    if isinstance(rows, dict) and (
+        {"messages", "conversations"} & set(rows) or not any(isinstance(value, list) for value in rows.values())
+    ):
+        rows = [rows]  # a row, not a list of them
     if isinstance(rows, dict):  # {"data": [...]} and its like
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise UserError(f"data.source={path}: expected a list of rows, or an object that holds one list")
         rows = lists[0]
+    halves = b"\\ud" in content.lower()
     if not isinstance(rows, list):
         raise UserError(f"data.source={path}: expected a list of rows, got {type(rows).__name__}")
-    yield from (Row(path.name, number, raw) for number, raw in enumerate(rows, 1))
+    for number, raw in enumerate(rows, 1):
+        yield Row(path.name, number, raw, _half_character(raw) if halves else None)
 
 
 def _is_json_object(line: bytes) -> bool:
@@ -182,7 +223,7 @@ def _read_text(path: Path) -> Iterator[Row]:
             if parted:
                 break
     with _text(path) as stream:
-        documents = _parted(stream) if parted else (part for line in stream for part in line.splitlines())
+        documents = _parted(stream) if parted else (line.removesuffix("\n") for line in stream)
         for number, document in enumerate(documents, 1):
             if document.strip():
                 yield Row(path.name, number, {"text": document})

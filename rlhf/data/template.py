@@ -1,5 +1,6 @@
 """Chat template and masks: prompt and answer are tokenised apart, ids and mask come out of one pass."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,6 +98,24 @@ class Refused(UserError):
     """A dialogue that the chat template cannot write: two user turns in a row where it wants them to alternate, say."""
 
 
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
+
+
+def check_syntax(chat_template: str) -> None:
+    """Raises UserError for a text that is no Jinja template."""
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", chat_template))
+    except jinja2.TemplateSyntaxError as error:
+        raise _no_jinja(error) from None
+
+
+def _no_jinja(error: jinja2.TemplateSyntaxError) -> UserError:
+    return UserError(
+        f"the chat template is no Jinja template (line {error.lineno}: {error}); mend the file, or type "
+        "model.chat_template=chatml"
+    )
+
+
 def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     """The dialogue as the template writes it, special tokens included as text."""
     if not tokenizer.chat_template:
@@ -105,10 +124,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt:
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is no Jinja template (line {error.lineno}: {error}); mend the file, or type "
-            "model.chat_template=chatml"
-        ) from None
+        raise _no_jinja(error) from None
     except (jinja2.TemplateError, TypeError) as error:
         roles = ", ".join(message.role for message in messages)
         raise Refused(

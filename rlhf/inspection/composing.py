@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from rlhf import discovery, rounds
+from rlhf import discovery, rounds, validation
 from rlhf.build import build_stage, instantiated, quiet
 from rlhf.config import Plain, leaves
 from rlhf.data.data import Data, LoadReport, Split
@@ -91,7 +91,10 @@ class Look:
         """
         stage_class = get_object(step.config["stage"]["_target_"])
         found: dict[str, Data] = {}
+        unread = validation.unread(step.config)
         for name in groups(stage_class):
+            if name in unread:
+                continue
             node = step.config.get(name)
             if isinstance(node, dict) and hasattr(get_object(node.get("_target_", "builtins.int")), "digest"):
                 found[name] = instantiated(OmegaConf.create(node))

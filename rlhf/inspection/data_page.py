@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.text import Text as Line
 
+from rlhf import validation
 from rlhf.data.data import Data, LoadReport, Split, files_unread
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
@@ -39,14 +40,18 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
         maker = look.unread(data)
         if maker is not None:
             raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
-    splits = {name: _load(data) for name, data in groups.items()}
+    places: dict[int, str] = {}
+    for name in validation.unread(of.config):
+        if of.config.get(name) is not None:
+            console.say(f"{of.name}: {name} is not read by this run, and not shown", "dim")
+    splits = {name: _load(data, places) for name, data in groups.items()}
     tokenizer, room = _reader(look, of, splits)
     for name, split in splits.items():
         console.say(f"{of.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
         _loaded(name, split)
         sampled = room if name == "data" else None
-        train = measure(split, split.train, tokenizer, sampled)
-        held_out = measure(split, split.validation, tokenizer, sampled)
+        train = measure(split, split.train, tokenizer, places, sampled)
+        held_out = measure(split, split.validation, tokenizer, places, sampled)
         _fit(name, split, train, held_out, sampled)
         for title, lengths in (("prompt", train.prompt), ("reply", train.reply), ("total", train.total)):
             for line in histogram(title, lengths):
@@ -58,13 +63,17 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
         console.say("")
 
 
-def _load(data: Data) -> Split:
-    """All records, however many rows are unusable: to say which is what this page is for."""
+def _load(data: Data, places: dict[int, str]) -> Split:
+    """All records, however many rows are unusable: to say which is what this page is for.
+
+    Fills `places` with the file and row of each record that stays in memory, by its id.
+    """
     allowed = data.max_bad
     parts: list[Data] = list(data.parts.values()) if isinstance(data, Mixture) else [data]
     limits = [part.max_bad for part in parts]
     for part in parts:
         part.max_bad = 1.0
+        part.places = None if part.streaming else places
     try:
         return data.load()
     finally:
@@ -92,6 +101,7 @@ def _loaded(name: str, split: Split) -> None:
             f"{report.train:,} train, {report.validation:,} held out",
         ),
         ("ties dropped", f"{report.ties:,}", "no preference, or the same text twice"),
+        ("bad replies left out", f"{report.unwanted:,}", "marked bad (label false), and not to be imitated"),
         ("unusable rows dropped", f"{len(report.bad):,}", "below, with file, row and field"),
     ]
     console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
@@ -119,14 +129,14 @@ def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int |
         elif lengths.dropped:
             limit = f"{name}.max_length={split.data.max_length}"
             console.say(f"{side}: {len(lengths.dropped)} records dropped, they do not fit {limit}:", "yellow")
-        for number, words in lengths.dropped[:SHOWN]:
-            console.say(f"  record {number}: {words}")
+        for which, words in lengths.dropped[:SHOWN]:
+            console.say(f"  {which}: {words}")
         if lengths.truncated:
             console.say(
                 f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:", "yellow"
             )
-        for number, words in lengths.truncated[:SHOWN]:
-            console.say(f"  record {number}: {words}")
+        for which, words in lengths.truncated[:SHOWN]:
+            console.say(f"  {which}: {words}")
     if not train.dropped and not train.truncated and not held_out.dropped and not held_out.truncated:
         console.say("every record fits, none is cut")
     if train.read:

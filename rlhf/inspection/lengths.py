@@ -1,6 +1,6 @@
 """Lengths of records in tokens, and their histogram in characters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Lengths:
     Attributes:
         prompt, reply, total: Tokens; of a dialogue the reply is all that is trained on.
         trained, read: Tokens of the whole side, as a model reads them.
-        truncated, dropped: (number of the record from 1, how it begins) of those that do not fit.
+        truncated, dropped: (number of the record from 1 and where it is from, how it begins) of those that do not fit.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -28,31 +28,35 @@ class Lengths:
     total: list[int] = field(default_factory=list)
     trained: int = 0
     read: int = 0
-    truncated: list[tuple[int, str]] = field(default_factory=list)
-    dropped: list[tuple[int, str]] = field(default_factory=list)
+    truncated: list[tuple[str, str]] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def measure(split: Split, records: Sequence[Record], tokenizer: Tokenizer, room: int | None = None) -> Lengths:
+def measure(
+    split: Split, records: Sequence[Record], tokenizer: Tokenizer, places: Mapping[int, str], room: int | None = None
+) -> Lengths:
     """Lengths of records after ``Data.encode``, one by one, so that it is known which do not fit.
 
     Args:
         split: Where they are from.
         records: One side of it.
         tokenizer: The stage's.
+        places: File and row of records, by their id; of some it is not known.
         room: Most tokens of a prompt, for stages that sample: they take prompts as they are, and refuse longer ones.
     """
     found = Lengths()
     for number, record in enumerate(records, 1):
+        which = f"record {number}" + (f" ({places[id(record)]})" if id(record) in places else "")
         if isinstance(record, Prompt) and room is not None:
             found.prompt.append(len(encode_prompt(tokenizer, record.messages)))
             if found.prompt[-1] > room:
-                found.dropped.append((number, beginning(record)))
+                found.dropped.append((which, beginning(record)))
             continue
         rows, report = split.data.encode(tokenizer, [record])
         if report.dropped:
-            found.dropped.append((number, beginning(record)))
+            found.dropped.append((which, beginning(record)))
         elif report.truncated:
-            found.truncated.append((number, beginning(record)))
+            found.truncated.append((which, beginning(record)))
         for row in rows:
             _add(found, row)
     return found

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf import hub
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
-from rlhf.data.template import end_of_turn_id
+from rlhf.data.template import check_syntax, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
 from rlhf.models.adapters import NoAdapter
@@ -70,6 +70,10 @@ class CausalLM:
     attention: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chat_template is not None:  # before anything runs, not when a step of hours has ended
+            check_syntax(self._template())
 
     # --- loading ---
 
@@ -255,7 +259,10 @@ class CausalLM:
                 f"model.chat_template={self.chat_template}: neither a template's name nor a Jinja file"
                 f"{suggest(self.chat_template, TEMPLATES)}"
             )
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"model.chat_template={self.chat_template}: not UTF-8, so no Jinja file") from None
 
     # --- finding ---
 

@@ -1,7 +1,8 @@
 import pytest
 
-from rlhf.data.formats import FORMATS, convert, detect, find_adapter, parse_transcript
+from rlhf.data.formats import FORMATS, convert, detect, find_adapter
 from rlhf.data.records import Comparison, Demonstration, Label, Message, Prompt, Text
+from rlhf.data.turns import parse_transcript
 from rlhf.errors import UserError
 
 
@@ -158,7 +159,15 @@ def test_own_files_are_read_back(record):
         ("hh", {"chosen": HH.format("c"), "rejected": "\n\nHuman: Other\n\nAssistant: r"}, "rejected: the dialogue"),
         ("hh", {"chosen": "c", "rejected": "r"}, "prompt: missing"),
         ("ranking", {"prompt": "q", "responses": ["a"]}, "at least 2"),
-        ("unpaired", {"prompt": "q", "response": "a", "desirable": "yes"}, "desirable: expected true or false"),
+        ("unpaired", {"prompt": "q", "response": "a", "desirable": "maybe"}, "desirable: expected true or false"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["q0"]]}, "history: expected pairs"),
+        ("messages", {"messages": "what a user says"}, "messages: expected a list of messages, got a string"),
+        ("messages", {"messages": [{"role": "user", "content": [3]}]}, "messages: content: expected parts"),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "messages: weight: 0"),
+        ("messages", {"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "messages: tool_calls: expected"),
+        ("ranking", {"prompt": "q", "responses": "ab"}, "responses: expected strings"),
+        ("prompt", {"prompt": "q", "tags": [1]}, "tags: expected a list of strings"),
+        ("prompt", {"prompt": "q", "reference": ["5"]}, "reference: expected a string or a number"),
     ],
 )
 def test_what_is_wrong_is_named_by_field(name, raw, message):

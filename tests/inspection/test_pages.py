@@ -38,11 +38,24 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("template", "rlhf inspect template: no model"),
         ("template model=nope", "model=nope: no such option"),
         ("data stage=sft data.source=/nowhere.json", "data.source=/nowhere.json: no such file"),
+        ("data stage=reward_model data=prompts", "data.record=prompt: stage=reward_model reads comparisons here"),
+        ("plan pipeline=dpo data@sft.data=comparisons", "sft.data.record=comparison: stage=sft reads texts and demon"),
+        ("plan stage=pretrain model.chat_template=chatlm", "model.chat_template=chatlm: neither a template's name nor"),
+        ("plan stage=pretrain model.chat_template=half.jinja", "the chat template is no Jinja template (line 1"),
+        ("plan stage=sft model.path=bare", "model.path=bare: its tokenizer has no chat template, chat data needs one"),
+        ("plan pipeline=dpo model.tokenizer=bare", "model.tokenizer=bare: its tokenizer has no chat template"),
+        ("plan pipeline=instructgpt align.data.source=x*.jsonl", "align.data.source=x*.jsonl: no file matches"),
+        ("plan stage=reward_model demonstrations.source=x*.json", "demonstrations.source=x*.json: no file matches"),
+        ("plan pipeline=dpo sft.data.source=half.json", "sft.data.source=half.json: 1 of 1 rows are unusable"),
         ("data pipeline=dpo step=align", "data.source=outputs/collect/"),
         ("batch pipeline=dpo step=nope", "step=nope: not among the steps that would run"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    (Path("bare") / "model").mkdir(parents=True)
+    (Path("bare") / "model" / "tokenizer_config.json").write_text("{}")
+    Path("half.json").write_text('[{"prompt": ""}]')
+    Path("half.jinja").write_text("{% for m in messages %}{{ m.content")
     code, out = typed(capsys, *line.split())
     assert code == 2 and said in out
     assert len(out.strip().splitlines()) == 1, out
@@ -61,8 +74,17 @@ def test_every_bad_row_is_named_with_its_reason(capsys: pytest.CaptureFixture[st
     assert "dropped: mine.jsonl, row 4: a demonstration needs an assistant turn that is not empty" in out
     assert "dropped: mine.jsonl, row 6: not JSON" in out
     assert "training refuses this: data.max_bad=0.05 allows 1 such rows" in out
-    assert "1 records cut to data.max_length=40" in out and "Question 7?" in out
+    assert "1 records cut to data.max_length=40" in out and "(mine.jsonl, row 8): Question 7?" in out
     assert "rows read 20" in out and "records kept 18 16 train, 2 held out" in out
+
+
+def test_data_that_the_run_does_not_read_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stage=reward_model", "data.size=12", "data.validation=4", "demonstrations.size=8", *MODEL]
+    code, out = typed(capsys, "data", *words)
+    assert code == 0 and "demonstrations is not read by this run" in out, out
+    assert "data (comparisons of testbed)" in out and "(demonstrations of testbed)" not in out
+    code, out = typed(capsys, "data", *words, "stage.normalize=demonstrations")
+    assert code == 0 and "(demonstrations of testbed)" in out and "not read" not in out, out
 
 
 def test_grades_and_tags_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
