@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 
 from rlhf.data.collate import collate_prompts
-from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.data import Data, Split
 from rlhf.data.records import GRADES, TIE, Comparison, Demonstration, Message, Prompt
 from rlhf.data.sources import digest_files
 from rlhf.data.template import encode_prompt, tokenize
@@ -361,8 +362,7 @@ class Judgements(Data):
         """Two demonstrations for every pair of the comparisons; the held-out ones stay held out."""
         split = self.comparisons.load()
         train, validation = self._questions(split.train), self._questions(split.validation)
-        report = LoadReport(self.source, split.report.read, split.report.kept, split.report.ties, split.report.bad)
-        report.train, report.validation = len(train), len(validation)
+        report = replace(split.report, source=self.source, train=len(train), validation=len(validation))
         return Split(train, validation, report, self)
 
     def _questions(self, comparisons: Sequence[Any]) -> list[Demonstration]:
