@@ -170,7 +170,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n") + b"\r\n  \n"),
         ("a.jsonl", LINES.rstrip()),
         ("a.JSONL", LINES),
-        ("a.jsonl", gzip.compress(LINES)),
+        ("a.jsonl", gzip.compress(LINES, mtime=0)),
         ("a.jsonl", json.dumps(ROWS).encode()),
         ("a.jsonl", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode()),
         ("a.json", LINES),
