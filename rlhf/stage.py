@@ -163,6 +163,9 @@ class Stage(pl.LightningModule):
         """Reads the examples and makes all else that training needs; called once, on the device."""
         self.read_examples()
 
+    def finish(self) -> None:
+        """What is left to do once trained and before the model is saved; without gradients."""
+
     @property
     def total_steps(self) -> int:
         """Training batches in the whole run."""
@@ -294,6 +297,12 @@ class Stage(pl.LightningModule):
                 self.prepare()
 
     on_predict_start = on_fit_start
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Finishes in the precision that was trained in."""
+        with self.trainer.precision_plugin.forward_context():
+            self.finish()
 
     @property
     def batches_done(self) -> int:

@@ -242,8 +242,7 @@ class RejectionSamplingStage(Supervised):
         sampler = Sampler(self.rollout.max_new_tokens)
         return sampler.sample(policy, self.judged, seed_of(self.seed, "judge"))
 
-    @torch.no_grad()
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Scores the trained policy on held-out prompts, beside the one that sampled."""
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:

@@ -172,8 +172,7 @@ class RewardModelStage(Stage):
 
     # -- once trained ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Normalises the scores, whose level the loss does not know, and says how far they can be believed."""
         if self.normalize == "standard":
             self.scorer.calibrate(self.scores_of(self.examples)[0])

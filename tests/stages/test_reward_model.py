@@ -183,6 +183,21 @@ def test_accuracy_by_grade_is_left_with_its_standard_error(load, tmp_path):
     assert stage.final_metrics()["val/accuracy_se"] == left["all"]["standard_error"] > 0
 
 
+def test_what_follows_training_is_in_the_precision_of_training(load, tmp_path):
+    """Scores for the normalisation are those that training saw: in bf16 other ones than in fp32."""
+
+    class Watched(RewardModelStage):
+        def finish(self) -> None:
+            assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+            super().finish()
+
+    stage = stage_on(load, data("comparison", 32, 16))
+    stage.__class__ = Watched
+    logged = fit(stage, tmp_path, precision="bf16-mixed")
+    left = json.loads((tmp_path / "accuracy.json").read_text())
+    assert left["all"]["accuracy"] == pytest.approx(logged["val/accuracy"], abs=1e-6)
+
+
 def test_accuracy_of_pairs_of_one_prompt_by_hand():
     """Prompt 7 has two comparisons, one of two pairs; prompt 8 has one. Shares are 1/2, 1/2, 1, 1."""
     first = EncodedComparison([7], [[1], [2], [3]], [(0, 1, "better"), (0, 2, "slightly")])
