@@ -52,7 +52,7 @@ class Replies:
         return len(self.ids)
 
     def counted(self) -> "Replies":
-        """Without the rows that do not count; one row stays in any case, so that every process has a gradient."""
+        """Without the rows that do not count; one row stays in any case, so that there is something to read."""
         keep = self.keep.nonzero()[:, 0]
         return self[keep if len(keep) else slice(0, 1)]
 

@@ -6,6 +6,8 @@ where the true score is known, a proxy that rises while gold does not (Gao et al
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
@@ -14,7 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.testbed.gold import gold
+from rlhf.distributed import gather_objects, processes
 from rlhf.errors import UserError
+from rlhf.refill import joined
 from rlhf.rollout import Rollout
 
 
@@ -27,17 +31,20 @@ def gold_scores(rollout: Rollout) -> Tensor | None:
     return torch.tensor(totals, dtype=torch.float32, device=rollout.mask.device)
 
 
-def reply_metrics(rollout: Rollout, scores: Tensor | None = None) -> dict[str, Tensor]:
+def reply_metrics(rollout: Rollout, scores: Tensor | None = None, together: bool = False) -> dict[str, Tensor]:
     """What replies are like, each a scalar.
 
     ``length``, ``ended``, ``repetition``, ``distinct`` as ``Rollout.diagnostics``; with ``scores`` [B] of a reward
     ``score`` and ``score_std``; where gold is known ``gold``, ``gold_std``, and with scores ``gold_correlation``,
-    Pearson's over the replies (0 where either does not vary).
+    Pearson's over the replies (0 where either does not vary). With ``together`` it is all of the replies of all
+    processes, each of which must then call this.
     """
+    true = gold_scores(rollout)
+    if together and processes() > 1:
+        rollout, scores, true = _of_all(rollout, scores, true)
     metrics = dict(rollout.diagnostics())
     if scores is not None:
         metrics |= {"score": scores.mean(), "score_std": _std(scores)}
-    true = gold_scores(rollout)
     if true is not None:
         metrics |= {"gold": true.mean(), "gold_std": _std(true)}
         if scores is not None:
@@ -53,6 +60,22 @@ def proxy_gold_gap(now: Mapping[str, Any], start: Mapping[str, Any]) -> Any:
     """
     risen = [(now[name] - start[name]) / max(float(start[f"{name}_std"]), 1e-6) for name in ("score", "gold")]
     return risen[0] - risen[1]
+
+
+def _of_all(
+    rollout: Rollout, scores: Tensor | None, true: Tensor | None
+) -> tuple[Rollout, Tensor | None, Tensor | None]:
+    """What the diagnostics read of the replies of all processes; gold where all of them know it."""
+    device = rollout.mask.device
+    read = {name: getattr(rollout, name).cpu() for name in ("response_ids", "mask", "logp", "ended")}
+    nothing = {name: getattr(rollout, name)[:, :0].cpu() for name in ("prompt_ids", "prompt_mask")}
+    own = replace(rollout, prompts=[], present=None, **read, **nothing)
+    numbers = [None if x is None else x.float().cpu() for x in (scores, true)]
+    rollouts, *columns = zip(*gather_objects((own, *numbers)), strict=True)
+    whole = reduce(lambda a, b: joined(a, b, pad_id=0), rollouts)
+    whole = replace(whole, **{name: getattr(whole, name).to(device) for name in read})
+    found = [None if any(x is None for x in column) else torch.cat(column).to(device) for column in columns]
+    return whole, found[0], found[1]
 
 
 def _std(values: Tensor) -> Tensor:

@@ -214,11 +214,18 @@ class GroupObjective(Objective):
 
     @abstractmethod
     def advantages(
-        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+        self,
+        scores: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        mask: Tensor,
+        samples: int,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages [B] of a whole rollout, and which replies the loss counts [B] (bool).
 
-        `scores` [B], the rest [B, R]; the `samples` replies to one prompt stand in consecutive rows.
+        `scores` [B], the rest [B, R]; the `samples` replies to one prompt stand in consecutive rows. `sum_over` adds up
+        a tensor over all processes, where each holds a part of the rollout.
         """
 
     @abstractmethod

@@ -358,12 +358,15 @@ class RolloutStage(Stage):
 
     # -- what is logged -------------------------------------------------------------------------------------------
 
-    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
-        """Scores, KL (nats per reply) and the signs of reward hacking."""
+    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor, together: bool = True) -> Metrics:
+        """Scores, KL (nats per reply) and the signs of reward hacking.
+
+        With ``together`` each process must call it: spreads are then those of the replies of all.
+        """
         kl = sequence_kl(logp, ref_logp, rollout.mask)
         learnt = self.learnt(raw, rollout.ended)
         metrics = {
-            **reply_metrics(rollout, raw),
+            **reply_metrics(rollout, raw, together),
             "learnt_score": learnt.mean(),
             "kl": kl.mean(),
             "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
@@ -371,10 +374,11 @@ class RolloutStage(Stage):
             **{f"reward/{name}": value for name, value in getattr(self.reward, "parts", {}).items()},
         }
         if "gold" in metrics:
-            if not self.start:
+            if not self.start and (together or self.trainer.world_size == 1):
                 names = ("score", "score_std", "gold", "gold_std")
                 self.start = {name: self.mean_over_processes(metrics[name][None]) for name in names}
-            metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, self.start)
+            if self.start:
+                metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, self.start)
         return metrics
 
     def of_updates(self, metrics: list[Metrics]) -> Metrics:
@@ -393,14 +397,9 @@ class RolloutStage(Stage):
             width = rollout.mask.shape[1]
             logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
         ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
-        metrics = self.describe(rollout, self.reward(rollout).float(), logp, ref_logp)
-        self.log_dict(
-            {f"val/{name}": value for name, value in metrics.items()},
-            batch_size=len(batch),
-            on_step=False,
-            on_epoch=True,
-            sync_dist=self.trainer.world_size > 1,
-        )
+        metrics = self.describe(rollout, self.reward(rollout).float(), logp, ref_logp, together=False)
+        for name, value in metrics.items():
+            self.log_share(f"val/{name}", torch.as_tensor(value), len(batch))
 
     def prompts_to_show(self) -> list[Prompt]:
         """Held-out prompts."""

@@ -20,6 +20,7 @@ from zlib import crc32
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from rlhf.data.batches import Batches, mix_seed
 from rlhf.data.data import Split
 from rlhf.data.records import Prompt
 from rlhf.data.template import encode_prompt
+from rlhf.distributed import add_up, average_gradients
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.adapters import NoAdapter
@@ -112,6 +114,8 @@ class Stage(pl.LightningModule):
         self.tokens_seen = 0
         self.examples_seen = 0
         self._sums: dict[str, Tensor] = {}
+        self._validated: dict[str, Tensor] = {}
+        self._averages = False
         self._prepared = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -284,6 +288,11 @@ class Stage(pl.LightningModule):
         """The held-out examples in their own order, shared out over the processes."""
         if not self.held_out:
             return []
+        if len(self.held_out) < self.trainer.world_size:  # one without any would not wait for the others
+            raise UserError(
+                f"{len(self.held_out)} held-out examples for {self.trainer.world_size} processes: each needs one; "
+                f"type data.validation={self.trainer.world_size} or more, or trainer.limit_val_batches=0"
+            )
         mine = self.held_out[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=self.parts)  # type: ignore[arg-type]
 
@@ -291,6 +300,11 @@ class Stage(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepares once the weights are on their device."""
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            # It has given every process the same weights. From here on it would average gradients in every backward
+            # pass, of which processes may have different numbers, and ask that each pass reach every parameter.
+            self.trainer.strategy.model = self
+            self._averages = True
         if not self._prepared:
             self._prepared = True
             with self.trainer.precision_plugin.forward_context():
@@ -382,13 +396,20 @@ class Stage(pl.LightningModule):
     def step(self, frozen: nn.Module | None = None) -> Metrics:
         """Clips, sets the learning rate and makes one optimizer step; returns what ``backward_mean`` gathered.
 
+        Under DDP the gradients are averaged over processes here, once per update, however many backward passes each
+        process made; strategies that cut weights up do so in their own backward passes.
+
         The parameters of ``frozen`` are left as they are in this step.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         metrics, self._sums = self._sums, {}
-        if not torch.isfinite(metrics["loss"]):
-            raise RunFailed(self._not_finite(metrics["loss"]))
+        loss = self.sum_over_processes(metrics["loss"])  # all stop if one must, or they would wait for it
+        if not torch.isfinite(loss):
+            raise RunFailed(self._not_finite(loss))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._averages:
+            average_gradients(parameters)
         if self.updates_done == 0:
             for module in self.modules_trained():
                 check_gradients(module)
@@ -397,7 +418,6 @@ class Stage(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
         factor = self._scheduler(*self.schedule_position()) if self._scheduler else 1.0
         for group in optimizer.param_groups:
@@ -416,12 +436,30 @@ class Stage(pl.LightningModule):
         self.log_dict({**metrics, **more}, sync_dist=self.trainer.world_size > 1, on_step=True, on_epoch=False)
 
     def log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Logs a weighted mean over the whole validation set, however it is cut into batches."""
+        """Logs a weighted mean over the whole validation set, however it is cut into batches and over processes.
+
+        A name that some process or batch has nothing to say of is right too; one that nobody has is not logged.
+        """
         total = float(weights.sum())
         if total > 0:
-            mean = weighted_mean(values.detach().float(), weights.float(), total)
-            parallel = self.trainer.world_size > 1
-            self.log(name, mean, batch_size=total, on_step=False, on_epoch=True, sync_dist=parallel)  # type: ignore[arg-type]
+            self.log_share(name, weighted_mean(values.detach().float(), weights.float(), total), total)
+
+    def log_share(self, name: str, mean: Tensor, weight: float) -> None:
+        """As ``log_mean``, of what is a mean already: ``mean`` of something that weighs ``weight``."""
+        share = torch.stack(
+            [mean.detach().float() * weight, torch.tensor(weight, dtype=torch.float32, device=mean.device)]
+        )
+        self._validated[name] = self._validated[name] + share if name in self._validated else share
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is measured yet."""
+        self._validated = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over the whole validation set. Lightning's own go by position, not by name."""
+        for name, (total, weight) in add_up(self._validated, self.device).items():
+            self.log(name, total / weight, sync_dist=self.trainer.world_size > 1)
+        self._validated = {}
 
     def count(self, examples: int, tokens: int | Tensor) -> None:
         """Counts what was trained on, for the throughput."""

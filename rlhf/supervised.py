@@ -88,6 +88,7 @@ class Supervised(Stage):
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity: what the mean loss means."""
+        super().on_validation_epoch_end()
         loss = self.trainer.callback_metrics.get("val/loss")
         if loss is not None:
             self.log("val/perplexity", math.exp(min(float(loss), 50.0)), sync_dist=self.trainer.world_size > 1)

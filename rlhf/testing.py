@@ -274,7 +274,7 @@ def check_objective(made: Any) -> list[str]:
         leaf = numbers(count, 5)
         old_logp, ref_logp = leaf.detach() + 0.1 * torch.randn(2, count, 5)
         mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4], [2], [5]])
-        advantages, _ = made.advantages(torch.randn(count), old_logp, ref_logp, mask, 3)
+        advantages, _ = made.advantages(torch.randn(count), old_logp, ref_logp, mask, 3, lambda part: part)
         losses, metrics = made(leaf, old_logp, ref_logp, advantages, mask, torch.rand(count, 5))
     elif isinstance(made, objective.TokenObjective):
         leaf = numbers(count, 5)

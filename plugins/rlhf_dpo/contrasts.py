@@ -9,12 +9,12 @@ from torch import Tensor
 from rlhf.data.collate import LabelBatch, collate_labels
 from rlhf.data.data import Split
 from rlhf.data.template import EncodedLabel
-from rlhf.distributed import gather_rows
+from rlhf.distributed import gather_rows, processes
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics
 from rlhf_dpo.labels import check_labels, labelled_replies
-from rlhf_dpo.pairs import Inputs, inputs, pooling_and_encoder, processes
+from rlhf_dpo.pairs import Inputs, inputs, pooling_and_encoder
 
 
 @dataclass(frozen=True)

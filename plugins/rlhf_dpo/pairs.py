@@ -12,7 +12,7 @@ from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
 from rlhf.data.data import Split
 from rlhf.data.records import Comparison
 from rlhf.data.template import EncodedComparison
-from rlhf.distributed import gather_rows
+from rlhf.distributed import gather_rows, processes
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
@@ -210,11 +210,6 @@ def _gathered(values: T) -> T:
     rows = {field.name: getattr(values, field.name) for field in fields(values)}  # type: ignore[arg-type]
     gathered: Any = {name: None if row is None else gather_rows(row)[0] for name, row in rows.items()}
     return type(values)(**gathered)
-
-
-def processes() -> int:
-    """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _rank() -> int:

@@ -17,7 +17,7 @@ from rlhf.functional.groups import (
     length_weights,
 )
 from rlhf.functional.kl import k3
-from rlhf.functional.masking import masked_mean
+from rlhf.functional.masking import SumOver, masked_mean
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
@@ -39,7 +39,13 @@ class GRPO(GroupObjective):
     drop_zero_spread: bool = False
 
     def advantages(
-        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+        self,
+        scores: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        mask: Tensor,
+        samples: int,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages [B], and which replies count [B]: all, or those of groups whose scores differ."""
         shaped = scores
@@ -47,7 +53,7 @@ class GRPO(GroupObjective):
             shaped = scores - self.beta * sequence_kl(logp, ref_logp, mask)
         spread = has_spread(scores, samples)
         keep = spread if self.drop_zero_spread else torch.ones_like(spread)
-        return group_advantages(shaped, samples, self.scale), keep
+        return group_advantages(shaped, samples, self.scale, sum_over), keep
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """As `rlhf.functional.groups.length_weights`."""

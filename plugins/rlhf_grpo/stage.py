@@ -20,7 +20,9 @@ class GRPOStage(GroupStage):
         rollout = self.refilled(rollout)
         raw, scores = self.scores(rollout)
         logp, ref_logp = self.log_probabilities(rollout)
-        advantages, keep = self.objective.advantages(scores, logp, ref_logp, rollout.mask, self.rollout.samples)
+        advantages, keep = self.objective.advantages(
+            scores, logp, ref_logp, rollout.mask, self.rollout.samples, self.sum_over_processes
+        )
         experience = Replies.of(rollout, logp, ref_logp, advantages, keep)
         metrics = self.updates(experience, self.kl(experience))
         self.report(rollout, raw, scores, experience, metrics)

@@ -18,7 +18,7 @@ from rlhf.data.data import Split
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance
-from rlhf.functional.masking import masked_mean
+from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import critic_of
 from rlhf.objective import Metrics, PolicyObjective
@@ -191,10 +191,11 @@ class PPOStage(RolloutStage):
 
     def report(self, rollout: Rollout, raw: Tensor, experience: Experience, metrics: list[Metrics]) -> None:
         """One row per rollout: means over its updates, if there were any, and what the replies are like."""
+        x = experience
         self.record(
             {**self.of_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
-            explained_variance=explained_variance(experience.values, experience.returns, experience.mask),
-            value=masked_mean(experience.values, experience.mask),
+            explained_variance=explained_variance(x.values, x.returns, x.mask, self.sum_over_processes),
+            value=weighted_mean(x.values, x.mask.float(), self.total(x.mask.sum())),
             beta=self.beta,
         )
 

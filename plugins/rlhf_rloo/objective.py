@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import sequence_kl
-from rlhf.functional.groups import EPSILON, clipped_surrogate, leave_one_out, length_weights
-from rlhf.functional.masking import masked_sum
+from rlhf.functional.groups import EPSILON, clipped_surrogate, deviation, leave_one_out, length_weights
+from rlhf.functional.masking import SumOver, masked_sum
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
@@ -28,13 +28,20 @@ class RLOO(GroupObjective):
     normalize: bool = False
 
     def advantages(
-        self, scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, samples: int
+        self,
+        scores: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        mask: Tensor,
+        samples: int,
+        sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages [B] of rewards with the KL in them; every reply counts."""
         rewards = scores - self.beta * sequence_kl(logp, ref_logp, mask)
         advantages = leave_one_out(rewards, samples)
         if self.normalize:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + EPSILON)
+            # No mean to take off: leave-one-out advantages sum to 0 within a group.
+            advantages = advantages / (deviation(advantages, sum_over) + EPSILON)
         return advantages, torch.ones_like(scores, dtype=torch.bool)
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:

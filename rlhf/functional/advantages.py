@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.functional.kl import ESTIMATORS, KLEstimator
-from rlhf.functional.masking import last_index, masked_var
+from rlhf.functional.masking import SumOver, last_index, masked_var
 
 
 def shaped_rewards(
@@ -47,9 +47,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lamb
     return advantages, advantages + values
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """`1 - var(returns - values) / var(returns)` over counted tokens: 1 is a perfect critic, 0 a constant one."""
-    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, sum_over: SumOver | None = None) -> Tensor:
+    """`1 - var(returns - values) / var(returns)` over counted tokens: 1 is a perfect critic, 0 a constant one.
+
+    With `sum_over` over those of all processes.
+    """
+    left, whole = (masked_var(x, mask, sum_over) for x in (returns - values, returns))
+    return 1.0 - left / whole.clamp(min=1e-8)
 
 
 def sequence_kl(logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_estimator: KLEstimator = "k1") -> Tensor:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf.functional.masking import SumOver, masked_var
+
 Scale = Literal["group", "batch", "none"]
 LengthNormalization = Literal["token", "sequence", "constant"]
 
@@ -22,18 +24,24 @@ def grouped(scores: Tensor, samples: int) -> Tensor:
     return scores.view(-1, samples)
 
 
-def group_advantages(scores: Tensor, samples: int, scale: Scale = "group") -> Tensor:
+def deviation(scores: Tensor, sum_over: SumOver | None = None) -> Tensor:
+    """Unbiased standard deviation of all scores [B], of all processes together where `sum_over` adds up over them."""
+    return masked_var(scores, torch.ones_like(scores, dtype=torch.bool), sum_over).sqrt()
+
+
+def group_advantages(scores: Tensor, samples: int, scale: Scale = "group", sum_over: SumOver | None = None) -> Tensor:
     """`(r - mean of its group) / (std + 1e-4)`, [B] (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
 
     The standard deviation (unbiased) is that of the group, of the whole batch, or 1 with "none": Dr. GRPO (arXiv
     2503.20783), because dividing by the group's makes questions that are nearly always or never solved count more.
+    The batch is that of all processes where `sum_over` adds up a tensor over them.
     """
     groups = grouped(scores, samples)
     centred = groups - groups.mean(1, keepdim=True)
     if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + EPSILON)
     elif scale == "batch":
-        centred = centred / (scores.std() + EPSILON)
+        centred = centred / (deviation(scores, sum_over) + EPSILON)
     return centred.reshape(-1)
 
 

@@ -29,12 +29,17 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
-def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Unbiased (n - 1) variance of `x` where `mask` is 1; 0 for fewer than two counted elements."""
+def masked_var(x: Tensor, mask: Tensor, sum_over: SumOver | None = None) -> Tensor:
+    """Unbiased (n - 1) variance of `x` where `mask` is 1; 0 for fewer than two counted elements.
+
+    With `sum_over` it is that of all processes together, each of which holds a part of the elements.
+    """
+    combined = sum_over or (lambda part: part)
     mask = mask.bool().expand_as(x)
     x = _kept(x, mask)
-    squares = (x - masked_mean(x, mask)).square()
-    return masked_sum(squares, mask) / (mask.sum() - 1).clamp(min=1)
+    count = combined(mask.sum())
+    mean = combined(x.sum()) / count.clamp(min=1)
+    return combined(masked_sum((x - mean).square(), mask)) / (count - 1).clamp(min=1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, sum_over: SumOver | None = None) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from rlhf.data.collate import PairBatch, TokenBatch
-from rlhf.distributed import gather_rows
+from rlhf.distributed import add_up, average_gradients, gather_rows
+from rlhf.functional.advantages import explained_variance
+from rlhf.functional.groups import group_advantages
 from rlhf_dpo.batch_objective import KTO, Relative
 from rlhf_dpo.pairs import Pairs
 
@@ -40,13 +42,47 @@ def _results(rank: int) -> dict[str, object]:
     batch, policy = whole()
     own = part(batch, slice(0, 2) if rank == 0 else slice(2, 3))
     around = Pairs(Relative(beta=1.0)).around(policy, [own])
+    values, returns, mask = (x[:, :2] if rank == 0 else x[:, 2:] for x in critic())
     return {
+        "explained": explained_variance(values, returns, mask, sum_over),
+        "advantages": group_advantages(SCORES[:4] if rank == 0 else SCORES[4:], 2, "batch", sum_over),
+        "gradients": gradients(rank),
+        "means": add_up({"both": torch.tensor([1.0 + rank, 2.0]), **own_name(rank)}, torch.device("cpu")),
         "rows": everything,
         "here": (here.start, here.stop),
         "z": z.item(),
         "losses": around.losses[0],
         "slopes": around.by_chosen[0],
     }
+
+
+SCORES = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 10.0])
+
+
+def sum_over(part: torch.Tensor) -> torch.Tensor:
+    whole = part.clone()
+    dist.all_reduce(whole)
+    return whole
+
+
+def critic() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, returns and mask, [3, 6], of which one process has two columns."""
+    generator = torch.Generator().manual_seed(3)
+    values, returns = torch.randn(2, 3, 6, generator=generator)
+    return values, returns, torch.rand(3, 6, generator=generator) > 0.3
+
+
+def own_name(rank: int) -> dict[str, torch.Tensor]:
+    return {} if rank == 0 else {"one": torch.tensor([7.0, 1.0])}
+
+
+def gradients(rank: int) -> list[torch.Tensor | None]:
+    """One that both have, one that one has, one that the other has, in another type, and one that nobody has."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64 if i == 2 else None)) for i in range(4)]
+    for i in (0, 1 + rank):
+        parameters[i].grad = torch.full_like(parameters[i], 2.0 * i + 1 + rank)
+    average_gradients(parameters)
+    return [parameter.grad for parameter in parameters]
 
 
 class Table:
@@ -118,6 +154,17 @@ def test_two_processes_see_what_one_would(results: list[dict[str, object]]) -> N
     assert torch.equal(first["rows"], torch.arange(8.0).view(4, 2)) and torch.equal(first["rows"], second["rows"])
     assert first["here"] == (0, 3) and second["here"] == (3, 4)
     assert first["z"] == second["z"] == 3.0  # (1 + 2 + 6) / 3, not the mean of the processes' means
+    for found in results:
+        assert found["explained"].item() == pytest.approx(explained_variance(*critic()).item())
+        assert {name: part.tolist() for name, part in found["means"].items()} == {"both": [3, 4], "one": [7, 1]}
+        assert list(found["means"]) == list(first["means"])
+        both, one, other, none = found["gradients"]
+        assert both.unique().tolist() == [1.5] and one.unique().tolist() == [1.5] and other.unique().tolist() == [3.0]
+        assert none is None
+    together = torch.cat([first["advantages"], second["advantages"]])
+    torch.testing.assert_close(
+        together, (SCORES - SCORES.view(3, 2).mean(1).repeat_interleave(2)) / SCORES.std(), atol=1e-4, rtol=1e-4
+    )
     batch, policy = whole()
     alone = Pairs(Relative(beta=1.0)).around(policy, [part(batch, slice(0, 1)), part(batch, slice(1, 3))])
     for name in ("losses", "slopes"):
