@@ -166,10 +166,10 @@ def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 6
     """Every label with the response of a row drawn at random among those that answer another prompt.
 
     At random, since the KL estimate is an expectation over all replies (2402.01306), and data has an order: a
-    comparison's replies stand best first. Drawn from (seed, row) alone, once for the whole data set rather than within a
-    batch, so that neither micro-batches nor processes nor a resume change the estimate, and the reference reads it once.
-    A row keeps None where none of `tries` rows drawn (all of them, if there are no more) answers another prompt and
-    fits `longest` tokens.
+    comparison's replies stand best first. Drawn from (seed, row) alone, once for the whole data set rather than within
+    a batch, so that neither micro-batches nor processes nor a resume change the estimate, and the reference reads it
+    once. A row keeps None where none of `tries` rows drawn (all of them, if there are no more) answers another prompt
+    and fits `longest` tokens.
     """
     done = []
     for index, label in enumerate(labels):
