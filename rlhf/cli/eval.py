@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--against: nothing says which reply is better; type --reward-model RUN or --judge MODEL")
     prompts = load_prompts(source, world, args.limit)
     for line in held_out.of_models(prompts, [one.path for one in (*policies, against, scorer) if one is not None]):
-        console.say(line.replace("held-out prompts", "prompts"), "yellow")
+        told = line.replace("held-out prompts", "prompts").partition("; ")[0]
+        console.say(f"{told}; type --prompts FILE with prompts that it has not seen", "yellow")
     texts = load_documents("text", args.text, world, args.limit, "--text") if args.text else []
     dialogues = (
         load_documents("demonstration", args.demonstrations, world, args.limit, "--demonstrations")
