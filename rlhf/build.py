@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import validation
+from rlhf import held_out, validation
 from rlhf.checkpoints import latest
 from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
@@ -132,6 +132,11 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
     held = footprint(stage.roles())
     if len(held.roles) > 1 and trainer.is_global_zero:
         print(f"  {stage.name}: {held}", flush=True)
+    if trainer.is_global_zero:
+        for line in held_out.of_stage(folder, getattr(stage, "data", None)):
+            print(f"  {stage.name}: {line}", flush=True)
+        if stage.produces == "model":
+            held_out.write(folder, getattr(stage, "data", None))
     checkpoint = latest(folder) if resume else None
     started = time.perf_counter()
     if stage.produces == "model":

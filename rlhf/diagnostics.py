@@ -2,7 +2,8 @@
 
 No single number tells; these are the ones that moved first in the literature: replies that grow (Singhal et al. 2023,
 arXiv 2310.03716), repeat themselves or forget to end, KL that runs away (Huang et al. 2024, arXiv 2403.17031), and,
-where the true score is known, a proxy that rises while gold does not (Gao et al. 2022, arXiv 2210.10760).
+where the true score is known, a proxy that rises while gold does not (Gao et al. 2022, arXiv 2210.10760). One is our
+own: special tokens inside a reply, which no reward sees.
 """
 
 from collections.abc import Mapping
@@ -34,10 +35,10 @@ def gold_scores(rollout: Rollout) -> Tensor | None:
 def reply_metrics(rollout: Rollout, scores: Tensor | None = None, together: bool = False) -> dict[str, Tensor]:
     """What replies are like, each a scalar.
 
-    ``length``, ``ended``, ``repetition``, ``distinct`` as ``Rollout.diagnostics``; with ``scores`` [B] of a reward
-    ``score`` and ``score_std``; where gold is known ``gold``, ``gold_std``, and with scores ``gold_correlation``,
-    Pearson's over the replies (0 where either does not vary). With ``together`` it is all of the replies of all
-    processes, each of which must then call this.
+    ``length``, ``ended``, ``repetition``, ``distinct``, ``special_tokens`` as ``Rollout.diagnostics``; with ``scores``
+    [B] of a reward ``score`` and ``score_std``; where gold is known ``gold``, ``gold_std``, and with scores
+    ``gold_correlation``, Pearson's over the replies (0 where either does not vary). With ``together`` it is all of the
+    replies of all processes, each of which must then call this.
     """
     true = gold_scores(rollout)
     if together and processes() > 1:
@@ -100,6 +101,8 @@ class HackingWarnings(pl.Callback):
         ended: Fewer than this share of the replies come to their end by themselves.
         repetition: More than this share of the bigrams of a reply occurred before in it.
         distinct: Fewer than this share of the replies of a rollout differ from each other.
+        special_tokens: More than this share of the replies hold special tokens before their end. They are dropped from
+            the text that rewards, gold and judges read.
         kl: Nats per reply from the reference.
         proxy_gold_gap: Standard deviations by which the score has risen more than gold, where gold is known.
     """
@@ -110,11 +113,12 @@ class HackingWarnings(pl.Callback):
         ended: Share = 0.8,
         repetition: Share = 0.2,
         distinct: Share = 0.1,
+        special_tokens: Share = 0.05,
         kl: Limit = 30.0,
         proxy_gold_gap: Limit = 0.5,
     ) -> None:
         self.length_factor, self.ended, self.repetition, self.distinct = length_factor, ended, repetition, distinct
-        self.kl, self.proxy_gold_gap = kl, proxy_gold_gap
+        self.special_tokens, self.kl, self.proxy_gold_gap = special_tokens, kl, proxy_gold_gap
         self.first_length: float | None = None
         self.said: list[str] = []
 
@@ -173,6 +177,11 @@ class HackingWarnings(pl.Callback):
                 f"only {now['distinct']:.0%} of the replies differ: the policy says the same to all; try a larger "
                 "objective.beta, a smaller optimizer.lr"
             )
+        if self.special_tokens is not None and now.get("special_tokens", 0.0) > self.special_tokens:
+            found["special_tokens"] = (
+                f"{now['special_tokens']:.0%} of the replies hold special tokens before their end, which rewards, gold "
+                "and judges do not see; try a larger objective.beta, a smaller optimizer.lr"
+            )
         if self.kl is not None and now.get("kl", 0.0) > self.kl:
             found["kl"] = (
                 f"the policy is {now['kl']:.1f} nats per reply from its reference, where the reward has seen little; "
@@ -186,7 +195,7 @@ class HackingWarnings(pl.Callback):
         return found
 
 
-_READ = ("length", "ended", "repetition", "distinct", "kl", "proxy_gold_gap")
+_READ = ("length", "ended", "repetition", "distinct", "special_tokens", "kl", "proxy_gold_gap")
 
 
 def look(trainer: pl.Trainer, stage: str, metrics: Mapping[str, Any]) -> None:

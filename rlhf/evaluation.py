@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf import held_out
 from rlhf.data.collate import collate
 from rlhf.data.records import Prompt
 from rlhf.data.template import encode_text
@@ -188,6 +189,8 @@ def compare(
     asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
     if not asked:
         raise UserError("no held-out prompts to compare on; type data.validation=400 or name more prompts")
+    for line in held_out.of_models(asked, (before, after, reward_model)):
+        print(f"  compare: {line}", flush=True)
     settings = (max_new_tokens, temperature, seed, *([documents] if documents else []))
     key = _key(before, after, reward_model, gold, asked, *settings)
     cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"

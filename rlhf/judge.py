@@ -128,7 +128,10 @@ class JudgeAnnotator:
         precision = Precision("32-true" if dtype == "float32" else "bf16-true")
         self.model: LanguageModel = spec.load(NoAdapter(), precision).disable_dropout().frozen()
         self.identity = _identity(spec, self.model, dtype)
-        self.option_ids = [tokenize(self.model.tokenizer, option)[0] for option in OPTIONS]
+        if self.model.tokenizer.chat_template:
+            self.option_ids = [tokenize(self.model.tokenizer, option)[0] for option in OPTIONS]
+        else:
+            self.option_ids = continued(self.model.tokenizer, "A or B?")[1]
         if len(set(self.option_ids)) < 2:
             raise UserError(f"annotator.path={path}: its tokenizer does not tell A from B; give another judge")
         if answer == "generate" and not self.model.tokenizer.chat_template:
@@ -303,7 +306,7 @@ class JudgeAnnotator:
         if tokenizer.chat_template:
             encoded = [encode_prompt(tokenizer, dialogue) for dialogue in dialogues]
         else:
-            encoded = [tokenize(tokenizer, f"{question}\nAnswer: ") for question in questions]
+            encoded = [continued(tokenizer, question)[0] for question in questions]
         answers: list[Answer] = [(None, f"(nothing: the question has more than {room} tokens)")] * len(questions)
         fitting = [index for index, ids in enumerate(encoded) if len(ids) <= room]
         if not fitting:
@@ -331,6 +334,17 @@ class JudgeAnnotator:
             readable = math.exp(one) + math.exp(two) >= self.least_mass
             answers.append((one - two if readable else None, self.model.tokenizer.decode([token])))
         return answers
+
+
+def continued(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+    """A question for a model without chat template: its ids up to where the answers part, and the answers' next ids.
+
+    The text is "QUESTION\\nAnswer: A". Where the space goes is the tokenizer's affair: byte-level BPE mostly has a
+    token " A", so that a question that ended in a space would ask for what no text goes on with.
+    """
+    one, two = (tokenize(tokenizer, f"{question}\nAnswer: {option}") for option in OPTIONS)
+    parted = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    return (one, []) if parted is None else (one[:parted], [one[parted], two[parted]])
 
 
 class Judgements(Data):
@@ -385,7 +399,8 @@ def _identity(spec: CausalLM, model: LanguageModel, dtype: str) -> str:
         name = digest_files(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]))
     else:
         name = f"{spec.path}@{getattr(model.config, '_commit_hash', None)}"
-    return hashlib.sha256(f"{name}/{dtype}".encode()).hexdigest()
+    asked = "" if model.tokenizer.chat_template else "/Answer:"  # how it is asked; part of what its answers hang on
+    return hashlib.sha256(f"{name}/{dtype}{asked}".encode()).hexdigest()
 
 
 def _parts(items: list[str], size: int) -> list[list[str]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.data.collate import collate_prompts
 from rlhf.data.records import Message, Prompt
+from rlhf.data.specials import with_strays
 from rlhf.data.template import encode_prompt
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
@@ -34,6 +35,7 @@ class Rollout:
     # Where tools are called (rlhf.tools), their answers stand among the policy's tokens: present, but not its own.
     present: Tensor | None = None  # [B, R] bool, 1 on every token of the reply; None: the same as mask
     turns: list[tuple[Message, ...]] | None = None  # [B], the assistant's and the tools' turns; None: one turn each
+    strays: list[bool] | None = None  # [B], whether special tokens stand before the reply's end; None: nobody looked
 
     @property
     def ids(self) -> Tensor:
@@ -64,8 +66,9 @@ class Rollout:
         """What replies look like when a policy games its reward, each a scalar.
 
         ``length``: tokens; ``ended``: share that came to an end by themselves; ``repetition``: share of bigrams seen
-        before in the same reply; ``distinct``: share of different replies in the batch. Where tools can be called:
-        ``calls`` per reply, and ``call_errors``, the share of calls that were answered by an error.
+        before in the same reply; ``distinct``: share of different replies in the batch; ``special_tokens``: share with
+        a special token before their end, of replies that were sampled here. Where tools can be called: ``calls`` per
+        reply, and ``call_errors``, the share of calls that were answered by an error.
         """
         pairs = self.response_ids[:, :-1] * (int(self.response_ids.max()) + 1) + self.response_ids[:, 1:]
         valid = self.mask[:, 1:] & self.mask[:, :-1]
@@ -76,8 +79,14 @@ class Rollout:
             "ended": self.ended.float().mean(),
             "repetition": repeated.sum() / valid.sum().clamp(min=1),
             "distinct": torch.tensor(len(set(self.texts)) / len(self.texts), device=self.mask.device),
+            **self._strays(),
             **self._calls(),
         }
+
+    def _strays(self) -> dict[str, Tensor]:
+        if self.strays is None:
+            return {}
+        return {"special_tokens": torch.tensor(sum(self.strays) / len(self.strays), device=self.mask.device)}
 
     def _calls(self) -> dict[str, Tensor]:
         if self.turns is None:
@@ -102,6 +111,7 @@ class Rollout:
             ended=self.ended[index],
             present=None if self.present is None else self.present[index],
             turns=None if self.turns is None else [self.turns[i] for i in picked],
+            strays=None if self.strays is None else [self.strays[i] for i in picked],
         )
 
 
@@ -184,6 +194,7 @@ class Sampler:
             logp=torch.where(response_mask, logp, 0.0),
             ended=ended,
             texts=[text.strip() for text in texts],
+            strays=with_strays(policy.tokenizer, policy.end_id, response, response_mask),
         )
 
     def check(self, policy: LanguageModel, prompts: list[Prompt]) -> list[list[int]]:

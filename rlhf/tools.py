@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf.data.calls import Call, read_call
 from rlhf.data.collate import collate_prompts
 from rlhf.data.records import Message, Prompt
+from rlhf.data.specials import with_strays
 from rlhf.data.template import encode_tool_turn, tokenize
 from rlhf.data.testbed.language import BY_NAME
 from rlhf.data.testbed.world import Testbed
@@ -253,6 +254,7 @@ class ToolSampler(Sampler):
             texts=[reply.turns[-1].content for reply in replies],
             present=present.to(device),
             turns=[tuple(reply.turns) for reply in replies],
+            strays=with_strays(policy.tokenizer, policy.end_id, response, mask),
         )
 
 

@@ -24,6 +24,7 @@ REPLY = 128
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
+    from rlhf import held_out
     from rlhf.report import console
     from rlhf.using import eval_file, named
     from rlhf.using.given_data import load_documents, load_prompts
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> int:
     if against is not None and not (gold or scorer or judge):
         raise UserError("--against: nothing says which reply is better; type --reward-model RUN or --judge MODEL")
     prompts = load_prompts(source, world, args.limit)
+    for line in held_out.of_models(prompts, [one.path for one in (*policies, against, scorer) if one is not None]):
+        told = line.replace("held-out prompts", "prompts").partition("; ")[0]
+        console.say(f"{told}; type --prompts FILE with prompts that it has not seen", "yellow")
     texts = load_documents("text", args.text, world, args.limit, "--text") if args.text else []
     dialogues = (
         load_documents("demonstration", args.demonstrations, world, args.limit, "--demonstrations")

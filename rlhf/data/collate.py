@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
+from random import Random
 from typing import Literal, Self
 
 import torch
@@ -160,23 +162,34 @@ def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
     )
 
 
-def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 64) -> list[EncodedLabel]:
-    """Every label with the response of the nearest following row that answers another prompt.
+def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 64, seed: int = 0) -> list[EncodedLabel]:
+    """Every label with the response of a row drawn at random among those that answer another prompt.
 
-    Chosen once for the whole data set rather than within a batch, so that neither micro-batches nor processes change
-    the estimate, and the reference reads it once. A row keeps None where none of the next `tries` rows answers another
-    prompt and fits `longest` tokens.
+    At random, since the KL estimate is an expectation over all replies (2402.01306), and data has an order: a
+    comparison's replies stand best first. Drawn from (seed, row) alone, once for the whole data set rather than within
+    a batch, so that neither micro-batches nor processes nor a resume change the estimate, and the reference reads it
+    once. A row keeps None where none of `tries` rows drawn (all of them, if there are no more) answers another prompt
+    and fits `longest` tokens.
     """
     done = []
     for index, label in enumerate(labels):
-        following = (labels[(index + step) % len(labels)] for step in range(1, min(tries, len(labels) - 1) + 1))
+        drawn = islice(_shuffled(len(labels), Random(f"mismatched reply/{seed}/{index}")), tries)
         fitting = (
             other.response
-            for other in following
+            for other in map(labels.__getitem__, drawn)
             if other.prompt != label.prompt and len(label.prompt) + len(other.response) <= longest
         )
         done.append(replace(label, mismatched=next(fitting, None)))
     return done
+
+
+def _shuffled(n: int, rng: Random) -> Iterator[int]:
+    """0 to n - 1 in random order, of which only what is read is drawn (Fisher and Yates)."""
+    moved: dict[int, int] = {}
+    for place in range(n):
+        drawn = rng.randrange(place, n)
+        yield moved.get(drawn, drawn)
+        moved[drawn] = moved.get(place, place)
 
 
 def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:

@@ -32,6 +32,9 @@ TESTBED_SIZES: dict[str, int] = {
     "prompt": 1500,
 }
 
+HELD_OUT = 400  # prompts of the testbed where data.validation is null: a standard error of 1/20 of the spread
+HELD_OUT_SHARE = 0.1  # of anything else, as of demonstrations and comparisons: one file, one held-out part
+
 SMALL_FILES = 4 << 20  # bytes of local files that are read before a run to see whether they can be
 
 
@@ -150,8 +153,10 @@ class Data:
             other, or row by row in turn where size says how many are read.
         size: testbed: records to train on (null: its default); else the most records that are read (null: all).
         validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
-            by order: more data or another order moves no record from one side to the other, and records with the same
-            prompt stay on one side (so a number may be exceeded by a few).
+            by order: another order moves no record from one side to the other, more data few, and records with the same
+            prompt stay on one side (so a number may be exceeded by a few). null: 400 prompts of the testbed, a
+            tenth of anything else. Stages that read one file should hold out the same share: then none is measured on
+            prompts that another was trained on.
         max_length: tokens of a row. Texts are cut into rows and demonstrations at the right; comparisons and labels
             lose the oldest turns of their prompt, and are dropped where that is not enough.
         max_prompt_length: tokens of a prompt, as above (null: only max_length counts).
@@ -171,7 +176,7 @@ class Data:
         record: RecordName,
         source: str | list[str],
         size: Annotated[int, Field(gt=0)] | None,
-        validation: Annotated[float, Field(ge=0)],
+        validation: Annotated[float, Field(ge=0)] | None,
         max_length: Annotated[int, Field(gt=1)],
         max_prompt_length: Annotated[int, Field(gt=0)] | None = None,
         format: str = "auto",
@@ -185,6 +190,9 @@ class Data:
     ) -> None:
         # With one source in the list nothing is different from that source.
         self.sources = [source] if isinstance(source, str) else [str(one) for one in source]
+        if validation is None:
+            made_up = source in (TESTBED, ARITHMETIC, [TESTBED], [ARITHMETIC])
+            validation = HELD_OUT if made_up and record == "prompt" else HELD_OUT_SHARE
         self.record, self.size, self.validation = record, size, validation
         self.source = ", ".join(self.sources)
         self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
@@ -436,15 +444,18 @@ class Data:
 
     def _key(self, record: Record) -> int:
         """64 bits of the hash of what a record asks."""
-        if isinstance(record, Text):
-            content = record.text
-        elif isinstance(record, Demonstration):
-            last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
-            content = "\x1f".join(message.content for message in record.messages[:last])
-        else:
-            turns = record.messages if isinstance(record, Prompt) else record.prompt
-            content = "\x1f".join(message.content for message in turns)
-        return int.from_bytes(hashlib.sha256(f"{self.seed}\x1e{content}".encode()).digest()[:8])
+        return int.from_bytes(hashlib.sha256(f"{self.seed}\x1e{asked(record)}".encode()).digest()[:8])
+
+
+def asked(record: Record) -> str:
+    """What a record asks: all that is said before its (last) reply; a text as a whole."""
+    if isinstance(record, Text):
+        return record.text
+    if isinstance(record, Demonstration):
+        last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+        return "\x1f".join(message.content for message in record.messages[:last])
+    turns = record.messages if isinstance(record, Prompt) else record.prompt
+    return "\x1f".join(message.content for message in turns)
 
 
 def _check_turns(record: Record) -> None:

@@ -11,8 +11,10 @@ import torch
 
 from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Message
+from rlhf.data.template import tokenize
+from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError
-from rlhf.judge import TEMPLATES, Answer, JudgeAnnotator, Judgements, fill, parse, read_template
+from rlhf.judge import TEMPLATES, Answer, JudgeAnnotator, Judgements, continued, fill, parse, read_template
 from rlhf.rollout import Rollout, Sampler
 from rlhf.testing import check_annotator, rollout, tiny_model
 
@@ -56,6 +58,31 @@ def test_a_template_is_filled_once_and_braces_stay() -> None:
     assert fill("{prompt}|{first}|{second}", [Message("user", "q {first}")], "{second}", "b") == "q {first}|{second}|b"
     dialogue = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
     assert fill("{prompt}", dialogue, "", "") == "user: one\nassistant: two\nuser: three"
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_model_without_chat_template_is_asked_for_what_its_text_goes_on_with(merged: bool) -> None:
+    """GPT-2's byte-level BPE writes "Answer: A" with the token " A"; after "Answer: " no text of its has a bare "A"."""
+    corpus = ["Answer: A\nAnswer: B\n"] * 9 if merged else ["xyz"]
+    tokenizer = train_tokenizer(corpus, 300 if merged else 262)
+    context, options = continued(tokenizer, "Which?\nA: x\nB: y")
+    assert tokenizer.decode(context) == "Which?\nA: x\nB: y\nAnswer:" + ("" if merged else " ")
+    assert tokenizer.convert_ids_to_tokens(options) == (["ĠA", "ĠB"] if merged else ["A", "B"])
+    for option, name in zip(options, "AB", strict=True):
+        assert [*context, option] == tokenize(tokenizer, f"Which?\nA: x\nB: y\nAnswer: {name}")
+
+
+def test_a_judge_without_chat_template_answers_with_those_tokens(tmp_path: Path) -> None:
+    model = tiny_model(("Answer: A", "Answer: B") * 50)
+    model.tokenizer.chat_template = None
+    model.save(tmp_path / "model")
+    judge = JudgeAnnotator(str(tmp_path / "model"), template="short", least_mass=0.0)
+    assert judge.model.tokenizer.convert_ids_to_tokens(judge.option_ids) == ["ĠA", "ĠB"]
+    ((value, _),) = judge.ask(["Which?"])
+    ids = torch.tensor([tokenize(model.tokenizer, "Which?\nAnswer:")])
+    hidden = model.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
+    logits = model.head(hidden)[0, -1].detach()
+    assert value == pytest.approx(float(logits[judge.option_ids[0]] - logits[judge.option_ids[1]]), abs=1e-4)
 
 
 def test_templates(tmp_path: Path) -> None:

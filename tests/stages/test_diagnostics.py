@@ -17,7 +17,15 @@ from .test_exactness import Stop
 from .test_ppo import varied
 
 CONF = Path(__file__).parents[2] / "conf" / "callbacks" / "default.yaml"
-CALM = {"length": 10.0, "ended": 1.0, "repetition": 0.0, "distinct": 1.0, "kl": 1.0, "proxy_gold_gap": 0.0}
+CALM = {
+    "length": 10.0,
+    "ended": 1.0,
+    "repetition": 0.0,
+    "distinct": 1.0,
+    "special_tokens": 0.0,
+    "kl": 1.0,
+    "proxy_gold_gap": 0.0,
+}
 
 
 def test_reply_metrics_by_hand():
@@ -64,6 +72,7 @@ def test_the_gap_is_in_standard_deviations_of_the_start():
         ("ended", "ended", 0.7, "only 70% of the replies end"),
         ("repetition", "repetition", 0.3, "30% of the pairs of tokens"),
         ("distinct", "distinct", 0.05, "only 5% of the replies differ"),
+        ("special_tokens", "special_tokens", 0.2, "20% of the replies hold special tokens"),
         ("kl", "kl", 31.0, "31.0 nats per reply"),
         ("proxy_gold_gap", "proxy_gold_gap", 1.5, "1.5 standard deviations more than gold"),
     ],
@@ -76,7 +85,8 @@ def test_each_sign_is_said_once_and_can_be_moved(sign, metric, value, words, cap
         watch.look("ppo", CALM | {metric: value})
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and words in out and f"(callbacks.hacking.{sign})" in out
-    limits = {"length_factor": 5.0, "ended": 0.1, "repetition": 0.9, "distinct": 0.01, "kl": 1e3, "proxy_gold_gap": 9.0}
+    limits = {"length_factor": 5.0, "ended": 0.1, "repetition": 0.9, "distinct": 0.01}
+    limits |= {"special_tokens": 0.5, "kl": 1e3, "proxy_gold_gap": 9.0}
     for limit in (limits[sign], None):
         watch = HackingWarnings(**{sign: limit})
         watch.look("ppo", CALM)
@@ -107,6 +117,7 @@ def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path,
     assert run(tmp_path / "killed", resume=checkpoint) == metrics
     assert "warning" not in capsys.readouterr().out
     rows = read_rows(tmp_path / "whole" / "metrics.csv")
-    signs = {"length", "ended", "repetition", "distinct", "kl", "gold", "gold_correlation", "proxy_gold_gap"}
+    signs = {"length", "ended", "repetition", "distinct", "special_tokens", "kl", "gold", "gold_correlation"}
+    signs |= {"proxy_gold_gap"}
     assert all(signs <= row.keys() for row in rows)
     assert rows[0]["proxy_gold_gap"] == pytest.approx(0, abs=1e-6)

@@ -68,6 +68,18 @@ def test_the_mask_ends_with_the_first_end_of_turn(load, prompts):
     assert torch.equal(is_end.gather(1, last[:, None])[:, 0], rollout.ended)
 
 
+def test_special_tokens_inside_a_reply_are_counted_since_its_text_has_none(load, prompts):
+    rollout = Sampler(8, samples=8).sample(load(), prompts, seed=0)
+    tokenizer, end = load().tokenizer, load().end_id
+    expected = []
+    for ids, own, text in zip(rollout.response_ids, rollout.mask, rollout.texts, strict=True):
+        said = [token for token in ids[own].tolist() if token != end]
+        expected.append(tokenizer.decode(said).strip() != text)
+    assert rollout.strays == expected and 0 < sum(expected) < len(expected)  # random weights write some
+    assert rollout.diagnostics()["special_tokens"].item() == pytest.approx(sum(expected) / len(expected))
+    assert rollout.rows(torch.tensor([3, 0])).strays == [expected[3], expected[0]]
+
+
 def test_frequencies_are_the_probabilities():
     probability = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = (torch.arange(10_000) + 0.5) / 10_000

@@ -85,6 +85,9 @@ def test_a_batch_with_and_without_calls_is_padded_right(policy, prompts, calling
         assert all(own[i + 1] is False for i in ends if i + 1 < length)  # a call's turn ends, then the tool speaks
         assert [turn.role for turn in turns] == ["assistant", "tool"] * len(answers) + ["assistant"]
         assert rollout.texts[row] == turns[-1].content
+        said = [token for token, mine in zip(ids, own, strict=True) if mine and token != policy.end_id]
+        special = {*policy.tokenizer.all_special_ids}  # a call's end of turn and the tool's turn are in their place
+        assert rollout.strays[row] == bool(special & {*said})
     alone = sampler().sample(policy, prompts[:1], seed=0)
     width = alone.mask.shape[1]
     first = rollout.rows(torch.arange(4))
