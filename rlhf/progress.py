@@ -3,6 +3,7 @@
 `Meter` serves any loop; `Progress` is the Lightning callback that drives one through training.
 """
 
+import io
 import math
 import sys
 import time
@@ -39,6 +40,7 @@ class Meter:
         every_s: seconds between plain lines where there is no terminal.
         start: units already done by an earlier, interrupted run; they do not count into the speed.
         stream: where to write; standard output by default.
+        always: whether a line stays behind even if the work was done before the first was due.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Meter:
         every_s: float = 10.0,
         start: int = 0,
         stream: TextIO | None = None,
+        always: bool = True,
     ) -> None:
+        self.always = always
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
         self.done = self._start = start
         self.note = ""
@@ -78,7 +82,8 @@ class Meter:
             self._live.stop()
             self._live = None
         self._over = True
-        self._print()
+        if self.always or error is not None or time.monotonic() - self._began >= self.every_s:
+            self._print()
 
     @property
     def due(self) -> bool:
@@ -140,6 +145,12 @@ class Meter:
             row.add_column(no_wrap=True)
         row.add_row(*cells)
         return row
+
+
+def work_of(stage: Any, doing: str, total: int, unit: str, start: int = 0, always: bool = False) -> Meter:
+    """A meter of what a stage does beside training, on the screen of the main process alone."""
+    screen = None if stage.trainer.is_global_zero else io.StringIO()
+    return Meter(f"{stage.name}: {doing}", total, unit, start=start, stream=screen, always=always)
 
 
 class Progress(ProgressBar):

@@ -12,6 +12,7 @@ from rlhf.errors import RunFailed, UserError
 from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.models.roles import reference_of
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
+from rlhf.progress import work_of
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
 from rlhf.supervised import sum_of
 from rlhf.vocabulary import check_vocabulary
@@ -133,11 +134,13 @@ class DPOStage(Stage):
         """The examples with the reference's log-probability of every reply."""
         assert self.reference is not None
         done: list[Any] = []
-        for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
-            chosen = list(examples[rows])
-            part = self.collate(chosen).to(self.device)
-            logp = [self.reference.logprobs(*inputs).sum(dim=1).tolist() for inputs in self.kind.read(part)]
-            done += self.kind.with_reference(chosen, *logp)
+        with work_of(self, "reference", len(examples), "row") as meter:
+            for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
+                chosen = list(examples[rows])
+                part = self.collate(chosen).to(self.device)
+                logp = [self.reference.logprobs(*inputs).sum(dim=1).tolist() for inputs in self.kind.read(part)]
+                done += self.kind.with_reference(chosen, *logp)
+                meter.advance(len(chosen))
         return done
 
     def collate(self, examples: list[Any]) -> Any:

@@ -1,6 +1,5 @@
 """Rejection sampling fine-tuning (Llama 2, section 3.2.3): K replies per prompt, the best becomes a demonstration."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.objective import TokenObjective
-from rlhf.progress import Meter
+from rlhf.progress import work_of
 from rlhf.report import diagnostics
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward, make_ready
@@ -186,8 +185,7 @@ class RejectionSamplingStage(Supervised):
             return file
         policy = self.sampling_policy().eval()
         total = -(-len(batches) // trainer.world_size)
-        screen = None if trainer.is_global_zero else io.StringIO()
-        with Meter(f"{self.name}: sampling", total, "batch", start=total - len(todo), stream=screen) as meter:
+        with work_of(self, "sampling", total, "batch", start=total - len(todo), always=True) as meter:
             for index in todo:
                 seed = seed_of(self.seed, "sample", index * self.batch_size)
                 keep(file, index, self.rollout.sample(policy, batches[index], seed))

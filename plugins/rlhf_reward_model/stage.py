@@ -23,6 +23,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.objective import Metrics, ScoreObjective, win_rate
+from rlhf.progress import work_of
 from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
@@ -186,13 +187,16 @@ class RewardModelStage(Stage):
     def scores_of(self, examples: Sequence[EncodedComparison]) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of all replies [R], and of the chosen and the rejected one of every pair [P]."""
         scores, chosen, rejected = [], [], []
-        for start in range(0, len(examples), self.batch_size):
-            for part in self.parts(list(examples[start : start + self.batch_size])):
-                part = part.to(self.device)
-                tokens = part.tokens
-                scores.append(self.scorer.scores(tokens.ids, tokens.attention_mask, tokens.position_ids))
-                chosen.append(scores[-1][part.chosen])
-                rejected.append(scores[-1][part.rejected])
+        with work_of(self, "scoring", len(examples), "comparison") as meter:
+            for start in range(0, len(examples), self.batch_size):
+                several = list(examples[start : start + self.batch_size])
+                for part in self.parts(several):
+                    part = part.to(self.device)
+                    tokens = part.tokens
+                    scores.append(self.scorer.scores(tokens.ids, tokens.attention_mask, tokens.position_ids))
+                    chosen.append(scores[-1][part.chosen])
+                    rejected.append(scores[-1][part.rejected])
+                meter.advance(len(several))
         return torch.cat(scores), torch.cat(chosen), torch.cat(rejected)
 
     def scores_of_demonstrations(self) -> Tensor:

@@ -143,6 +143,12 @@ def test_meter_on_a_terminal_draws_one_live_line():
 
     out = Terminal()
     os.environ.pop("NO_COLOR", None)
+    with Meter("ppo: scoring", total=2, stream=(quick := io.StringIO()), always=False) as meter:
+        meter.advance(2)
+    assert quick.getvalue() == ""  # over before there was anything to say
+    with Meter("ppo: scoring", total=2, every_s=0, stream=(slow := io.StringIO()), always=False) as meter:
+        meter.advance(2)
+    assert slow.getvalue().splitlines()[-1].startswith("ppo: scoring 2/2 (100%)")
     with Meter("ppo", total=2, stream=out) as meter:
         meter._shown = 0.0
         meter.advance(reward=0.5)
