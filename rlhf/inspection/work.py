@@ -7,7 +7,7 @@ from typing import Any
 from rlhf.config import Plain
 from rlhf.data.batches import Batches
 from rlhf.data.records import Prompt
-from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel, encode_prompt
+from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
 from rlhf.policy_gradient import RolloutStage
 from rlhf.stage import Stage
 
@@ -78,10 +78,9 @@ def work_of(stage: Stage, config: Plain) -> Work:
     if processes > 1:
         amounts["processes"] = str(processes)
     sampler: Any = getattr(stage, "rollout", None)
-    prompts: Sequence[Prompt] = getattr(getattr(stage, "data", None), "train", []) if sampler is not None else []
-    longest_prompt = _longest_prompt(stage, prompts)
+    prompts, longest_prompt = _prompts(stage) if sampler is not None else ([], 0)
     if isinstance(stage, RolloutStage):
-        work = _of_rollouts(stage, amounts, config, processes, longest_prompt)
+        work = _of_rollouts(stage, amounts, config, processes, len(prompts), longest_prompt)
     elif stage.produces != "model":
         replies = _limited(len(prompts), stage.batch_size, config, "limit_predict_batches") * sampler.samples
         amounts |= {"prompts": _count(len(prompts)), "replies per prompt": str(sampler.samples)}
@@ -96,16 +95,18 @@ def work_of(stage: Stage, config: Plain) -> Work:
     return Work(work.amounts, work.rows, work.length, longest_prompt)
 
 
-def _of_rollouts(stage: RolloutStage, amounts: dict[str, str], config: Plain, processes: int, prompt: int) -> Work:
+def _of_rollouts(
+    stage: RolloutStage, amounts: dict[str, str], config: Plain, processes: int, prompts: int, longest: int
+) -> Work:
     samples = stage.rollout.samples
     rollouts = _steps(stage.steps, config)
     replies = stage.batch_size * samples
     minibatch = -(-replies // stage.minibatches // processes)
     micro = min(stage.micro_batch_size or minibatch, minibatch)
     text = max(1, round(stage.text_ratio * minibatch)) if stage.objective.gamma else 0
-    passes = rollouts * stage.batch_size / max(1, len(stage.data.train))
+    passes = rollouts * stage.batch_size / max(1, prompts)
     amounts |= {
-        "prompts": _count(len(stage.data.train)),
+        "prompts": _count(prompts),
         "rollouts": _count(rollouts),
         "prompts per rollout": _count(stage.batch_size),
         "passes over the prompts": f"{passes:.3g}",
@@ -122,7 +123,7 @@ def _of_rollouts(stage: RolloutStage, amounts: dict[str, str], config: Plain, pr
     }
     if text:
         amounts["text per optimizer step"] = f"{_count(text)} rows of {stage.text_length} tokens"
-    return Work(amounts, micro, prompt + stage.rollout.room(stage.policy))
+    return Work(amounts, micro, longest + stage.rollout.room(stage.policy))
 
 
 def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes: int) -> Work:
@@ -153,9 +154,13 @@ def _from_start(batches: Batches) -> Iterable[list[int]]:
     return batches
 
 
-def _longest_prompt(stage: Stage, prompts: Sequence[Prompt]) -> int:
-    tokenizer = getattr(stage.policy, "tokenizer", None)
-    return max((len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts), default=0) if tokenizer else 0
+def _prompts(stage: Stage) -> tuple[Sequence[Prompt], int]:
+    """The prompts that are answered, cut or left out where they do not fit as in training; tokens of the longest."""
+    data, tokenizer = getattr(stage, "data", None), getattr(stage.policy, "tokenizer", None)
+    if data is None or tokenizer is None:
+        return getattr(data, "train", []), 0
+    prompts, report = data.data.fitting(tokenizer, data.train)
+    return prompts, max(report.lengths, default=0)
 
 
 def _steps(steps: int, config: Plain) -> int:

@@ -130,6 +130,21 @@ def test_plan_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
     assert last("tokens sampled") == "1,600"  # 5 x 32 x 10
 
 
+def test_plan_counts_prompts_as_long_as_training_reads_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One long prompt does not fit and is left out: it must not make the batch of the estimate longer either."""
+    rows = [{"prompt": "Who lives in Rome?"}] * 15 + [{"prompt": "Who lives in Rome? " * 60}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    align = ["align.data.validation=0", "align.data.max_length=40", "align.rollout.max_new_tokens=10"]
+    words = ["pipeline=instructgpt", f"align.data.source={tmp_path}/prompts.jsonl", *align, "align.stage.batch_size=8"]
+    small = ["pretrain.data.size=64", "sft.data.size=40", "collect.data.size=8"]
+    code, out = typed(capsys, "plan", *words, *small, *MODEL)
+    assert code == 0, out
+    (length,) = {int(found) for found in re.findall(r"rows of (\d+) tokens", out.partition("align policy")[2])}
+    assert length <= 50
+    amounts = next(line for line in out.split("Amounts")[1].splitlines() if line.strip().startswith("prompts "))
+    assert amounts.split()[-1] == "15"
+
+
 def test_template_page(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "template", "stage=sft", *SMALL, *MODEL)
     assert code == 0, out
