@@ -254,7 +254,7 @@ class Data:
         report.train, report.validation = len(train), len(validation)
         if not train:
             raise UserError(
-                f"data.source={self.source}: no {self.record} to train on ({report}); give another data.source"
+                f"data.source={self.source}: no {self.record} to train on ({report}); give another source"
             )
         return Split(train, validation, report, self)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, suggest
 from rlhf.models.precision import Precision
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
@@ -84,8 +84,8 @@ class LoRA(NoAdapter):
         for wanted in modules:
             if wanted not in names:
                 raise UserError(
-                    f"adapter.modules={wanted}: the model has no such linear layer; it has {', '.join(sorted(names))}; "
-                    "type adapter.modules=[...] of these, or leave it out"
+                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; type "
+                    f"adapter.modules=[...] of those it has: {', '.join(sorted(names))}"
                 )
 
 

@@ -103,9 +103,9 @@ def test_names_of_layers() -> None:
         "v_proj",
     }
     every = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    with pytest.raises(UserError, match=rf"adapter.modules=q_prj.*did you mean q_proj.*it has {every}$"):
+    with pytest.raises(UserError, match=rf"adapter.modules=q_prj.*did you mean q_proj.*it has: {every}$"):
         LoRA(modules=["q_prj"]).apply(random_model().base)
-    with pytest.raises(UserError, match=rf"adapter.modules=c_attn.*it has {every}$"):
+    with pytest.raises(UserError, match=rf"adapter.modules=c_attn.*it has: {every}$"):
         LoRA(modules="c_attn").apply(random_model().base)
 
 

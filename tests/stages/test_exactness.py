@@ -211,7 +211,8 @@ def test_ppo_stops_when_the_sampler_is_not_the_policy(load, tmp_path):
     inner = stage.rollout.sample
 
     class Stale:
-        temperature, samples, exact, longest, check, room = 1.0, 1, True, 10, stage.rollout.check, stage.rollout.room
+        temperature, samples, exact, longest = 1.0, 1, True, 10
+        check, check_lengths, room = stage.rollout.check, stage.rollout.check_lengths, stage.rollout.room
 
         def sample(self, policy, prompts, seed):
             rollout = inner(policy, prompts, seed)
