@@ -253,9 +253,7 @@ class Data:
             train, validation = self._split(DiskList(found) if self.streaming else list(found))
         report.train, report.validation = len(train), len(validation)
         if not train:
-            raise UserError(
-                f"data.source={self.source}: no {self.record} to train on ({report}); give another source"
-            )
+            raise UserError(f"data.source={self.source}: no {self.record} to train on ({report}); give another source")
         return Split(train, validation, report, self)
 
     def encode(self, tokenizer: template.Tokenizer, records: Sequence[Record]) -> tuple[Sequence[Any], EncodeReport]:
