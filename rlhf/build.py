@@ -53,10 +53,9 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
     Raises UserError for what the user can mend.
     """
     stage_class: type[Stage] = get_class(config.stage._target_)
-    base = shared_base(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    parts: dict[str, Any] = {}
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    unread = validation.unread(plain)
+    base, unread = shared_base(plain), validation.unread(plain)
+    parts: dict[str, Any] = {}
     for name in groups(stage_class):
         if name in SPECIAL or name not in config:
             continue

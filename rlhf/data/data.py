@@ -190,11 +190,11 @@ class Data:
     ) -> None:
         # With one source in the list nothing is different from that source.
         self.sources = [source] if isinstance(source, str) else [str(one) for one in source]
+        self.source = ", ".join(self.sources)
         if validation is None:
-            made_up = source in (TESTBED, ARITHMETIC, [TESTBED], [ARITHMETIC])
+            made_up = self.source in (TESTBED, ARITHMETIC)
             validation = HELD_OUT if made_up and record == "prompt" else HELD_OUT_SHARE
         self.record, self.size, self.validation = record, size, validation
-        self.source = ", ".join(self.sources)
         self.max_length, self.max_prompt_length, self.format = max_length, max_prompt_length, format
         self.split, self.seed, self.max_bad = split, seed, max_bad
         self.tags = tuple(tags or ())
