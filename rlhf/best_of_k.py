@@ -1,8 +1,7 @@
 """K replies per prompt, and what the best of them are worth."""
 
 import math
-from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -14,7 +13,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_response
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
-from rlhf.rollout import Rollout, Sampler
+from rlhf.rollout import Rollout, Sampler, joined
 
 
 class BestOfK(Sampler):
@@ -87,23 +86,7 @@ def interleave(parts: list[Rollout], prompts: int, pad_id: int) -> Rollout:
         for start, part in zip(starts, parts, strict=True):
             share = len(part.texts) // prompts
             rows += range(start + prompt * share, start + (prompt + 1) * share)
-    joined: dict[str, Any] = {}
-    for field in fields(Rollout):
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], Tensor):
-            width = max(value.shape[-1] for value in values) if values[0].ndim > 1 else 0
-            empty = pad_id if field.name.endswith("_ids") else 0
-            padded = [
-                torch.nn.functional.pad(value, (0, width - value.shape[-1]), value=empty) if width else value
-                for value in values
-            ]
-            joined[field.name] = torch.cat(padded)[rows]
-        elif isinstance(values[0], list):
-            flat = [item for value in values for item in value]
-            joined[field.name] = [flat[row] for row in rows]
-        else:
-            joined[field.name] = values[0]
-    return Rollout(**joined)
+    return joined(parts, pad_id).rows(torch.tensor(rows, device=parts[0].mask.device))
 
 
 def rollout_of(policy: LanguageModel, prompts: list[Prompt], texts: list[str], ended: list[bool]) -> Rollout:

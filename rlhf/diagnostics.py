@@ -8,7 +8,6 @@ own: special tokens inside a reply, which no reward sees.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
@@ -19,8 +18,7 @@ from torch import Tensor
 from rlhf.data.testbed.gold import gold
 from rlhf.distributed import gather_objects, processes
 from rlhf.errors import UserError
-from rlhf.refill import joined
-from rlhf.rollout import Rollout
+from rlhf.rollout import Rollout, joined
 
 
 def gold_scores(rollout: Rollout) -> Tensor | None:
@@ -73,7 +71,7 @@ def _of_all(
     own = replace(rollout, prompts=[], present=None, **read, **nothing)
     numbers = [None if x is None else x.float().cpu() for x in (scores, true)]
     rollouts, *columns = zip(*gather_objects((own, *numbers)), strict=True)
-    whole = reduce(lambda a, b: joined(a, b, pad_id=0), rollouts)
+    whole = joined(rollouts, pad_id=0)
     whole = replace(whole, **{name: getattr(whole, name).to(device) for name in read})
     found = [None if any(x is None for x in column) else torch.cat(column).to(device) for column in columns]
     return whole, found[0], found[1]

@@ -28,7 +28,7 @@ from rlhf.models.average import MovingAverage
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
 from rlhf.objective import Metrics
-from rlhf.rollout import Rollout, Sampler, single
+from rlhf.rollout import Rollout, Sampler, joined, side_by_side, single
 from rlhf.scoring import Reward, make_ready, model_rewards
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 from rlhf.vocabulary import check_vocabulary
@@ -155,6 +155,7 @@ class RolloutStage(Stage):
         self.over_budget = False
         self.average: MovingAverage | None = None
         self._average_state: dict[str, Tensor] | None = None
+        self.answers: list[tuple[Rollout, Tensor, Tensor]] = []  # to held-out prompts, until they are described
 
     @classmethod
     def check_parts(
@@ -358,15 +359,15 @@ class RolloutStage(Stage):
 
     # -- what is logged -------------------------------------------------------------------------------------------
 
-    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor, together: bool = True) -> Metrics:
+    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
         """Scores, KL (nats per reply) and the signs of reward hacking.
 
-        With ``together`` each process must call it: spreads are then those of the replies of all.
+        Each process must call it: spreads are those of the replies of all. The other means are of this one's replies.
         """
         kl = sequence_kl(logp, ref_logp, rollout.mask)
         learnt = self.learnt(raw, rollout.ended)
         metrics = {
-            **reply_metrics(rollout, raw, together),
+            **reply_metrics(rollout, raw, together=True),
             "learnt_score": learnt.mean(),
             "kl": kl.mean(),
             "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
@@ -374,11 +375,9 @@ class RolloutStage(Stage):
             **{f"reward/{name}": value for name, value in getattr(self.reward, "parts", {}).items()},
         }
         if "gold" in metrics:
-            if not self.start and (together or self.trainer.world_size == 1):
-                names = ("score", "score_std", "gold", "gold_std")
-                self.start = {name: self.mean_over_processes(metrics[name][None]) for name in names}
-            if self.start:
-                metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, self.start)
+            if not self.start:
+                self.start = {name: metrics[name].item() for name in ("score", "score_std", "gold", "gold_std")}
+            metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, self.start)
         return metrics
 
     def of_updates(self, metrics: list[Metrics]) -> Metrics:
@@ -388,18 +387,33 @@ class RolloutStage(Stage):
         means = {name: torch.stack([row[name] for row in metrics]).mean() for name in metrics[0]}
         return {**means, "first_ratio": metrics[0]["ratio"], "first_approx_kl": metrics[0]["approx_kl"]}
 
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is answered yet."""
+        super().on_validation_epoch_start()
+        self.answers = []
+
     @torch.no_grad()
     def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
-        """Score and KL on held-out prompts."""
+        """Replies to held-out prompts."""
         with self.averaged():
             rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
             inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
             width = rollout.mask.shape[1]
             logp = self.policy.logprobs(*inputs, self.rollout.temperature)[0][:, -width:]
         ref_logp = self.reference.logprobs(*inputs, self.rollout.temperature)[:, -width:]
-        metrics = self.describe(rollout, self.reward(rollout).float(), logp, ref_logp, together=False)
+        self.answers.append((rollout, logp, ref_logp))
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self) -> None:
+        """Score and KL of all of them at once, so that spreads and whitening do not depend on how they were cut."""
+        rollouts, logps, ref_logps = zip(*self.answers, strict=True)
+        self.answers, whole = [], joined(rollouts, self.policy.pad_id)
+        with self.trainer.precision_plugin.forward_context():
+            raw = self.reward(whole).float()
+            metrics = self.describe(whole, raw, side_by_side(logps), side_by_side(ref_logps))
         for name, value in metrics.items():
-            self.log_share(f"val/{name}", torch.as_tensor(value), len(batch))
+            self.log_share(f"val/{name}", torch.as_tensor(value), len(raw))
+        super().on_validation_epoch_end()
 
     def prompts_to_show(self) -> list[Prompt]:
         """Held-out prompts."""

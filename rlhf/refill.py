@@ -5,16 +5,13 @@ are sampled in their place. Which ones follows from a seed, so that a resumed ru
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.data.records import Prompt
 from rlhf.functional.groups import has_spread
-from rlhf.rollout import Rollout
+from rlhf.rollout import Rollout, joined
 
 
 def refill(
@@ -50,7 +47,7 @@ def refill(
         for place, group in zip(idle, useful, strict=False):
             groups[place] = len(rollout.texts) // samples + group
         rows = [group * samples + reply for group in groups for reply in range(samples)]
-        rollout = joined(rollout, found, pad_id).rows(torch.tensor(rows, device=rollout.mask.device))
+        rollout = joined([rollout, found], pad_id).rows(torch.tensor(rows, device=rollout.mask.device))
     return rollout, asked
 
 
@@ -61,22 +58,3 @@ def others_in_order(prompts: Sequence[Prompt], asked: Collection[Prompt], seed: 
         if prompts[index] not in taken:
             taken.add(prompts[index])
             yield prompts[index]
-
-
-def joined(first: Rollout, second: Rollout, pad_id: int) -> Rollout:
-    """The rows of both: prompts padded on the left, replies on the right."""
-    made: dict[str, Any] = {}
-    for field in fields(Rollout):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(a, list):
-            made[field.name] = a + b
-        elif isinstance(a, Tensor) and a.ndim == 2:
-            width, left = max(a.shape[1], b.shape[1]), field.name.startswith("prompt_")
-            empty = pad_id if field.name.endswith("_ids") else 0
-            parts = [
-                F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]), value=empty) for x in (a, b)
-            ]
-            made[field.name] = torch.cat(parts)
-        else:
-            made[field.name] = torch.cat([a, b]) if isinstance(a, Tensor) else a
-    return Rollout(**made)

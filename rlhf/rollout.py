@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -113,6 +115,31 @@ class Rollout:
             turns=None if self.turns is None else [self.turns[i] for i in picked],
             strays=None if self.strays is None else [self.strays[i] for i in picked],
         )
+
+
+def joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """The rows of several rollouts, one after the other: prompts padded on the left, replies on the right."""
+    made: dict[str, Any] = {}
+    for field in fields(Rollout):
+        values = [getattr(part, field.name) for part in parts]
+        if any(value is None for value in values):
+            made[field.name] = None
+        elif isinstance(values[0], list):
+            made[field.name] = list(chain.from_iterable(values))
+        elif values[0].ndim == 1:
+            made[field.name] = torch.cat(values)
+        else:
+            empty, left = pad_id if field.name.endswith("_ids") else 0, field.name.startswith("prompt_")
+            made[field.name] = side_by_side(values, empty, left)
+    return Rollout(**made)
+
+
+def side_by_side(parts: Sequence[Tensor], empty: float = 0, left: bool = False) -> Tensor:
+    """Rows of several widths, [B_i, T_i] each, as [sum of B_i, max of T_i], ``empty`` beyond them or to their left."""
+    width = max(part.shape[1] for part in parts)
+    gaps = [width - part.shape[1] for part in parts]
+    padding = [(gap, 0) if left else (0, gap) for gap in gaps]
+    return torch.cat([F.pad(part, sides, value=empty) for part, sides in zip(parts, padding, strict=True)])
 
 
 def positions(attention_mask: Tensor) -> Tensor:

@@ -59,9 +59,8 @@ def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: i
         for candidate in candidates:
             groups[places[key_of(candidate.prompt)]].append(candidate)
         if select == "best_per_prompt":
-            ranks = torch.rand(len(candidates), generator=generator).tolist()
-            rank = {id(candidate): draw for candidate, draw in zip(candidates, ranks, strict=True)}
-            return [max(group, key=lambda candidate: (candidate.score, rank[id(candidate)])) for group in groups]
+            shuffled = ([group[i] for i in torch.randperm(len(group), generator=generator)] for group in groups)
+            return [max(group, key=lambda candidate: candidate.score) for group in shuffled]
         draws = torch.rand(len(groups), generator=generator).tolist()
         return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
     # The same reply to the same prompt counts once, or the easiest prompts would fill the list.

@@ -12,9 +12,11 @@ from rlhf.diagnostics import HackingWarnings, gold_scores, look, proxy_gold_gap,
 from rlhf.metrics_file import read_rows
 from rlhf.testing import rollout
 
-from .conftest import data, fit
-from .test_exactness import Stop
+from . import test_exactness
+from .conftest import constant, data, fit
+from .test_exactness import Stop, ppo
 from .test_ppo import varied
+from .test_processes import ByPrompt, Partly
 
 CONF = Path(__file__).parents[2] / "conf" / "callbacks" / "default.yaml"
 CALM = {
@@ -121,3 +123,27 @@ def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path,
     signs |= {"proxy_gold_gap"}
     assert all(signs <= row.keys() for row in rows)
     assert rows[0]["proxy_gold_gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_replies_are_described_all_at_once(load, tmp_path, monkeypatch):
+    """However they are cut into batches; the spread is that of all replies, not a mean over batches."""
+
+    class Watched(Partly):
+        def __call__(self, rollout):
+            self.scores = super().__call__(rollout)
+            return self.scores
+
+    def still(parameters):
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    monkeypatch.setattr(test_exactness, "COMMON", (still, constant))
+    found = {}
+    for size in (2, 8):
+        stage = ppo(load, batch_size=size, steps=1, epochs=1)
+        stage.rollout, stage.reward = ByPrompt(10), Watched(idle=False)
+        metrics = fit(stage, tmp_path / str(size))
+        found[size] = {k: v for k, v in metrics.items() if k.startswith("val/") and k != "val/proxy_gold_gap"}
+        assert len(stage.reward.scores) == 8  # in one call, so that a reward that whitens sees all of them
+        assert found[size]["val/score_std"] == pytest.approx(stage.reward.scores.std().item(), rel=1e-5)
+    assert {"val/score_std", "val/gold_correlation", "val/distinct", "val/kl"} <= found[8].keys()
+    assert found[2] == pytest.approx(found[8], abs=1e-5)

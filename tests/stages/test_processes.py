@@ -10,7 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -25,8 +25,7 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
-from rlhf.refill import joined
-from rlhf.rollout import Rollout, Sampler
+from rlhf.rollout import Rollout, Sampler, joined
 from rlhf.stage import Stage
 from rlhf_dpo.objective import DPO
 from rlhf_dpo.stage import DPOStage
@@ -58,7 +57,7 @@ class ByPrompt(Sampler):
 
     def sample(self, policy, prompts, seed):
         one = [super(ByPrompt, self).sample(policy, [x], number(x.messages[-1].content)) for x in prompts]
-        return reduce(lambda a, b: joined(a, b, policy.pad_id), one)
+        return joined(one, policy.pad_id)
 
 
 class Partly:
