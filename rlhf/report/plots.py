@@ -421,8 +421,12 @@ def style() -> Iterator[None]:
         yield
 
 
+# What each kind of file would say of when and by what it was made; each refuses the words of the others.
+_UNSAID = {".png": ("Software",), ".svg": ("Date", "Creator"), ".pdf": ("CreationDate", "Creator", "Producer")}
+
+
 def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    figure.savefig(path, dpi=160, metadata=dict.fromkeys(_UNSAID[path.suffix]))
     return path
 
 

@@ -73,6 +73,15 @@ def test_from_the_command_line(world, tmp_path, capsys):
     assert (tmp_path / "made/here.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_each_kind_of_file_is_written_the_same_each_time(world, tmp_path, name, begins):
+    comparison = compare_runs([world[1]], world[0])
+    for folder in ("one", "two"):
+        figure.write_figure(comparison, tmp_path / folder / name, "beta", ["val/gold"])
+    first, second = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+    assert first.startswith(begins) and first == second
+
+
 @pytest.mark.parametrize(
     ("name", "x", "y", "says"),
     [
