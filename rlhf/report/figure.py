@@ -45,6 +45,9 @@ def write_figure(comparison: Comparison, path: Path, x: str, y: Sequence[str], a
 def _knob(comparison: Comparison, name: str) -> str | None:
     """The swept knob that is meant, if one is."""
     meant = [key for key in comparison.varying if key == name or key.replace(":", ".").endswith(f".{name}")]
+    if not meant and not any(name in member.metrics for member in comparison.members):
+        # `margin`, where objective.margin.significantly alone was swept.
+        meant = [key for key in comparison.varying if f".{name}." in f".{key.replace(': ', '.')}"]
     if len(meant) > 1:
         raise UserError(f"--x {name}: say which one: {', '.join(meant)}")
     return meant[0] if meant else None

@@ -24,6 +24,24 @@ _IGNORED = re.compile(
 COSTS = {"minutes": "minutes", "tokens_per_s": "tokens/s", "peak_memory_gb": "peak GB"}
 
 
+class MappingText(str):
+    """A knob that is a mapping, such as `margin: {significantly: 2.0}`, as text; equal for mappings of equal content.
+
+    Attributes:
+        names: its keys, those of mappings within it dotted after them.
+        plain: whether it holds values alone; otherwise there are nodes in it, which the text names by their class.
+    """
+
+    names: frozenset[str]
+    plain: bool
+
+    def __new__(cls, mapping: dict[Any, Any]) -> "MappingText":
+        text = super().__new__(cls, _text(mapping))
+        text.names = frozenset(_names(mapping))
+        text.plain = not any("_target_" in node for node in _mappings(mapping))
+        return text
+
+
 @dataclass(frozen=True)
 class Member:
     """A run in a report, with the knobs and ancestors by which it is compared."""
@@ -183,7 +201,7 @@ def load_config(run: Run) -> dict[str, Any]:
 
 def _stage_of(value: Value) -> Value:
     """The stage of the run that a path leads into, or of the runs in a list; anything else as it is."""
-    if not isinstance(value, str) or "/" not in value:
+    if not isinstance(value, str) or isinstance(value, MappingText) or "/" not in value:
         return value
     paths = json.loads(value) if value.startswith("[") else [value]
     stages = [run.stage for path in paths if isinstance(path, str) and (run := run_of(Path(path))) is not None]
@@ -192,8 +210,12 @@ def _stage_of(value: Value) -> Value:
     return f"{len(stages)} {'run' if len(stages) == 1 else 'runs'} of {stages[0]}"
 
 
-def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Dotted keys of a config. A group's `_target_` stands under the group's own name, as the class's name."""
+def flatten(node: Any, prefix: str = "", inside: bool = False) -> Iterator[tuple[str, Value]]:
+    """Dotted keys of a config. A group's `_target_` stands under the group's own name, as the class's name.
+
+    A mapping that is a knob of a group (`inside` one) comes twice: as a whole, a `MappingText`, and then by its keys.
+    """
+    inside = inside or "_target_" in node
     for key, value in node.items():
         name = prefix.rstrip(".") if key == "_target_" and prefix else f"{prefix}{key}"
         if key == "_partial_" or _IGNORED.match(name):
@@ -201,11 +223,51 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Value]]:
         if key == "_target_":
             yield name, str(value).rpartition(".")[2]
         elif isinstance(value, dict):
-            yield from flatten(value, f"{name}.")
+            if inside and "_target_" not in value:
+                yield name, MappingText(value)
+            yield from flatten(value, f"{name}.", inside)
         elif isinstance(value, list):
-            yield name, json.dumps(value)
+            yield name, json.dumps(_whole(value))
         else:
             yield name, value
+
+
+def _text(value: Any) -> str:
+    """A value inside a mapping as one would type it: of a node the class, of a path into a run the run's stage."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return str(value["_target_"]).rpartition(".")[2]
+        entries = sorted((_text(key), _text(inner)) for key, inner in value.items())
+        return "{" + ", ".join(f"{key}: {inner}" for key, inner in entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    value = _whole(_stage_of(value))
+    plain = (
+        isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value) and value not in ("null", "true", "false")
+    )
+    return value if plain else json.dumps(value)
+
+
+def _whole(value: Any) -> Any:
+    """1.0 as 1, in lists too: it is the same setting, and one text."""
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _names(mapping: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict) and "_target_" not in value:
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def _mappings(value: Any) -> Iterator[dict[Any, Any]]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _mappings(inner)
+    if isinstance(value, dict):
+        yield value
 
 
 def _number(value: object) -> float | None:

@@ -3,12 +3,12 @@
 import csv
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.report.members import COSTS, Member, Value, find_runs
+from rlhf.report.members import COSTS, MappingText, Member, Value, find_runs
 from rlhf.runs import Run
 
 # Metrics that a reader looks at first, best match first; the names are those that stages log.
@@ -173,18 +173,22 @@ def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Seque
 def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]:
     """Knobs in which runs differ, and for each the others of its group (the stage: of all) that change exactly with it.
 
-    A knob that only some runs have counts if those differ in it: otherwise it comes with an option that differs.
-    Left out are seeds.
+    A knob that only some runs have counts if those differ in it: otherwise it comes with an option that differs, and
+    counts only where no other knob tells those runs from the rest. Left out are seeds. So runs in which all of these
+    knobs are equal differ in nothing but seeds.
     """
     order: dict[str, None] = {}
     for member in members:
         order.update(dict.fromkeys(member.knobs))
     columns: dict[str, tuple[Value, ...]] = {}
+    others: dict[str, tuple[Value, ...]] = {}
+    twice = _told_twice(members, order)
     for key in order:
-        present = [member.knobs[key] for member in members if key in member.knobs]
-        if len({_same(value) for value in present}) < 2 or _is_seed(key):
+        if key in twice or _is_seed(key):
             continue
-        columns[key] = tuple(_same(member.knobs.get(key)) for member in members)
+        present = {_same(member.knobs[key]) for member in members if key in member.knobs}
+        column = tuple(_same(member.knobs.get(key)) for member in members)
+        (others if len(present) < 2 else columns)[key] = column
 
     kept: list[str] = []
     together: dict[str, list[str]] = {}
@@ -212,7 +216,29 @@ def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]
             together.setdefault(twin, []).append(key)
         else:
             kept.append(key)
+
+    told = _partition(tuple(zip(*(columns[key] for key in kept), strict=True)) if kept else (None,) * len(members))
+    for key, column in others.items():
+        finer = _partition(tuple(zip(told, column, strict=True)))
+        if finer != told:
+            kept.append(key)
+            told = finer
     return kept, together
+
+
+def _told_twice(members: Sequence[Member], keys: Iterable[str]) -> set[str]:
+    """What to leave out of mappings: the whole where all have the same keys (each is a knob), else the single keys."""
+    found: set[str] = set()
+    for key in keys:
+        values = [member.knobs[key] for member in members if key in member.knobs]
+        mappings = [value for value in values if isinstance(value, MappingText)]
+        if not mappings:
+            continue
+        if len(mappings) == len(values) and len({mapping.names for mapping in mappings}) == 1:
+            found.add(key)
+        elif all(mapping.plain for mapping in mappings):
+            found |= {f"{key}.{name}" for mapping in mappings for name in mapping.names}
+    return found
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -278,9 +304,9 @@ def _same(value: Value) -> Value:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _partition(column: tuple[Value, ...]) -> tuple[int, ...]:
+def _partition(column: Sequence[Hashable]) -> tuple[int, ...]:
     """Which entries are equal, whatever they are: the pattern by which a knob divides the runs."""
-    first: dict[Value, int] = {}
+    first: dict[Hashable, int] = {}
     return tuple(first.setdefault(value, len(first)) for value in column)
 
 
