@@ -203,7 +203,10 @@ def _stage_of(value: Value) -> Value:
     """The stage of the run that a path leads into, or of the runs in a list; anything else as it is."""
     if not isinstance(value, str) or isinstance(value, MappingText) or "/" not in value:
         return value
-    paths = json.loads(value) if value.startswith("[") else [value]
+    try:
+        paths = json.loads(value) if value.startswith("[") else [value]
+    except ValueError:  # text that begins with a bracket, such as a template
+        return value
     stages = [run.stage for path in paths if isinstance(path, str) and (run := run_of(Path(path))) is not None]
     if len(stages) < len(paths) or len(set(stages)) != 1:
         return value

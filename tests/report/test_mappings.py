@@ -45,6 +45,11 @@ CASES = {
         [{"margin": {"significantly": 2.0}}, {"margin": {"better": 2.0}}],
         ["{significantly: 2}", "{better: 2}"],
     ),
+    "text that looks like a list": (
+        "model.chat_template",
+        [{"chat_template": "[INST] {{ x }} [/INST]"}, {"chat_template": "chatml"}],
+        ["[INST] {{ x }} [/INST]", "chatml"],
+    ),
     "arguments or null": (
         "reward.arguments",
         [{"arguments": {"words": 12, "unit": "a b", "strict": True}}, {"arguments": None}],
