@@ -114,6 +114,7 @@ def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **knobs):
     [
         (DPO(beta=0.3), "sigmoid", {"beta": 0.3}),
         (Robust(beta=0.3, flip_rate=0.2), "robust", {"beta": 0.3, "label_smoothing": 0.2}),
+        (Robust(beta=0.3, flip_rate=0.4), "robust", {"beta": 0.3, "label_smoothing": 0.4}),
         (IPO(beta=0.3, length_normalized=True), "ipo", {"beta": 0.3}),
         (Hinge(beta=0.3), "hinge", {"beta": 0.3}),
         (DPONorm(beta=5.0), "sigmoid_norm", {"beta": 5.0}),
@@ -136,6 +137,35 @@ def test_dpo_family(objective, loss_type, knobs):
     assert metrics["accuracy"].mean().item() == pytest.approx(expected_metrics["rewards/accuracies"])
     if loss_type not in ("ipo", "sigmoid_norm"):  # whose rewards TRL reports without the length
         assert metrics["reward_margin"].mean().item() == pytest.approx(expected_metrics["rewards/margins"], abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_dpo_with_label_smoothing(rate):
+    """TRL's `sigmoid` has no smoothing, but its `aot` has, and of a single pair there is nothing to sort."""
+    policy, reference, mask = batch(2 * PAIRS)
+    pairs = [torch.tensor([i, i + PAIRS]) for i in range(PAIRS)]
+    expected = torch.stack(
+        [trl_dpo(["aot"], policy[i], reference[i], mask[i], beta=0.3, label_smoothing=rate)[0] for i in pairs]
+    )
+    losses, _ = DPO(beta=0.3, label_smoothing=rate)(pair_logps(policy, mask), pair_logps(reference, mask))
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
+    made, wanted = (torch.autograd.grad(loss.mean(), policy)[0] for loss in (losses, expected))
+    torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_dpo_without_a_reference_with_label_smoothing(rate, experimental):
+    """The preference term of TRL's CPO: its `sigmoid` reads no reference, and has the smoothing."""
+    from trl.experimental.cpo import CPOTrainer
+
+    policy, _, mask = batch(2 * PAIRS)
+    pairs = pair_logps(policy, mask)
+    stand_in = SimpleNamespace(
+        alpha=0.0, loss_type="sigmoid", beta=0.3, label_smoothing=rate, accelerator=Accelerator()
+    )
+    expected, *_ = CPOTrainer.cpo_loss(stand_in, pairs.chosen, pairs.rejected)
+    losses, _ = DPO(beta=0.3, label_smoothing=rate, reference_free=True)(pairs)
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_dpo_nll():

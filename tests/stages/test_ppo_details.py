@@ -144,6 +144,32 @@ def test_dropout_is_off_in_every_model(folder, tmp_path):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
+def test_every_epoch_has_an_order_of_its_own(load, tmp_path):
+    """Each reads every row of the rollout once, no two in the same order, nor those of two rollouts."""
+    stage = watched(load, epochs=3, minibatches=2, steps=2)
+    updated: list[torch.Tensor] = []
+    update, updates, orders = stage.update, stage.updates, []
+
+    def noted(experience, kl):
+        orders.append(list(stage.order_of_updates(torch.arange(len(experience)))))
+        return updates(experience, kl)
+
+    stage.updates = noted
+    stage.update = lambda minibatch, first: updated.append(minibatch.logp) or update(minibatch, first)
+    fit(stage, tmp_path, limit_val_batches=0)
+    epochs = []
+    for rollout in orders:
+        assert [first for first, _ in rollout] == [True, False, False, False, False, False]
+        minibatches = [rows.tolist() for _, rows in rollout]
+        assert [len(rows) for rows in minibatches] == [4] * 6
+        epochs += [tuple(a + b) for a, b in zip(minibatches[::2], minibatches[1::2], strict=True)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 6
+    assert len({*epochs, tuple(range(8))}) == 7
+    # and these are the rows that the updates are made on
+    expected = [x.logp[rows] for (_, _, x), order in zip(stage.seen, orders, strict=True) for _, rows in order]
+    assert len(updated) == 12 and all(map(torch.equal, updated, expected))
+
+
 def test_the_learning_rate_moves_once_a_rollout(load, tmp_path):
     seen = []
 
