@@ -101,7 +101,7 @@ class HackingWarnings(pl.Callback):
         distinct: Fewer than this share of the replies of a rollout differ from each other.
         special_tokens: More than this share of the replies hold special tokens before their end. They are dropped from
             the text that rewards, gold and judges read.
-        kl: Nats per reply from the reference.
+        kl: Nats per reply from the reference; in rejection sampling from the policy that sampled.
         proxy_gold_gap: Standard deviations by which the score has risen more than gold, where gold is known.
     """
 
@@ -183,7 +183,7 @@ class HackingWarnings(pl.Callback):
         if self.kl is not None and now.get("kl", 0.0) > self.kl:
             found["kl"] = (
                 f"the policy is {now['kl']:.1f} nats per reply from its reference, where the reward has seen little; "
-                "try a larger objective.beta, or stage.kl_budget"
+                "try a larger objective.beta, stage.kl_budget or a smaller optimizer.lr"
             )
         if self.proxy_gold_gap is not None and now.get("proxy_gold_gap", 0.0) > self.proxy_gold_gap:
             found["proxy_gold_gap"] = (

@@ -14,16 +14,18 @@ from rlhf.data.data import Split
 from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.diagnostics import look, proxy_gold_gap, reply_metrics
 from rlhf.errors import UserError
+from rlhf.functional.advantages import sequence_kl
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.language_model import LanguageModel
+from rlhf.models.language_model import LanguageModel, Reference
 from rlhf.models.precision import Precision
+from rlhf.models.roles import copy_of_start, start_of
 from rlhf.objective import TokenObjective
 from rlhf.progress import work_of
 from rlhf.report import diagnostics
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import Reward, make_ready
-from rlhf.stage import Optimizer, Schedule, seed_of
+from rlhf.stage import Optimizer, Schedule, chunks, seed_of
 from rlhf.supervised import Supervised
 from rlhf_rejection_sampling.picks import Candidate, Selection, pick, read_picks, worth, write_picks
 
@@ -87,6 +89,7 @@ class RejectionSamplingStage(Supervised):
         self.reward, self.rollout, self.select, self.sampler = reward, rollout, select, sampler
         sources = [earlier] if isinstance(earlier, str) else list(earlier or ())
         self.earlier = [candidate for source in sources for candidate in read_picks(source)] if keep_earlier else []
+        self.start = copy_of_start(model) if self.samples_itself else None
         self.gain: dict[str, float] = {}
 
     @classmethod
@@ -162,17 +165,26 @@ class RejectionSamplingStage(Supervised):
         prompts = list(self.data.train)
         return prompts[: (int(limit) + 1) * self.batch_size] if isinstance(limit, int) else prompts
 
+    @property
+    def samples_itself(self) -> bool:
+        """Whether the policy that is trained answers the prompts: the same weights, and a fresh adapter is nothing."""
+        return self.sampler is None or CausalLM(self.sampler, None, None).folder == self.policy.origin
+
     def sampling_policy(self) -> LanguageModel:
         """Who answers the prompts: another model, as it is, or the one that will be trained."""
-        if self.sampler is None:
+        if self.sampler is None or self.samples_itself:
             return self.policy
         spec = CausalLM(path=self.sampler, architecture=None, vocab_size=None)
-        if spec.folder == self.policy.origin:
-            return self.policy  # the same weights, and an adapter that is fresh changes nothing
         if self.policy.shared is not None:
             return self.policy.shared.language_model(self.sampler).to(self.device)
         precision = Precision("bf16-true" if self.trainer.precision == "bf16-true" else "32-true")
         return spec.load(NoAdapter(), precision).frozen().to(self.device)
+
+    def who_sampled(self) -> Reference:
+        """Who answered the prompts, once the policy is trained."""
+        if self.samples_itself:
+            return start_of(self.policy, self.start)
+        return Reference(self.sampling_policy(), shared=self.policy.shared is not None)
 
     def sample(self) -> BatchFile:
         """K replies to each training prompt and one to each held-out one, by all processes, batch by batch."""
@@ -237,8 +249,30 @@ class RejectionSamplingStage(Supervised):
 
     def answers(self, policy: LanguageModel) -> Rollout:
         """One reply to each held-out prompt at temperature 1; the same noise before and after training."""
-        sampler = Sampler(self.rollout.max_new_tokens)
-        return sampler.sample(policy, self.judged, seed_of(self.seed, "judge"))
+        return self.judging.sample(policy, self.judged, seed_of(self.seed, "judge"))
+
+    @property
+    def judging(self) -> Sampler:
+        """How held-out prompts are answered."""
+        return Sampler(self.rollout.max_new_tokens)
+
+    def kl(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """KL(policy || who sampled) in nats per reply of the policy, by k1 and by k3; without common tokens none.
+
+        The policy's own replies, uncut and at the temperature of ``judging``, so that k1 is unbiased.
+        """
+        other = self.who_sampled()
+        if other.modules[0].tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+            self.note(f"stage.sampler={self.sampler} has another vocabulary than the policy: val/kl is not measured")
+            return {}
+        ids, seen, positions, mask = rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask
+        k1s, k3s = [], []
+        for rows in chunks(len(ids), self.micro_batch_size or self.batch_size):
+            inputs = (ids[rows], seen[rows], positions[rows], mask[rows], self.judging.temperature)
+            logp, ref_logp = self.policy.logprobs(*inputs)[0], other.logprobs(*inputs)
+            k1s.append(sequence_kl(logp, ref_logp, mask[rows]))
+            k3s.append(sequence_kl(logp, ref_logp, mask[rows], "k3"))
+        return {"kl": torch.cat(k1s).mean(), "kl_k3": torch.cat(k3s).mean()}
 
     def finish(self) -> None:
         """Scores the trained policy on held-out prompts, beside the one that sampled."""
@@ -249,6 +283,7 @@ class RejectionSamplingStage(Supervised):
             return
         training = self.policy.training
         after = self.answers(self.policy.eval())
+        distance = self.kl(after)
         self.policy.train(training)
         rows = [
             *zip(self.judged, self.found["held_out_replies"], self.found["held_out_ended"], strict=True),
@@ -258,7 +293,7 @@ class RejectionSamplingStage(Supervised):
         was = reply_metrics(
             rollout_of(self.policy, self.judged, self.found["held_out_replies"], self.found["held_out_ended"]), old
         )
-        now = reply_metrics(after, new)
+        now = reply_metrics(after, new) | distance
         if "gold" in now:
             now["proxy_gold_gap"] = proxy_gold_gap(now, was)
         for metrics in (was, now):

@@ -54,6 +54,10 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
                 note = "the policy's base, adapter off"
             elif not stage.keeps_reference:
                 note = "read once, dropped before training"
+        elif name == "sampler":
+            note = "while it samples, and again once trained"
+        elif name == "start":
+            note = "what sampled, to measure KL once trained"
         found.append(_role(name, model, seen, None, note))
     if getattr(stage, "average_decay", None) is not None:
         count = sum(value.numel() for value in stage.policy.trainable_parameters())
@@ -77,13 +81,14 @@ def _held(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
     for name, value in vars(stage).items():
         for path, model in _models(value, name, DEEPEST):
             if id(model) not in own:
+                own |= {id(model)} if name == "start" else set()
                 yield path, model
             elif name == "reference":
                 yield path, nn.Module()
-    if hasattr(stage, "sampling_policy"):
-        sampler: nn.Module = stage.sampling_policy()  # type: ignore[operator]
+    if hasattr(stage, "who_sampled"):
+        sampler: nn.Module = stage.who_sampled().modules[0]  # type: ignore[operator]
         if id(sampler) not in own:
-            yield "sampler", sampler
+            yield ("start" if stage.samples_itself else "sampler"), sampler
 
 
 def _models(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

@@ -176,7 +176,7 @@ class CausalLM:
         if adapter.quantization(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
         language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain, self.folder)
-        language_model.adapter, language_model.precision = adapter, precision
+        language_model.adapter, language_model.precision, language_model.spec = adapter, precision, self
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
         return language_model.train()  # from_pretrained gives eval mode

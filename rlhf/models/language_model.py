@@ -23,6 +23,7 @@ from rlhf.models.lineage import adapter_beside, write_base
 from rlhf.models.precision import Precision
 
 if TYPE_CHECKING:
+    from rlhf.models.causal_lm import CausalLM
     from rlhf.models.shared_base import SharedBase
 
 
@@ -58,6 +59,7 @@ class LanguageModel(nn.Module):
         self.shared: SharedBase | None = None
         # How it was loaded: what a critic beside it is loaded with, too.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
+        self.spec: CausalLM | None = None
 
     # --- what it is ---
 

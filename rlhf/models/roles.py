@@ -64,6 +64,35 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
     return Reference(model.disable_dropout().frozen())
 
 
+def copy_of_start(policy: LanguageModel) -> Reference | None:
+    """What has to be held from now on for ``start_of`` to give the policy as it is now; None where nothing has to.
+
+    With an adapter the base under it is the start, and weights on disk can be read again; weights that were drawn, all
+    of them or those of tokens that were added, must be copied.
+    """
+    if policy.adapted:
+        return None
+    spec = policy.spec
+    if spec is None or spec.path is None or spec.config().get_text_config().vocab_size != policy.config.vocab_size:
+        return policy.reference()
+    return None
+
+
+def start_of(policy: LanguageModel, copy: Reference | None) -> Reference:
+    """The policy as it was before training: read again, so that it need not be held while the policy trains.
+
+    Args:
+        policy: Trained by now, or not yet.
+        copy: What ``copy_of_start`` gave before.
+    """
+    if copy is not None:
+        return copy
+    if policy.adapted:
+        return policy.reference()
+    assert policy.spec is not None  # copy_of_start
+    return Reference(policy.spec.load(NoAdapter(), policy.precision).disable_dropout().frozen())
+
+
 def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
     """The critic: of the reward model at ``path``, or of the policy's own weights with a head of zeros.
 

@@ -130,6 +130,8 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
         found = [Run(folder) for folder in sorted(_run_folders(path, depth=3))]
         if not found:
             raise UserError(f"{reference}: no runs in this folder; type a run folder, a sweep folder or {outputs}")
+        if (path / "multirun.yaml").is_file():  # a sweep: a job's result stays one where another job goes on from it
+            return found
         # A job of a pipeline is its last run: the steps before are its ancestors.
         above = {ancestor.fingerprint for run in found for ancestor in Member(run).ancestors.values()}
         last = [run for run in found if run.fingerprint not in above]

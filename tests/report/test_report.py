@@ -50,6 +50,18 @@ def test_a_folder_means_its_last_runs_not_their_ancestors(world):
     assert {run.stage for run in find_runs(outputs, outputs)} == {"ppo"}
 
 
+def test_a_job_of_a_sweep_is_shown_though_another_went_on_from_its_result(tmp_path):
+    first = write_run(tmp_path, "dpo", "aa11aa11aa", {"seed": 0}, {"val/accuracy": 0.6})
+    second = write_run(tmp_path, "dpo", "bb22bb22bb", {"seed": 0}, {"val/accuracy": 0.7}, [("policy", first)])
+    sweep = tmp_path / "sweeps" / "2026-01-01-iterative_dpo"
+    for index, folder in enumerate((first, second)):
+        (sweep / f"{index:03d}").mkdir(parents=True)
+        (sweep / f"{index:03d}" / "run").symlink_to(folder)
+    assert [run.folder.name for run in find_runs(sweep, tmp_path)] == ["bb22bb22bb"]  # a folder like any other
+    (sweep / "multirun.yaml").touch()
+    assert [run.folder.name for run in find_runs(sweep, tmp_path)] == ["aa11aa11aa", "bb22bb22bb"]
+
+
 def test_what_differs_is_the_swept_knob_and_seeds_are_grouped(world):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)

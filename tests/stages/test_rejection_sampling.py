@@ -1,5 +1,6 @@
 """Rejection sampling: what is picked, from whom, and what the best of K are worth."""
 
+import copy
 import itertools
 import json
 import math
@@ -10,17 +11,22 @@ import torch
 
 from rlhf.best_of_k import BestOfK, expected_best, interleave, kl_bound, log_law, rollout_of
 from rlhf.data.records import Message, Prompt
+from rlhf.diagnostics import HackingWarnings
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_rows
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
+from rlhf.models.precision import Precision
 from rlhf.objective import CrossEntropy
 from rlhf.rollout import Sampler
 from rlhf.runs import Run
 from rlhf.scoring import GoldReward
 from rlhf.stage import seed_of
+from rlhf.testing import tiny_model
 from rlhf_rejection_sampling.picks import Candidate, key_of, pick, read_picks, worth
 from rlhf_rejection_sampling.stage import RejectionSamplingStage
 
-from .conftest import adamw, constant, data, dies, fit, same, weights
+from .conftest import ARCHITECTURE, adamw, constant, data, dies, fit, same, weights
 from .test_exactness import Stop
 
 
@@ -200,6 +206,77 @@ def test_the_best_are_picked_and_trained_on(load, tmp_path):
     assert metrics["val/score_gain"] == pytest.approx(metrics["val/score"] - metrics["val/score_before"])
     assert len(rows_of(tmp_path)) == 16 and read_rows(tmp_path / "metrics.csv")
     assert (tmp_path / "best_of_k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def in_leaps(parameters):
+    """An optimizer that takes the policy somewhere else."""
+    return torch.optim.AdamW(parameters, lr=2e-2)
+
+
+def drawn():
+    """A model whose weights are drawn: there is nothing to read again."""
+    torch.manual_seed(5)
+    return CausalLM(None, ARCHITECTURE, 320).load(NoAdapter(), Precision("32-true"), data("demonstration", 200).texts)
+
+
+def log_softmax_of_all(model, rollout):
+    """Log-probabilities [B, R] of the replies' tokens the plain way: one row at a time, all logits."""
+    found = torch.zeros(rollout.mask.shape)
+    for row in range(len(rollout.texts)):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        reply = rollout.response_ids[row][rollout.mask[row]]
+        logits = model.model(input_ids=torch.cat([prompt, reply])[None]).logits[0].double()
+        logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, reply[:, None])[:, 0]
+        found[row, : len(reply)] = logp.float()
+    return found
+
+
+@pytest.mark.parametrize("who", ["itself", "itself with lora", "itself, drawn", "another"])
+def test_kl_is_that_of_the_two_models_on_the_replies(load, folder, tmp_path, who):
+    model = drawn() if "drawn" in who else load(lora="lora" in who)
+    before = copy.deepcopy(model).eval()
+    if who == "another":  # the policy starts elsewhere; who sampled is what lies in the folder
+        model.origin = "elsewhere"
+        with torch.no_grad():
+            model.base.get_output_embeddings().weight.mul_(1.1)
+    stage = stage_on(load, model=model, sampler=str(folder) if who == "another" else None, epochs=3, micro_batch_size=3)
+    assert (stage.start is not None) == ("drawn" in who)  # all else can be read again
+    stage._optimizer = in_leaps
+    fit(stage, tmp_path)
+    after = stage.policy.eval()
+    with torch.no_grad():
+        replies = stage.answers(after)
+        logp, ref_logp = (log_softmax_of_all(one, replies) for one in (after, before))
+    ratio = (logp - ref_logp) * replies.mask
+    metrics = stage.final_metrics()
+    assert metrics["val/kl"] == pytest.approx(ratio.sum(1).mean().item(), abs=1e-4)
+    assert metrics["val/kl_k3"] == pytest.approx(((-ratio).exp() - 1 + ratio).sum(1).mean().item(), abs=1e-4)
+    assert metrics["val/kl"] > 0.01
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_without_training_kl_is_zero(load, tmp_path, lora):
+    stage = stage_on(load, model=load(lora=lora))
+    stage._scheduler = lambda step, total: 0.0
+    fit(stage, tmp_path)
+    metrics = stage.final_metrics()
+    assert metrics["val/kl"] == metrics["val/kl_k3"] == 0
+
+
+def test_kl_is_watched(load, tmp_path, capsys):
+    watch = HackingWarnings(None, None, None, None, None, 1e-6, None)
+    stage = stage_on(load, epochs=3)
+    stage._optimizer = in_leaps
+    fit(stage, tmp_path, callbacks=[watch])
+    assert watch.said == ["kl"] and "nats per reply from its reference" in capsys.readouterr().out
+
+
+def test_kl_from_a_sampler_of_other_tokens_is_not_made_up(load, tmp_path, capsys):
+    tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "other")
+    stage = stage_on(load, sampler=str(tmp_path / "other"))
+    fit(stage, tmp_path / "run")
+    assert "val/kl is not measured" in capsys.readouterr().out
+    assert "val/score" in stage.final_metrics() and "val/kl" not in stage.final_metrics()
 
 
 def test_a_random_pick_is_worth_the_mean(load, tmp_path):
