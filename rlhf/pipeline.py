@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import runs
-from rlhf.config import Plain
+from rlhf.config import Plain, said_of_step
 from rlhf.errors import RLHFError, RunFailed
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.plan import Plan, Step, plan
@@ -62,6 +62,8 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
         try:
             how, last = _run_step(step, f"[{position}/{len(made.steps)}] {step.name}")
         except BaseException as error:
+            if isinstance(error, RLHFError):
+                error.args = (said_of_step(str(error), step.own, step.name),)
             _leave_result(step, "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed", {}, error)
             raise
         outcomes.append((step.name, step.folder, how, last, step.headline))

@@ -94,6 +94,20 @@ def test_an_error_of_the_user_stays_one(typed: Typed, train) -> None:
     assert Run(train.folders["sft"]).status == "failed"
 
 
+def test_its_keys_can_be_typed_in_a_pipeline_too(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+    def refuse(name: str, folder: Path) -> None:
+        if name == "ppo":
+            raise UserError("a prompt is too long: set data.max_prompt_length=4 or a smaller optimizer.lr")
+
+    monkeypatch.setenv("RLHF_RESULT", str(tmp_path / "result.json"))
+    train.then = refuse
+    with pytest.raises(UserError) as error:
+        go(typed, "pipeline=instructgpt")
+    said = "align: a prompt is too long: set align.data.max_prompt_length=4 or a smaller align.optimizer.lr"
+    assert str(error.value) == said
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == f"UserError: {said}"
+
+
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
 def test_a_stopped_run_is_resumed_from_its_checkpoint(typed: Typed, train, stop: BaseException) -> None:
     def interrupt(name: str, folder: Path) -> None:
