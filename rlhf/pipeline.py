@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import runs
 from rlhf.config import Plain, said_of_step
-from rlhf.errors import RLHFError, RunFailed
+from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.plan import Plan, Step, plan
 from rlhf.report import console
@@ -214,10 +214,12 @@ def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
         raise SystemExit(INTERRUPTED)
     if status < 0 and -status in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
-    if status != 0 or not result.exists():
+    content = json.loads(result.read_text()) if result.exists() else {}
+    result.unlink(missing_ok=True)
+    if "error" in content:
+        raise (UserError if content["status"] == UserError.exit_code else RunFailed)(content["error"])
+    if status != 0 or not content:
         raise RunFailed(f"the processes that train {folder} ended with status {status}; see above")
-    content = json.loads(result.read_text())
-    result.unlink()
     return content["metrics"], content["memory"]
 
 
