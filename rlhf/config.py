@@ -195,3 +195,28 @@ def sets(node: Any, key: str) -> bool:
         if isinstance(node, dict) and "_target_" in node:
             return True
     return not isinstance(node, dict)
+
+
+def said_of_step(message: str, own: Mapping[str, Any], step: str) -> str:
+    """A message about a step, its keys as they are typed in a pipeline; as it is outside of one (``own`` is empty).
+
+    Args:
+        message: Of the stage or its parts, which know nothing of pipelines.
+        own: What the pipeline sets on the step itself: only its keys begin with the step's name, others are the root's.
+        step: Its name.
+    """
+    if not step or not own:
+        return message
+    names = "|".join(re.escape(str(name)) for name in own)
+    options = [re.escape(str(name)) for name, node in own.items() if isinstance(node, dict) and "_target_" in node]
+
+    def key(match: re.Match[str]) -> str:
+        return f"{step}.{match[0]}" if sets(own, match[0]) else match[0]
+
+    begins = r"(?<![\w.@/-])"
+    said = re.sub(rf"{begins}(?:{names})(?:\.\w+)+", key, message)
+    said = re.sub(rf"{begins}(\w+)@((?:{names})(?:\.\w+)*=)", rf"\1@{step}.\2", said)  # data@text=text
+    if options:
+        said = re.sub(rf"{begins}({'|'.join(options)})=(?!null\b)(?=\w)", rf"\1@{step}.\1=", said)  # rollout=best_of_k
+        said = said.replace(f"stage@{step}.stage=", f"stage@{step}=")
+    return said if said.startswith((f"{step}:", f"{step} ")) else f"{step}: {said}"

@@ -120,7 +120,7 @@ class GroupStage(RolloutStage):
         if rollout is not None and not rollout.exact:
             raise UserError(
                 "replies must come from the policy's own distribution: "
-                "type rollout.top_k=0 rollout.top_p=1 and a rollout.temperature above 0"
+                "type rollout.top_k=0 rollout.top_p=1 and rollout.temperature above 0"
             )
 
     @torch.no_grad()

@@ -44,21 +44,24 @@ Answer = tuple[float | None, str]
 """Log-odds of the reply shown first against the other (None: nonsense), and what was said."""
 
 
-def read_template(template: str) -> str:
-    """A template by name or from a text file. Raises UserError where there is none, or where it lacks a field."""
+def read_template(template: str, key: str) -> str:
+    """A template by name or from a text file, as typed for ``key``.
+
+    Raises UserError where there is none, or where it lacks a field.
+    """
     text = TEMPLATES.get(template)
     if text is None:
         # A path must look like one: a run's fingerprint hashes the content of what looks like a path.
         if "/" not in template or not Path(template).expanduser().is_file():
             raise UserError(
-                f"template={template}: no such template; type one of {', '.join(TEMPLATES)}, or a text file with "
+                f"{key}={template}: no such template; type one of {', '.join(TEMPLATES)}, or a text file with "
                 "a slash in it, such as ./judge.txt"
             )
         text = Path(template).expanduser().read_text(encoding="utf-8")
     missing = [field for field in ("{prompt}", "{first}", "{second}") if field not in text]
     if missing:
         raise UserError(
-            f"template={template}: lacks {' and '.join(missing)}; it must show {{prompt}}, {{first}}, {{second}}"
+            f"{key}={template}: lacks {' and '.join(missing)}; it must show {{prompt}}, {{first}}, {{second}}"
         )
     return text
 
@@ -121,7 +124,7 @@ class JudgeAnnotator:
         dtype: Literal["float32", "bfloat16"] = "float32",
         cache: bool = True,
     ) -> None:
-        self.path, self.template, self.answer, self.both_orders = path, read_template(template), answer, both_orders
+        self.path, self.template, self.answer, self.both_orders = path, self.check_knobs(template), answer, both_orders
         self.thresholds, self.least_mass, self.max_nonsense = tuple(thresholds), least_mass, max_nonsense
         self.max_new_tokens, self.batch_size, self.cache = max_new_tokens, batch_size, cache
         spec = CausalLM(path=path, architecture=None, vocab_size=None)
@@ -142,6 +145,11 @@ class JudgeAnnotator:
         self.file: Path | None = None
         self.counts: Counter[str] = Counter()  # of the last call
         self._asked, self._nonsense, self._example = 0, 0, ""
+
+    @staticmethod
+    def check_knobs(template: str = "instruction", **_: Any) -> str:
+        """The template's text. Raises UserError as ``read_template`` does, before the judge is loaded."""
+        return read_template(template, "annotator.template")
 
     def to(self, device: torch.device) -> "JudgeAnnotator":
         """Moves the weights."""
@@ -366,7 +374,12 @@ class Judgements(Data):
             max_length=comparisons.max_length,
             seed=comparisons.seed,
         )
-        self.comparisons, self.name, self.template = comparisons, template, read_template(template)
+        self.comparisons, self.name, self.template = comparisons, template, self.check_knobs(template)
+
+    @staticmethod
+    def check_knobs(template: str = "short", **_: Any) -> str:  # type: ignore[override]
+        """The template's text. Raises UserError as ``read_template`` does; the comparisons are a node of their own."""
+        return read_template(template, "data.template")
 
     def digest(self) -> str:
         """sha256 over the comparisons' digest and the template."""

@@ -23,8 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import runs
-from rlhf.config import Plain
-from rlhf.errors import RLHFError, RunFailed
+from rlhf.config import Plain, said_of_step
+from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.plan import Plan, Step, plan
 from rlhf.report import console
@@ -62,6 +62,8 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
         try:
             how, last = _run_step(step, f"[{position}/{len(made.steps)}] {step.name}")
         except BaseException as error:
+            if isinstance(error, RLHFError):
+                error.args = (said_of_step(str(error), step.own, step.name),)
             _leave_result(step, "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed", {}, error)
             raise
         outcomes.append((step.name, step.folder, how, last, step.headline))
@@ -212,10 +214,12 @@ def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
         raise SystemExit(INTERRUPTED)
     if status < 0 and -status in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
-    if status != 0 or not result.exists():
+    content = json.loads(result.read_text()) if result.exists() else {}
+    result.unlink(missing_ok=True)
+    if "error" in content:
+        raise (UserError if content["status"] == UserError.exit_code else RunFailed)(content["error"])
+    if status != 0 or not content:
         raise RunFailed(f"the processes that train {folder} ended with status {status}; see above")
-    content = json.loads(result.read_text())
-    result.unlink()
     return content["metrics"], content["memory"]
 
 

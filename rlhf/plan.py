@@ -4,7 +4,7 @@ A single stage is a plan of one step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra.utils
@@ -29,6 +29,7 @@ class Step:
         inputs: role -> the identities of what it reads in that role.
         parents: fingerprint -> folder of the runs it reads.
         headline: the metric that a sweep optimises, "" for a stage that names none.
+        own: what the pipeline sets on the step itself, in whose keys its name is typed; empty in a single run.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Step:
     inputs: dict[str, list[str]]
     parents: dict[str, Path]
     headline: str
+    own: Plain = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,15 @@ class _Planner:
         self.steps.append(step)
 
     def _made(self, name: str | None, raw: Plain, roles: set[str]) -> Step:
-        from rlhf import sharing, validation
+        from rlhf import context, sharing, validation
 
+        own = self.raw[name] if name else {}
         before = len(self.problems)
         with configs.scope(self.root, {key: step.folder for key, step in self._by_name.items()}):
             inputs, identities, parents = self._inputs(name, raw, roles)
             raw["inputs"] |= inputs
             try:
-                validation.check(OmegaConf.create(raw), name or "")
+                validation.check(OmegaConf.create(raw), name or "", own)
             except UserError as error:
                 self.problems += str(error).splitlines()
             broken = len(self.problems) > before
@@ -174,7 +177,8 @@ class _Planner:
         self.unread[own_name] = set() if broken else _unread(config)
         config = {key: value for key, value in config.items() if key not in self.unread[own_name]}
         if broken:  # No folder can be named; the walk goes on only to find what else is wrong.
-            return Step(own_name, stage, config, "", self.outputs / stage / f"({own_name})", identities, parents, "")
+            folder = self.outputs / stage / f"({own_name})"
+            return Step(own_name, stage, config, "", folder, identities, parents, "", own)
         for _, needed in configs.steps_named({key: value for key, value in raw.items() if key != "inputs"}):
             if needed in self._by_name:
                 parents[self._by_name[needed].fingerprint] = self._by_name[needed].folder
@@ -185,11 +189,12 @@ class _Planner:
             raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
         headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
-        made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline))
-        try:
-            sharing.check(made, self.steps)
-        except UserError as error:
-            self.problems.append(validation.said_of_step(str(error), config, name or ""))
+        made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline), own)
+        for one in (sharing, context):
+            try:
+                one.check(made, self.steps)
+            except UserError as error:
+                self.problems.append(configs.said_of_step(str(error), own, own_name))
         return made
 
     def _inputs(
@@ -257,7 +262,7 @@ class _Planner:
         node = self.root.get("compare")
         if node is None or self.names is None:
             return None
-        from rlhf import evaluation, validation
+        from rlhf import context, evaluation, validation
 
         own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
         given = ("before", "after", "reward_model", "prompts", "text", "seed", "folder")
@@ -270,8 +275,13 @@ class _Planner:
                 validation.check(OmegaConf.create({data: own.get(data)}), "compare")
             except UserError as error:
                 self.problems += str(error).splitlines()
-        made = own.get("before") in self._by_name and own.get("after") in self._by_name
-        return own if made else None
+        if own.get("before") not in self._by_name or own.get("after") not in self._by_name:
+            return None
+        try:
+            context.check_comparison(own, self.steps)
+        except UserError as error:
+            self.problems.append(str(error))
+        return own
 
 
 def _unread(config: Plain) -> set[str]:

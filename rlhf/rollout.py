@@ -232,6 +232,7 @@ class Sampler:
 
     def check_lengths(self, policy: LanguageModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
         """As ``check``, of prompts whose tokens are counted already."""
+        self.check_context(policy.context_length, self.room(policy))
         limit = policy.context_length - self.room(policy)
         for prompt, length in zip(prompts, lengths, strict=True):
             if length > limit:
@@ -240,6 +241,22 @@ class Sampler:
                     f"rollout.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
                     f"leaves {limit}: set data.max_prompt_length={limit} or a smaller rollout.max_new_tokens"
                 )
+
+    def check_context(self, context: int, room: int | None = None) -> None:
+        """Raises UserError where the longest reply alone fills a context, whatever the prompts are.
+
+        Args:
+            context: Most tokens that the policy reads.
+            room: As ``room`` says; by default the reply's own tokens, which are known without a policy.
+        """
+        room = self.longest if room is None else room
+        if room >= context:
+            turns = self.longest // self.max_new_tokens
+            raise UserError(
+                f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt: replies of up to {room} "
+                f"tokens in the model's context of {context}; type a smaller one, such as "
+                f"rollout.max_new_tokens={max(1, context // (2 * turns))}"
+            )
 
     def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
         """One uniform number for every token a row may have, on the CPU so that it is the same on every device."""

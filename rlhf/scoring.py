@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -170,20 +170,27 @@ class FunctionReward:
     """
 
     def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
+        self.name, self.arguments = function, dict(arguments or {})
+        self.function = self.check_knobs(function, arguments)
+
+    @staticmethod
+    def check_knobs(function: str, arguments: dict[str, Any] | None = None) -> Callable[..., Any]:
+        """The function. Raises UserError for one that cannot be imported or takes other arguments."""
         module, _, name = function.partition(":")
         try:
-            self.function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"reward.function={function}: {error}; write it as package.module:function") from error
-        self.name, self.arguments = function, dict(arguments or {})
+            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        except Exception as error:  # whatever a stranger's module raises is said with its name
+            why = str(error) if isinstance(error, ImportError | AttributeError | ValueError) else repr(error)
+            raise UserError(f"reward.function={function}: {why}; write it as package.module:function") from error
         try:
-            inspect.signature(self.function).bind(None, "", **self.arguments)
+            inspect.signature(found).bind(None, "", **(arguments or {}))
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"reward.function={function}: {error}; it is called as function(prompt, reply"
-                + "".join(f", {key}={value}" for key, value in self.arguments.items())
+                + "".join(f", {key}={value}" for key, value in (arguments or {}).items())
                 + ")"
             ) from error
+        return found
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """The function's values, [B]."""

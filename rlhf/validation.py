@@ -10,7 +10,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
+from rlhf import config as configs
 from rlhf import discovery
 from rlhf.errors import RLHFError, UserError, data_keys, suggest
 from rlhf.signatures import groups, parameters
@@ -31,12 +32,13 @@ SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", 
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
-def check(config: DictConfig, step: str = "") -> None:
+def check(config: DictConfig, step: str = "", own: Mapping[str, Any] | None = None) -> None:
     """Check one step's config, which is its own root.
 
     Args:
         config: The merged config of a single stage.
         step: Its name in a pipeline, put before the keys in messages so that they can be typed as they stand.
+        own: What the pipeline sets on the step itself, the rest being the root's; None: all of it.
 
     Raises:
         UserError: one line for each finding, all of them at once.
@@ -50,7 +52,7 @@ def check(config: DictConfig, step: str = "") -> None:
         errors += _stage(plain, prefix)
         errors += _roots(plain, prefix)
         if not errors:
-            errors += _together(plain, step)
+            errors += _together(plain, plain if own is None else own, step)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
 
@@ -179,9 +181,11 @@ def check_node(
 
 
 def _named(message: str, path: str) -> str:
-    """A message about the node at ``path``; one that begins with its own key gets the whole path there instead."""
-    group = path.rpartition(".")[2]
-    return path.removesuffix(group) + message if message.startswith(f"{group}.") else f"{path}: {message}"
+    """A message about the node at ``path``, which may call it by its group: those keys get the whole path instead."""
+    group, dot, _ = message.partition(".")
+    if not dot or group not in path.split("."):
+        return f"{path}: {message}"
+    return re.sub(rf"(?<![\w./-]){re.escape(group)}\.(?=\w)", lambda _: f"{path}.", message)
 
 
 def holds_object(value: Any) -> bool:
@@ -257,7 +261,7 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
     yield from _objective(config, asked.get("objective"), name, step)
 
 
-def _together(config: dict[str, Any], step: str) -> list[str]:
+def _together(config: dict[str, Any], own: Mapping[str, Any], step: str) -> list[str]:
     """What the stage says of its knobs and groups together (``Stage.check_parts``), each being right by itself."""
     node = config.get("stage")
     if not isinstance(node, dict) or "_target_" not in node:
@@ -268,7 +272,7 @@ def _together(config: dict[str, Any], step: str) -> list[str]:
     try:
         stage.check_parts(**_parts(config, stage))
     except RLHFError as e:
-        return [said_of_step(str(e), config, step)]
+        return [configs.said_of_step(str(e), own, step)]
     return []
 
 
@@ -284,7 +288,7 @@ def _parts(config: dict[str, Any], stage: Any) -> dict[str, Any]:
     parts = {name: value for name, value in config["stage"].items() if name not in (*RESERVED, "name")}
     for group, parameter in groups(stage).items():
         chosen = config.get(group)
-        made = None if chosen is None else _light(chosen)
+        made = None if chosen is None else light(chosen)
         if made is not None or type(None) in get_args(parameter.annotation):
             parts[group] = chosen if made is None else made
     if isinstance(config.get("data"), dict):
@@ -326,15 +330,7 @@ def _template(config: dict[str, Any], asked: typing.Collection[str]) -> Iterator
         )
 
 
-def said_of_step(message: str, config: dict[str, Any], step: str) -> str:
-    """A message about a step's config, its keys as they are typed in a pipeline; as it is outside of one (step "")."""
-    if not step:
-        return message
-    asked = "|".join(groups(_load(config["stage"]["_target_"])))
-    return f"{step}: " + re.sub(rf"(?<![\w.@])((?:stage|inputs|trainer|{asked})\.[\w.]+=)", rf"{step}.\1", message)
-
-
-def _light(node: dict[str, Any]) -> Any:
+def light(node: dict[str, Any]) -> Any:
     """The object of a node that costs nothing to build, since it only holds knobs: a dataclass or a sampler."""
     from rlhf.rollout import Sampler
 

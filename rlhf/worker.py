@@ -15,18 +15,25 @@ from rlhf.runs import Run, write_json
 
 
 def main(folder: Path) -> int:
-    """Trains as the folder's config.yaml says; the first rank leaves the metrics in .result.json."""
+    """Trains as the folder's config.yaml says; the first rank leaves metrics, or what went wrong, in .result.json."""
     discovery.register()
     own = Run(folder)
     try:
         metrics, memory = pipeline.train_here(resolve(own.plain_config), folder, bool(own.checkpoints))
     except RLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _first():  # who started it says it, with the keys of its pipeline
+            write_json(folder / ".result.json", {"error": str(error), "status": error.exit_code})
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     # Read only now: the first rank learns its number while it starts the others.
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0:
+    if _first():
         write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})
     return 0
+
+
+def _first() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ class PPO(PolicyObjective):
     kl_target: Annotated[float, Field(gt=0)] | None = None
     kl_horizon: Annotated[float, Field(gt=0)] = 10000.0
 
+    def __post_init__(self) -> None:
+        if self.kl_target is not None and self.beta == 0:
+            raise ValueError(
+                f"objective.kl_target={self.kl_target:g} steers beta by factors, and objective.beta=0 stays 0: type "
+                "objective.beta=0.05 (where it starts), or objective.kl_target=null"
+            )
+
     def estimate(
         self,
         score: Tensor,

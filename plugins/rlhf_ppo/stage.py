@@ -109,15 +109,33 @@ class PPOStage(RolloutStage):
 
     @classmethod
     def check_parts(
-        cls, *, rollout: Sampler | None = None, model: Any = None, value: str | None = None, **parts: Any
+        cls,
+        *,
+        rollout: Sampler | None = None,
+        objective: Any = None,
+        model: Any = None,
+        value: str | None = None,
+        steps: int | None = None,
+        value_warmup: int = 0,
+        **parts: Any,
     ) -> None:
         """As ``Stage.check_parts``."""
-        super().check_parts(model=model, **parts)
+        super().check_parts(objective=objective, model=model, **parts)
+        if steps is not None and value_warmup >= steps:
+            raise UserError(
+                f"stage.value_warmup={value_warmup} of stage.steps={steps} rollouts leaves none that trains the "
+                f"policy: type stage.steps={value_warmup + 1} or more, or stage.value_warmup=0"
+            )
         check_vocabulary(model, value, "stage.value", OWN_CRITIC)
+        if value_warmup and getattr(objective, "value_coefficient", None) == 0:
+            raise UserError(
+                f"stage.value_warmup={value_warmup} trains the critic alone, and objective.value_coefficient=0 does "
+                "not train it: type objective.value_coefficient=0.1, or stage.value_warmup=0"
+            )
         if rollout is not None and not (rollout.exact and rollout.samples == 1):
             raise UserError(
                 "PPO samples one reply per prompt from the policy's own distribution: "
-                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and a rollout.temperature above 0"
+                "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1 and rollout.temperature above 0"
             )
 
     def modules_trained(self) -> list[nn.Module]:

@@ -88,12 +88,12 @@ def test_a_judge_without_chat_template_answers_with_those_tokens(tmp_path: Path)
 def test_templates(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("{prompt} {first} {second} ?")
-    assert read_template(str(file)).endswith("?") and read_template("short") == TEMPLATES["short"]
+    assert read_template(str(file), "key").endswith("?") and read_template("short", "key") == TEMPLATES["short"]
     file.write_text("{prompt} {first}")
     with pytest.raises(UserError, match=r"mine.txt: lacks \{second\}"):
-        read_template(str(file))
-    with pytest.raises(UserError, match="template=shrot: no such template; type one of short, instruction"):
-        read_template("shrot")
+        read_template(str(file), "key")
+    with pytest.raises(UserError, match="^data.template=shrot: no such template; type one of short, instruction"):
+        read_template("shrot", "data.template")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def house(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
         "long.jsonl": [{"prompt": f"{i} " + "word " * 200} for i in range(8)],
         "prompts.jsonl": [{"prompt": f"Where is {i}?"} for i in range(40)],
     }
+    (path / "broken.py").write_text("1 / 0\n")
     for name, rows in files.items():
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "policy").symlink_to(folder)
@@ -94,7 +95,51 @@ BEFORE_ANY_RUN = [
     ("pipeline=dpo align.objective.beta=-0.1", "align.objective.beta=-0.1: should be greater than 0"),
     ("stage=grpo inputs.policy=policy reward=gold objective.beta=-1", "objective.beta=-1: should be greater"),
     # what else does not go together: test_together, and
-    ("pipeline=dpo data@align.data=labels", "holds labels: type data=comparisons or objective=kto"),
+    (
+        "pipeline=dpo data@align.data=labels",
+        "holds labels: type data@align.data=comparisons or objective@align.objective=kto",
+    ),
+    ("pipeline=instructgpt align.objective.kl_target=6 align.objective.beta=0", "type align.objective.beta=0.05"),
+    # replies that fill the context: of random weights, of those that a later step takes over, of a model on the disk
+    (
+        "pipeline=dpo collect.rollout.max_new_tokens=5000",
+        "collect: collect.rollout.max_new_tokens=5000 leaves no room for a prompt: replies of up to 5000 tokens in the "
+        "model's context of 512; type a smaller one, such as collect.rollout.max_new_tokens=256",
+    ),
+    (
+        "pipeline=instructgpt align.rollout.max_new_tokens=512",
+        "align: align.rollout.max_new_tokens=512 leaves no room",
+    ),
+    (
+        "pipeline=instructgpt rollout@align.rollout=sample align.rollout.max_new_tokens=128 inputs.policy=policy",
+        "context of 128; type",
+    ),
+    ("stage=grpo inputs.policy=policy reward=gold rollout.max_new_tokens=128", "rollout.max_new_tokens=64"),
+    ("stage=rloo inputs.policy=policy reward=gold rollout=tools rollout.max_new_tokens=50", "replies of up to 150"),
+    (
+        "pipeline=dpo compare.max_new_tokens=512",
+        "compare.max_new_tokens=512 leaves no room for a prompt in the context",
+    ),
+    # code and files of the user's own
+    (
+        "pipeline=instructgpt reward@align.reward=function align.reward.function=os:nothing",
+        "align.reward.function=os:nothing: module 'os' has no attribute 'nothing'; write it as package.module:function",
+    ),
+    ("stage=grpo inputs.policy=policy reward=function reward.function=broken:rule", "broken:rule: ZeroDivisionError("),
+    (
+        "stage=grpo inputs.policy=policy reward=function reward.function=operator:not_",
+        "reward.function=operator:not_: too many positional arguments; it is called as function(prompt, reply)",
+    ),
+    (
+        "stage=ppo inputs.policy=policy inputs.reward_model=org/r reward=weighted +reward@reward.rewards.rule=function "
+        "reward.rewards.rule.function=nowhere:rule +reward.weights.rule=1",
+        "reward.rewards.rule.function=nowhere:rule: No module named 'nowhere'",
+    ),
+    (
+        "pipeline=rlaif collect.annotator.template=shorty",
+        "collect.annotator.template=shorty: no such template; type one of short, instruction",
+    ),
+    ("stage=sft inputs.policy=policy data=judgements data.template=shorty", "data.template=shorty: no such template"),
 ]
 
 
@@ -108,6 +153,7 @@ def test_told_before_anything_runs(
     says: str,
 ) -> None:
     monkeypatch.chdir(house)
+    monkeypatch.syspath_prepend(str(house))
     monkeypatch.setattr(build, "train", lambda *_: pytest.fail("a run began"))
     status, _, err = typed(capsys, f"{line} outputs={tmp_path / 'outputs'}")
     assert status == 2 and says in err, err

@@ -16,7 +16,11 @@ from rlhf.errors import UserError
         (["reward=gated"], {"reward_model", "safety_model"}, "R"),
         (["reward=gated", "reward@reward.safety=gold", "reward.safety.aspect=safety"], {"reward_model"}, "R"),
         (
-            ["reward=weighted", "+reward@reward.rewards.rule=function", "reward.rewards.rule.function=my:rule"]
+            [
+                "reward=weighted",
+                "+reward@reward.rewards.rule=function",
+                "reward.rewards.rule.function=operator:contains",
+            ]
             + ["+reward.weights.rule=0.1"],
             {"reward_model"},
             "R",

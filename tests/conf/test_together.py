@@ -20,6 +20,15 @@ BAD = [
     ("stage=ppo inputs.policy=ORG/P reward=gold rollout.top_p=0.9", "PPO samples one reply"),
     ("stage=ppo inputs.policy=ORG/P reward=gold rollout=tools", "PPO samples one reply"),
     ("stage=ppo inputs.policy=ORG/P reward=gold stage.minibatches=3", "type stage.batch_size=129"),
+    ("stage=ppo inputs.policy=ORG/P reward=gold stage.steps=4 stage.value_warmup=4", "type stage.steps=5 or more, or"),
+    (
+        "stage=ppo inputs.policy=ORG/P reward=gold stage.value_warmup=4 objective.value_coefficient=0",
+        "objective.value_coefficient=0 does not train it",
+    ),
+    (
+        "stage=ppo inputs.policy=ORG/P reward=gold objective.beta=0 objective.kl_target=6",
+        "objective.kl_target=6 steers beta by factors, and objective.beta=0 stays 0: type objective.beta=0.05",
+    ),
     (
         "stage=ppo inputs.policy=ORG/P reward=gold objective.gamma=2 text=null",
         "objective.gamma=2 needs pretraining text",
@@ -68,7 +77,7 @@ def test_a_bad_combination_is_refused_by_its_config(composed: Composed, words: s
             "align.rollout.samples=4",
             "error: align: PPO samples one reply per prompt from the policy's own distribution: "
             "type align.rollout.top_k=0 align.rollout.top_p=1 align.rollout.samples=1 "
-            "and a rollout.temperature above 0",
+            "and align.rollout.temperature above 0",
         ),
         (
             "stage@align=grpo align.stage.minibatches=5",

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from rlhf import validation
+from rlhf.config import said_of_step
 from rlhf.errors import UserError
 from rlhf.objective import PairObjective, TokenObjective
 
@@ -143,6 +144,38 @@ def test_wrong_objective() -> None:
     assert findings(wrong) == ["stage=TokenStage does not take objective=Loss; it takes: cross_entropy"]
     (finding,) = findings(wrong, "sft")
     assert finding == "stage=TokenStage does not take objective@sft.objective=Loss; it takes: cross_entropy"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("set data.max_prompt_length=480", "collect: set collect.data.max_prompt_length=480"),
+        ("or a smaller rollout.max_new_tokens.", "collect: or a smaller collect.rollout.max_new_tokens."),
+        ("data.parts.first.source: row 3", "collect: collect.data.parts.first.source: row 3"),
+        # typed at the root, as the step takes them from there
+        (
+            "type model.chat_template=chatml trainer.devices=1",
+            "collect: type model.chat_template=chatml trainer.devices=1",
+        ),
+        ("model.path=x: no weights", "collect: collect.model.path=x: no weights"),
+        ("inputs.judge=x, inputs.policy=y", "collect: inputs.judge=x, collect.inputs.policy=y"),
+        # options of groups
+        ("type rollout=best_of_k stage=dpo", "collect: type rollout@collect.rollout=best_of_k stage@collect=dpo"),
+        ("data@text=text", "collect: data@collect.text=text"),
+        ("reward@data.parts.x=gold", "collect: reward@collect.data.parts.x=gold"),
+        ("text=null adapter=lora", "collect: text=null adapter=lora"),
+        # what stands as it is typed, and what is no key
+        ("collect: collect.data.source=x", "collect: collect.data.source=x"),
+        ("collect failed: see align.data.size", "collect failed: see align.data.size"),
+        ("/tmp/data.jsonl, ./data.jsonl, my-data.x", "collect: /tmp/data.jsonl, ./data.jsonl, my-data.x"),
+    ],
+)
+def test_keys_as_they_are_typed_in_a_pipeline(message: str, said: str) -> None:
+    own: dict[str, Any] = {group: {"_target_": "x", "size": 1} for group in ("data", "rollout", "stage")}
+    own |= {"text": None, "model": {"path": "p"}, "inputs": {"policy": "p"}}
+    assert said_of_step(message, own, "collect") == said
+    assert said_of_step(said, own, "collect") == said
+    assert said_of_step(message, {}, "collect") == message
 
 
 def test_code_that_cannot_be_imported_says_why() -> None:

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import pipeline
+from rlhf import pipeline, worker
 from rlhf.errors import RunFailed, UserError
 from rlhf.runs import Run, find
 
@@ -92,6 +93,20 @@ def test_an_error_of_the_user_stays_one(typed: Typed, train) -> None:
     with pytest.raises(UserError, match="row 3"):
         go(typed, "stage=sft")
     assert Run(train.folders["sft"]).status == "failed"
+
+
+def test_its_keys_can_be_typed_in_a_pipeline_too(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+    def refuse(name: str, folder: Path) -> None:
+        if name == "ppo":
+            raise UserError("a prompt is too long: set data.max_prompt_length=4 or a smaller optimizer.lr")
+
+    monkeypatch.setenv("RLHF_RESULT", str(tmp_path / "result.json"))
+    train.then = refuse
+    with pytest.raises(UserError) as error:
+        go(typed, "pipeline=instructgpt")
+    said = "align: a prompt is too long: set align.data.max_prompt_length=4 or a smaller align.optimizer.lr"
+    assert str(error.value) == said
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == f"UserError: {said}"
 
 
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
@@ -207,3 +222,24 @@ def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeyp
     assert go(typed, "stage=sft", "trainer.devices=2") == 1.0
     assert started[0][1:3] == ["-m", "rlhf.worker"] and train.calls == []
     assert Run(Path(started[0][-1])).finished
+
+
+def test_what_they_say_is_said_once_and_with_its_status(typed: Typed, train, monkeypatch) -> None:
+    """The worker is run here, as the first process; it leaves the error to the one that started it."""
+
+    def refuse(name: str, folder: Path) -> None:
+        if name == "sft":
+            raise UserError("set data.max_length=4")
+
+    class Child:
+        def __init__(self, command: list[str]) -> None:
+            self.folder = Path(command[-1])
+
+        def wait(self) -> int:
+            return worker.main(self.folder)
+
+    train.then = refuse
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=Child))
+    with pytest.raises(UserError, match="^sft: set sft.data.max_length=4$"):
+        go(typed, "pipeline=dpo", "trainer.devices=2")
+    assert Run(train.folders["sft"]).status == "failed" and not (train.folders["sft"] / ".result.json").exists()
