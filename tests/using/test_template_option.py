@@ -29,6 +29,12 @@ def bare(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its template, in a folder of its own: no eval.json lands in a run of other tests."""
+    return shutil.copytree(outputs / "sft" / "none0" / "model", tmp_path_factory.mktemp("whole") / "model")
+
+
 @pytest.fixture(autouse=True)
 def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "asked.txt").write_text("Hello\n")
@@ -52,12 +58,12 @@ def test_no_template_is_said_at_once_with_the_option_that_there_is(rlhf: Typed, 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_template_it_was_trained_with_gives_its_replies_back(
-    rlhf: Typed, bare: Path, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    rlhf: Typed, bare: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
-    said = []
+    said: list[object] = []
     for words in (
-        [outputs / "sft" / "none0"],
+        [whole],
         [bare, "--chat-template", "plain"],
         [bare, "--chat_template", "own.jinja"],
     ):
@@ -69,7 +75,7 @@ def test_the_template_it_was_trained_with_gives_its_replies_back(
         elif command == "generate":
             said.append((tmp_path / "out.jsonl").read_text())
         else:
-            said.append([line for line in out.splitlines() if "±" in line and "prompts of" not in line])
+            said.append([line.split() for line in out.splitlines() if "±" in line and "prompts of" not in line])
     assert said[0] and said[0] == said[1] == said[2]
     if command == "generate":
         assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["chat_template"].startswith(
@@ -77,10 +83,10 @@ def test_the_template_it_was_trained_with_gives_its_replies_back(
         )
 
 
-def test_it_is_for_models_that_lack_one(rlhf: Typed, bare: Path, outputs: Path, tmp_path: Path) -> None:
-    status, out = rlhf("chat", outputs / "sft" / "none0", "--chat-template", "chatml")
+def test_it_is_for_models_that_lack_one(rlhf: Typed, bare: Path, whole: Path, tmp_path: Path) -> None:
+    status, out = rlhf("chat", whole, "--chat-template", "chatml")
     assert status == 2 and "came with one; leave it out" in out
-    status, out = rlhf("eval", outputs / "sft" / "none0", bare, *COMMANDS["eval"], "--chat-template", "plain")
+    status, out = rlhf("eval", whole, bare, *COMMANDS["eval"], "--chat-template", "plain")
     assert status == 0, out
     for word, said in (("chatlm", "did you mean chatml?"), ("broken.jinja", "no Jinja template")):
         (tmp_path / "broken.jinja").write_text("{% for %}")
