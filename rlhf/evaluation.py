@@ -277,10 +277,18 @@ def _compare(
     )
 
 
-def load_policy(path: Path | str) -> LanguageModel:
-    """A policy in float32 and eval mode, on the GPU if there is one."""
-    spec = CausalLM(path=str(path), architecture=None, vocab_size=None)
-    policy = spec.load(NoAdapter(), Precision("32-true")).frozen()
+def load_policy(path: Path | str, chat_template: str | None = None) -> LanguageModel:
+    """A policy in float32 and eval mode, on the GPU if there is one.
+
+    Args:
+        path: Model folder, run folder, GGUF file or hub id.
+        chat_template: In place of the model's own. Embeddings of tokens that it adds are the same each time.
+    """
+    spec = CausalLM(path=str(path), architecture=None, vocab_size=None, chat_template=chat_template)
+    with torch.random.fork_rng(devices=[], enabled=chat_template is not None):
+        if chat_template is not None:
+            torch.manual_seed(0)
+        policy = spec.load(NoAdapter(), Precision("32-true")).frozen()
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,12 +6,13 @@ A single stage is a plan of one step.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import config as configs
-from rlhf import hub, rounds, runs
+from rlhf import hub, model_options, rounds, runs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
@@ -76,7 +77,7 @@ def plan(root: DictConfig, overrides: Sequence[str] = ()) -> Plan:
     """
     root, repeated = rounds.expand(root)
     names = _step_names(root)
-    planner = _Planner(root, names)
+    planner = _Planner(root, names, overrides)
     last = None if names is None else _last(names, root.get("until"))
     planner.add(last)
     compare = planner.comparison()
@@ -121,8 +122,9 @@ def _last(names: list[str], until: str | None) -> str:
 class _Planner:
     """Walks from the step asked for to the steps whose results it really reads; gathers all that is wrong."""
 
-    def __init__(self, root: DictConfig, names: list[str] | None) -> None:
+    def __init__(self, root: DictConfig, names: list[str] | None, overrides: Sequence[str] = ()) -> None:
         self.root, self.names = root, names
+        self.model = next((word[6:] for word in overrides if word.startswith("model=")), "")  # the option, as typed
         self.raw = configs.plain(root)
         self.given = configs.resolve({"inputs": self.raw.get("inputs") or {}})["inputs"]  # at the root
         self.outputs = Path(str(root.get("outputs") or "outputs"))
@@ -217,7 +219,7 @@ class _Planner:
                 if role in required:
                     self.problems.append(
                         f"{prefix}inputs.{role}: no value, and {prefix}{required[role]} reads it; "
-                        f"type {prefix}inputs.{role}=RUN (a run folder, a fingerprint, a model folder or a hub id)"
+                        f"type {prefix}inputs.{role}={self._instead(role)}"
                     )
                     paths[role] = "RUN"  # so that the rest of the config can still be checked
                 continue
@@ -235,6 +237,14 @@ class _Planner:
                     made = next((step for step in self.steps if step.folder == one.run), None)
                     parents[made.fingerprint if made else runs.Run(one.run).fingerprint] = one.run
         return paths, identities, parents
+
+    def _instead(self, role: str) -> str:
+        """What to type for an input that is not given."""
+        if role == "policy" and self.model in model_options.with_weights():
+            return (
+                f"{self.model} to start from the weights of model={self.model}, or RUN (a run folder or a fingerprint)"
+            )
+        return "RUN (a run folder, a fingerprint, a model folder or a hub id)"
 
     def _reference(self, value: str, role: str, key: str) -> runs.Reference:
         for step in self.steps:
@@ -292,10 +302,13 @@ def _unread(config: Plain) -> set[str]:
 
 
 def _weights_chosen(planner: _Planner) -> list[hub.Choice]:
-    """Of the models that the hub or a package can give: those that a step of the plan starts from."""
-    models = [step.config.get("model") for step in planner.steps]
-    used = {model.get("path") for model in models if isinstance(model, dict)}
+    """Of the models that the hub or a package can give: those that a step of the plan starts from or reads."""
+    used = {value for step in planner.steps for key in ("model", "inputs") for value in _texts(step.config.get(key))}
     return [choice for choice in hub.chosen() if choice.path in used]
+
+
+def _texts(node: Any) -> set[str]:
+    return {value for _, value in configs.leaves(node or {}) if isinstance(value, str)}
 
 
 def _overrides_without_effect(

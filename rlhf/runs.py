@@ -29,6 +29,7 @@ from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
 
 MODEL_ROLES = ("policy", "base", "reference", "reward_model", "safety_model", "value", "judge")
+SCORE_ROLES = ("reward_model", "safety_model")
 LETTERS = 10  # of the fingerprint, in a folder's name
 
 # Keys of a step's config that cannot change what it computes.
@@ -48,6 +49,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "launcher",
         "metrics",
         "metrics_file",
+        "model_options",
         "pipeline",
         "plan",
         "progress",
@@ -220,14 +222,23 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
     """What the user means by ``inputs.ROLE=ref``.
 
     ``ref`` is a run folder (or the beginning of one's path), the first letters of a fingerprint, a model folder, a
-    file, or a hub id. Model roles give ``<run>/model``, the others ``<run>``.
+    file, a hub id, or for model roles an option of ``conf/model`` that has weights. Model roles give ``<run>/model``,
+    the others ``<run>``.
 
     Raises:
         UserError: nothing, more than one thing, or something unfinished is meant.
     """
+    from rlhf import model_options  # not at the top: it reads plugins' folders
+
     key = key or f"inputs.{role}"
     ref = str(ref).rstrip("/") or "/"
     path = Path(ref).expanduser()
+    if role in MODEL_ROLES and not path.exists():
+        weights = model_options.weights(ref)
+        if weights is not None and role in SCORE_ROLES:
+            raise UserError(f"{key}={ref}: is a language model, which scores nothing; name a run of stage=reward_model")
+        ref = weights or ref
+        path = Path(ref).expanduser()
     if path.exists():
         return _existing(path, role, key)
     runs = _beginning_with(path, outputs)
@@ -239,9 +250,10 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
     if role != "picks" and _looks_like_hub_id(ref):
         return Reference(ref, f"hub:{ref}")
     known = [str(run.folder) for run in find(outputs) if run.finished]
+    options = model_options.with_weights() if role in MODEL_ROLES and role not in SCORE_ROLES else []
     raise UserError(
-        f"{key}={ref}: no such run, model folder or hub id{suggest(ref, known)}; "
-        "type `rlhf runs list` to see the runs, or ORG/NAME for a model of the hub"
+        f"{key}={ref}: no such run, model folder or hub id{suggest(ref, [*known, *options])}; "
+        f"type `rlhf runs list` to see the runs, or {' or '.join([*options[:3], 'ORG/NAME'])} for a model of the hub"
     )
 
 

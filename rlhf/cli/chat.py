@@ -26,18 +26,24 @@ def main(argv: list[str]) -> int:
     from rlhf.data.records import Message
     from rlhf.evaluation import load_policy
     from rlhf.rollout import Sampler
+    from rlhf.using import templates
     from rlhf.using.chat import Chat
 
+    given = templates.given([found], args.chat_template)
+    for note in given.notes:
+        print(f"({note})", file=sys.stderr)
+    template = given.of(found.path)
     sampler = Sampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    policy = load_policy(found.path)
-    chat = Chat(policy, sampler, args.system, args.seed)
-    if args.system:
-        chat.encoded([*chat.messages, Message("user", "a")])  # a template without system messages says so now
+    with templates.as_typed(template is not None):
+        policy = load_policy(found.path, template)
+    chat = Chat(policy, sampler, args.system, args.seed, template is not None)
+    chat.encoded([*chat.messages, Message("user", "a")])  # a template that cannot write this says so now
     if sys.stdin.isatty():
         print(f"{found.label}, context of {policy.context_length} tokens. {COMMANDS}.")
     talk(chat, sys.stdin.isatty())
     if sys.stdin.isatty():
-        print(f"next: rlhf generate {args.run} --prompts FILE    # replies to a file of prompts")
+        too = f" --chat-template {args.chat_template}" if args.chat_template else ""
+        print(f"next: rlhf generate {args.run} --prompts FILE{too}    # replies to a file of prompts")
     return 0
 
 
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
     parser.add_argument("--system", help="system message at the start (default: none, or the template's own)")
+    options.chat_template(parser, "a model")
     options.sampling(parser, 0.7, 256)
     options.outputs(parser)
     return parser

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf.using.eval_file import Result
     from rlhf.using.measuring import Measured, Task
     from rlhf.using.named import Named
+    from rlhf.using.templates import Given
 
 TESTBED_REPLY = 32  # tokens; as conf/rollout/sample
 REPLY = 128
@@ -54,12 +55,17 @@ def main(argv: list[str]) -> int:
         if args.demonstrations
         else []
     )
+    from rlhf.using import templates
     from rlhf.using.measuring import Task
 
+    given = templates.given([*policies, *([against] if against else [])], args.chat_template)
+    for note in given.notes:
+        console.say(note, "yellow")
     longest = args.max_new_tokens or (TESTBED_REPLY if gold else REPLY)
     task = Task(prompts, texts, dialogues, longest, args.temperature, args.seed, args.batch_size)  # type: ignore[arg-type]
     everyone = [*policies, *([against] if against and against.path not in [p.path for p in policies] else [])]
-    measured = _measure(everyone, references, scorer, gold, task)
+    with templates.as_typed(bool(args.chat_template)):
+        measured = _measure(everyone, references, scorer, gold, task, given)
     baseline = next((m for m in measured if against and m.path == against.path), measured[0])
     if against is not None:
         _wins(measured, baseline, judge, args, task)
@@ -82,7 +88,8 @@ def main(argv: list[str]) -> int:
         mine = {**settings, "run": str(one.run.folder) if one.run else one.path, "reference": references.get(one.path)}
         eval_file.add(file, mine | {"baseline": baseline.name}, result)
         print(file)
-    console.next_commands(_next(args, everyone, against))
+    needs = given.of(policies[-1].path)
+    console.next_commands(_next(args, everyone, against, f" --chat-template {needs}" if needs else ""))
     return 0
 
 
@@ -99,14 +106,19 @@ def _references(ref: str | None, policies: "list[Named]", outputs: Path) -> dict
 
 
 def _measure(
-    everyone: "list[Named]", references: dict[str, str], scorer: "Named | None", gold: bool, task: "Task"
+    everyone: "list[Named]",
+    references: dict[str, str],
+    scorer: "Named | None",
+    gold: bool,
+    task: "Task",
+    given: "Given",
 ) -> "list[Measured]":
     """Every policy's replies with all metrics of them but wins. One model is in memory at a time."""
     from rlhf.errors import UserError
     from rlhf.scoring import GoldReward, ModelReward, make_ready
     from rlhf.using.measuring import add_kl, add_scores, device, measure
 
-    measured = [measure(one.label, one.path, task) for one in everyone]
+    measured = [measure(one.label, one.path, task, given.of(one.path)) for one in everyone]
     for reference in dict.fromkeys(references.values()) if task.temperature > 0 else ():
         try:
             add_kl([one for one in measured if references.get(one.path) == reference], reference, task)
@@ -167,6 +179,8 @@ def _result(one: "Measured", baseline: "Measured") -> "Result":
 def _settings(
     args: argparse.Namespace, source: str, count: int, longest: int, *models: "Named | None"
 ) -> dict[str, Any]:
+    from rlhf.using import templates
+
     scorer, judge, against = (None if one is None else str(one.run.folder if one.run else one.path) for one in models)
     return {
         "prompts": source,
@@ -180,14 +194,17 @@ def _settings(
         "judge": judge,
         "judge_template": args.judge_template if judge else None,
         "against": against,
+        **({"chat_template": templates.identity(args.chat_template)} if args.chat_template else {}),
     }
 
 
-def _next(args: argparse.Namespace, everyone: "list[Named]", against: "Named | None") -> list[tuple[str, str]]:
+def _next(
+    args: argparse.Namespace, everyone: "list[Named]", against: "Named | None", template: str
+) -> list[tuple[str, str]]:
     last = args.runs[-1]
-    found = [(f"rlhf chat {last}", "talk with it"), (f"rlhf export {last} --to FOLDER", "take it elsewhere")]
+    found = [(f"rlhf chat {last}{template}", "talk with it"), (f"rlhf export {last} --to FOLDER", "take it elsewhere")]
     if against is None and everyone[-1].run is not None:
-        found.insert(0, (f"rlhf eval {last} --against RUN", "win rate against another run"))
+        found.insert(0, (f"rlhf eval {last} --against RUN{template}", "win rate against another run"))
     return found
 
 
@@ -207,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         "started from)")  # fmt: skip
     add("--text", metavar="FILE", help="plain text whose perplexity is measured; testbed for its held-out text")
     add("--demonstrations", metavar="FILE", help="dialogues; perplexity of what the assistant says in them")
+    options.chat_template(parser, "those of the policies")
     options.longest(parser, None, f"{TESTBED_REPLY} on the testbed, else {REPLY}")
     options.temperature(parser, 1.0)
     options.seed(parser)

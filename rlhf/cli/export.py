@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import options
+from rlhf.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -18,9 +19,20 @@ def main(argv: list[str]) -> int:
     from rlhf.using import named
     from rlhf.using.export import export
     from rlhf.using.model_card import card
+    from rlhf.vocabulary import lacks_template
 
     model = named.model(args.run, args.outputs)
+    if named.scalar(model.path) and lacks_template(model.path):
+        raise UserError(
+            f"RUN={args.run}: its tokenizer has no chat template, through which a reward model reads dialogues; put "
+            f"one into {Path(model.path) / 'chat_template.jinja'}"
+        )
     found = export(model, args.to, args.merge, args.force)
+    if lacks_template(str(found.folder)):
+        found.notes.append(
+            "its tokenizer has no chat template: put one into chat_template.jinja, which apply_chat_template needs, or "
+            "type --chat-template in rlhf chat"
+        )
     end_id = _end_id(found.folder) if found.kind == "reward_model" else None
     page = card(model, found, end_id, args.license, command())
     (found.folder / "README.md").write_text(page, encoding="utf-8")

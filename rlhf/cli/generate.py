@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
     found = named.policy(args.run, args.outputs)
     world = named.testbed(found.run) if found.run is not None else None
     prompts = load_prompts(args.prompts, world, args.limit)
+    from rlhf.using import templates
+
+    given = templates.given([found], args.chat_template)
+    for note in given.notes:
+        console.say(note, "yellow")
     model = Path(found.path)
     settings: dict[str, Any] = {
         "run": str(found.run.folder) if found.run else None,
@@ -39,6 +44,8 @@ def main(argv: list[str]) -> int:
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
     }
+    if args.chat_template:
+        settings["chat_template"] = templates.identity(args.chat_template)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     default = args.outputs / "generations" / f"{found.slug}-{Path(args.prompts).name.split('.')[0]}-{key}.jsonl"
     file = ReplyFile(args.out or default, settings, args.samples)
@@ -46,7 +53,8 @@ def main(argv: list[str]) -> int:
     if done == len(prompts):
         console.say(f"{file.path} is complete; --force writes it anew")
     else:
-        _write(found.path, prompts, file, done, args)
+        with templates.as_typed(bool(args.chat_template)):
+            _write(found.path, prompts, file, done, args)
     rows = file.rows()
     ended = sum(row["ended"] for row in rows) / len(rows)
     tokens = sum(row["tokens"] for row in rows) / len(rows)
@@ -56,8 +64,9 @@ def main(argv: list[str]) -> int:
         f"their end, mean log-probability {likely:.2f}"
     )
     console.say(f"\n{file.path}\n{file.meta}")
-    following = [(f"rlhf eval {args.run} --prompts {args.prompts}", "measure them: length, KL, reward, wins")]
-    console.next_commands([*following, (f"rlhf chat {args.run}", "talk with it")])
+    too = f" --chat-template {args.chat_template}" if args.chat_template else ""
+    following = [(f"rlhf eval {args.run} --prompts {args.prompts}{too}", "measure them: length, KL, reward, wins")]
+    console.next_commands([*following, (f"rlhf chat {args.run}{too}", "talk with it")])
     return 0
 
 
@@ -67,7 +76,7 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
     from rlhf.progress import Meter
     from rlhf.using.generation import SeededSampler, in_batches, room
 
-    policy = load_policy(path)
+    policy = load_policy(path, args.chat_template)
     longest = room(policy, prompts, args.max_new_tokens)
     if args.max_new_tokens is None:
         print(f"at most {longest} tokens a reply (context {policy.context_length}; --max-new-tokens sets it)")
@@ -96,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="write over a file that something else has made")
     options.count(parser, "--samples", 1, "replies per prompt (default: 1)")
     options.count(parser, "--limit", None, "only the first N prompts")
+    options.chat_template(parser, "a model")
     options.sampling(parser, 1.0, None, "128, or what the longest prompt leaves of the context")
     options.batch_size(parser, 64)
     options.outputs(parser)

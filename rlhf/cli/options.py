@@ -45,6 +45,15 @@ def seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the sampling (default: 0)")
 
 
+def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
+    """--chat-template: for models without one."""
+    what = (
+        f"chat template for {whose} whose tokenizer has none: plain, chatml, llama2, llama3, zephyr or a Jinja file, "
+        "as model.chat_template in training; one that a model came with is never replaced"
+    )
+    _both(parser, "--chat-template", metavar="NAME|FILE", help=what)
+
+
 def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     """--batch-size: bounds memory, changes no reply."""
     what = f"replies sampled or scored at a time; bounds memory (default: {default})"

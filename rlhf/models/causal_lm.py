@@ -236,17 +236,24 @@ class CausalLM:
                 )
             tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), self.vocab_size)
         else:
-            if source == self.path:
-                own = self._adapters()
-                there = own and (own[-1] / "tokenizer_config.json").exists()
-                source = str(own[-1]) if there else self._base_path()
-            tokenizer = self._found(AutoTokenizer.from_pretrained, source)
+            tokenizer = self.own_tokenizer()
         if self.chat_template is not None:
             tokenizer.chat_template = self._template()
             missing = [t for t in TOKENS.get(self.chat_template, ()) if t not in tokenizer.get_vocab()]
             if missing:
                 tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
         _give_pad(tokenizer)
+        return tokenizer
+
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as it comes with ``tokenizer`` or ``path``, with its own template and padding or without."""
+        source = self.tokenizer or self.path
+        assert source is not None
+        if source == self.path:
+            own = self._adapters()
+            there = own and (own[-1] / "tokenizer_config.json").exists()
+            source = str(own[-1]) if there else self._base_path()
+        tokenizer: PreTrainedTokenizerBase = self._found(AutoTokenizer.from_pretrained, source)
         return tokenizer
 
     def _template(self) -> str:

@@ -10,6 +10,7 @@ from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
 from rlhf.rollout import Sampler
 from rlhf.using.generation import stream
+from rlhf.using.templates import as_typed
 
 
 class ContextFull(UserError):
@@ -26,9 +27,13 @@ class Chat:
         sampler: How replies are sampled; ``max_new_tokens`` is the longest reply.
         system: What the system message says; None: none (a template may have one of its own).
         seed: Of the sampling; the n-th reply has the same random numbers in every chat with this seed.
+        given: Whether the chat template is one that was typed; else it is the model's own.
     """
 
-    def __init__(self, policy: LanguageModel, sampler: Sampler, system: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, policy: LanguageModel, sampler: Sampler, system: str | None = None, seed: int = 0, given: bool = False
+    ) -> None:
+        self.given = given
         self.policy, self.sampler, self.system, self.seed = policy, sampler, system, seed
         self.turns: list[Message] = []
         self.cut = ""  # why the last reply did not come to its end; empty if it did
@@ -86,7 +91,8 @@ class Chat:
     def encoded(self, messages: Sequence[Message]) -> list[int]:
         """A dialogue in tokens. Raises UserError where the template refuses it, such as for a system message."""
         try:
-            return encode_prompt(self.policy.tokenizer, messages)
+            with as_typed(self.given):
+                return encode_prompt(self.policy.tokenizer, messages)
         except TemplateError as error:
             raise UserError(f"the model's chat template refuses this dialogue: {error}") from error
 

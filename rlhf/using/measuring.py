@@ -68,9 +68,12 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(name: str, path: str, task: Task) -> Measured:
-    """A policy's replies to the prompts, and what can be said of it alone: reply length, ended share, perplexities."""
-    policy = load_policy(path)
+def measure(name: str, path: str, task: Task, chat_template: str | None = None) -> Measured:
+    """A policy's replies to the prompts, and what can be said of it alone: reply length, ended share, perplexities.
+
+    ``chat_template`` is for a policy without its own.
+    """
+    policy = load_policy(path, chat_template)
     longest = room(policy, task.prompts, task.max_new_tokens)
     sampler = SeededSampler(longest, task.temperature, batch_size=task.batch_size)
     rollouts: list[Rollout] = []

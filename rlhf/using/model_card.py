@@ -149,7 +149,8 @@ def _lineage(run: Run) -> str:
     lines = ["## Lineage\n", "| run | made from | data |", "|---|---|---|"]
     for one in chain:
         inputs = one.lineage.get("inputs", {})
-        made = [f"{role}: {_called(name, names)}" for role, found in inputs.items() for name in found]
+        paths = _config(one).get("inputs") or {}
+        made = [f"{role}: {_called(name, names, paths.get(role))}" for role, found in inputs.items() for name in found]
         lines.append(f"| {names[one.fingerprint]} | {', '.join(made) or _start(one)} | {_data(one)} |")
     for one in chain:
         lines += ["", f"### {one.stage} `{one.folder.name}`\n"]
@@ -163,9 +164,12 @@ def _lineage(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _called(identity: str, names: dict[str, str]) -> str:
-    """An input by its run's name, where a run made it."""
-    return names.get(identity.partition("/")[0], identity if identity.startswith("hub:") else f"`{identity[:20]}`")
+def _called(identity: str, names: dict[str, str], path: Any) -> str:
+    """An input by its run's name, where a run made it; else by the hub id, or by the one path that was read."""
+    if identity.startswith("hub:"):
+        return identity
+    digest = f"`{identity[:20]}`"
+    return names.get(identity.partition("/")[0], f"`{path}` ({digest})" if isinstance(path, str) else digest)
 
 
 def _start(run: Run) -> str:

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from rlhf import discovery, runs
+from rlhf import runs
 from rlhf.config import Plain, targets
 from rlhf.errors import UserError
 from rlhf.runs import Run
@@ -74,20 +71,8 @@ def model(ref: str, outputs: Path, key: str = "RUN") -> Named:
 
 
 def _model(ref: str, role: str, outputs: Path, key: str) -> Named:
-    found = runs.resolve(_option(ref) or ref, role, outputs, key)
+    found = runs.resolve(ref, role, outputs, key)
     return Named(ref, found.path, None if found.run is None else Run(found.run))
-
-
-def _option(ref: str) -> str | None:
-    """The weights behind an option of ``conf/model``, such as smollm2_135m."""
-    file = discovery.conf_dir() / "model" / f"{ref}.yaml"
-    if "/" in ref or not file.is_file() or Path(ref).exists():
-        return None
-    try:
-        path = OmegaConf.select(OmegaConf.load(file), "path")
-    except OmegaConfBaseException:
-        return None
-    return None if path is None else str(path)
 
 
 def scalar(path: str) -> bool:

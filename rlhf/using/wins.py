@@ -59,4 +59,5 @@ class Judge:
 
 def _as_typed(error: UserError) -> UserError:
     message = str(error).replace("annotator.path=", "--judge ").replace("model.path=", "--judge ")
+    message = message.replace("type model.chat_template=chatml", "name another judge")
     return UserError(message.replace("annotator.template", "--judge-template"))
