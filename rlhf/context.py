@@ -4,13 +4,12 @@ A step of a pipeline mostly samples from a model that an earlier step has yet to
 from, so its context is known long before its weights. No torch at module level.
 """
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Plain
 from rlhf.errors import UserError
+from rlhf.model_config import written
 from rlhf.validation import light
 
 if TYPE_CHECKING:
@@ -31,20 +30,9 @@ def length(model: Any, steps: Iterable["Step"] = ()) -> int | None:
         model = made.pop(model["path"])
     if not isinstance(model, dict):
         return None
-    shape = model.get("architecture") if model.get("path") is None else _written(Path(str(model["path"])))
+    shape = model.get("architecture") if model.get("path") is None else written(model["path"])
     found = [shape[key] for key in _KEYS if isinstance(shape, dict) and type(shape.get(key)) is int]
     return found[0] if found else None
-
-
-def _written(path: Path) -> Any:
-    """The configuration in a model or run folder."""
-    for file in (path / "config.json", path / "model" / "config.json"):
-        if file.is_file():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                return None
-    return None
 
 
 def check(step: "Step", earlier: Iterable["Step"]) -> None:

@@ -15,6 +15,8 @@ from rlhf.data.records import Message, Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_turns
 from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
+from rlhf.model_config import no_head, scores
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
 from rlhf.rollout import Rollout
@@ -88,8 +90,16 @@ class ModelReward:
         self.batch_size = batch_size
         self._model: ScalarModel | None = None
 
+    @staticmethod
+    def check_knobs(path: str, **_: Any) -> None:
+        """Raises UserError for a folder with a language model; what is no folder by now is looked at by ``load``."""
+        if scores(path) is False:
+            raise no_head("reward.path", path)
+
     def load(self, base: SharedBase | None = None) -> "ModelReward":
         """Reads the weights; on a shared base only the reward model's adapter and head."""
+        if not CausalLM(self.path, None, None).scalar:
+            raise no_head("reward.path", self.path)
         if base is not None:
             self._model = base.scalar(self.path)
         else:

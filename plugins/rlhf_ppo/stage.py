@@ -19,6 +19,7 @@ from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.reduction import weighted_mean
+from rlhf.model_config import no_head, scores
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import critic_of
 from rlhf.objective import Metrics, PolicyObjective
@@ -126,6 +127,8 @@ class PPOStage(RolloutStage):
                 f"stage.value_warmup={value_warmup} of stage.steps={steps} rollouts leaves none that trains the "
                 f"policy: type stage.steps={value_warmup + 1} or more, or stage.value_warmup=0"
             )
+        if scores(value) is False:
+            raise no_head("stage.value", value, OWN_CRITIC)
         check_vocabulary(model, value, "stage.value", OWN_CRITIC)
         if value_warmup and getattr(objective, "value_coefficient", None) == 0:
             raise UserError(

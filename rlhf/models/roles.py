@@ -5,6 +5,7 @@ import copy
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.model_config import no_head
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, Reference
@@ -100,10 +101,12 @@ def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
     adapter sits on the policy's weights, and else on weights of its own.
 
     Raises:
-        UserError: For a model with another vocabulary.
+        UserError: For a language model, whose head would be drawn, and for a model with another vocabulary.
     """
     if path is None:
         return ScalarModel(copy.deepcopy(policy) if policy.shared is None else share(policy), zero_init=True)
+    if not CausalLM(path, None, None).scalar:
+        raise no_head("stage.value", path, OWN_CRITIC)
     if policy.shared is not None:
         critic = policy.shared.scalar(path, fresh=True)
     else:

@@ -1,6 +1,5 @@
 """What a word on the command line means: a run's model, a model folder, a GGUF file, a hub id. No torch here."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from rlhf import runs
 from rlhf.config import Plain, targets
 from rlhf.errors import UserError
+from rlhf.model_config import scores
 from rlhf.runs import Run
 
 
@@ -77,11 +77,7 @@ def _model(ref: str, role: str, outputs: Path, key: str) -> Named:
 
 def scalar(path: str) -> bool:
     """Whether a model folder holds a reward or value model. False for what is not there to be looked at."""
-    try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return bool(scores(path))
 
 
 # Lineage
