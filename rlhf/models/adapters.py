@@ -14,15 +14,20 @@ from rlhf.errors import UserError, suggest
 from rlhf.models.precision import Precision
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
+NEEDS_WEIGHTS = "adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora"
 
 
 @dataclass(frozen=True)
 class NoAdapter:
     """Every weight is trained."""
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """How the base is quantised when loaded; None for not at all."""
+    def description(self, precision: Precision) -> BitsAndBytesConfig | None:
+        """How the base is quantised, None for not at all; not tried out, so that models without weights have it too."""
         return None
+
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
+        """The same for a base that is about to be loaded."""
+        return self.description(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Makes a loaded base fit to be adapted."""
@@ -113,13 +118,8 @@ class QLoRA(LoRA):
         if self.quantize == "int8" and self.double_quant:
             raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
-        """How the base is quantised; products are computed in the precision's format.
-
-        Raises:
-            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
-        """
-        check_bitsandbytes(self.quantize)
+    def description(self, precision: Precision) -> BitsAndBytesConfig:
+        """How the base is quantised; products are computed in the precision's format."""
         if self.quantize == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
@@ -128,6 +128,15 @@ class QLoRA(LoRA):
             bnb_4bit_use_double_quant=self.double_quant is not False,
             bnb_4bit_compute_dtype=precision.compute,
         )
+
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
+        """The same, tried out first on a few numbers.
+
+        Raises:
+            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
+        """
+        check_bitsandbytes(self.quantize)
+        return self.description(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Quantised layers compute the same whether they train or not."""

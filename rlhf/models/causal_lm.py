@@ -30,7 +30,7 @@ from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
-from rlhf.models.adapters import NoAdapter
+from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import adapters_alone
@@ -158,7 +158,7 @@ class CausalLM:
         model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
         adapter.prepare(model)
         model.requires_grad_(False)
-        if adapter.quantization(precision) is None:
+        if adapter.description(precision) is None:
             return model, None
         return model, lambda kind: partial(self._plain_weights, kind, precision, tokenizer)
 
@@ -173,7 +173,7 @@ class CausalLM:
         kind: Any,
     ) -> LanguageModel:
         plain = None
-        if adapter.quantization(precision) is not None:
+        if adapter.description(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
         language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain, self.folder)
         language_model.adapter, language_model.precision = adapter, precision
@@ -196,7 +196,7 @@ class CausalLM:
         if self.path is None:
             config = self.config(tokenizer)
             if quantization is not None:
-                raise UserError("adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora")
+                raise UserError(NEEDS_WEIGHTS)
             self._check_memory(config, precision.weights.itemsize)
             return self._made(kind.from_config, config, **arguments)
 
