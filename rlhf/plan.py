@@ -156,7 +156,7 @@ class _Planner:
         self.steps.append(step)
 
     def _made(self, name: str | None, raw: Plain, roles: set[str]) -> Step:
-        from rlhf import sharing, validation
+        from rlhf import adapted_layers, sharing, validation
 
         before = len(self.problems)
         with configs.scope(self.root, {key: step.folder for key, step in self._by_name.items()}):
@@ -186,10 +186,11 @@ class _Planner:
         headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
         made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline))
-        try:
-            sharing.check(made, self.steps)
-        except UserError as error:
-            self.problems.append(validation.said_of_step(str(error), config, name or ""))
+        for check in (adapted_layers.check, sharing.check):
+            try:
+                check(made, self.steps)
+            except UserError as error:
+                self.problems.append(validation.said_of_step(str(error), config, name or ""))
         return made
 
     def _inputs(

@@ -30,7 +30,7 @@ from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
-from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter
+from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import adapters_alone
@@ -115,9 +115,15 @@ class CausalLM:
 
     def parameters(self) -> int:
         """Number of weights, counted without making any. Tied weights count once."""
+        return sum(parameter.numel() for parameter in self.outline().parameters())
+
+    def outline(self) -> PreTrainedModel:
+        """The model's layers, without weights and without memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
-        return sum(parameter.numel() for parameter in model.parameters())
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config(), trust_remote_code=self.trust_remote_code
+            )
+        return made
 
     def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
         """The model's configuration; for random weights with the tokenizer's vocabulary if one is given."""
@@ -216,7 +222,7 @@ class CausalLM:
         self._check_memory(self.config(), size)
         model = self._read(kind, path, **arguments)
         for one in adapters:
-            model = PeftModel.from_pretrained(model, str(one)).merge_and_unload()
+            model = merged(PeftModel.from_pretrained(model, str(one)), one)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             if type(adapter) is not NoAdapter:
                 raise UserError(
