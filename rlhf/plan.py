@@ -160,7 +160,7 @@ class _Planner:
         self.steps.append(step)
 
     def _made(self, name: str | None, raw: Plain, roles: set[str]) -> Step:
-        from rlhf import context, sharing, validation
+        from rlhf import adapted_layers, context, sharing, validation
 
         own = self.raw[name] if name else {}
         before = len(self.problems)
@@ -192,7 +192,7 @@ class _Planner:
         headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
         made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline), own)
-        for one in (sharing, context):
+        for one in (adapted_layers, sharing, context):
             try:
                 one.check(made, self.steps)
             except UserError as error:

@@ -129,19 +129,25 @@ def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int |
         elif lengths.dropped:
             limit = f"{name}.max_length={split.data.max_length}"
             console.say(f"{side}: {len(lengths.dropped)} records dropped, they do not fit {limit}:", "yellow")
-        for which, words in lengths.dropped[:SHOWN]:
-            console.say(f"  {which}: {words}")
+        _listed(lengths.dropped)
         if lengths.truncated:
             console.say(
                 f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:", "yellow"
             )
-        for which, words in lengths.truncated[:SHOWN]:
-            console.say(f"  {which}: {words}")
+        _listed(lengths.truncated)
     if not train.dropped and not train.truncated and not held_out.dropped and not held_out.truncated:
         console.say("every record fits, none is cut")
     if train.read:
         share = train.trained / train.read
         console.say(f"trained on: {train.trained:,} of {train.read:,} tokens ({share:.1%})")
+
+
+def _listed(records: Sequence[tuple[Any, str]]) -> None:
+    """The first of them one by one, and how many more there are."""
+    for which, words in records[:SHOWN]:
+        console.say(f"  {which}: {words}")
+    if len(records) > SHOWN:
+        console.say(f"  ... {len(records) - SHOWN} more")
 
 
 def _contents(records: Sequence[Record]) -> None:

@@ -82,7 +82,7 @@ def trained_bytes(config: Plain) -> int:
     )
     with without_weights(Weightless()):
         model = AutoModelForCausalLM.from_config(spec.config(), dtype=precision.weights)
-        quantization = adapter.quantization(precision)
+        quantization = adapter.description(precision)
         if quantization is not None:
             quantize(model, quantization)
         model = adapter.apply(model)

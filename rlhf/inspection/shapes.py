@@ -10,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from rlhf.errors import UserError
+from rlhf.models.adapters import NEEDS_WEIGHTS
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, plain_config
 
@@ -90,8 +92,10 @@ def _weights(spec: CausalLM, kind: Any, adapter: Any, precision: Any, tokenizer:
     if "SequenceClassification" in kind.__name__:
         config.num_labels = 1
     made: PreTrainedModel = kind.from_config(config, dtype=precision.weights, attn_implementation=spec.attention)
-    quantization = adapter.quantization(precision)
+    quantization = adapter.description(precision)
     if quantization is not None:
+        if spec.path is None:
+            raise UserError(NEEDS_WEIGHTS)
         quantize(made, quantization)
     return made
 

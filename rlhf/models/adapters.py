@@ -1,10 +1,13 @@
 """Adapters: which weights are trained, and whether the frozen ones are quantised."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -14,15 +17,20 @@ from rlhf.errors import UserError, suggest
 from rlhf.models.precision import Precision
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
+NEEDS_WEIGHTS = "adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora"
 
 
 @dataclass(frozen=True)
 class NoAdapter:
     """Every weight is trained."""
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """How the base is quantised when loaded; None for not at all."""
+    def description(self, precision: Precision) -> BitsAndBytesConfig | None:
+        """How the base is quantised, None for not at all; not tried out, so that models without weights have it too."""
         return None
+
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
+        """The same for a base that is about to be loaded."""
+        return self.description(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Makes a loaded base fit to be adapted."""
@@ -61,31 +69,46 @@ class LoRA(NoAdapter):
         """PEFT's description of the adapter.
 
         Raises:
-            UserError: If the model has no linear layers of the names asked for.
+            UserError: As ``check_modules``.
         """
-        modules: str | list[str] = "all-linear"
-        if self.modules != "all-linear":
-            modules = [self.modules] if isinstance(self.modules, str) else list(self.modules)
-            self._check_modules(model, modules)
+        self.check_modules(model)
+        whole = self.modules == "all-linear"
+        modules = [self.modules] if isinstance(self.modules, str) and not whole else self.modules
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works; PEFT's annotation says int
             lora_dropout=self.dropout,
-            target_modules=modules,
+            target_modules=modules if isinstance(modules, str) else list(modules),
             use_dora=self.decompose,
             bias="none",
             task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
         )
 
-    @staticmethod
-    def _check_modules(model: PreTrainedModel, modules: list[str]) -> None:
-        linear = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as convolutions
-        names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, linear)}
-        for wanted in modules:
+    def check_modules(self, model: PreTrainedModel) -> None:
+        """Refuses names in ``modules`` that this model cannot be adapted at; needs its layers and no weights.
+
+        Raises:
+            UserError: If the model has no linear layers of these names, or one of them is the output projection and
+                shares its weights with the input embedding: an update of the one cannot be merged without the other.
+        """
+        if self.modules == "all-linear":  # leaves the output projection out, whatever it shares
+            return
+        linear = (nn.Linear, Conv1D, BaseTunerLayer)  # GPT-2 writes its linear layers as convolutions
+        parts = {name.rpartition(".")[2]: part for name, part in model.named_modules() if isinstance(part, linear)}
+        inner = ("base_layer", TRAINED)  # of layers that have an adapter already
+        names = {name for name in parts if name not in inner and not name.startswith("below_")}
+        tied = tied_projection(model)
+        names.discard(str(tied))
+        instead = f"type adapter.modules=[...] of those it has: {', '.join(sorted(names))}"
+        for wanted in [self.modules] if isinstance(self.modules, str) else self.modules:
+            if wanted == tied:
+                raise UserError(
+                    f"adapter.modules={wanted}: in this model it shares its weights with the input embedding "
+                    f"(tie_word_embeddings), so what is trained there cannot be merged; {instead}"
+                )
             if wanted not in names:
                 raise UserError(
-                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; type "
-                    f"adapter.modules=[...] of those it has: {', '.join(sorted(names))}"
+                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; {instead}"
                 )
 
 
@@ -113,13 +136,8 @@ class QLoRA(LoRA):
         if self.quantize == "int8" and self.double_quant:
             raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
-        """How the base is quantised; products are computed in the precision's format.
-
-        Raises:
-            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
-        """
-        check_bitsandbytes(self.quantize)
+    def description(self, precision: Precision) -> BitsAndBytesConfig:
+        """How the base is quantised; products are computed in the precision's format."""
         if self.quantize == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
@@ -129,6 +147,15 @@ class QLoRA(LoRA):
             bnb_4bit_compute_dtype=precision.compute,
         )
 
+    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
+        """The same, tried out first on a few numbers.
+
+        Raises:
+            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
+        """
+        check_bitsandbytes(self.quantize)
+        return self.description(precision)
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Quantised layers compute the same whether they train or not."""
         make_exact(model)
@@ -137,6 +164,34 @@ class QLoRA(LoRA):
         """As LoRA, on quantised layers that compute the same whether they train or not."""
         self.prepare(model)
         return super().apply(model)
+
+
+def tied_projection(model: PreTrainedModel) -> str | None:
+    """Name of the output projection, the last part of it, where its weights are the input embedding's; else None."""
+    head = model.get_output_embeddings()
+    # By the configuration a model is tied again when its saved weights are loaded, whatever they are.
+    shared = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if head is None or not (shared or head.weight is model.get_input_embeddings().weight):
+        return None
+    return next(name.rpartition(".")[2] for name, part in model.named_modules() if part is head)
+
+
+def merged(model: PeftModel, folder: Path) -> PreTrainedModel:
+    """A model with the adapter that was stored in ``folder`` merged in.
+
+    Raises:
+        UserError: If the adapter changes one of two embeddings that share their weights: merging would change both, or
+            saving lose it.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    tied = tied_projection(base)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if tied is not None and any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends):
+        raise UserError(
+            f"model.path={folder}: its adapter changes the embedding or {tied}, which share their weights here "
+            "(tie_word_embeddings), so it cannot be merged: train it on other layers"
+        )
+    return model.merge_and_unload()  # type: ignore[operator,no-any-return]
 
 
 def check_bitsandbytes(quantize: str) -> None:

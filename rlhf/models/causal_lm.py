@@ -30,7 +30,7 @@ from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
-from rlhf.models.adapters import NoAdapter
+from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import adapters_alone
@@ -115,9 +115,15 @@ class CausalLM:
 
     def parameters(self) -> int:
         """Number of weights, counted without making any. Tied weights count once."""
+        return sum(parameter.numel() for parameter in self.outline().parameters())
+
+    def outline(self) -> PreTrainedModel:
+        """The model's layers, without weights and without memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
-        return sum(parameter.numel() for parameter in model.parameters())
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config(), trust_remote_code=self.trust_remote_code
+            )
+        return made
 
     def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
         """The model's configuration; for random weights with the tokenizer's vocabulary if one is given."""
@@ -158,7 +164,7 @@ class CausalLM:
         model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
         adapter.prepare(model)
         model.requires_grad_(False)
-        if adapter.quantization(precision) is None:
+        if adapter.description(precision) is None:
             return model, None
         return model, lambda kind: partial(self._plain_weights, kind, precision, tokenizer)
 
@@ -173,7 +179,7 @@ class CausalLM:
         kind: Any,
     ) -> LanguageModel:
         plain = None
-        if adapter.quantization(precision) is not None:
+        if adapter.description(precision) is not None:
             plain = partial(self._plain_weights, kind, precision, tokenizer)
         language_model = LanguageModel(adapter.apply(model), tokenizer, _end_id(tokenizer), plain, self.folder)
         language_model.adapter, language_model.precision, language_model.spec = adapter, precision, self
@@ -196,7 +202,7 @@ class CausalLM:
         if self.path is None:
             config = self.config(tokenizer)
             if quantization is not None:
-                raise UserError("adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora")
+                raise UserError(NEEDS_WEIGHTS)
             self._check_memory(config, precision.weights.itemsize)
             return self._made(kind.from_config, config, **arguments)
 
@@ -216,7 +222,7 @@ class CausalLM:
         self._check_memory(self.config(), size)
         model = self._read(kind, path, **arguments)
         for one in adapters:
-            model = PeftModel.from_pretrained(model, str(one)).merge_and_unload()
+            model = merged(PeftModel.from_pretrained(model, str(one)), one)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             if type(adapter) is not NoAdapter:
                 raise UserError(

@@ -31,11 +31,7 @@ def converted(source: str) -> str:
         UserError: For a file that is not there or cannot be read, or a cache that cannot be written.
     """
     file = Path(source).expanduser()
-    if not file.is_file():
-        raise UserError(f"model.path={source}: no such file")
-    stat = file.stat()
-    digest = _digest(file, stat.st_size, stat.st_mtime_ns)
-    folder = cache_folder("gguf") / f"{file.stem}-{digest[:16]}-{LAYOUT}"
+    folder, digest = place(source), _digest_now(file)
     if (folder / "config.json").exists():
         if not (folder / gguf_source.SOURCE_FILE).exists():
             with suppress(OSError):  # a cache for reading only stays as it is
@@ -53,6 +49,19 @@ def converted(source: str) -> str:
     except PermissionError as error:
         raise UserError(f"{folder.parent}: cannot be written; type RLHF_CACHE=FOLDER before the command") from error
     return str(folder)
+
+
+def place(source: str) -> Path:
+    """Where the folder of a GGUF file lies, or will lie. Raises UserError for a file that is not there."""
+    file = Path(source).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.path={source}: no such file")
+    return cache_folder("gguf") / f"{file.stem}-{_digest_now(file)[:16]}-{LAYOUT}"
+
+
+def _digest_now(file: Path) -> str:
+    stat = file.stat()
+    return _digest(file, stat.st_size, stat.st_mtime_ns)
 
 
 @cache

@@ -201,7 +201,7 @@ def digest(path: str) -> str | None:
     """
     place = Path(path)
     if not place.exists():
-        found = _of_hub(path)
+        found = of_hub(path)
         if found is None:
             return None
         place = found
@@ -228,7 +228,7 @@ def _digest_of(file: Path, size: int, changed_ns: int) -> bytes:
         return total.digest()
 
 
-def _of_hub(name: str) -> Path | None:
+def of_hub(name: str) -> Path | None:
     """The folder of a hub model in the cache of this machine."""
     from huggingface_hub import try_to_load_from_cache
 

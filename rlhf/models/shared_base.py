@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import TRAINED, LoRA
+from rlhf.models.adapters import TRAINED, LoRA, tied_projection
 from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import Planned, common_base
@@ -223,6 +223,12 @@ class SharedBase:
         # It may have been trained on a tree with a projection to the vocabulary and be put on one without, or so.
         config.task_type = self.adapter.config(base).task_type
         config.target_modules = {key.removeprefix(stem).rpartition(".lora_")[0] for key in state}
+        tied = tied_projection(base)
+        if tied in {name.rpartition(".")[2] for name in config.target_modules}:
+            raise UserError(
+                f"{folder}: its adapter changes {tied}, which shares its weights with the input embedding "
+                "(tie_word_embeddings), so it cannot be merged when it is saved: train it on other layers"
+            )
         with torch.random.fork_rng(devices=[]):  # its random start is thrown away, and must not be felt elsewhere
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)

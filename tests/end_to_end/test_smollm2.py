@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import smollm2
@@ -62,6 +63,14 @@ def pipeline(home: Path) -> Done:
     return rlhf(home, "pipeline=instructgpt", "adapter=lora", *MODEL, *PIPELINE)
 
 
+@pytest.fixture(scope="module")
+def quantised(home: Path) -> Path:
+    """An SFT run with QLoRA, a step so small that nothing is forgotten."""
+    data = ["data.size=2", "data.validation=0", "data.max_length=64", "stage.batch_size=2", "stage.epochs=1"]
+    rlhf(home, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
+    return only(home / "other", "sft")
+
+
 def losses(folder: Path) -> list[float]:
     rows = csv.DictReader((folder / "metrics.csv").open())
     return [float(row["loss"]) for row in rows if row["loss"]]
@@ -103,11 +112,9 @@ def test_other_stages_from_the_same_policy(home: Path, pipeline: Done, stage: st
         assert loss[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same 4-bit weights
 
 
-def test_sft_with_qlora_leaves_a_folder_that_answers(home: Path, pipeline: Done) -> None:
+def test_sft_with_qlora_leaves_a_folder_that_answers(quantised: Path) -> None:
     """From the package's weights to a plain Hugging Face folder; a step so small that nothing is forgotten."""
-    data = ["data.size=2", "data.validation=0", "data.max_length=64", "stage.batch_size=2", "stage.epochs=1"]
-    rlhf(home, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
-    folder = only(home / "other", "sft") / "model"
+    folder = quantised / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and "<|im_start|>" in tokenizer.chat_template
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,3 +123,28 @@ def test_sft_with_qlora_leaves_a_folder_that_answers(home: Path, pipeline: Done)
     answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_reward_model_and_ppo_with_qlora(home: Path, pipeline: Done, quantised: Path) -> None:
+    """Both on the same 4-bit SFT run: the reward model's comparisons are those that were collected before."""
+    once = ["data.validation=0", "stage.batch_size=2", "stage.epochs=1", "adapter=qlora", "outputs=other"]
+    inputs = [f"inputs.policy={quantised}", f"inputs.comparisons={only(home / 'outputs', 'collect')}"]
+    rlhf(home, "stage=reward_model", *MODEL, *inputs, *once)
+    scorer = only(home / "other", "reward_model")
+    (loss,) = losses(scorer)
+    assert loss > 0 and math.isfinite(loss)
+    # What was trained on 4 bits is in the saved weights, which are plain: W + (alpha / rank) B A.
+    layer = "layers.0.self_attn.q_proj"
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (quantised, scorer))
+    (file,) = (scorer / "adapter").glob("*.safetensors")
+    low = {name.partition(".lora_")[2][0]: value for name, value in load_file(file).items() if f"{layer}." in name}
+    moved = after[f"model.{layer}.weight"] - before[f"model.{layer}.weight"]
+    assert low["B"].abs().max() > 0
+    torch.testing.assert_close(moved, 32 / 4 * low["B"] @ low["A"], atol=1e-6, rtol=1e-3)
+    steps = ["data.size=2", "rollout.max_new_tokens=4", "stage.steps=1", "stage.minibatches=1"]
+    inputs = [f"inputs.policy={quantised}", f"inputs.reward_model={scorer}"]
+    rlhf(home, "stage=ppo", *MODEL, *inputs, *once, *steps)
+    aligned = only(home / "other", "ppo")
+    (row,) = csv.DictReader((aligned / "metrics.csv").open())
+    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy is still the reference
+    assert "quantization_config" not in json.loads((aligned / "model" / "config.json").read_text())

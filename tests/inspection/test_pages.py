@@ -78,6 +78,23 @@ def test_every_bad_row_is_named_with_its_reason(capsys: pytest.CaptureFixture[st
     assert "rows read 20" in out and "records kept 18 16 train, 2 held out" in out
 
 
+def test_records_that_do_not_fit_are_named_or_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten are named; those that are not are counted, so that nobody takes ten for all of them."""
+    rows = [{"instruction": f"Question {i}?", "output": "Yes. " * 60} for i in range(15)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["stage=sft", "data=alpaca", "data.source=mine.jsonl", "data.max_length=40", "data.validation=2"]
+    code, out = typed(capsys, "data", *words, *MODEL)
+    assert code == 0 and "train: 13 records cut to data.max_length=40" in out, out
+    named = [line for line in out.splitlines() if "(mine.jsonl, row " in line]
+    assert len(named) == 12  # 10 to train on, 2 held out
+    assert out.count(" more\n") == 1 and " ... 3 more\n" in out
+    # prompts that are too long for the model's context
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "Who? " * 90}) + "\n" for _ in range(14)))
+    words = ["pipeline=instructgpt", "align.data.source=prompts.jsonl", "align.data.validation=0", "until=align"]
+    code, out = typed(capsys, "data", *words, *MODEL)
+    assert code == 0 and "14 prompts are longer than" in out and " ... 4 more\n" in out, out
+
+
 def test_data_that_the_run_does_not_read_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["stage=reward_model", "data.size=12", "data.validation=4", "demonstrations.size=8", *MODEL]
     code, out = typed(capsys, "data", *words)

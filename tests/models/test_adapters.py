@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
 from rlhf.models.language_model import check_gradients
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_base import SharedBase
 from tests.models.conftest import FP32, move_adapter, random_model, spec
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -102,11 +104,58 @@ def test_names_of_layers() -> None:
         "q_proj",
         "v_proj",
     }
-    every = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    every = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"  # no lm_head: it is the embedding here
     with pytest.raises(UserError, match=rf"adapter.modules=q_prj.*did you mean q_proj.*it has: {every}$"):
         LoRA(modules=["q_prj"]).apply(random_model().base)
     with pytest.raises(UserError, match=rf"adapter.modules=c_attn.*it has: {every}$"):
         LoRA(modules="c_attn").apply(random_model().base)
+    with pytest.raises(UserError, match=r"modules=q_prj.* k_proj, lm_head, o_proj"):
+        LoRA(modules=["q_prj"]).apply(random_model(tie_word_embeddings=False).base)
+
+
+@pytest.mark.parametrize("adapter", [LoRA, DoRA, QLoRA])
+def test_an_output_projection_that_is_the_embedding_is_refused(adapter: type[LoRA]) -> None:
+    """Merged, its update would have to change the embedding too, and was lost."""
+    with pytest.raises(UserError, match=r"adapter.modules=lm_head: .*input embedding.* of those it has: down_proj"):
+        adapter(rank=4, modules=["q_proj", "lm_head"]).check_modules(random_model().base)
+    with pytest.raises(UserError, match=r"adapter.modules=lm_head: .*input embedding"):
+        adapter(rank=4, modules="lm_head").check_modules(random_model().base)
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4, modules=["lm_head"]), DoRA(rank=4, modules=["lm_head"])], ids=name)
+def test_an_output_projection_of_its_own_is_merged(adapter: LoRA, batch: Batch, tmp_path: Path) -> None:
+    random_model(tie_word_embeddings=False).save(tmp_path / "base" / "model")
+    model = spec(tmp_path / "base").load(adapter, FP32)
+    ids, mask, _ = batch
+    before = model.head(model.hidden(ids[:1], mask[:1]))
+    move_adapter(model)
+    model.save(tmp_path / "model")
+    logits = model.head(model.hidden(ids[:1], mask[:1]))
+    assert (logits - before).abs().max() > 1e-2
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(plain(input_ids=ids[:1]).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_a_stored_adapter_on_tied_embeddings_is_refused(layers: dict, folder: Path, tmp_path: Path) -> None:
+    """One that peft alone has trained: merging it would change both embeddings, or saving lose it."""
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM", **layers))
+    made.save_pretrained(tmp_path / "adapter")
+    spec(folder).load_tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter: its adapter changes the embedding or lm_head.* cannot be merged"):
+        spec(tmp_path / "adapter").load(NoAdapter(), FP32)
+    if layers == {"target_modules": ["lm_head"]}:
+        shared = SharedBase.find(spec(tmp_path / "adapter"), LoRA(rank=4, shared_base=True), FP32, {})
+        with pytest.raises(UserError, match="its adapter changes lm_head"):
+            shared.policy()
 
 
 @pytest.mark.parametrize(

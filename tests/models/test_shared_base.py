@@ -228,6 +228,19 @@ def test_the_weights_are_there_once(adapter: LoRA, runs: Runs) -> None:
     assert once <= held.held < 0.45 * held.copies
 
 
+def test_layers_are_named_as_on_a_base_of_its_own(runs: Runs) -> None:
+    """Beneath the policy's adapter lies another one already, which hides the layers' types."""
+    others = {"scorer": str(runs.scorer)}
+    shared = SharedBase.find(spec(runs.sft), LoRA(rank=2, modules=["q_proj"], shared_base=True), FP32, others)
+    policy = shared.policy()
+    trained = [name for name, value in policy.named_parameters() if value.requires_grad]
+    assert len(trained) == 4 and all(".q_proj." in name for name in trained)  # A and B in each of two layers
+    wrong = SharedBase.find(spec(runs.sft), LoRA(modules=["q_prj"], shared_base=True), FP32, others)
+    every = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(UserError, match=rf"adapter.modules=q_prj.* of those it has: {every}$"):
+        wrong.policy()
+
+
 @pytest.mark.parametrize("adapter", [QLoRA(rank=4, shared_base=True), QLoRA(rank=4, quantize="int8", shared_base=True)])
 def test_a_quantised_base_survives_evaluation(adapter: QLoRA, runs: Runs, batch: Batch) -> None:
     """The repacking of NF4 weights at the first forward without gradient would silence every role at once."""

@@ -1,0 +1,84 @@
+"""``adapter.modules``: whether a step's model has these layers, told while it is planned. No torch at module level.
+
+A step of a pipeline may start from the model of an earlier step that has not run; its layers are those of the model
+that the earlier step starts from.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from rlhf.config import Plain
+from rlhf.errors import UserError
+from rlhf.models.lineage import of_hub
+from rlhf.runs import Run
+
+if TYPE_CHECKING:
+    from rlhf.plan import Step
+
+
+def check(step: "Step", earlier: Iterable["Step"]) -> None:
+    """Refuses names of layers that the step's model does not have, or that cannot be adapted.
+
+    A model whose shape is not on this machine is not looked at; loading it tells the same.
+
+    Args:
+        step: One that is to run.
+        earlier: Steps of the same plan, whose models it may start from before they are made.
+
+    Raises:
+        UserError: One line.
+    """
+    names = (step.config.get("adapter") or {}).get("modules", "all-linear")
+    if names == "all-linear" or Run(step.folder).finished:
+        return
+    shape = _shape(step.config["model"], {str(one.folder): one for one in earlier}, names)
+    if shape is None:
+        return
+    from rlhf.models.adapters import LoRA
+    from rlhf.models.causal_lm import CausalLM
+
+    adapter = instantiate(OmegaConf.create(step.config["adapter"]), _convert_="all")
+    spec = instantiate(OmegaConf.create(shape), _convert_="all")
+    if not isinstance(adapter, LoRA) or not isinstance(spec, CausalLM) or spec.trust_remote_code:
+        return
+    try:
+        model = spec.outline()
+    except (UserError, ValueError, OSError):  # what is wrong with the model is said where it is loaded
+        return
+    adapter.check_modules(model)
+
+
+def _shape(model: Plain, made: dict[str, "Step"], names: Any) -> Plain | None:
+    """The ``model`` group with a path at which the configuration lies by now.
+
+    None where there is no such place, and where the model is made by a step that is asked for the same layers.
+    """
+    seen: set[str] = set()
+    while (path := model.get("path")) is not None:
+        path = str(path)
+        step = made.get(path) or made.get(path.removesuffix("/model"))
+        if step is not None and not Run(step.folder).finished and path not in seen:
+            if (step.config.get("adapter") or {}).get("modules") == names:
+                return None
+            seen.add(path)
+            model = step.config["model"]
+            continue
+        folder = _folder(path)
+        return None if folder is None else {**model, "path": str(folder)}
+    return model if model.get("architecture") else None
+
+
+def _folder(path: str) -> Path | None:
+    """Where the configuration of a folder, a GGUF file that was read before, or a hub model in the cache lies."""
+    places: list[Any] = [Path(path), Path(path) / "model"]
+    if path.endswith(".gguf"):
+        from rlhf.models.gguf import place
+
+        places = [place(path)] if Path(path).expanduser().is_file() else []
+    elif not Path(path).exists():
+        places = [of_hub(path)]
+    return next((folder for folder in places if folder is not None and (folder / "config.json").is_file()), None)
