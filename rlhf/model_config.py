@@ -26,6 +26,6 @@ def scores(path: object) -> bool | None:
     return any(str(name).endswith("ForSequenceClassification") for name in names) if names else None
 
 
-def no_head(key: str, path: object, instead: str = "the run of a stage=reward_model") -> UserError:
+def no_head(key: str, path: object, instead: str = "inputs.reward_model=RUN, one of stage=reward_model") -> UserError:
     """What is said of a language model where one that scores is asked for: its head would be drawn by chance."""
     return UserError(f"{key}={path}: a language model, without a head that scores replies; type {instead}")

@@ -70,7 +70,11 @@ def dispatch(argv: list[str]) -> int:
     register()
     # Hydra takes words after -m for a second list of overrides, and refuses them.
     flags = {"-m", "--multirun"} & set(argv)
-    argv = rounds.typed([word for word in argv if word not in flags] + sorted(flags)[:1])
+    argv = rounds.typed([word for word in argv if word not in flags])
+    if flags:
+        from rlhf.cli.deferred import deferred
+
+        argv = [*deferred(argv), "--multirun"]
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 

@@ -72,6 +72,9 @@ BEFORE_ANY_RUN = [
     ("stage=grpo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=rloo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=ppo inputs.policy=policy inputs.reward_model=reward", f"stage.value=reward {VOCABULARY}"),
+    # a language model as reward model: its head would be drawn
+    ("stage=grpo inputs.policy=policy inputs.reward_model=other", "other: a language model, without a head that"),
+    ("stage=ppo inputs.policy=policy reward=gold stage.value=policy", "stage.value=policy: a language model, without"),
     # K = 1
     ("pipeline=dpo collect.rollout.samples=1", "collect.rollout.samples=1: should be greater than or equal to 2"),
     (

@@ -18,7 +18,8 @@ SMALL = ["data.size=8", "data.validation=4", "stage.batch_size=8", "stage.epochs
 def test_a_sweep_over_adapters_and_formats(tmp_path: Path, rlhf: Callable[..., Done]) -> None:
     tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "tiny" / "model")
     jobs = f"hydra.launcher.n_jobs={min(2, os.cpu_count() or 1)}"
-    words = ["stage=sft", "model.path=tiny/model", *SMALL, "adapter=lora,qlora", "precision=fp32,bf16", jobs, "-m"]
+    words = ["stage=sft", "model.path=tiny/model", *SMALL, "adapter=lora,qlora", "precision=fp32,bf16"]
+    words += ["adapter.rank=2", jobs, "-m"]  # a knob that the default, adapter=none, has not
     done = shell(tmp_path, *words)
     assert done.status == 0, done.out + done.err
     assert "4 of 4 jobs finished" in done.out

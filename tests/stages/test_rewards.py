@@ -15,6 +15,7 @@ from rlhf.data.template import Encoded, encode_prompt, encode_response
 from rlhf.data.testbed import gold
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_rows
+from rlhf.models.roles import critic_of
 from rlhf.models.scalar import ScalarModel
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready
@@ -198,6 +199,15 @@ def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, fore
         batch = collate([Encoded(ids, [True] * len(ids))], reward.model.pad_id)
         alone = reward.model.scores(batch.ids, batch.attention_mask, batch.position_ids)
         assert score == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_a_language_model_is_no_reward_model(load, tmp_path):
+    """Whatever could not be looked at before it is loaded: its head would be drawn by chance."""
+    load().save(tmp_path / "policy")
+    with pytest.raises(UserError, match="a language model, without a head"):
+        ModelReward(str(tmp_path / "policy")).to(torch.device("cpu"))
+    with pytest.raises(UserError, match="type stage.value=null"):
+        critic_of(load(), str(tmp_path / "policy"))
 
 
 def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(foreign):
