@@ -251,12 +251,14 @@ class Sampler:
         """
         room = self.longest if room is None else room
         if room >= context:
-            turns = self.longest // self.max_new_tokens
             raise UserError(
                 f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt: replies of up to {room} "
-                f"tokens in the model's context of {context}; type a smaller one, such as "
-                f"rollout.max_new_tokens={max(1, context // (2 * turns))}"
+                f"tokens in the model's context of {context}; type a smaller one, {self.shorter(context)}"
             )
+
+    def shorter(self, context: int) -> str:
+        """What to type, or also to type, where replies fill the context."""
+        return f"such as rollout.max_new_tokens={max(1, context // 2)}"
 
     def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
         """One uniform number for every token a row may have, on the CPU so that it is the same on every device."""

@@ -180,6 +180,10 @@ class ToolSampler(Sampler):
         around = len(encode_tool_turn(policy.tokenizer, "."))
         return self.longest + self.max_calls * (self.max_result_tokens + around)
 
+    def shorter(self, context: int) -> str:
+        """As ``Sampler.shorter``: turns and answers count too."""
+        return "or a smaller rollout.max_calls or rollout.max_result_tokens"
+
     @torch.no_grad()
     def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
         """Samples K replies to each of N prompts: a Rollout of B = N * K rows, the same for the same seed."""

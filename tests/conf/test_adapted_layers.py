@@ -55,7 +55,7 @@ def test_a_pipeline_is_refused_before_its_first_step(composed: Callable[..., Dic
     (line,) = refused(
         composed, "pipeline=instructgpt", "+adapter@align.adapter=lora", "align.adapter.modules=[lm_head]"
     )
-    assert line.startswith(f"align: {TIED}")
+    assert line.startswith(f"align: align.{TIED}")
     assert not Path("outputs").exists()
 
 

@@ -68,7 +68,7 @@ def test_it_runs_from_nothing(rlhf: Rlhf, folder: Path, words: list[str], stage:
         (["align.objective.beta=-1"], "align.objective.beta=-1"),
         (["align.objective.scale=mean"], "align.objective.scale"),
         (["align.reward.pattern=x"], "reward.pattern=x"),
-        (["rollout@align.rollout=tools", "align.rollout.max_calls=20"], "data.max_prompt_length"),
+        (["rollout@align.rollout=tools", "align.rollout.max_calls=20"], "a smaller align.rollout.max_calls"),
     ],
     ids=["one sample", "no reference", "objective", "beta", "scale", "pattern", "context"],
 )

@@ -34,9 +34,10 @@ def test_a_reference_that_is_no_language_model_is_named(load, tmp_path):
         varied(load, reference=str(tmp_path / "reward"))
 
 
-def test_a_critic_with_another_vocabulary_is_refused(load, foreign, tmp_path):
+def test_a_critic_with_another_vocabulary_is_refused(load, tmp_path):
+    ScalarModel.load(tiny_model()).save(tmp_path / "critic")
     with pytest.raises(UserError, match=r"stage\.value=.* another vocabulary .* type stage\.value=null"):
-        varied(load, value=str(foreign))
+        varied(load, value=str(tmp_path / "critic"))
 
 
 def test_a_reference_of_its_own_is_where_kl_is_measured_from(load, folder, tmp_path):

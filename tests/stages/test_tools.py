@@ -125,7 +125,7 @@ def test_limits(policy, prompts, monkeypatch):
     assert rollout.lengths.max() <= long.longest == 24
     assert int((rollout.present & ~rollout.mask).sum(1).max()) <= 3 * (5 + around)
     room = ToolSampler(TOOLS, max_new_tokens=32, max_calls=3, max_result_tokens=5)
-    with pytest.raises(UserError, match="data.max_prompt_length"):
+    with pytest.raises(UserError, match="or a smaller rollout.max_calls"):
         room.sample(policy, prompts, seed=0)
     with pytest.raises(UserError, match="rollout.tools is empty"):
         ToolSampler({})
