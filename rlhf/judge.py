@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,17 +267,20 @@ class JudgeAnnotator:
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
-    def ask(self, questions: Sequence[str]) -> list[Answer]:
+    def ask(self, questions: Sequence[str], told: Callable[[int], None] | None = None) -> list[Answer]:
         """Answers to filled templates, in order; from the cache where they are known.
 
-        Raises UserError once too many of them are nonsense.
+        ``told`` hears how many more are answered. Raises UserError once too many of them are nonsense.
         """
+        told = told or (lambda _: None)
         keys = [self._key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.known}
+        told(len(keys) - len(new))
         for part in _parts(sorted(new, key=lambda key: len(new[key])), self.batch_size):  # like lengths, little padding
             answers = self._answers([new[key] for key in part])
             self.known.update(zip(part, answers, strict=True))
             self._keep(part)
+            told(len(part))
         found = [self.known[key] for key in keys]
         nonsense = [said for value, said in found if value is None]
         self._asked, self._nonsense = self._asked + len(found), self._nonsense + len(nonsense)

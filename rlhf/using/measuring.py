@@ -6,6 +6,7 @@ differences of all metrics follow from these lists in one way (`rlhf.evaluation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,7 +65,16 @@ class Measured:
 
     def score(self, reward: Reward) -> list[float]:
         """A reward's scores of the replies."""
-        return [value for rollout in self.rollouts for value in reward(on(rollout, device())).float().tolist()]
+        return self.each("scoring", lambda rollout, _: reward(on(rollout, device())).float().tolist())
+
+    def each(self, doing: str, values: Callable[[Rollout, int], list[float]]) -> list[float]:
+        """A value for every reply, of the rollouts and their numbers one by one; shows how far it is."""
+        found: list[float] = []
+        with Meter(f"{self.name}: {doing}", len(self.texts), "reply") as meter:
+            for index, rollout in enumerate(self.rollouts):
+                found += values(rollout, index)
+                meter.update(len(found))
+        return found
 
 
 @torch.no_grad()
@@ -115,14 +125,14 @@ def add_kl(found: Sequence[Measured], reference: str, task: Task) -> None:
         elif any(rollout.ids.shape[1] > model.context_length for rollout in one.rollouts):
             one.notes.append(f"no KL: {reference} reads only {model.context_length} tokens")
         else:
-            pairs = zip(one.rollouts, one.logp, strict=True)
-            one.values["kl"] = [gap for pair in pairs for gap in _gaps(model, *pair, task)]
+            one.values["kl"] = one.each("KL", partial(_gaps, model, task, one.logp))
 
 
-def _gaps(reference: LanguageModel, rollout: Rollout, logp: Tensor, task: Task) -> list[float]:
+def _gaps(reference: LanguageModel, task: Task, logps: Sequence[Tensor], rollout: Rollout, index: int) -> list[float]:
     moved = on(rollout, reference.device)
-    gaps: list[float] = (logp - sequence_logprobs(reference, moved, task.temperature, task.batch_size)).tolist()
-    return gaps
+    gap = logps[index] - sequence_logprobs(reference, moved, task.temperature, task.batch_size)
+    found: list[float] = gap.tolist()
+    return found
 
 
 def add_scores(

@@ -6,6 +6,7 @@ from pathlib import Path
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.judge import JudgeAnnotator, fill
+from rlhf.progress import Meter
 from rlhf.using.measuring import device
 
 
@@ -42,7 +43,8 @@ class Judge:
             questions.append(fill(self._judge.template, turns, ours[i], theirs[i]))
             questions.append(fill(self._judge.template, turns, theirs[i], ours[i]))
         try:
-            answers = iter(self._judge.ask(questions))
+            with Meter("judge", len(questions), "question") as meter:
+                answers = iter(self._judge.ask(questions, meter.advance))
         except UserError as error:
             raise _as_typed(error) from error
         verdicts = [0.5] * len(prompts)

@@ -217,7 +217,9 @@ def test_log_odds_are_those_of_the_next_token_whatever_the_batch(folder: Path) -
 
     judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
     questions = [fill(judge.template, [Message("user", "q" * n)], "one", "two") for n in (1, 9, 4)]
-    answers = judge.ask(questions)
+    told: list[int] = []
+    answers = judge.ask(questions, told.append)
+    assert sum(told) == 3 and judge.ask(questions) == answers
     for question, (odds, _) in zip(questions, answers, strict=True):
         ids = torch.tensor([encode_prompt(judge.model.tokenizer, [Message("user", question)])])
         logits = judge.model.base(input_ids=ids).logits[0, -1]

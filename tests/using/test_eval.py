@@ -79,7 +79,8 @@ class Stub(JudgeAnnotator):
     def __init__(self, rule: Callable[[str, str], float | None]) -> None:
         self.template, self.rule = "{first}|{second}", rule
 
-    def ask(self, questions: Sequence[str]) -> list[Any]:
+    def ask(self, questions: Sequence[str], told: Callable[[int], None]) -> list[Any]:
+        told(len(questions))
         return [(self.rule(*question.split("|")), "") for question in questions]
 
 
