@@ -66,6 +66,23 @@ def user_conf() -> Path | None:
     return own if own.is_dir() and own != conf_dir() else None
 
 
+def conf_folders() -> list[Path]:
+    """Of the user, of rlhf and of plugins, in the order in which Hydra looks into them."""
+    own = user_conf()
+    return [*([own] if own else []), conf_dir(), *(plugin.conf for plugin in discover()[0])]
+
+
+def group_names() -> set[str]:
+    """The groups of options, those within others left out."""
+    return {folder.name for conf in conf_folders() for folder in conf.iterdir() if folder.is_dir()}
+
+
+def named(group: str) -> Iterator[Path]:
+    """The options of a group; of those of one name Hydra takes the first."""
+    for conf in conf_folders():
+        yield from sorted((conf / group).glob("*.yaml"))
+
+
 def _plugin(folder: Path, origin: str) -> Plugin:
     return Plugin(folder.name.removeprefix("rlhf_"), folder.name, folder.resolve(), origin)
 

@@ -7,17 +7,22 @@ from typing import Any
 from rlhf.errors import UserError
 
 
+def file_of(path: object, name: str) -> Path | None:
+    """A file of the model in a model or run folder; None where there is none."""
+    folders = (Path(str(path)), Path(str(path)) / "model")
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
 def written(path: object) -> dict[str, Any] | None:
     """The configuration in a model or run folder; None where there is none to read (a hub id, a run yet to be made)."""
-    for folder in (Path(str(path)), Path(str(path)) / "model"):
-        file = folder / "config.json"
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                return None
-            return found if isinstance(found, dict) else None
-    return None
+    file = file_of(path, "config.json")
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def scores(path: object) -> bool | None:

@@ -1,6 +1,5 @@
 """An option of ``conf/model`` as the name of its weights, such as smollm2_135m for a run or a hub id. No torch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +16,7 @@ def weights(name: str) -> str | None:
     """
     if "/" in name:
         return None
-    for file in _files():
+    for file in discovery.named("model"):
         if file.stem == name:
             return _path(file)
     return None
@@ -25,15 +24,8 @@ def weights(name: str) -> str | None:
 
 def with_weights() -> list[str]:
     """Names of the options that have weights; the network is not asked."""
-    found = dict.fromkeys(file.stem for file in _files() if _named(file))
+    found = dict.fromkeys(file.stem for file in discovery.named("model") if _named(file))
     return sorted(found)
-
-
-def _files() -> Iterator[Path]:
-    """Options in the order in which Hydra looks for them."""
-    own = discovery.user_conf()
-    for conf in (*([own] if own else []), discovery.conf_dir(), *(plugin.conf for plugin in discovery.discover()[0])):
-        yield from sorted((conf / "model").glob("*.yaml"))
 
 
 def _read(file: Path) -> DictConfig:

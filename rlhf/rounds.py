@@ -148,9 +148,7 @@ def _repeated_anywhere() -> set[str]:
 
 
 def _pipelines() -> Iterator[DictConfig]:
-    own = discovery.user_conf()
-    for conf in (*([own] if own else []), discovery.conf_dir(), *(plugin.conf for plugin in discovery.discover()[0])):
-        for path in sorted((conf / "pipeline").glob("*.yaml")):
-            content = OmegaConf.load(path)
-            if isinstance(content, DictConfig):
-                yield content
+    for path in discovery.named("pipeline"):
+        content = OmegaConf.load(path)
+        if isinstance(content, DictConfig):
+            yield content

@@ -11,7 +11,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from hydra.utils import get_object, instantiate
@@ -366,24 +365,17 @@ def _classes(annotation: Any) -> tuple[type, ...]:
     return (origin,)
 
 
-def _conf_folders() -> list[Path]:
-    own = discovery.user_conf()
-    return [*([own] if own else []), discovery.conf_dir(), *(p.conf for p in discovery.discover()[0])]
-
-
 def objective_options() -> Iterator[tuple[str, str]]:
     """Every objective option and its ``_target_``."""
-    for conf in _conf_folders():
-        for path in sorted((conf / "objective").glob("*.yaml")):
-            target = OmegaConf.select(OmegaConf.load(path), "_target_")
-            if target:
-                yield path.stem, target
+    for path in discovery.named("objective"):
+        target = OmegaConf.select(OmegaConf.load(path), "_target_")
+        if target:
+            yield path.stem, target
 
 
 def _an_option(group: str) -> str:
-    for conf in _conf_folders():
-        for path in sorted((conf / group).glob("*.yaml")):
-            return path.stem
+    for path in discovery.named(group):
+        return path.stem
     return "OPTION"
 
 
@@ -394,7 +386,7 @@ def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(default, int | str) and "${" not in str(default) and key in config:
             yield from _check_value(config[key], type(default), f"{prefix}{key}")
     known = {str(k) for k in root if k not in ("defaults", "hydra")}
-    known |= {p.name for conf in _conf_folders() for p in conf.iterdir() if p.is_dir()} | {"text", "steps"}
+    known |= discovery.group_names() | {"text", "steps"}
     for key, value in config.items():
         if key in known or isinstance(value, dict) and "_target_" in value:
             continue

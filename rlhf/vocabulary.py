@@ -1,10 +1,10 @@
 """What tokenizers are told apart by before anything is loaded: one vocabulary, a chat template. No torch here."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.model_config import file_of
 
 OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
 """What to type where a reward model cannot be the critic."""
@@ -36,28 +36,26 @@ def lacks_template(path: object) -> bool:
     """Whether a folder holds a tokenizer without a chat template; of what is no such folder nothing is said."""
     if not isinstance(path, str):
         return False
-    for folder in (Path(path), Path(path) / "model"):
-        file = folder / "tokenizer_config.json"
-        if file.is_file():
-            try:
-                own = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                return False
-            beside = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
-            return not (own.get("chat_template") or beside or (folder / "additional_chat_templates").is_dir())
-    return False
+    file = file_of(path, "tokenizer_config.json")
+    if file is None:
+        return False
+    try:
+        own = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    beside = any(file.with_name(name).exists() for name in ("chat_template.jinja", "chat_template.json"))
+    return not (own.get("chat_template") or beside or file.with_name("additional_chat_templates").is_dir())
 
 
 def words(path: object) -> dict[str, int] | None:
     """Word -> id of the tokenizer of a model or run folder, without added tokens; None where there is none to read."""
-    for folder in (Path(str(path)), Path(str(path)) / "model"):
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            try:
-                vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-            except (ValueError, KeyError, TypeError):
-                return None
-            if isinstance(vocabulary, dict):
-                return vocabulary
-            return {str(item[0]): index for index, item in enumerate(vocabulary)}
-    return None
+    file = file_of(path, "tokenizer.json")
+    if file is None:
+        return None
+    try:
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {str(item[0]): index for index, item in enumerate(vocabulary)}

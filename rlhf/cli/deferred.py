@@ -4,8 +4,6 @@ Hydra composes the command line once without what is swept, and refuses there wh
 ``adapter.rank=4`` beside ``adapter=lora,qlora``, ``reward=gold`` beside ``stage=grpo,rloo``.
 """
 
-from collections.abc import Iterable
-
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -27,12 +25,12 @@ def deferred(words: list[str]) -> list[str]:
         overrides = [None if word.startswith("-") else parser.parse_override(word) for word in words]
     except HydraException:
         return words  # what is wrong with them Hydra says itself
-    groups = {option.partition("/")[0] for option in _groups()}
+    groups = discovery.group_names()
     swept = [_place(x) for x in overrides if x and x.is_sweep_override() and x.key_or_group.split("/")[0] in groups]
     if not swept:
         return words
     whole = any(place in WHOLE for place in swept)
-    always = set(OmegaConf.load(discovery.conf_dir() / "config.yaml")) | _named_in_defaults()
+    always = _always()
     found = []
     for word, x in zip(words, overrides, strict=True):
         place = _place(x) if x else ""
@@ -46,11 +44,6 @@ def deferred(words: list[str]) -> list[str]:
     return found
 
 
-def _groups() -> Iterable[str]:
-    own = [path.name for path in discovery.conf_dir().iterdir() if path.is_dir()]
-    return [*own, *(option for plugin in discovery.discover()[0] for option in plugin.options())]
-
-
 def _place(override: Override) -> str:
     """Where in the config an override is: of a group its package."""
     return override.package or override.key_or_group.replace("/", ".")
@@ -60,7 +53,8 @@ def _below(place: str, swept: list[str]) -> bool:
     return any(place == other or place.startswith(f"{other}.") for other in swept if other not in WHOLE)
 
 
-def _named_in_defaults() -> set[str]:
-    """Groups that every config has."""
-    defaults = OmegaConf.load(discovery.conf_dir() / "config.yaml").defaults
-    return {str(key) for entry in defaults if OmegaConf.is_dict(entry) for key in entry}
+def _always() -> set[str]:
+    """Keys and groups that every config has."""
+    root = OmegaConf.load(discovery.conf_dir() / "config.yaml")
+    chosen = {str(key) for entry in root.defaults if OmegaConf.is_dict(entry) for key in entry}
+    return chosen | {str(key) for key in root}
