@@ -102,7 +102,7 @@ def _unknown_root(key: str, keys: list[str], argv: list[str]) -> str:
     steps = [f"{step}.{inside}={value}" for step in exact or [step for step, _ in owners]]
     if steps:
         return f"{word}: a pipeline's steps have their own; type {' or '.join(steps)}"
-    if key in _groups():
+    if key in discovery.group_names():
         chosen = next((w for w in argv if _CHOICE.match(w)), None)
         if chosen is None:
             return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
@@ -124,11 +124,11 @@ def _composition(text: str, argv: list[str]) -> str:
         if steps:
             choices = " or ".join(f"{group}@{step}.{group}={option}" for step in steps)
             return f"{word}: a pipeline's steps have their own; type {choices}"
-        if group in _groups() and not any(_CHOICE.match(w) for w in argv):
+        if group in discovery.group_names() and not any(_CHOICE.match(w) for w in argv):
             return f"{word}: no stage is chosen that has this group; type stage=NAME or pipeline=NAME before it"
-        if group in _groups():
+        if group in discovery.group_names():
             return f"{word}: the chosen stage has no group {group}; name a stage that has, or leave it out"
-        return f"{word}: no such group{suggest(group, _groups())}"
+        return f"{word}: no such group{suggest(group, discovery.group_names())}"
     sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", line)
     if sweep:
         return f"{sweep[1]}: several values are a sweep; add -m"
@@ -136,11 +136,6 @@ def _composition(text: str, argv: list[str]) -> str:
     if match:
         return f"{match[1]}: unknown option"
     return line.strip()
-
-
-def _groups() -> set[str]:
-    folders = [discovery.conf_dir(), *(p.conf for p in discovery.discover()[0])]
-    return {p.name for conf in folders for p in conf.iterdir() if p.is_dir()}
 
 
 def _steps(argv: list[str]) -> Iterator[tuple[str, DictConfig]]:
