@@ -5,8 +5,10 @@ vocabulary are two calls here, and the projection runs only at the positions tha
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +95,15 @@ class LanguageModel(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @cached_property
+    def _cache_name(self) -> str:
+        """Name of the argument and the output field for the key-value cache.
+
+        transformers 5.24 renamed ``past_key_values`` and removes it in 5.40; older versions and remote code keep it.
+        """
+        parameters = inspect.signature(self.base.get_decoder().forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
+
     @property
     def _plain_head(self) -> bool:
         """Whether logits are the projection's output as it is."""
@@ -142,10 +153,10 @@ class LanguageModel(nn.Module):
             input_ids=ids,
             attention_mask=attention_mask.long(),
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         )
-        return output.last_hidden_state, output.past_key_values
+        return output.last_hidden_state, getattr(output, self._cache_name)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, [..., D] -> [..., V], scaled or capped where the architecture does so."""
@@ -247,7 +258,10 @@ class LanguageModel(nn.Module):
 
     def gradient_checkpointing(self) -> "LanguageModel":
         """Itself, recomputing activations in the backward pass: less memory, about a third more time."""
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(self.base, "activation_checkpointing_enable"):  # from transformers 5.20 on
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
         return self
 
     # --- saving ---
