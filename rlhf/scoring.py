@@ -103,7 +103,7 @@ class ModelReward:
         if base is not None:
             self._model = base.scalar(self.path)
         else:
-            self._model = ScalarModel.load(self.path).eval().requires_grad_(False)
+            self._model = ScalarModel.load(self.path).disable_dropout().eval().requires_grad_(False)
         return self
 
     @property

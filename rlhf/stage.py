@@ -308,9 +308,21 @@ class Stage(pl.LightningModule):
         if not self._prepared:
             self._prepared = True
             with self.trainer.precision_plugin.forward_context():
+                self.check_repeatable()
                 self.prepare()
 
     on_predict_start = on_fit_start
+
+    def check_repeatable(self) -> None:
+        """Check that what is trained without dropout computes the same in every pass of training.
+
+        Raises:
+            UserError: As ``LanguageModel.check_repeatable``.
+        """
+        for trained in self.modules_trained():
+            for module in trained.modules():
+                if isinstance(module, LanguageModel):
+                    module.check_repeatable()
 
     @torch.no_grad()
     def on_train_end(self) -> None:

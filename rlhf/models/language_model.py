@@ -7,7 +7,7 @@ vocabulary are two calls here, and the projection runs only at the positions tha
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.models.adapters import TRAINED, NoAdapter
+from rlhf.models.dropout import disable_dropout, variation
 from rlhf.models.lineage import adapter_beside, write_base
 from rlhf.models.precision import Precision
 
@@ -62,6 +63,7 @@ class LanguageModel(nn.Module):
         # How it was loaded: what a critic beside it is loaded with, too.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
         self.spec: CausalLM | None = None
+        self._config: PreTrainedConfig | None = None  # as loaded, where `disable_dropout` has changed the model's own
 
     # --- what it is ---
 
@@ -249,12 +251,28 @@ class LanguageModel(nn.Module):
 
     def disable_dropout(self) -> "LanguageModel":
         """Itself with every dropout at 0: sampling, scoring and training must see one and the same policy."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):  # given to the kernel by number
-                setattr(module, "attention_dropout", 0.0)  # noqa: B010  # the annotation of nn.Module allows no float
+        if self._config is None:
+            self._config = copy.deepcopy(self.base.config)
+        disable_dropout(self.model)
         return self
+
+    def check_repeatable(self) -> None:
+        """Check that passes in training mode agree, once ``disable_dropout`` was called; nothing is checked before.
+
+        Raises:
+            UserError: For an architecture with a source of noise that ``disable_dropout`` does not find.
+        """
+        if self._config is None:
+            return
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        with in_mode(self, training=True):
+            difference = variation(lambda: self.hidden(ids, torch.ones_like(ids)))
+        if not difference <= 1e-2:  # kernels may add up in another order; nan too
+            raise UserError(
+                f"model type '{self.config.model_type}' gives other hidden states in every pass of training (by "
+                f"{difference:.2g} of the largest), so policy, reference and sampler would differ: set the dropout in "
+                "the config.json of model.path to 0, or use another architecture"
+            )
 
     def gradient_checkpointing(self) -> "LanguageModel":
         """Itself, recomputing activations in the backward pass: less memory, about a third more time."""
@@ -265,6 +283,10 @@ class LanguageModel(nn.Module):
         return self
 
     # --- saving ---
+
+    def stored_config(self) -> PreTrainedConfig:
+        """Return the configuration to save: without quantisation, dropout as it was loaded."""
+        return plain_config(self._config or self.base.config)
 
     def merged_state(self) -> dict[str, Tensor]:
         """State dict of the base with the adapter merged in; the live weights stay as they are, bit for bit."""
@@ -295,7 +317,7 @@ class LanguageModel(nn.Module):
         An adapter is written by itself too, as ``adapter_beside`` says.
         """
         folder = Path(folder)
-        model = materialize(type(self.base), plain_config(self.base.config), self.merged_state())
+        model = materialize(type(self.base), self.stored_config(), self.merged_state())
         generation = copy.deepcopy(self.base.generation_config) or GenerationConfig()
         generation.pad_token_id = self.pad_id
         known = generation.eos_token_id
@@ -394,16 +416,21 @@ class Reference:
             return model.logprobs(ids, attention_mask, position_ids, loss_mask, temperature)[0]
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
     """Eval mode inside, every sub-module's own mode restored after."""
+    return in_mode(module, training=False)
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode inside, every sub-module's own mode restored after."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    module.train(training)
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part, before in modes:
+            part.training = before
 
 
 def check_gradients(module: nn.Module) -> None:

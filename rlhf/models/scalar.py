@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
-from rlhf.models.language_model import LanguageModel, materialize, plain_config
+from rlhf.models.language_model import LanguageModel, materialize
 from rlhf.models.lineage import adapter_beside
 from rlhf.models.precision import Precision
 
@@ -199,7 +199,7 @@ class ScalarModel(nn.Module):
         """
         folder = Path(folder)
         base = self.language_model.base
-        config = plain_config(base.config)
+        config = self.language_model.stored_config()
         kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         if kind is None:
             raise UserError(f"transformers has no sequence classifier of model type '{config.model_type}'")
