@@ -111,5 +111,6 @@ def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
         critic = policy.shared.scalar(path, fresh=True)
     else:
         critic = ScalarModel.load(path, policy.adapter, policy.precision)
+    critic.safety_head = None  # nothing of a critic's loss reads it
     require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", OWN_CRITIC)
     return critic
