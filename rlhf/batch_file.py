@@ -27,15 +27,17 @@ class BatchFile:
             # other processes may be reading.
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         self.done = set(self.read())
+        broken = _rows(self.path).count(None) if self.path.exists() else 0
+        if broken:
+            print(f"  {self.path}: {broken} lines cannot be read; their batches are computed again", flush=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Every finished batch of all processes and attempts, by its number, in order."""
-        found = {}
-        for file in self.folder.glob(f"{self.name}.part*.jsonl"):
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # after the last newline: cut short
-                row = json.loads(line)
-                found[row["batch"]] = row
-        return dict(sorted(found.items()))
+        """Return every finished batch of all processes and attempts, by its number, in order.
+
+        A line that cannot be read, as a power loss may leave one, is a batch that is still to be done.
+        """
+        rows = [row for file in self.folder.glob(f"{self.name}.part*.jsonl") for row in _rows(file) if row is not None]
+        return {row["batch"]: row for row in sorted(rows, key=lambda row: int(row["batch"]))}
 
     def mine(self, count: int) -> Iterator[int]:
         """The batches below ``count`` that this process still has to do."""
@@ -45,9 +47,24 @@ class BatchFile:
         """Writes down a finished batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"batch": batch, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.done.add(batch)
 
     def remove(self) -> None:
         """Removes the files of all processes, once what was made of them is whole."""
         for file in self.folder.glob(f"{self.name}.part*.jsonl"):
             file.unlink(missing_ok=True)
+
+
+def _rows(file: Path) -> list[dict[str, Any] | None]:
+    """Return the rows of a file, None for each line that cannot be read; what follows the last newline is cut short."""
+    found: list[dict[str, Any] | None] = []
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        whole = isinstance(row, dict) and type(row.get("batch")) is int
+        found.append(row if whole else None)
+    return found

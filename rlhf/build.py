@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf import held_out, validation
-from rlhf.checkpoints import latest
+from rlhf.checkpoints import AtomicCheckpointIO, latest
 from rlhf.errors import RLHFError
 from rlhf.metrics import loggers
 from rlhf.models.footprint import footprint
@@ -116,6 +119,10 @@ def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    # Strategies that shard write folders of their own, and refuse to be given a writer.
+    with suppress(MisconfigurationException, NotImplementedError):
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer, clock
 
 

@@ -1,14 +1,18 @@
 """Checkpoints from which a run resumes: written while it trains, in `<run>/checkpoints`."""
 
-import shutil
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pydantic import Field
 from pytorch_lightning.callbacks import Checkpoint
 
+from rlhf import checkpoint_files, manifest
+from rlhf.files import sync_folder
 from rlhf.metrics import MetricsLogger
 
 
@@ -18,9 +22,38 @@ def batches_done(trainer: pl.Trainer) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; None when there is none."""
-    found = sorted((Path(folder) / "checkpoints").glob("step=*.ckpt"), key=_step)
-    return found[-1] if found else None
+    """Return the newest whole checkpoint of a run folder; None when there is none.
+
+    Raises:
+        UserError: There are checkpoints and none is whole.
+    """
+    return checkpoint_files.newest_whole(folder)[0]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's writer of checkpoints, which writes beside the target, flushes to the disk and renames.
+
+    Lightning's own goes through TMPDIR, from where a file is copied if that is another file system: a kill or a full
+    disk in the copy leaves half a checkpoint under its final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; `path` exists as a whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            checkpoint_files.remove(path)
+        scratch = path.with_name(f".{path.name}")
+        try:
+            with scratch.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def save(trainer: pl.Trainer, folder: Path, keep: int = 1) -> Path:
@@ -29,12 +62,19 @@ def save(trainer: pl.Trainer, folder: Path, keep: int = 1) -> Path:
     Call it from `on_train_batch_end`, on every rank: only there do Lightning's counters say what was done.
     """
     _write_metrics(trainer)
-    path = Path(folder) / "checkpoints" / f"step={batches_done(trainer):08d}.ckpt"
+    path = checkpoint_files.place(folder, batches_done(trainer))
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer.save_checkpoint(path)  # one file through a transaction: it is there as a whole or not at all
+    trainer.save_checkpoint(path)
     if trainer.is_global_zero:
-        for old in sorted(path.parent.glob("step=*.ckpt"), key=_step)[:-keep]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if path.is_dir():  # of a strategy that shards: complete once it has a manifest
+            manifest.write(path, (file for file in path.rglob("*") if file.is_file()))
+        found = checkpoint_files.found(folder)
+        whole = found[: found.index(path) + 1]  # one of a later step is left over from before this resume
+        for old in found:
+            if old not in whole[-keep:]:
+                checkpoint_files.remove(old)
+        for scratch in path.parent.glob(".step=*.ckpt"):  # left by a kill
+            checkpoint_files.remove(scratch)
     return path
 
 
@@ -55,10 +95,6 @@ def _write_metrics(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers if row else ():
         if isinstance(logger, MetricsLogger):
             logger.log_metrics({**row, "epoch": trainer.current_epoch}, trainer.fit_loop.total_batch_idx)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step="))
 
 
 class Checkpoints(Checkpoint):

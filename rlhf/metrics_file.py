@@ -17,18 +17,34 @@ Row = dict[str, float]
 def read_rows(path: Path) -> list[Row]:
     """Rows of a metrics file in the order of their steps; empty cells are left out of a row.
 
-    A last line that was cut short (the writer was killed) is ignored. A file that does not exist has no rows.
+    A last line that was cut short (the writer was killed) is ignored, and so is a line that holds no step; `unreadable`
+    counts those. A file that does not exist has no rows.
     """
+    return _parse(path)[0]
+
+
+def unreadable(path: Path) -> int:
+    """Return the number of complete lines of a metrics file that cannot be read as a row."""
+    return _parse(path)[1]
+
+
+def _parse(path: Path) -> tuple[list[Row], int]:
     if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
+        return [], 0
+    text = path.read_bytes().decode("utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]
     rows: list[Row] = []
-    for record in csv.DictReader(io.StringIO(complete)):
-        row = {name: number for name, cell in record.items() if (number := _number(cell)) is not None}
-        if STEP in row:
-            rows.append(row)
-    return rows
+    records = csv.DictReader(io.StringIO(complete))
+    lines = 0
+    try:
+        for record in records:
+            lines += 1
+            row = {name: number for name, cell in record.items() if (number := _number(cell)) is not None}
+            if math.isfinite(row.get(STEP, math.nan)):
+                rows.append(row)
+    except csv.Error:  # a line longer than csv takes
+        lines = complete.count("\n") - 1
+    return rows, lines - len(rows)
 
 
 def read_series(path: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -22,10 +22,11 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import runs
+from rlhf import checkpoint_files, runs
 from rlhf.config import Plain, said_of_step
 from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.inspection.refusal import refuse_too_large
+from rlhf.metrics_file import unreadable
 from rlhf.plan import Plan, Step, plan
 from rlhf.report import console
 from rlhf.runs import Run
@@ -114,7 +115,13 @@ def _run_step(step: Step, label: str) -> tuple[str, Plain]:
 def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
     """Trains one step in its locked folder and writes what became of it."""
     earlier = own.status
-    resume = bool(own.checkpoints)
+    whole, torn = checkpoint_files.newest_whole(step.folder)
+    resume = whole is not None
+    for path, wrong in torn.items():
+        console.say(f"{label}  {path}: {wrong}; resumes from {whole and whole.name}", "yellow")
+        checkpoint_files.remove(path)
+    if resume and (broken := unreadable(step.folder / "metrics.csv")):
+        console.say(f"{label}  {step.folder / 'metrics.csv'}: {broken} lines cannot be read and are left out", "yellow")
     if not resume:
         own.clear()
     how = "resumed" if resume else "ran"

@@ -25,8 +25,10 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
+from rlhf import checkpoint_files
 from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
+from rlhf.files import write_json, write_text
 
 MODEL_ROLES = ("policy", "base", "reference", "reward_model", "safety_model", "value", "judge")
 SCORE_ROLES = ("reward_model", "safety_model")
@@ -39,6 +41,7 @@ _IRRELEVANT_SOURCE = frozenset(
     # fmt: off
     [
         "__init__",
+        "checkpoint_files",
         "checkpoints",
         "cli",
         "conf",
@@ -46,7 +49,9 @@ _IRRELEVANT_SOURCE = frozenset(
         "discovery",
         "errors",
         "evaluation",
+        "files",
         "launcher",
+        "manifest",
         "metrics",
         "metrics_file",
         "model_options",
@@ -68,24 +73,6 @@ _IRRELEVANT_SOURCE = frozenset(
 # Files that count by their content even where the name alone is typed.
 _NAMED_BY_CONTENT = (".jinja", ".gguf")
 _HASHED_WHOLE = 256 * 2**20  # bytes; a larger file is known by its size, time of change and first MiB
-
-
-# Files
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that the file is there as a whole or not at all."""
-    _write(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def _read_json(path: Path) -> Plain:
@@ -148,7 +135,7 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("*.ckpt"))
+        return checkpoint_files.found(self.folder)
 
     def write_status(self, status: str, **fields: Any) -> None:
         content = self.status_file if status != "running" else {}
@@ -159,7 +146,7 @@ class Run:
         """Marks the run as running in this process and writes what it is."""
         attempt = int(self.status_file.get("attempt", 0)) + 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         write_json(self.folder / "lineage.json", lineage)
         self.write_status(
             "running", pid=os.getpid(), host=socket.gethostname(), started=now(), attempt=attempt, command=command

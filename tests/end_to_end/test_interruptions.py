@@ -1,6 +1,7 @@
 """Killed, stopped, or wanted twice: the same command again ends with the same weights."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -60,18 +61,23 @@ def same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("step", [3, 14])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path, step: int):
-    killed = start(tmp_path, *SFT)
+@pytest.mark.parametrize(("step", "torn"), [(3, False), (14, True)], ids=["whole", "torn"])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path, step: int, torn: bool
+):
+    killed = start(tmp_path, *SFT, "callbacks.checkpoints.keep=2")
     killed.until(checkpoint(tmp_path / "outputs", "sft", step))
     killed.signal(signal.SIGKILL)
     assert killed.wait().status == -signal.SIGKILL
     folder = only(tmp_path / "outputs", "sft")
     assert status(folder)["status"] == "running" and not (folder / "model").exists()
+    newest = sorted(folder.glob("checkpoints/step=*.ckpt"))[-1]
+    if torn:
+        os.truncate(newest, newest.stat().st_size - 1000)
 
     again = rlhf(tmp_path, *SFT)
     assert again.status == 0, again.err
-    assert "resumes (was killed)" in again.out
+    assert "resumes (was killed)" in again.out and (f"{newest.name}: is cut off" in again.out) == torn
     same_run(folder, sft)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["attempts"] == 2

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import pipeline, worker
+from rlhf import checkpoint_files, pipeline, worker
 from rlhf.errors import RunFailed, UserError
 from rlhf.runs import Run, find
 
@@ -109,11 +110,19 @@ def test_its_keys_can_be_typed_in_a_pipeline_too(typed: Typed, train, tmp_path: 
     assert json.loads((tmp_path / "result.json").read_text())["error"] == f"UserError: {said}"
 
 
+def checkpoint(folder: Path, step: int) -> Path:
+    """A file that is as whole as a checkpoint has to be."""
+    path = checkpoint_files.place(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights", b"1234" * 99)
+    return path
+
+
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
 def test_a_stopped_run_is_resumed_from_its_checkpoint(typed: Typed, train, stop: BaseException) -> None:
     def interrupt(name: str, folder: Path) -> None:
-        (folder / "checkpoints").mkdir()
-        (folder / "checkpoints" / "step=00000004.ckpt").touch()
+        checkpoint(folder, 4)
         raise stop
 
     train.then = interrupt
@@ -124,6 +133,28 @@ def test_a_stopped_run_is_resumed_from_its_checkpoint(typed: Typed, train, stop:
     train.then = lambda name, folder: None
     go(typed, "stage=sft")
     assert train.calls[-1] == ("sft", True) and run.finished
+
+
+def test_a_torn_checkpoint_is_passed_over_and_none_ends_with_what_to_type(typed: Typed, train, capsys) -> None:
+    def interrupt(name: str, folder: Path) -> None:
+        os.truncate(checkpoint(folder, 8), 100)
+        checkpoint(folder, 4)
+        raise SystemExit(75)
+
+    train.then = interrupt
+    with pytest.raises(SystemExit):
+        go(typed, "stage=sft")
+    folder = train.folders["sft"]
+    os.truncate(checkpoint(folder, 4), 100)
+    with pytest.raises(UserError, match=rf"step=00000008.ckpt: is cut off.*type `rlhf runs rm {folder}` and then"):
+        go(typed, "stage=sft")
+    assert Run(folder).status == "stopped" and len(train.calls) == 1
+    checkpoint(folder, 4)
+    train.then = lambda name, folder: None
+    go(typed, "stage=sft")
+    assert train.calls[-1] == ("sft", True) and Run(folder).finished
+    assert "step=00000008.ckpt: is cut off" in capsys.readouterr().out
+    assert [path.name for path in checkpoint_files.found(folder)] == ["step=00000004.ckpt"]
 
 
 def test_a_killed_run_is_seen_and_run_again(typed: Typed, train) -> None:
