@@ -302,9 +302,9 @@ class RolloutStage(Stage):
         )
 
     def step(self, frozen: nn.Module | None = None) -> Metrics:
-        """One optimizer step, and one of the moving average."""
+        """One optimizer step, and one of the moving average, unless the first was skipped."""
         metrics = super().step(frozen)
-        if self.average is not None:
+        if self.average is not None and not metrics.get("skipped_steps"):
             self.average.update()
         return metrics
 
@@ -384,7 +384,8 @@ class RolloutStage(Stage):
         """Means over the updates on a rollout, and what must be 1 and 0 at the first of them; empty without updates."""
         if not metrics:
             return {}
-        means = {name: torch.stack([row[name] for row in metrics]).mean() for name in metrics[0]}
+        names = {name: None for row in metrics for name in row}  # a step that was skipped has no norm of its gradient
+        means = {name: torch.stack([row[name] for row in metrics if name in row]).mean() for name in names}
         return {**means, "first_ratio": metrics[0]["ratio"], "first_approx_kl": metrics[0]["approx_kl"]}
 
     def on_validation_epoch_start(self) -> None:

@@ -19,6 +19,7 @@ from zlib import crc32
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -38,6 +39,7 @@ from rlhf.models.precision import Precision
 from rlhf.objective import Metrics
 from rlhf.rollout import Sampler
 from rlhf.signatures import signature_of
+from rlhf.strategies import sharded
 
 Schedule = Callable[[int, int], float]
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -114,6 +116,7 @@ class Stage(pl.LightningModule):
         self.tokens_seen = 0
         self.examples_seen = 0
         self._sums: dict[str, Tensor] = {}
+        self._norm = torch.zeros(())  # of the last gradient, before clipping
         self._validated: dict[str, Tensor] = {}
         self._averages = False
         self._prepared = False
@@ -300,6 +303,8 @@ class Stage(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepares once the weights are on their device."""
+        if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            raise UserError(sharded(type(self.trainer.strategy).__name__))
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # It has given every process the same weights. From here on it would average gradients in every backward
             # pass, of which processes may have different numbers, and ask that each pass reach every parameter.
@@ -409,7 +414,8 @@ class Stage(pl.LightningModule):
         """Clips, sets the learning rate and makes one optimizer step; returns what ``backward_mean`` gathered.
 
         Under DDP the gradients are averaged over processes here, once per update, however many backward passes each
-        process made; strategies that cut weights up do so in their own backward passes.
+        process made. With a gradient scaler (precision=fp16) the optimizer skips a step whose gradient overflows. It
+        counts as an update, so that the schedule ends where it should; ``skipped_steps`` is then 1.
 
         The parameters of ``frozen`` are left as they are in this step.
         """
@@ -427,21 +433,39 @@ class Stage(pl.LightningModule):
                 check_gradients(module)
         if frozen is not None:
             frozen.zero_grad(set_to_none=True)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(optimizer.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
         factor = self._scheduler(*self.schedule_position()) if self._scheduler else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        optimizer.step()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        self._norm = torch.zeros((), device=self.device)
+        if scaler is None or any(p.grad is not None for p in parameters):  # a scaler cannot step over nothing
+            optimizer.step()
         optimizer.zero_grad()
         self.updates_done += 1
-        return {
-            **metrics,
-            "gradient_norm": norm.detach(),
-            "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
-        }
+        metrics["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        if scaler is None:
+            return {**metrics, "gradient_norm": self._norm}
+        skipped = scaler.get_scale() < scale
+        if skipped and scale <= 1.0:
+            raise RunFailed(
+                f"gradients overflow in 16 bits at a loss scale of {scale:g}, at batch {self.batches_done}: "
+                "type precision=bf16, or a smaller optimizer.lr"
+            )
+        if not skipped:
+            metrics["gradient_norm"] = self._norm
+        return {**metrics, "skipped_steps": torch.tensor(float(skipped)), "loss_scale": torch.tensor(scale)}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient; called within the optimizer's step, where a loss scale has been taken out of it.
+
+        Raises:
+            RunFailed: If the gradient is not finite, unless a gradient scaler is there, which skips such steps.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")).detach()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and not torch.isfinite(self._norm):
+            raise RunFailed(self._not_finite(self._norm, "norm of the gradient"))
 
     def record(self, metrics: Metrics, **more: float | Tensor) -> None:
         """Logs one row of metrics."""
@@ -478,11 +502,11 @@ class Stage(pl.LightningModule):
         self.examples_seen += examples * self.trainer.world_size
         self.tokens_seen += int(tokens) * self.trainer.world_size
 
-    def _not_finite(self, loss: Tensor) -> str:
+    def _not_finite(self, value: Tensor, name: str = "loss") -> str:
         where = self.run_folder / "failed_step.txt"
-        where.write_text(f"batch {self.batches_done}, update {self.updates_done}, loss {loss.item()}\n")
+        where.write_text(f"batch {self.batches_done}, update {self.updates_done}, {name} {value.item()}\n")
         return (
-            f"the loss became {loss.item()} at batch {self.batches_done} (see {where}); "
+            f"the {name} became {value.item()} at batch {self.batches_done} (see {where}); "
             "try a smaller optimizer.lr, stage.gradient_clip=1.0 or precision=fp32"
         )
 

@@ -1,0 +1,115 @@
+"""The optimizer step in 16 bits: Lightning's own call order with a gradient scaler, here on the CPU."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import FSDPStrategy
+
+from rlhf.errors import RunFailed, UserError
+from rlhf.metrics_file import read_rows
+from rlhf.objective import CrossEntropy
+from rlhf.rollout import Sampler
+from rlhf_grpo.objective import GRPO
+from rlhf_grpo.stage import GRPOStage
+from rlhf_sft.stage import SFTStage
+
+from .conftest import adamw, constant, data, fit, weights
+from .knobs import Idle
+from .test_ppo import varied
+
+
+def fp16(scale: float, backoff: float = 0.5) -> MixedPrecision:
+    """What ``precision=fp16`` gives on a GPU."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=backoff))
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def sft(load: Any, optimizer: Any = sgd, **knobs: Any) -> SFTStage:
+    parts = (load(), CrossEntropy(), data("demonstration", 32, 2), optimizer, constant)
+    return SFTStage(*parts, **{"batch_size": 8, "epochs": 1, **knobs})
+
+
+def moved(stage: Any, before: dict[str, torch.Tensor]) -> float:
+    """Norm of what training changed."""
+    now = weights(stage)
+    return sum((now[name] - value).square().sum() for name, value in before.items()) ** 0.5
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_the_gradient_is_clipped_without_its_scale(micro, load, tmp_path):
+    """With SGD at a rate of 1 a step is as long as the clipped gradient, whatever the loss was multiplied by."""
+    stage = sft(load, gradient_clip=0.01, micro_batch_size=micro)
+    before = weights(stage)
+    metrics = fit(stage, tmp_path, plugins=[fp16(1024.0)], limit_train_batches=1, limit_val_batches=0)
+    assert moved(stage, before) == pytest.approx(0.01, rel=1e-3)
+    assert metrics["skipped_steps"] == 0 and metrics["loss_scale"] == 1024
+    plain = fit(sft(load), tmp_path / "fp32", limit_train_batches=1, limit_val_batches=0)
+    assert metrics["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=0.02)
+    assert "skipped_steps" not in plain
+
+
+def test_a_step_whose_gradient_overflows_is_skipped_and_logged(load, tmp_path):
+    stage = sft(load, adamw)
+    before = weights(stage)
+    fit(stage, tmp_path, plugins=[fp16(2.0**40, 2.0**-30)], limit_val_batches=0)
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert [row["skipped_steps"] for row in rows] == [1, 0, 0, 0]
+    assert [row["loss_scale"] for row in rows] == [2.0**40, 1024, 1024, 1024]
+    assert ["gradient_norm" in row for row in rows] == [False, True, True, True]
+    assert stage.updates_done == 4 and moved(stage, before) > 0
+    first = sft(load, adamw)
+    fit(first, tmp_path / "one", plugins=[fp16(2.0**40)], limit_train_batches=1, limit_val_batches=0)
+    assert moved(first, before) == 0
+
+
+def test_the_average_of_the_weights_skips_it_too(load, tmp_path):
+    """A rollout's row has the share of updates that were skipped, and means over the others."""
+    stage = varied(load, average=0.5, steps=1)
+    before = weights(stage)
+    plugins = [fp16(2.0**40, 2.0**-30)]
+    metrics = fit(stage, tmp_path, plugins=plugins, limit_val_batches=0)
+    assert metrics["skipped_steps"] == 0.25 and metrics["gradient_norm"] > 0
+    half = {name: value for name, value in before.items() if name.startswith("policy.")}
+    stage = varied(load, average=0.5, steps=1, epochs=1, minibatches=1)
+    fit(stage, tmp_path / "one", plugins=[fp16(2.0**40)], limit_val_batches=0)
+    assert all(torch.equal(stage.average.state[name.removeprefix("policy.")], half[name]) for name in half)
+
+
+def test_no_gradient_at_all_is_no_step(load, tmp_path):
+    """Where no group has spread there is nothing that a scaler could look at."""
+    parts = (data("prompt", 8, 2), None, Idle(), Sampler(4, samples=2), adamw, constant)
+    idle = GRPOStage(load(), GRPO(drop_zero_spread=True), *parts, batch_size=4, steps=2)
+    idle.reward = lambda rollout: torch.ones(len(rollout.texts))
+    before = weights(idle)
+    metrics = fit(idle, tmp_path, plugins=[fp16(1024.0)], limit_val_batches=0)
+    assert metrics["zero_spread"] == 1 and moved(idle, before) == 0
+
+
+def test_an_overflow_without_any_scale_ends_the_run(load, tmp_path):
+    stage = sft(load)
+    stage.objective = lambda logp: (-logp * 1e30, {})
+    with pytest.raises(RunFailed, match="overflow in 16 bits at a loss scale of 1,.*precision=bf16"):
+        fit(stage, tmp_path, plugins=[fp16(1.0)], limit_val_batches=0)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_a_weight(load, tmp_path):
+    """The loss may well be finite: sqrt has an infinite slope at 0."""
+    stage = sft(load)
+    stage.objective = lambda logp: ((logp * 0).sqrt(), {})
+    before = weights(stage)
+    with pytest.raises(RunFailed, match="the norm of the gradient became nan at batch 0"):
+        fit(stage, tmp_path, limit_val_batches=0)
+    assert moved(stage, before) == 0
+
+
+def test_a_strategy_that_cuts_weights_up_is_refused_however_it_was_made(load):
+    stage = sft(load)
+    stage._trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(UserError, match="trainer.strategy=FSDPStrategy.*type trainer=ddp"):
+        stage.on_fit_start()
