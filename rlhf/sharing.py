@@ -11,7 +11,6 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from rlhf.config import Plain, targets
-from rlhf.errors import UserError
 from rlhf.models.lineage import Planned, adapter_beside
 from rlhf.runs import Run
 from rlhf.validation import groups
@@ -40,12 +39,6 @@ def shared_base(config: Plain, planned: Mapping[str, Planned] | None = None) -> 
     rewards = dict(_rewards(config, groups(stage)))
     if not (knobs or rewards):
         return None
-    strategy = str(config["trainer"].get("strategy", "auto"))
-    if strategy.partition("_")[0] not in ("auto", "ddp", "single"):
-        raise UserError(
-            f"adapter.shared_base=true with trainer.strategy={strategy}: a strategy that cuts weights up cannot share "
-            "them; type adapter.shared_base=false, or trainer=ddp"
-        )
     others = {f"stage.{knob}": str(config["stage"][knob]) for knob in knobs if config["stage"].get(knob)} | rewards
     trained = [f"stage.{knob}" for knob, learns in knobs.items() if learns]
     spec, adapter, precision = (

@@ -57,6 +57,14 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]
 VOCABULARY = "has another vocabulary than the policy (300 tokens against 320"
 
 BEFORE_ANY_RUN = [
+    # strategies that cut weights up
+    ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: weights that are cut up"),
+    ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "cut up over processes cannot be trained yet"),
+    (
+        "stage=sft inputs.policy=policy trainer.strategy={_target_:pytorch_lightning.strategies.ModelParallelStrategy}",
+        "ModelParallelStrategy: weights that are cut up",
+    ),
+    ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (did you mean ddp?)"),
     # equal answers
     ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
     ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no comparison to train on"),

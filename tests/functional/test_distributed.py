@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlhf.data.collate import PairBatch, TokenBatch
 from rlhf.distributed import add_up, average_gradients, gather_rows
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.groups import group_advantages
+from rlhf.stage import Stage
 from rlhf_dpo.batch_objective import KTO, Relative
 from rlhf_dpo.pairs import Pairs
 
@@ -47,6 +49,7 @@ def _results(rank: int) -> dict[str, object]:
         "explained": explained_variance(values, returns, mask, sum_over),
         "advantages": group_advantages(SCORES[:4] if rank == 0 else SCORES[4:], 2, "batch", sum_over),
         "gradients": gradients(rank),
+        "clipped": clipped(rank),
         "means": add_up({"both": torch.tensor([1.0 + rank, 2.0]), **own_name(rank)}, torch.device("cpu")),
         "rows": everything,
         "here": (here.start, here.stop),
@@ -83,6 +86,17 @@ def gradients(rank: int) -> list[torch.Tensor | None]:
         parameters[i].grad = torch.full_like(parameters[i], 2.0 * i + 1 + rank)
     average_gradients(parameters)
     return [parameter.grad for parameter in parameters]
+
+
+def clipped(rank: int) -> list[float]:
+    """A gradient of (6, 0) on one process and (0, 8) on the other, averaged and clipped to norm 1 as a stage does."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([6.0, 0.0] if rank == 0 else [0.0, 8.0])
+    average_gradients([weight])
+    stage = SimpleNamespace(gradient_clip=1.0, trainer=SimpleNamespace(precision_plugin=None))
+    Stage.on_before_optimizer_step(stage, torch.optim.SGD([weight], lr=1.0))  # type: ignore[arg-type]
+    assert stage._norm.item() == pytest.approx(5.0)
+    return weight.grad.tolist()
 
 
 class Table:
@@ -161,6 +175,7 @@ def test_two_processes_see_what_one_would(results: list[dict[str, object]]) -> N
         both, one, other, none = found["gradients"]
         assert both.unique().tolist() == [1.5] and one.unique().tolist() == [1.5] and other.unique().tolist() == [3.0]
         assert none is None
+        assert found["clipped"] == pytest.approx([0.6, 0.8])  # of the mean (3, 4), not of each process's own
     together = torch.cat([first["advantages"], second["advantages"]])
     torch.testing.assert_close(
         together, (SCORES - SCORES.view(3, 2).mean(1).repeat_interleave(2)) / SCORES.std(), atol=1e-4, rtol=1e-4

@@ -229,8 +229,6 @@ def test_what_cannot_be_shared_is_said_before_anything_is_read(runs: Runs, tmp_p
         build_stage(composed(runs, f"inputs.value={tmp_path / 'whole' / 'model'}"), tmp_path)
     with pytest.raises(UserError, match=r"^reward.path=.*does not sit on.*adapter=lora"):
         build_stage(composed(runs, f"inputs.reward_model={tmp_path / 'whole' / 'model'}", "stage.value=null"), tmp_path)
-    with pytest.raises(UserError, match="trainer.strategy=fsdp"):
-        build_stage(composed(runs, "trainer=fsdp"), tmp_path)
 
 
 # -- before anything runs -------------------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, no
     with pytest.raises(UserError, match=r"magnitude of DoRA.*type adapter=lora for both"):
         plan(composed(runs, outputs, "adapter=dora"))
     with pytest.raises(UserError, match="trainer.strategy=fsdp"):
-        plan(composed(runs, outputs, "trainer=fsdp"))
+        plan(composed(runs, outputs, "trainer.strategy=fsdp"))
     # A reward within another part is called by the key that is typed for it.
     collecting = composed(
         runs, outputs, "annotator=reward", f"inputs.reward_model={tmp_path / 'whole' / 'model'}", stage="collect"
