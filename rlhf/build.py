@@ -25,7 +25,7 @@ from rlhf.metrics import loggers
 from rlhf.models.footprint import footprint
 from rlhf.scoring import model_rewards
 from rlhf.sharing import shared_base
-from rlhf.stage import Stage
+from rlhf.stage import Stage, seed_of
 from rlhf.validation import groups
 
 SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
@@ -82,7 +82,7 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
         parts["model"] = base.policy(corpus)
     knobs: dict[str, Any] = OmegaConf.to_container(config.stage, resolve=True)  # type: ignore[assignment]
     stage = stage_class(**parts, **{name: value for name, value in knobs.items() if name not in ("_target_", "name")})
-    stage.seed, stage.run_folder, stage.name = config.seed, folder, config.stage.name
+    stage.seed, stage.run_folder, stage.name = seed_of_step(config), folder, config.stage.name
     return stage
 
 
@@ -97,6 +97,16 @@ def instantiated(node: Any) -> Any:
         if cause is None:
             raise
     raise cause  # outside of the block, or each of the two errors would be the reason of the other
+
+
+def seed_of_step(config: DictConfig) -> int:
+    """Derive the seed of all random numbers of a run from the command's seed, its stage and its round.
+
+    The round says which run of the stage this is in its own lineage, so that the rounds of a pipeline draw numbers of
+    their own, and a stage typed by itself is still the run that a pipeline makes of it. Jobs of a sweep that differ in
+    hyperparameters, here or upstream, draw the same numbers, so that they can be compared in pairs.
+    """
+    return seed_of(config.seed, str(config.stage.name), int(config.get("round", 1)))
 
 
 def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
@@ -132,7 +142,7 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
     Returns the final metrics; the stage's headline is among them as ``headline``.
     """
     quiet()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed_of_step(config))
     stage = build_stage(config, folder)
     trainer, clock = build_trainer(config, folder)
     held = footprint(stage.roles())

@@ -70,7 +70,7 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
         outcomes.append((step.name, step.folder, how, last, step.headline))
     value = last.get("value")
     if _main_process():
-        compared = _compare(made, int(root.get("seed") or 0))
+        compared = _compare(made)
         console.end(outcomes, _reads(made))
         if compared is not None:
             _print_comparison(made, compared)
@@ -279,7 +279,7 @@ def _leave_result(
 # Afterwards
 
 
-def _compare(made: Plan, seed: int) -> Any:
+def _compare(made: Plan) -> Any:
     """Before against after on held-out prompts, as the pipeline's `compare` says; None where it says nothing."""
     node = made.compare
     if node is None:
@@ -299,7 +299,6 @@ def _compare(made: Plan, seed: int) -> Any:
         hydra.utils.instantiate(OmegaConf.create(node["data"])),
         None if scorer is None else scorer.folder / "model",
         None if text is None else hydra.utils.instantiate(OmegaConf.create(text)),
-        seed=seed,
         folder=after.folder,
         **knobs,
     )

@@ -24,7 +24,7 @@ class Step:
     Attributes:
         name: its name in the pipeline; the stage's in a single run.
         stage: the stage's name.
-        config: the resolved config, its own root.
+        config: the resolved config, its own root; `round` in it counts the runs of this stage in its lineage.
         fingerprint: what it computes, 64 hex letters.
         folder: its run folder, which need not exist yet.
         inputs: role -> the identities of what it reads in that role.
@@ -136,6 +136,7 @@ class _Planner:
         self.unread: dict[str, set[str]] = {}  # step -> shared groups that its stage does not ask for
         self._begun: set[str | None] = set()
         self._by_name: dict[str, Step] = {}
+        self._lineage: dict[str, dict[str, str]] = {}  # step's fingerprint -> stages of its ancestors and of itself
 
     def add(self, name: str | None) -> None:
         """Plans a step, after everything it needs."""
@@ -184,11 +185,14 @@ class _Planner:
         for _, needed in configs.steps_named({key: value for key, value in raw.items() if key != "inputs"}):
             if needed in self._by_name:
                 parents[self._by_name[needed].fingerprint] = self._by_name[needed].folder
+        ancestors = self._ancestors(parents)
+        config["round"] = 1 + list(ancestors.values()).count(stage)
         planned = {str(folder): identity for identity, folder in parents.items()}
         try:
             fingerprint = runs.fingerprint(config, identities, planned)
         except UserError as error:
             raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
+        self._lineage[fingerprint] = {**ancestors, fingerprint: stage}
         headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
         made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline), own)
@@ -238,6 +242,19 @@ class _Planner:
                     parents[made.fingerprint if made else runs.Run(one.run).fingerprint] = one.run
         return paths, identities, parents
 
+    def _ancestors(self, parents: Mapping[str, Path]) -> dict[str, str]:
+        """Return fingerprint -> stage of every run that these runs come from, themselves included."""
+        found: dict[str, str] = {}
+        for fingerprint, folder in parents.items():
+            if fingerprint in self._lineage:
+                found |= self._lineage[fingerprint]
+            else:
+                lineage = runs.Run(folder).lineage
+                earlier = lineage.get("ancestors") or {}
+                found |= {name: str(run.get("stage")) for name, run in earlier.items()}
+                found[fingerprint] = str(lineage.get("stage") or folder.parent.name)
+        return found
+
     def _instead(self, role: str) -> str:
         """What to type for an input that is not given."""
         if role == "policy" and self.model in model_options.with_weights():
@@ -275,7 +292,7 @@ class _Planner:
         from rlhf import context, evaluation, validation
 
         own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
-        given = ("before", "after", "reward_model", "prompts", "text", "seed", "folder")
+        given = ("before", "after", "reward_model", "prompts", "text", "folder")
         for key in ("before", "after", "reward_model"):
             if own.get(key) is not None and own[key] not in self.names:
                 self.problems.append(f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), self.names)}")

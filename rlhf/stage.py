@@ -5,9 +5,10 @@ must be the same everywhere: the order of batches, the randomness of each step, 
 learning rate.
 
 Exactness by construction: the i-th batch is a function of (seed, i), the randomness of step i of (seed, i), so a run
-that was killed and goes on from a checkpoint ends with the same bits as one that was not. And a loss is a sum over
-what counts divided by how much counts in the *whole* batch, over all micro-batches and all processes, so that neither
-micro-batches nor processes change the gradient.
+that was killed and goes on from a checkpoint ends with the same bits as one that was not. `seed` is the stage's own,
+derived by `build` from the command's seed, the stage and its round, so that no two rounds share random numbers. And a
+loss is a sum over what counts divided by how much counts in the *whole* batch, over all micro-batches and all
+processes, so that neither micro-batches nor processes change the gradient.
 """
 
 import json
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed made of the run's seed, a name and a count: independent streams without any state to save."""
+    """Derive a seed from numbers and names, such as (seed, purpose, count): independent streams, no state to save."""
     return mix_seed(*(crc32(part.encode()) if isinstance(part, str) else part for part in parts))
 
 
@@ -109,7 +110,7 @@ class Stage(pl.LightningModule):
         self.policy = model
         self._optimizer, self._scheduler = optimizer, scheduler
         self.batch_size, self.micro_batch_size, self.gradient_clip = batch_size, micro_batch_size, gradient_clip
-        self.seed = 0  # set by build
+        self.seed = 0  # set by build: of (seed, stage, round), and every seed of the stage is derived from it
         self.run_folder = Path(".")  # set by build
         self.name = type(self).__name__  # set by build
         self.updates_done = 0

@@ -89,7 +89,7 @@ class CollectStage(Stage):
         aspect = aspect_of(self.annotator)
         seed = seed_of(self.seed, "collect" if aspect == "total" else f"collect {aspect}", batch_idx, 0)
         rollout = self.rollout.sample(self.policy, list(batch), seed)
-        comparisons = self.annotator(rollout, self.rollout.samples, seed)
+        comparisons = self.annotator(rollout, self.rollout.samples, seed_of(seed, "annotate"))
         self.file.add(
             batch_idx,
             comparisons=[comparison.to_json() for comparison in comparisons],

@@ -19,7 +19,7 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 # Config keys that say where things lie or how they are shown, not what is computed.
 _IGNORED = re.compile(
-    r"^(outputs|until|logger|callbacks|hydra|experiment|debug|pipeline|steps|compare|sweep_name|stage\.name)(\.|$)"
+    r"^(outputs|until|logger|callbacks|hydra|experiment|debug|pipeline|steps|compare|round|sweep_name|stage\.name)(\.|$)"
 )
 COSTS = {"minutes": "minutes", "tokens_per_s": "tokens/s", "peak_memory_gb": "peak GB"}
 

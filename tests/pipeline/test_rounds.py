@@ -80,6 +80,30 @@ def test_more_rounds_leave_the_earlier_ones_as_they_are(typed: Typed) -> None:
     assert [two[name] for name in shared] == [three[name] for name in shared]
 
 
+def test_a_step_knows_which_run_of_its_stage_it_is(typed: Typed) -> None:
+    found = {step.name: step.config["round"] for step in planned(typed, "rounds=3").steps}
+    assert [found[f"collect_{n}"] for n in (1, 2, 3)] == [found[f"best_{n}"] for n in (1, 2, 3)] == [1, 2, 3]
+    assert [found[name] for name in ("sft", "reward_model_3", "align")] == [1, 1, 1]  # the first of their stages
+
+
+def test_hyperparameters_do_not_change_the_round(typed: Typed) -> None:
+    plain, other = planned(typed, "rounds=2"), planned(typed, "rounds=2", "collect.rollout.temperature=2", "seed=3")
+    assert [step.config["round"] for step in plain.steps] == [step.config["round"] for step in other.steps]
+
+
+def test_a_stage_by_itself_goes_on_with_the_rounds_of_its_input(typed: Typed, train) -> None:
+    from rlhf.pipeline import run
+
+    words = ["pipeline=rounds", "rounds=1", "until=best"]
+    run(typed(*words), words)
+    newest = train.folders["dpo"]
+    single = ["stage=collect", f"inputs.policy={newest}"]
+    two = {step.name: step for step in planned(typed, "rounds=2").steps}
+    found = plan(typed(*single), single).steps[0]
+    assert found.config["round"] == 2
+    assert found.fingerprint == two["collect_2"].fingerprint  # the very run that the second round makes
+
+
 def test_a_value_for_all_rounds_and_one_for_a_single_round(typed: Typed) -> None:
     found = planned(typed, "rounds=3", "collect.rollout.temperature=2", "++collect_2.rollout.temperature=3")
     temperatures = [step.config["rollout"]["temperature"] for step in found.steps if step.stage == "collect"]

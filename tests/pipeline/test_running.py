@@ -200,9 +200,14 @@ def test_the_comparison_after_a_pipeline(typed: Typed, train, compared, capsys) 
     (call,) = compared.calls
     assert call["before"] == train.folders["sft"] / "model" and call["after"] == train.folders["ppo"] / "model"
     assert call["reward_model"] == train.folders["reward_model"] / "model"
-    assert call["count"] == 9 and call["seed"] == 4
+    assert call["count"] == 9 and call["seed"] == 0  # its own, not the one that trained them
     out = capsys.readouterr().out
     assert "align against sft, 9 held-out prompts" in out and "+0.20 ± 0.01" in out and "rlhf report" in out
+
+
+def test_the_comparison_has_a_seed_of_its_own(typed: Typed, compared) -> None:
+    go(typed, "pipeline=instructgpt", "compare.seed=5", "seed=4")
+    assert compared.calls[0]["seed"] == 5
 
 
 def test_the_comparison_without_a_reward_model(typed: Typed, compared) -> None:
