@@ -3,40 +3,19 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rlhf.answers import last_number, same
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.rollout import Rollout
 
-# A number in running text: grouped by commas or not, a decimal part or a fraction, perhaps a sign that is no minus.
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\s?/\s?\d+)?|(?<![\w.])[-+]?\$?\.\d+")
-# A text that is a number and nothing else; a comma or a space anywhere else would make other answers of it.
-_PLAIN = re.compile(r"\$?\s?[-+]?\s?\$?\s?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|\s?/\s?\d+)?|\.\d+)\s?%?\.?")
 _MARKER = "####"
 
 Extract = Literal["last_number", "after_marker", "regex", "whole"]
-
-
-def number(text: str) -> Fraction | None:
-    """The number a text is, or None: `1,000`, `1000.0`, `$1000` and `2000/2` are one and the same."""
-    text = text.strip()
-    if len(text) > 100 or not _PLAIN.fullmatch(text):  # a policy can write anything, 1e999999999 too
-        return None
-    try:
-        return Fraction(re.sub(r"[\s,$%]|\.$", "", text))
-    except ZeroDivisionError:
-        return None
-
-
-def last_number(text: str) -> str | None:
-    """The last number in running text, as it stands there. A minus between two numbers is not a sign."""
-    found = [match[0] for match in _NUMBER.finditer(text)]
-    return found[-1] if found else None
 
 
 @dataclass(frozen=True)
@@ -47,8 +26,8 @@ class ExactMatch:
         extract: Where the answer is in the reply: "last_number"; "after_marker" is the rest of the line after the last
             `####` (GSM8K); "regex" is the first group of the last match of ``pattern``; "whole" is the reply.
         pattern: Regular expression with one group, for extract=regex.
-        numbers: Whether numbers are compared as numbers (1,000 equals 1000.0); other text as text, without regard to
-            case and spaces.
+        numbers: Whether answers are compared as numbers and mathematics (1,000 equals 1e3, 50% equals 50 and 0.5, a
+            unit does not count); other text as text, without regard to case and spaces.
         correct: Score of the right answer.
         wrong: Score of another answer.
         missing: Score of a reply with no answer in it.
@@ -103,11 +82,7 @@ class ExactMatch:
 
     def equal(self, answer: str, reference: str) -> bool:
         """Whether two answers are the same."""
-        if self.numbers:
-            given, wanted = number(answer), number(reference)
-            if given is not None and wanted is not None:
-                return given == wanted
-        return " ".join(answer.split()).casefold() == " ".join(reference.split()).casefold()
+        return same(answer, reference, self.numbers)
 
     def score(self, prompt: Prompt, reply: str) -> float:
         """The score of one reply."""

@@ -38,6 +38,7 @@ TEMPLATES = {
 """Templates by name; any text file with the same three fields will do as well."""
 
 OPTIONS = ("A", "B")
+READING = 2  # how answers are read; a change counts it up, so that kept ones of before are asked for again
 FEW = 20  # answers before their share of nonsense says anything
 
 Answer = tuple[float | None, str]
@@ -73,18 +74,42 @@ def fill(template: str, prompt: Sequence[Message], first: str, second: str) -> s
     return re.sub(r"\{(prompt|first|second)\}", lambda match: values[match[1]], template)
 
 
-def parse(text: str) -> float | None:
-    """What a written answer says: 1 for A, -1 for B, 0 for a tie, None for nonsense.
+# The article: at the head of a sentence, and not followed by what an option named A would do there.
+_ARTICLE = re.compile(
+    r"(?:^|[.!?:;\n\"(])\s*(A) (?:[a-z]+ly )*+"
+    r"(?!(?:is|was|has|had|does|did|will|would|can|could|should|may|might|and|or|over|than|because|since|as|but|by|in|"
+    r"with|on|to|for)\b|(?:better|more)(?: than\b|\W*$)|[a-z]+(?:[^su]s|ed)\b)[a-z]"
+)
+_BETTER = re.compile(
+    r"\b([AB])\b((?:(?!\b[AB]\b)[^.;])*?)\b(?:better|best|wins|stronger|superior|preferable|preferred)\b"
+)
+_WORSE = re.compile(r"\b([AB])\b((?:(?!\b[AB]\b)[^.;])*?)\b(?:worse|worst|loses|weaker|inferior)\b")
+_OVER = re.compile(r"\b(?:prefer|choose|chose|pick)\w* (?:\w+ )?([AB])\b|\b([AB])\b over \b[AB]\b")
+_NEGATED = re.compile(r"\b(?:not|never|neither|nor|no)\b|n't\b", re.IGNORECASE)
+_TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally|toss-up|neither)\b", re.IGNORECASE)
 
-    The last [[A]] or [[B]] counts; else the only option that is named; else the word tie.
+
+def parse(text: str) -> float | None:
+    """Return what a written answer says: 1 for A, -1 for B, 0 for a tie, None for nonsense.
+
+    The last [[A]], [[B]] or [[C]] counts; else the option that is called better, or the other one is called worse; else
+    the only option that is named; else a word for a tie. An "A" that is an article ("A close call") names no option.
     """
     marked = re.findall(r"\[\[(A|B|C)\]\]", text)
     if marked:
         return {"A": 1.0, "B": -1.0, "C": 0.0}[marked[-1]]
+    text = _ARTICLE.sub(lambda match: match[0].replace("A", "a", 1), text)
     named = set(re.findall(r"\b[AB]\b", text))
-    if len(named) == 1:
-        return 1.0 if "A" in named else -1.0
-    return 0.0 if not named and re.search(r"\btie\b", text, re.IGNORECASE) else None
+    if len(named) < 2 or not _TIE.search(text):
+        winners = {match[1] for match in _BETTER.finditer(text) if not _NEGATED.search(match[2])}
+        winners |= {"AB"[match[1] == "A"] for match in _WORSE.finditer(text) if not _NEGATED.search(match[2])}
+        winners |= {match[1] or match[2] for match in _OVER.finditer(text)}
+        if len(winners) == 1:
+            return 1.0 if winners == {"A"} else -1.0
+        if len(named) == 1 and not winners:
+            return None if _NEGATED.search(text) else 1.0 if named == {"A"} else -1.0
+    tied = bool(_TIE.search(text)) and not re.search(r"\b(?:not|no|n't) (?:a )?(?:tie|draw|equal)", text, re.IGNORECASE)
+    return 0.0 if tied and len(named) != 1 else None
 
 
 class JudgeAnnotator:
@@ -135,6 +160,10 @@ class JudgeAnnotator:
             self.option_ids = [tokenize(self.model.tokenizer, option)[0] for option in OPTIONS]
         else:
             self.option_ids = continued(self.model.tokenizer, "A or B?")[1]
+        self.spellings = [
+            sorted({first, *spellings(self.model.tokenizer, option)})
+            for first, option in zip(self.option_ids, OPTIONS, strict=False)
+        ]
         if len(set(self.option_ids)) < 2:
             raise UserError(f"annotator.path={path}: its tokenizer does not tell A from B; give another judge")
         if answer == "generate" and not self.model.tokenizer.chat_template:
@@ -334,11 +363,11 @@ class JudgeAnnotator:
 
     @torch.no_grad()
     def _next_tokens(self, encoded: list[list[int]]) -> list[Answer]:
-        """Log-odds of A against B as the next token, one row of logits a question."""
+        """Return the log-odds of A against B as the next token, each in all its spellings."""
         batch = collate_prompts(encoded, self.model.pad_id).to(self.model.device)
         hidden = self.model.hidden(batch.ids, batch.attention_mask, batch.position_ids)[:, -1]
         logp = self.model.head(hidden).float().log_softmax(dim=-1)
-        first, second = logp[:, self.option_ids[0]].tolist(), logp[:, self.option_ids[1]].tolist()
+        first, second = (logp[:, ids].logsumexp(dim=-1).tolist() for ids in self.spellings)
         likeliest = logp.argmax(dim=-1).tolist()
         answers: list[Answer] = []
         for one, two, token in zip(first, second, likeliest, strict=True):
@@ -356,6 +385,15 @@ def continued(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     one, two = (tokenize(tokenizer, f"{question}\nAnswer: {option}") for option in OPTIONS)
     parted = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
     return (one, []) if parted is None else (one[:parted], [one[parted], two[parted]])
+
+
+def spellings(tokenizer: Any, option: str) -> list[int]:
+    """Return the ids of the single tokens that spell an option, with or without white space before it."""
+    return sorted(
+        index
+        for token, index in tokenizer.get_vocab().items()
+        if token.endswith(option) and tokenizer.decode([index]).strip() == option
+    )
 
 
 class Judgements(Data):
@@ -416,7 +454,7 @@ def _identity(spec: CausalLM, model: LanguageModel, dtype: str) -> str:
     else:
         name = f"{spec.path}@{getattr(model.config, '_commit_hash', None)}"
     asked = "" if model.tokenizer.chat_template else "/Answer:"  # how it is asked; part of what its answers hang on
-    return hashlib.sha256(f"{name}/{dtype}{asked}".encode()).hexdigest()
+    return hashlib.sha256(f"{name}/{dtype}{asked}/{READING}".encode()).hexdigest()
 
 
 def _parts(items: list[str], size: int) -> list[list[str]]:

@@ -82,7 +82,11 @@ def test_a_judge_without_chat_template_answers_with_those_tokens(tmp_path: Path)
     ids = torch.tensor([tokenize(model.tokenizer, "Which?\nAnswer:")])
     hidden = model.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
     logits = model.head(hidden)[0, -1].detach()
-    assert value == pytest.approx(float(logits[judge.option_ids[0]] - logits[judge.option_ids[1]]), abs=1e-4)
+    tokens = {name: [x for x in (f"Ġ{name}", name) if x in model.tokenizer.get_vocab()] for name in "AB"}
+    assert all(len(found) == 2 for found in tokens.values())  # " A" and "A" are one answer: their probabilities add up
+    ids_of = {name: model.tokenizer.convert_tokens_to_ids(found) for name, found in tokens.items()}
+    first, second = (logits[ids_of[name]].exp().sum().log() for name in "AB")
+    assert value == pytest.approx(float(first - second), abs=1e-4)
 
 
 def test_templates(tmp_path: Path) -> None:
@@ -108,6 +112,38 @@ def test_templates(tmp_path: Path) -> None:
         ("A and B are fine", None),
         ("", None),
         ("Apples", None),
+        # The article is no option.
+        ("A tie.", 0.0),
+        ("A draw", 0.0),
+        ("A tie between A and B", 0.0),
+        ("A close call, but B is better.", -1.0),
+        ("A slightly better answer is B", -1.0),
+        ("A more helpful reply is B", -1.0),
+        ("A tough one. A wins.", 1.0),
+        ("Answer: A tie", 0.0),
+        # The option is no article.
+        ("A wins", 1.0),
+        ("A explains it better", 1.0),
+        ("A clearly wins", 1.0),
+        ("A helped more", 1.0),
+        ("A, because it is right", 1.0),
+        ("**A**", 1.0),
+        ("(A)", 1.0),
+        ("A) Paris", 1.0),
+        ("Reply A is better.", 1.0),
+        # Both are named.
+        ("A is better than B", 1.0),
+        ("B is worse than A", 1.0),
+        ("A is good, but B is better.", -1.0),
+        ("I prefer A to B", 1.0),
+        ("B over A", -1.0),
+        ("Neither A nor B is better", 0.0),
+        ("A and B are equally good", 0.0),
+        ("A because B is wrong", None),
+        # Denials.
+        ("Not A", None),
+        ("A is not better", None),
+        ("It is not a tie: B is better", -1.0),
     ],
 )
 def test_written_answers(text: str, value: float | None) -> None:

@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest
 
+from rlhf.answers import last_number, number
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.exact_match import ExactMatch, last_number, number
+from rlhf.exact_match import ExactMatch
 from rlhf.testing import rollout
 
 

@@ -1,0 +1,218 @@
+"""Answers that can be checked: numbers as people and models write them, and whether two answers are the same.
+
+Plain numbers (digits, grouping, signs, fractions, percent, powers of ten, a unit behind them) are read here, exactly.
+Other mathematics (roots, symbols, sets, intervals) goes to math-verify, and only where both answers are nothing else.
+"""
+
+import re
+import signal
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+
+LONGEST = 100  # characters of an answer that is read as mathematics; a policy can write anything
+SECONDS = 2.0  # for one comparison by math-verify, which nothing within these bounds comes near
+
+_SIGN = r"[-+]"
+_CURRENCY = "[$€£¥]"
+_GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+"
+_EXPONENT = r"(?:[eE][-+]?\d{1,3}(?!\w)|\s?[x*]\s?10\^[-+]?\d{1,3})?"
+_UNSIGNED = rf"(?:\d+[ ]\d{{1,4}}/\d{{1,4}}|(?:{_GROUPED})(?:\.\d*|\s?/\s?\d+)?{_EXPONENT}|\.\d+{_EXPONENT})"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_TAIL = rf"(?:\s?%|\s?percent\b|\s(?:{'|'.join(_SCALES)})\b)?"
+_PLAIN = re.compile(rf"{_CURRENCY}?\s?{_SIGN}?\s?{_CURRENCY}?\s?{_UNSIGNED}{_TAIL}\.?", re.IGNORECASE)
+# In running text a full stop ends the sentence, and a sign belongs to a number only if no number stands before it.
+_RUNNING = _UNSIGNED.replace(r"\.\d*", r"\.\d+")
+_NUMBER = re.compile(rf"(?<![\w.)])(?:{_SIGN}{_CURRENCY}?|{_CURRENCY}{_SIGN}?)?{_RUNNING}{_TAIL}", re.IGNORECASE)
+_BARE = re.compile(rf"(?<![\w.]){_RUNNING}{_TAIL}", re.IGNORECASE)
+# A unit is words without digits; those that are numbers or operations themselves make another number of it.
+_UNIT = re.compile(r"\s?[^\W\d_][^\d=+*^\\]*(?:\^[23])?")
+_NO_UNIT = re.compile(
+    r"\b(?:pi|[a-fi-kn-rt-z]|sqrt|root|log|ln|sin|cos|tan|times|plus|minus|over|divided|dozen|half|halves|or|and|to|"
+    rf"thirds?|quarters?|squared|cubed|infinity|{'|'.join(_SCALES)})\b|π|√|∞",
+    re.IGNORECASE,
+)
+_GLUED = re.compile(r"[a-zµ°]{2,3}(?:\^[23])?[,.)]?", re.IGNORECASE)  # 72kg, 3cm²; a single letter is a variable
+_LETTERS_OF_MATHEMATICS = re.compile(r"\\[a-zA-Z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|pi|cup|cap|infty)\b")
+_MINUS = dict.fromkeys(map(ord, "−‒–—﹣-⁻"), "-")
+_SPACES = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u200a\u202f\t"), " ")
+
+
+def clean(text: str) -> str:
+    """Return a text with one kind of minus, space and fraction, and without Markdown emphasis and LaTeX dressing."""
+    text = re.sub(r"(?<=\d)(?=[¼½¾⅐-⅞])", " ", text)
+    text = text.translate(_MINUS | _SPACES)
+    text = unicodedata.normalize("NFKC", re.sub(r"([²³])", lambda m: "^" + str("²³".index(m[1]) + 2), text))
+    text = text.replace("⁄", "/").replace("×", "x").replace("\\times", "x").replace("\\cdot", "*")
+    text = re.sub(r"\*\*|__|`", "", text)
+    text = re.sub(r"\\[,;!: ]|\{,\}", lambda m: "," if m[0] == "{,}" else "", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|boldsymbol)\b\s?", "", text)
+    text = text.replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"10\^\{([-+]?\d+)\}", r"10^\1", text)
+    for _ in range(3):  # nested ones from the inside
+        text = re.sub(r"\\(?:boxed|text|textbf|mathbf|mathrm|mbox)\s?\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"\\[dt]?frac\s?\{\s?(-?\d+)\s?\}\s?\{\s?(\d+)\s?\}", _fraction, text)
+    return re.sub(r"\\[dt]?frac\s?(\d)\s?(\d)", _fraction, text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """Return a/b, with a space before it where it goes on a whole number: 3\\frac{1}{2} is 3 1/2."""
+    after_digit = match.start() and match.string[match.start() - 1].isdigit()
+    return f"{' ' if after_digit else ''}{match[1]}/{match[2]}"
+
+
+def undressed(text: str) -> str:
+    """Return a cleaned answer without what encloses it: spaces, dollar signs of LaTeX, stars, a final full stop."""
+    text = clean(text).strip()
+    inner = re.fullmatch(r"(\$\$?|\\\(|\\\[)\s*(.*?)\s*(\$\$?|\\\)|\\\])\.?", text, re.DOTALL)
+    if inner:
+        text = inner[2]
+    return text.strip(" *_").removesuffix(".").strip(" *_")
+
+
+def number(text: str) -> Fraction | None:
+    """Return the number a text is, or None: `1,000`, `1 000.0`, `$1000`, `1e3` and `2000/2` are one and the same.
+
+    Per cent are left as they are: `50%` is 50. Nothing may stand beside the number but a sign, currency or scale word.
+    """
+    text = undressed(text)
+    if len(text) > LONGEST or not _PLAIN.fullmatch(text):
+        return None
+    body = re.sub(rf"\s?(?:%|percent\b)|{_CURRENCY}|,", "", text, flags=re.IGNORECASE).strip().removesuffix(".")
+    scale = next((word for word in _SCALES if body.lower().endswith(word)), None)
+    body = body[: -len(scale)].strip() if scale else body
+    body = re.sub(r"\s?[x*]\s?10\^", "e", body)
+    sign = -1 if body.startswith("-") else 1
+    body = body.lstrip("-+ ")
+    mixed = re.fullmatch(r"(\d+) (\d+)/(\d+)", body)
+    try:
+        if mixed:
+            value = Fraction(int(mixed[1])) + Fraction(int(mixed[2]), int(mixed[3]))
+        else:
+            value = _value(re.sub(r"\s", "", body))
+    except (ZeroDivisionError, ValueError):
+        return None
+    return sign * value * (_SCALES[scale] if scale else 1)
+
+
+def _value(body: str) -> Fraction:
+    """Return a decimal or fraction, perhaps with an exponent behind it."""
+    body, _, power = body.lower().partition("e")
+    upper, _, lower = body.partition("/")
+    return Fraction(upper) / Fraction(lower or 1) * Fraction(10) ** int(power or 0)
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number in running text as it stands there, or None. A minus between two numbers is no sign."""
+    text, found, start = clean(text), None, 0
+    while match := _first(text, start):
+        found, start = match[0], match.end()
+    return found
+
+
+def _first(text: str, start: int) -> re.Match[str] | None:
+    """Return the first number from ``start`` on, with its sign where it has one."""
+    signed, bare = _NUMBER.search(text, start), _BARE.search(text, start)
+    if signed is None or bare is None:
+        return signed or bare
+    return signed if signed.start() <= bare.start() else bare
+
+
+def readings(answer: str) -> tuple[set[Fraction], bool]:
+    """Return the numbers an answer may mean, and whether it is in per cent: those mean 50 as well as 0.5."""
+    answer = undressed(answer)
+    value = number(answer)
+    if value is None:
+        value = _with_unit(answer)
+    if value is None:
+        return set(), False
+    percent = bool(re.search(r"%|percent\b", answer, re.IGNORECASE))
+    return ({value, value / 100} if percent else {value}), percent
+
+
+def _with_unit(answer: str) -> Fraction | None:
+    """Return the number of `72 dollars` or `72kg`, as GSM8K does; None where more than a unit follows."""
+    match = re.match(rf"{_CURRENCY}?{_SIGN}?{_CURRENCY}?{_RUNNING}{_TAIL}", answer, re.IGNORECASE)
+    if match is None or len(answer) > LONGEST:
+        return None
+    unit = answer[match.end() :]
+    glued = not unit.startswith(" ")
+    if not _UNIT.fullmatch(unit) or _NO_UNIT.search(unit) or (glued and not _GLUED.fullmatch(unit.split(" ")[0])):
+        return None
+    return number(match[0])
+
+
+def same(answer: str, reference: str, numbers: bool = True) -> bool:
+    """Return whether two answers are the same: as numbers, as mathematics, or as text but for case and spaces.
+
+    Per cent on one side mean the number or its hundredth: `50%` equals `50` and `0.5`; two of them are compared as they
+    are. With ``numbers`` false only the text counts.
+    """
+    if " ".join(answer.split()).casefold() == " ".join(reference.split()).casefold():
+        return True
+    if not numbers:
+        return False
+    (given, one), (wanted, other) = readings(answer), readings(reference)
+    if given and wanted:
+        return max(given) == max(wanted) if one and other else bool(given & wanted)
+    left, right = undressed(answer), undressed(reference)
+    if " ".join(left.split()).casefold() == " ".join(right.split()).casefold():
+        return True
+    if not (_is_mathematics(left) and _is_mathematics(right)):
+        return False
+    return _equal(left, right)
+
+
+def _is_mathematics(text: str) -> bool:
+    """Return whether a text is an expression and nothing else, and one that is quickly evaluated."""
+    if not 0 < len(text) <= LONGEST or re.search(r"\d\s+\d|\d!|\^\s?\{?\s?-?\d{3}|\^[^^]*\^", text):
+        return False
+    words = re.findall(r"[^\W\d_]{2,}", _LETTERS_OF_MATHEMATICS.sub(" ", text))
+    return not any(len(word) > 2 for word in words) and not re.search(r"[?!;]", text)
+
+
+@lru_cache(maxsize=4096)
+def _equal(answer: str, reference: str) -> bool:
+    """Return what math-verify says of two expressions; what it cannot read or finish is not equal."""
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse, verify  # here: sympy takes a second to import
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that its own time limit is off, at each call
+    given, wanted = (re.sub(r"(?<!\\)\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text) for text in (answer, reference))
+    given, wanted = (re.sub(r"(?<!\\)\bpi\b|π", r"\\pi ", text) for text in (given, wanted))
+    try:
+        with _time_limit(SECONDS):
+            how = [LatexExtractionConfig()]
+            one, two = (
+                parse(f"${text}$", how, fallback_mode="no_fallback", parsing_timeout=None) for text in (given, wanted)
+            )
+            return bool(one and two) and bool(verify(two, one, timeout_seconds=None))
+    except Exception:  # sympy raises whatever it likes on what a policy writes
+        return False
+
+
+class _TooSlow(Exception):
+    """Raised where a comparison takes too long."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TooSlow after so many seconds; signals reach the main thread alone, elsewhere the bounds have to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlow
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
