@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checkpoint_files, runs
+from rlhf import checkpoint_files, comparison, runs
+from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
 from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.inspection.refusal import refuse_too_large
@@ -75,7 +76,7 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
         if compared is not None:
             _print_comparison(made, compared)
         console.next_commands(_next(made))
-        _leave_result(made.steps[-1], "finished", last, extra=compared.metrics() if compared is not None else {})
+        _leave_result(made.steps[-1], "finished", last, extra=compared.metrics if compared is not None else {})
     return value
 
 
@@ -279,21 +280,26 @@ def _leave_result(
 # Afterwards
 
 
-def _compare(made: Plan) -> Any:
+def _compare(made: Plan) -> Comparison | None:
     """Before against after on held-out prompts, as the pipeline's `compare` says; None where it says nothing."""
     node = made.compare
     if node is None:
         return None
-    from rlhf import evaluation
-
     before, after = made.get(node["before"]), made.get(node["after"])
     scorer = made.get(node.get("reward_model"))
     assert before is not None and after is not None
-    apart = ("before", "after", "reward_model", "data", "text")
-    knobs = {key: value for key, value in node.items() if key not in apart}
-    text = node.get("text")
     console.say(f"comparing {before.name} with {after.name} on held-out prompts")
-    return evaluation.compare(
+    fingerprints = {role: step.fingerprint for role, step in zip(("before", "after"), (before, after), strict=True)}
+    key = comparison.key(node, fingerprints | ({} if scorer is None else {"reward_model": scorer.fingerprint}))
+    known = comparison.read(after.folder, key)
+    if known is not None:
+        return known
+    from rlhf import evaluation
+
+    apart = ("before", "after", "reward_model", "data", "text")
+    knobs = {name: value for name, value in node.items() if name not in apart}
+    text = node.get("text")
+    found = evaluation.compare(
         before.folder / "model",
         after.folder / "model",
         hydra.utils.instantiate(OmegaConf.create(node["data"])),
@@ -302,16 +308,20 @@ def _compare(made: Plan) -> Any:
         folder=after.folder,
         **knobs,
     )
+    samples = [(sample.prompt, sample.before, sample.after) for sample in found.samples]
+    compared = Comparison(found.prompts, found.table(), samples, found.metrics())
+    comparison.write(after.folder, key, compared)
+    return compared
 
 
-def _print_comparison(made: Plan, compared: Any) -> None:
+def _print_comparison(made: Plan, compared: Comparison) -> None:
     node = made.compare or {}
     title = f"{node['after']} against {node['before']}, {compared.prompts} held-out prompts (mean ± standard error)"
-    console.print_table(title, ("metric", node["before"], node["after"], "difference"), compared.table())
-    for sample in compared.samples:
-        console.say(f"prompt: {sample.prompt}")
-        console.say(f"  {node['before']}: {sample.before}")
-        console.say(f"  {node['after']}: {sample.after}")
+    console.print_table(title, ("metric", node["before"], node["after"], "difference"), compared.table)
+    for prompt, before, after in compared.samples:
+        console.say(f"prompt: {prompt}")
+        console.say(f"  {node['before']}: {before}")
+        console.say(f"  {node['after']}: {after}")
 
 
 def _next(made: Plan) -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ from typing import Any
 import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import checked, hub, model_options, rounds, runs
 from rlhf import config as configs
-from rlhf import hub, model_options, rounds, runs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
@@ -161,47 +161,86 @@ class _Planner:
         self.steps.append(step)
 
     def _made(self, name: str | None, raw: Plain, roles: set[str]) -> Step:
-        from rlhf import adapted_layers, context, sharing, validation
-
         own = self.raw[name] if name else {}
         before = len(self.problems)
         with configs.scope(self.root, {key: step.folder for key, step in self._by_name.items()}):
             inputs, identities, parents = self._inputs(name, raw, roles)
             raw["inputs"] |= inputs
-            try:
-                validation.check(OmegaConf.create(raw), name or "", own)
-            except UserError as error:
-                self.problems += str(error).splitlines()
-            broken = len(self.problems) > before
-            config = raw if broken else configs.resolve(raw)
-        stage = str(config["stage"].get("name") or config["stage"]["_target_"].partition(".")[0].removeprefix("rlhf_"))
-        own_name = name or stage
-        self.roles[own_name] = roles
-        self.unread[own_name] = set() if broken else _unread(config)
-        config = {key: value for key, value in config.items() if key not in self.unread[own_name]}
-        if broken:  # No folder can be named; the walk goes on only to find what else is wrong.
-            folder = self.outputs / stage / f"({own_name})"
-            return Step(own_name, stage, config, "", folder, identities, parents, "", own)
-        for _, needed in configs.steps_named({key: value for key, value in raw.items() if key != "inputs"}):
-            if needed in self._by_name:
-                parents[self._by_name[needed].fingerprint] = self._by_name[needed].folder
-        ancestors = self._ancestors(parents)
-        config["round"] = 1 + list(ancestors.values()).count(stage)
-        planned = {str(folder): identity for identity, folder in parents.items()}
+            known = checked.key(raw, own, name or "")
+            facts = checked.read(known) if len(self.problems) == before else None
+            if facts is not None:
+                made = self._step(name, raw, configs.resolve(raw), roles, identities, parents, facts)
+                if runs.Run(made.folder).finished:
+                    return made
+            return self._validated(name, raw, roles, identities, parents, known, len(self.problems) > before)
+
+    def _validated(
+        self,
+        name: str | None,
+        raw: Plain,
+        roles: set[str],
+        identities: dict[str, list[str]],
+        parents: dict[str, Path],
+        known: str,
+        broken: bool,
+    ) -> Step:
+        """The step, its config validated, and what was found out remembered under ``known``."""
+        from rlhf import adapted_layers, context, sharing, validation
+
+        own = self.raw[name] if name else {}
         try:
-            fingerprint = runs.fingerprint(config, identities, planned)
+            validation.check(OmegaConf.create(raw), name or "", own)
         except UserError as error:
-            raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
-        self._lineage[fingerprint] = {**ancestors, fingerprint: stage}
-        headline = getattr(hydra.utils.get_object(config["stage"]["_target_"]), "headline", "") or ""
-        folder = self.outputs / stage / fingerprint[: runs.LETTERS]
-        made = Step(own_name, stage, config, fingerprint, folder, identities, parents, str(headline), own)
+            self.problems += str(error).splitlines()
+            broken = True
+        if broken:  # No folder can be named; the walk goes on only to find what else is wrong.
+            stage = _stage_name(raw)
+            self.roles[name or stage], self.unread[name or stage] = roles, set()
+            folder = self.outputs / stage / f"({name or stage})"
+            return Step(name or stage, stage, raw, "", folder, identities, parents, "", own)
+        config = configs.resolve(raw)
+        facts = _facts(config)
+        made = self._step(name, raw, config, roles, identities, parents, facts)
+        sound = True
         for one in (adapted_layers, sharing, context):
             try:
                 one.check(made, self.steps)
             except UserError as error:
-                self.problems.append(configs.said_of_step(str(error), own, own_name))
+                self.problems.append(configs.said_of_step(str(error), own, made.name))
+                sound = False
+        if sound:
+            checked.write(known, facts)
         return made
+
+    def _step(
+        self,
+        name: str | None,
+        raw: Plain,
+        config: Plain,
+        roles: set[str],
+        identities: dict[str, list[str]],
+        parents: dict[str, Path],
+        facts: checked.Facts,
+    ) -> Step:
+        """The step of a resolved config, with its fingerprint."""
+        stage = _stage_name(config)
+        own_name = name or stage
+        self.roles[own_name], self.unread[own_name] = roles, set(facts.unread)
+        config = {key: value for key, value in config.items() if key not in facts.unread}
+        for _, needed in configs.steps_named({key: value for key, value in raw.items() if key != "inputs"}):
+            if needed in self._by_name:
+                parents = parents | {self._by_name[needed].fingerprint: self._by_name[needed].folder}
+        ancestors = self._ancestors(parents)
+        config["round"] = 1 + list(ancestors.values()).count(stage)
+        planned = {str(folder): identity for identity, folder in parents.items()}
+        try:
+            fingerprint = runs.fingerprint(config, identities, planned, facts.digests)
+        except UserError as error:
+            raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
+        self._lineage[fingerprint] = {**ancestors, fingerprint: stage}
+        folder = self.outputs / stage / fingerprint[: runs.LETTERS]
+        own = self.raw[name] if name else {}
+        return Step(own_name, stage, config, fingerprint, folder, identities, parents, facts.headline, own)
 
     def _inputs(
         self, name: str | None, raw: Plain, roles: set[str]
@@ -289,33 +328,54 @@ class _Planner:
         node = self.root.get("compare")
         if node is None or self.names is None:
             return None
+        own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
+        made = all(own.get(key) in self._by_name for key in ("before", "after"))
+        folders = {step.name: str(step.folder) for step in self.steps}
+        known = checked.key({"compare": own}, {"steps": self.names, "folders": folders}, "compare")
+        if checked.read(known) is None:
+            problems = self._problems_of_comparison(own, made)
+            self.problems += problems
+            if not problems:
+                checked.write(known, checked.Facts())
+        return own if made else None
+
+    def _problems_of_comparison(self, own: Plain, made: bool) -> list[str]:
         from rlhf import context, evaluation, validation
 
-        own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
         given = ("before", "after", "reward_model", "prompts", "text", "folder")
-        for key in ("before", "after", "reward_model"):
-            if own.get(key) is not None and own[key] not in self.names:
-                self.problems.append(f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), self.names)}")
-        self.problems += validation.check_node(evaluation.compare, own, "compare", given=given, ignore=(*given, "data"))
+        problems = [
+            f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), self.names or ())}"
+            for key in ("before", "after", "reward_model")
+            if own.get(key) is not None and own[key] not in (self.names or ())
+        ]
+        problems += validation.check_node(evaluation.compare, own, "compare", given=given, ignore=(*given, "data"))
         for data in ("data", *(["text"] if own.get("text") else [])):
             try:
                 validation.check(OmegaConf.create({data: own.get(data)}), "compare")
             except UserError as error:
-                self.problems += str(error).splitlines()
-        if own.get("before") not in self._by_name or own.get("after") not in self._by_name:
-            return None
-        try:
-            context.check_comparison(own, self.steps)
-        except UserError as error:
-            self.problems.append(str(error))
-        return own
+                problems += str(error).splitlines()
+        if made:
+            try:
+                context.check_comparison(own, self.steps)
+            except UserError as error:
+                problems.append(str(error))
+        return problems
 
 
-def _unread(config: Plain) -> set[str]:
-    """Groups that every step inherits and that this one's stage does not ask for: no part of what it computes."""
+def _stage_name(config: Plain) -> str:
+    return str(config["stage"].get("name") or config["stage"]["_target_"].partition(".")[0].removeprefix("rlhf_"))
+
+
+def _facts(config: Plain) -> checked.Facts:
+    """What planning needs of the classes of a resolved config; imports them."""
     from rlhf import validation
 
-    return {"optimizer", "scheduler"} - set(validation.groups(hydra.utils.get_object(config["stage"]["_target_"])))
+    stage = hydra.utils.get_object(config["stage"]["_target_"])
+    # Groups that every step inherits and that this one's stage does not ask for: no part of what it computes.
+    unread = {"optimizer", "scheduler"} - set(validation.groups(stage))
+    relevant = {key: value for key, value in config.items() if key not in unread}
+    headline = str(getattr(stage, "headline", "") or "")
+    return checked.Facts(tuple(sorted(unread)), headline, runs.keys_with_digest(relevant))
 
 
 def _weights_chosen(planner: _Planner) -> list[hub.Choice]:

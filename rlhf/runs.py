@@ -26,6 +26,7 @@ import hydra.utils
 from omegaconf import OmegaConf
 
 from rlhf import checkpoint_files
+from rlhf.cache import recall, remember
 from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
 from rlhf.files import write_json, write_text
@@ -42,8 +43,10 @@ _IRRELEVANT_SOURCE = frozenset(
     [
         "__init__",
         "checkpoint_files",
+        "checked",
         "checkpoints",
         "cli",
+        "comparison",
         "conf",
         "config",
         "discovery",
@@ -317,13 +320,19 @@ def run_of(path: Path) -> Run | None:
 # Fingerprints
 
 
-def fingerprint(config: Plain, inputs: Mapping[str, list[str]], planned: Mapping[str, str]) -> str:
+def fingerprint(
+    config: Plain,
+    inputs: Mapping[str, list[str]],
+    planned: Mapping[str, str],
+    digests: Iterable[str] | None = None,
+) -> str:
     """The name of what a resolved step config computes: 64 hex letters, the first of them a to f.
 
     Args:
         config: the resolved config; logger, callbacks, folders and the like do not count.
         inputs: role -> identities (a run's fingerprint, a hash of files, a hub id) of the inputs that are read.
         planned: run folder -> fingerprint of the runs that the config may name by path, which need not exist yet.
+        digests: `keys_with_digest(config)` where it is known already, so that no other class is imported.
     """
     relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     model = relevant.get("model")
@@ -333,7 +342,7 @@ def fingerprint(config: Plain, inputs: Mapping[str, list[str]], planned: Mapping
     payload = {
         "config": _canonical(relevant, planned),
         "inputs": {role: list(names) for role, names in sorted(inputs.items())},
-        "data": _data_digests(relevant, planned),
+        "data": data_digests(relevant, planned, keys_with_digest(config) if digests is None else digests),
         "source": _sources(relevant),
     }
     text = json.dumps(payload, sort_keys=True)
@@ -386,18 +395,28 @@ def _digest(path: Path, size: int, changed_ns: int) -> str:
         return f"{size}-{changed_ns}-{hashlib.sha256(file.read(2**20)).hexdigest()}"
 
 
-def _data_digests(config: Plain, planned: Mapping[str, str]) -> dict[str, str]:
+def keys_with_digest(config: Plain) -> tuple[str, ...]:
+    """Keys of the nodes whose class has a ``digest`` of the data it reads; imports the classes."""
+    return tuple(
+        key
+        for key, node in targets(config)
+        if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None))
+    )
+
+
+def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
     """Digests of the data that nodes read, from their own ``digest()``; data made by a run is named by that run."""
     found: dict[str, str] = {}
     for key, node in targets(config):
+        if key not in keys:
+            continue
         strings = [value for _, value in leaves(node, key) if isinstance(value, str)]
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
-        if callable(getattr(hydra.utils.get_object(node["_target_"]), "digest", None)):
-            try:
-                found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
-            except UserError as error:
-                raise UserError(data_keys(str(error), key)) from None
+        try:
+            found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
+        except UserError as error:
+            raise UserError(data_keys(str(error), key)) from None
     return found
 
 
@@ -406,11 +425,16 @@ def _sources(config: Plain) -> dict[str, str]:
     packages = {"rlhf"} | {str(node["_target_"]).partition(".")[0] for _, node in targets(config)}
     found: dict[str, str] = {}
     for package in sorted(packages):
-        folder = _package_folder(package)
-        # A package without conf/ is a library (torch, bitsandbytes): its version is in summary.json.
-        if folder is not None and (package == "rlhf" or (folder / "conf").is_dir()):
+        folder = _source_folder(package)
+        if folder is not None:
             found[package] = source_digest(folder, _IRRELEVANT_SOURCE if package == "rlhf" else frozenset({"conf"}))
     return found
+
+
+def _source_folder(package: str) -> Path | None:
+    """Folder of rlhf or of a plugin; None for a library, which has no conf/ and whose version is in summary.json."""
+    folder = _package_folder(package)
+    return folder if folder is not None and (package == "rlhf" or (folder / "conf").is_dir()) else None
 
 
 def _package_folder(package: str) -> Path | None:
@@ -419,14 +443,31 @@ def _package_folder(package: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
+def package_digest(package: str) -> str | None:
+    """Digest of all the code of rlhf or of a plugin; None for a library."""
+    folder = _source_folder(package)
+    return None if folder is None else source_digest(folder)
+
+
 def source_digest(folder: Path, leave_out: Iterable[str] = ()) -> str:
     """Digest of a package's Python code and chat templates; comments, docstrings and layout of code do not count."""
     left_out = frozenset(leave_out)
+    files = [
+        (path.relative_to(folder).as_posix(), path, path.stat())
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")])
+        if "tests" not in path.relative_to(folder).parts
+    ]
+    counted = [file for file in files if file[0].partition("/")[0].removesuffix(".py") not in left_out]
+    # Parsing takes seconds; files of the same sizes and times were parsed before.
+    state = json.dumps([str(folder), [(name, stat.st_size, stat.st_mtime_ns) for name, _, stat in counted]])
+    key = hashlib.sha256(state.encode()).hexdigest()
+    known = recall("sources", key)
+    if known:
+        return known
     total = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]):
-        relative = path.relative_to(folder)
-        if relative.parts[0].removesuffix(".py") not in left_out and "tests" not in relative.parts:
-            total.update(f"{relative.as_posix()}\0{_code(path, path.stat().st_mtime_ns)}\0".encode())
+    for name, path, stat in counted:
+        total.update(f"{name}\0{_code(path, stat.st_mtime_ns)}\0".encode())
+    remember("sources", key, total.hexdigest())
     return total.hexdigest()
 
 

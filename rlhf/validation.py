@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, get_args, get_origin
 
 from hydra.utils import get_object, instantiate
@@ -392,7 +393,7 @@ def _strategy(config: dict[str, Any]) -> Iterator[str]:
 
 def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:
     """Plain values of the wrong type at the root, and misspelt keys, which a YAML file can bring in unnoticed."""
-    root = OmegaConf.load(discovery.conf_dir() / "config.yaml")
+    root = _root_config()
     for key, default in root.items():
         if isinstance(default, int | str) and "${" not in str(default) and key in config:
             yield from _check_value(config[key], type(default), f"{prefix}{key}")
@@ -404,3 +405,11 @@ def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:
         hint = suggest(str(key), known, prefix)
         if hint.startswith(" (did"):
             yield f"{prefix}{key}: unknown option{hint}"
+
+
+@cache
+def _root_config() -> DictConfig:
+    """The root's YAML as it stands, read once."""
+    root = OmegaConf.load(discovery.conf_dir() / "config.yaml")
+    assert isinstance(root, DictConfig)
+    return root

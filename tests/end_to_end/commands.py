@@ -118,9 +118,14 @@ def start_server() -> None:
 
 def shell(folder: Path, *words: str) -> Done:
     """The command as a user types it: a fresh interpreter."""
+    return interpreter(folder, "-m", "rlhf.cli", *words)
+
+
+def interpreter(folder: Path, *words: str) -> Done:
+    """A fresh Python interpreter with these arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf.cli", *words],
+        [sys.executable, *words],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.end_to_end.commands import Done, digests, only, runs, shell, stages, status
+from tests.end_to_end.commands import Done, digests, interpreter, only, runs, shell, stages, status
 from tests.end_to_end.conftest import COMPARE, DPO, MODEL, POLICIES, PPO, REWARD
 
 INSTRUCTGPT = ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *COMPARE]
@@ -62,6 +62,18 @@ def test_the_same_command_reuses_everything(pipeline: Done, home: Path, rlhf: Rl
     assert again.status == 0, again.err
     assert again.out.count("  reused") >= 5 and "starts" not in again.out and "resumes" not in again.out
     assert digests(runs(home / "outputs")) == before
+    table = pipeline.out[pipeline.out.index("align against sft") :]
+    assert again.out.endswith(table)  # of the comparison, which was read from its file
+
+
+def test_a_finished_pipeline_typed_again_imports_no_torch(pipeline: Done, home: Path):
+    code = (
+        "import sys; from rlhf.cli.main import run; status = run(sys.argv[1:]); "
+        "heavy = {'torch', 'pytorch_lightning', 'transformers', 'peft'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(status)"
+    )
+    again = interpreter(home, "-c", code, *INSTRUCTGPT, *PPO)
+    assert again.status == 0 and again.out.count("  reused") >= 5, again.err
 
 
 def test_what_cannot_change_the_result_reuses_too(pipeline: Done, home: Path, rlhf: Rlhf):

@@ -94,4 +94,6 @@ def test_data_inside_data_may_come_from_a_run_that_is_still_to_come() -> None:
     """It is named by that run, not read."""
     inner = {"_target_": "rlhf.data.Data", "record": "comparison", "source": "outputs/collect/abc"}
     config = {"data": {"_target_": "rlhf.judge.Judgements", "comparisons": inner, "template": "short"}}
-    assert runs._data_digests(config, {"outputs/collect/abc": "fingerprint"}) == {}
+    keys = runs.keys_with_digest(config)
+    assert keys == ("data", "data.comparisons")
+    assert runs.data_digests(config, {"outputs/collect/abc": "fingerprint"}, keys) == {}
