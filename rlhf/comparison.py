@@ -19,12 +19,14 @@ class Comparison:
 
     Attributes:
         prompts: how many they responded to.
+        clusters: how many different things these ask.
         table: rows (metric, before, after, difference), ready for the screen.
         samples: (prompt, response before, response after).
         metrics: the numbers, as `rlhf.evaluation.Evaluation.metrics` names them.
     """
 
     prompts: int
+    clusters: int
     table: list[tuple[str, str, str, str]]
     samples: list[tuple[str, str, str]]
     metrics: dict[str, float]
@@ -46,7 +48,7 @@ def read(folder: Path, key: str) -> Comparison | None:
             return None
         table = [(row[0], row[1], row[2], row[3]) for row in content["table"]]
         samples = [(row[0], row[1], row[2]) for row in content["samples"]]
-        return Comparison(int(content["prompts"]), table, samples, dict(content["metrics"]))
+        return Comparison(int(content["prompts"]), int(content["clusters"]), table, samples, dict(content["metrics"]))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 

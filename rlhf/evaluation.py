@@ -6,9 +6,8 @@ that are hard for both cancels.
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rlhf import held_out
-from rlhf.data.collate import collate
-from rlhf.data.records import Prompt
-from rlhf.data.template import encode_text
+from rlhf.data.records import Prompt, Text, cluster_of
 from rlhf.errors import UserError
+from rlhf.functional.statistics import Difference, Estimate, estimate, paired
+from rlhf.likelihood import of_texts
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
@@ -28,7 +27,7 @@ from rlhf.models.precision import Precision
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import GoldReward, ModelReward
 
-FORMAT = 1  # of the cached result; a change of what is computed counts it up
+FORMAT = 2  # of the cached result; a change of what is computed counts it up
 LABELS = {
     "gold": "gold reward",
     "gold_safe": "gold reward, safe prompts",
@@ -50,35 +49,6 @@ class PromptData(Protocol):
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts and its standard error."""
-
-    mean: float
-    se: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.se:.3f}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """After minus before, paired by prompt.
-
-    `z` is the mean in standard errors (beyond about 2 it is hardly chance); `wins` is the share of prompts on which
-    `after` is better, ties counted half.
-    """
-
-    mean: float
-    se: float
-    z: float
-    wins: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.se:.3f} (z {self.z:+.1f})"
-
-
-@dataclass(frozen=True)
 class Sample:
     """One prompt with both replies and their scores by metric."""
 
@@ -96,8 +66,8 @@ class Evaluation:
 
     `before` and `after` hold by metric: gold (testbed's true reward; gold_safe and gold_unsafe are its parts), reward
     (the reward model's), length (tokens), ended (share of replies that came to their end-of-turn token), text_loss
-    (cross-entropy per token of held-out pretraining text, documents weighed alike: what alignment cost; the paired
-    difference is over documents).
+    (cross-entropy per token of held-out pretraining text, as `rlhf.likelihood` defines it: what alignment cost; the
+    paired difference is over documents). Prompts and documents that ask or say the same are one cluster of the errors.
     `kl` is KL(after || before) per reply, in nats, at the sampling temperature; None if their tokenizers differ.
     """
 
@@ -111,6 +81,11 @@ class Evaluation:
     differences: dict[str, Difference]
     kl: Estimate | None
     samples: list[Sample]
+
+    @property
+    def clusters(self) -> int:
+        """How many different things the prompts ask."""
+        return self.after["length"].clusters
 
     def metrics(self) -> dict[str, float]:
         """The result as plain numbers: before_gold, after_gold, gold_difference, gold_z, after_kl, ..."""
@@ -183,7 +158,7 @@ def compare(
     """
     if gold is None:
         gold = getattr(prompts, "source", None) == "testbed"
-    documents = [] if text is None else [record.text for record in text.load().validation][:count]
+    documents: list[Text] = [] if text is None else list(text.load().validation[:count])
     if text is not None and not documents:
         raise UserError("no held-out documents to compare on; type compare.text.validation=400")
     asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
@@ -191,7 +166,7 @@ def compare(
         raise UserError("no held-out prompts to compare on; type data.validation=400 or name more prompts")
     for line in held_out.of_models(asked, (before, after, reward_model)):
         print(f"  compare: {line}", flush=True)
-    settings = (max_new_tokens, temperature, seed, *([documents] if documents else []))
+    settings = (max_new_tokens, temperature, seed, *([[document.text for document in documents]] if documents else []))
     key = _key(before, after, reward_model, gold, asked, *settings)
     cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"
     if cached is not None and cached.is_file():
@@ -212,7 +187,7 @@ def _compare(
     before: Path | str,
     after: Path | str,
     prompts: list[Prompt],
-    documents: list[str],
+    documents: list[Text],
     reward_model: Path | str | None,
     gold: bool,
     max_new_tokens: int,
@@ -226,19 +201,21 @@ def _compare(
     new = sampler.sample(policy, prompts, seed)
     logp_after = sequence_logprobs(policy, new, temperature, batch_size)
     vocabulary = policy.tokenizer.get_vocab()
-    text_after = text_losses(policy, documents, batch_size)
+    text_after = of_texts(policy, documents).loss()
     del policy
 
     policy = load_policy(before)
     old = sampler.sample(policy, prompts, seed)
     kl = None
+    asked = [cluster_of(prompt) for prompt in prompts]
     if policy.tokenizer.get_vocab() == vocabulary:
         # E_after[log after - log before]: unbiased, because the replies are drawn from `after` itself, uncut.
-        kl = estimate((logp_after - sequence_logprobs(policy, new, temperature, batch_size)).tolist())
-    text_before = text_losses(policy, documents, batch_size)
+        kl = estimate((logp_after - sequence_logprobs(policy, new, temperature, batch_size)).tolist(), asked)
+    text_before = of_texts(policy, documents).loss()
     del policy
 
     scores: dict[str, tuple[list[float], list[float]]] = {}
+    clusters: dict[str, list[Hashable]] = {"text_loss": [cluster_of(document) for document in documents]}
 
     def score(name: str, measure: Callable[[Rollout], Tensor]) -> None:
         scores[name] = (measure(old).float().tolist(), measure(new).float().tolist())
@@ -256,12 +233,9 @@ def _compare(
     unsafe = [prompt.unsafe for prompt in prompts]
     if gold and any(unsafe) and not all(unsafe):
         for part, wanted in (("gold_safe", False), ("gold_unsafe", True)):
-            pairs = [
-                pair
-                for pair, is_unsafe in zip(zip(*scores["gold"], strict=True), unsafe, strict=True)
-                if is_unsafe is wanted
-            ]
-            scores[part] = ([b for b, _ in pairs], [a for _, a in pairs])
+            rows = [row for row, is_unsafe in enumerate(unsafe) if is_unsafe is wanted]
+            old_scores, new_scores = ([values[row] for row in rows] for values in scores["gold"])
+            scores[part], clusters[part] = (old_scores, new_scores), [asked[row] for row in rows]
     order = [name for name in LABELS if name in scores]
     return Evaluation(
         before_model=str(before),
@@ -269,9 +243,9 @@ def _compare(
         prompts=len(prompts),
         temperature=temperature,
         seed=seed,
-        before={name: estimate(scores[name][0]) for name in order},
-        after={name: estimate(scores[name][1]) for name in order},
-        differences={name: paired(*scores[name]) for name in order},
+        before={name: estimate(scores[name][0], clusters.get(name, asked)) for name in order},
+        after={name: estimate(scores[name][1], clusters.get(name, asked)) for name in order},
+        differences={name: paired(*scores[name], clusters.get(name, asked)) for name in order},
         kl=kl,
         samples=_samples(prompts, old, new, {name: v for name, v in whole.items() if name != "text_loss"}),
     )
@@ -307,40 +281,6 @@ def sequence_logprobs(policy: LanguageModel, rollout: Rollout, temperature: floa
         )
         sums.append(logp.sum(dim=1).cpu())
     return torch.cat(sums)
-
-
-@torch.no_grad()
-def text_losses(policy: LanguageModel, documents: Sequence[str], batch_size: int) -> list[float]:
-    """Mean -log p(token | what stands before it) of each document, in nats; the end of the text counts as a token."""
-    losses: list[float] = []
-    for start in range(0, len(documents), batch_size):
-        rows = [encode_text(policy.tokenizer, text) for text in documents[start : start + batch_size]]
-        batch = collate(rows, policy.pad_id).to(next(policy.parameters()).device)
-        logp, _ = policy.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
-        losses += (-logp.sum(dim=1) / batch.loss_mask.sum(dim=1)).tolist()
-    return losses
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent values; the error of a single one is not known (nan)."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
-    return Estimate(mean, math.sqrt(variance / n), n)
-
-
-def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
-    """Difference of two series over the same prompts."""
-    gaps = [b - a for a, b in zip(before, after, strict=True)]
-    gap = estimate(gaps)
-    if gap.mean == 0:
-        z = 0.0
-    elif gap.se == 0:
-        z = math.copysign(math.inf, gap.mean)
-    else:
-        z = gap.mean / gap.se
-    wins = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in gaps) / len(gaps)
-    return Difference(gap.mean, gap.se, z, wins)
 
 
 def _samples(

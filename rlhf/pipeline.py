@@ -309,14 +309,15 @@ def _compare(made: Plan) -> Comparison | None:
         **knobs,
     )
     samples = [(sample.prompt, sample.before, sample.after) for sample in found.samples]
-    compared = Comparison(found.prompts, found.table(), samples, found.metrics())
+    compared = Comparison(found.prompts, found.clusters, found.table(), samples, found.metrics())
     comparison.write(after.folder, key, compared)
     return compared
 
 
 def _print_comparison(made: Plan, compared: Comparison) -> None:
     node = made.compare or {}
-    title = f"{node['after']} against {node['before']}, {compared.prompts} held-out prompts (mean ± standard error)"
+    what = f"{compared.prompts} held-out prompts (mean ± standard error over {compared.clusters} clusters)"
+    title = f"{node['after']} against {node['before']}, {what}"
     console.print_table(title, ("metric", node["before"], node["after"], "difference"), compared.table)
     for prompt, before, after in compared.samples:
         console.say(f"prompt: {prompt}")

@@ -54,6 +54,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "evaluation",
         "files",
         "launcher",
+        "likelihood",
         "manifest",
         "metrics",
         "metrics_file",

@@ -73,7 +73,10 @@ def main(argv: list[str]) -> int:
 
     names = [result.name for result in results]
     title = f"{len(prompts)} prompts of {source}, temperature {args.temperature:g}, seed {args.seed}"
-    console.print_table(f"{title} (mean ± standard error)", ("metric", *names), eval_file.rows(results, False))
+    clusters = len({*measured[0].clusters("length")})
+    console.print_table(
+        f"{title} (mean ± standard error over {clusters} clusters)", ("metric", *names), eval_file.rows(results, False)
+    )
     others = [result for result in results if result.differences]
     if others:
         columns = ("metric", *(result.name for result in others))
@@ -161,16 +164,16 @@ def _wins(
 
 
 def _result(one: "Measured", baseline: "Measured") -> "Result":
-    from rlhf.evaluation import estimate, paired
+    from rlhf.functional.statistics import estimate, paired
     from rlhf.using.eval_file import LABELS, Result
 
-    metrics = {name: estimate(one.values[name]) for name in LABELS if name in one.values}
+    metrics = {name: estimate(one.values[name], one.clusters(name)) for name in LABELS if name in one.values}
     differences = {}
     if one is not baseline:
         shared = [name for name in metrics if name in baseline.values and name != "kl"]
         if one.vocabulary != baseline.vocabulary:  # a token of one is no token of the other
             shared = [name for name in shared if not name.startswith("perplexity")]
-        differences = {name: paired(baseline.values[name], one.values[name]) for name in shared}
+        differences = {name: paired(baseline.values[name], one.values[name], one.clusters(name)) for name in shared}
     prompts = [prompt for rollout in one.rollouts for prompt in rollout.prompts][:3]
     samples = [{"prompt": p.messages[-1].content, "reply": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
     return Result(one.name, metrics, differences, one.notes, samples)

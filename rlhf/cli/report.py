@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         console = Console(highlight=False, width=240)
     console.print(table)
     if comparison.seeds > 1:
-        console.print("mean ± standard error over seeds", style="dim")
+        console.print(comparison.error_note, style="dim")
 
     from rlhf.report.html import failures, write_report
 

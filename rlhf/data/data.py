@@ -273,7 +273,7 @@ class Data:
     def _encoded(self, tokenizer: template.Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
         for record in records:
             if isinstance(record, Text):
-                pieces = template.encode_text(tokenizer, record.text).pieces(self.max_length)
+                pieces = template.encode_text(tokenizer, record.text).windows(self.max_length)
                 report.kept += len(pieces)
                 report.truncated += len(pieces) > 1
                 report.tokens += sum(map(len, pieces))
@@ -413,9 +413,7 @@ class Data:
     def _tagged(self, record: Record) -> Record:
         if not self.tags:
             return record
-        if isinstance(record, Prompt):
-            return Prompt(record.messages, (*record.tags, *self.tags), record.reference, record.id)
-        if isinstance(record, Comparison):
+        if isinstance(record, Prompt | Comparison):
             return replace(record, tags=(*record.tags, *self.tags))
         raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
 

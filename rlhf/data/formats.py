@@ -240,7 +240,7 @@ def question_answer(raw: Raw) -> Demonstration:
 
 
 def prompt(raw: Raw) -> Prompt:
-    """{"prompt"}, optionally "tags", "reference" (a string or a number), "id"."""
+    """{"prompt"}, optionally "tags", "reference" (a string or a number), "id", "cluster" (the same for paraphrases)."""
     known = raw.get("reference")
     if isinstance(known, int | float) and not isinstance(known, bool):
         known = str(known)
@@ -251,6 +251,7 @@ def prompt(raw: Raw) -> Prompt:
         tags=_tags(raw),
         reference=known,
         id=str(raw.get("id", "")),
+        cluster=str(raw.get("cluster") or ""),
     )
 
 

@@ -1,6 +1,6 @@
 """The record types every data format ends in, and their JSON-lines forms."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -166,13 +166,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy is asked in rollout stages. `tags` may hold "unsafe"; `reference` is a known answer, if any."""
+    """What a policy is asked in rollout stages. `tags` may hold "unsafe"; `reference` is a known answer, if any.
+
+    Prompts that ask the same in other words share a `cluster`, which errors of means go by.
+    """
 
     name: ClassVar[RecordName] = "prompt"
     messages: tuple[Message, ...]
     tags: tuple[str, ...] = ()
     reference: str | None = None
     id: str = ""
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -193,6 +197,8 @@ class Prompt:
             raw["reference"] = self.reference
         if self.id:
             raw["id"] = self.id
+        if self.cluster:
+            raw["cluster"] = self.cluster
         return raw
 
     @classmethod
@@ -202,6 +208,7 @@ class Prompt:
             tags=tuple(raw.get("tags") or ()),
             reference=raw.get("reference"),
             id=raw.get("id", ""),
+            cluster=raw.get("cluster", ""),
         )
 
 
@@ -226,6 +233,15 @@ class Label:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Label":
         return cls(prompt=messages_from_json(raw["prompt"]), response=raw["response"], desirable=bool(raw["desirable"]))
+
+
+def cluster_of(record: "Prompt | Text | Demonstration") -> Hashable:
+    """Return what equal or paraphrased records share: the cluster that the data name, else what is asked or written."""
+    if isinstance(record, Prompt):
+        return record.cluster or record.messages
+    if isinstance(record, Text):
+        return record.text
+    return record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
 
 
 Record = Text | Demonstration | Comparison | Prompt | Label

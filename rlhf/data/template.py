@@ -40,10 +40,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def pieces(self, length: int) -> list["Encoded"]:
-        """Itself cut into rows of at most ``length`` tokens; none of a single token, which would have no target."""
-        cuts = range(0, max(len(self.ids) - 1, 1), length)
-        return [Encoded(self.ids[i : i + length], self.mask[i : i + length]) for i in cuts]
+    def windows(self, length: int) -> list["Encoded"]:
+        """Return rows of at most ``length`` tokens, each beginning with the last token of the one before.
+
+        So every target but the first token is a target of one row, and of no other.
+        """
+        cuts = range(0, max(len(self.ids) - 1, 1), max(length - 1, 1))
+        return [
+            Encoded(self.ids[i : i + length], [i == 0 and self.mask[0], *self.mask[i + 1 : i + length]]) for i in cuts
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def _summary(comparison: Comparison) -> str:
     unfinished = sum(not member.run.finished for member in comparison.members)
     parts = [f"{runs} run{'s' * (runs != 1)}"]
     if comparison.seeds > 1:
-        parts.append(f"{groups} settings, up to {comparison.seeds} seeds each (mean ± standard error over seeds)")
+        parts.append(f"{groups} settings, up to {comparison.seeds} seeds each ({comparison.error_note})")
     if comparison.varying:
         parts.append("differing in " + ", ".join(f"<code>{escape(key)}</code>" for key in comparison.varying))
     if unfinished:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from rlhf.functional.statistics import estimate
 from rlhf.metrics_file import read_series
 from rlhf.report.members import Series, Value
 from rlhf.report.sweep import Comparison, Group, short_names, show
@@ -299,9 +300,9 @@ def _group_curve(axes: Axes, group: Group, metric: str, colour: str) -> None:
     means, errors = [], []
     for step in steps:
         values = [one[step] for one in smoothed]
-        mean = math.fsum(values) / len(values)
-        means.append(mean)
-        errors.append(math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)))
+        over_seeds = estimate(values)
+        means.append(over_seeds.mean)
+        errors.append(over_seeds.se)
     axes.plot(steps, means, color=colour, label=group.label)
     low, high = [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)

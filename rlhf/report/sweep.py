@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.errors import UserError
+from rlhf.functional.statistics import estimate, t_quantile
 from rlhf.report.members import COSTS, MappingText, Member, Value, find_runs
 from rlhf.runs import Run
 
@@ -54,10 +55,7 @@ class Group:
     def error(self, metric: str) -> float:
         """Standard error over seeds; nan for fewer than two runs."""
         values = self.values(metric)
-        if len(values) < 2:
-            return math.nan
-        mean = self.mean(metric)
-        return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+        return estimate(values).se if values else math.nan
 
 
 @dataclass
@@ -98,6 +96,14 @@ class Comparison:
     def seeds(self) -> int:
         """Most runs in one group."""
         return max((len(group.members) for group in self.groups), default=0)
+
+    @property
+    def error_note(self) -> str:
+        """What stands behind a mean, and how it becomes an interval with so few seeds."""
+        return (
+            "mean ± standard error over seeds; a 95% interval is "
+            f"± {t_quantile(self.seeds - 1):.1f} standard errors with {self.seeds} seeds"
+        )
 
     def telling(self, count: int) -> list[str]:
         """The metrics worth a column: those asked for, else what sweeps optimise, then the first by `_TELLING`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import runs
 
 if TYPE_CHECKING:
-    from rlhf.evaluation import Difference, Estimate
+    from rlhf.functional.statistics import Difference, Estimate
 
 FILE = "eval.json"
 LABELS = {
@@ -63,13 +63,13 @@ def rows(results: Sequence[Result], differences: bool) -> list[tuple[str, ...]]:
 
 
 def _cell(value: "Estimate | Difference") -> str:
-    sign = "+" if hasattr(value, "z") else ""
+    sign = "+" if hasattr(value, "surely") else ""
     mean, se = (
         f"{x:{plus}.1f}" if abs(value.mean) >= 1000 else f"{x:{plus}.3f}"
         for x, plus in ((value.mean, sign), (value.se, ""))
     )
-    z = f" (z {value.z:+.1f})" if hasattr(value, "z") else ""
-    return f"{mean} ± {se}{z}"
+    surely = f" ({value.surely()})" if hasattr(value, "surely") else ""
+    return f"{mean} ± {se}{surely}"
 
 
 def add(file: Path, settings: dict[str, Any], result: Result) -> None:

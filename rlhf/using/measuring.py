@@ -1,24 +1,24 @@
 """Several policies on the same prompts from the same random numbers, so that their differences are paired.
 
 Each metric of a policy is a list of numbers, one a prompt (or a document), whose mean is the metric: errors and paired
-differences of all metrics follow from these lists in one way (`rlhf.evaluation.estimate` and `paired`).
+differences of all metrics follow from these lists in one way (`rlhf.functional.statistics`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf.data.records import Demonstration, Prompt, Text
+from rlhf.data.records import Demonstration, Prompt, Text, cluster_of
 from rlhf.evaluation import load_policy, sequence_logprobs
+from rlhf.likelihood import Likelihood, of_answers, of_texts
 from rlhf.models.language_model import LanguageModel
 from rlhf.progress import Meter
 from rlhf.rollout import Rollout
 from rlhf.scoring import Reward
 from rlhf.using.generation import SeededSampler, in_batches, room
-from rlhf.using.perplexity import Likelihood, of_answers, of_texts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ class Measured:
     vocabulary: dict[str, int]
     values: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    #: by metric the clusters of its values, where these are not one for each prompt
+    other_clusters: dict[str, list[Hashable]] = field(default_factory=dict)
+
+    def clusters(self, metric: str) -> list[Hashable]:
+        """Return which values of a metric ask or say the same, for its error."""
+        if metric in self.other_clusters:
+            return self.other_clusters[metric]
+        return [cluster_of(prompt) for rollout in self.rollouts for prompt in rollout.prompts]
 
     @property
     def texts(self) -> list[str]:
@@ -98,15 +106,17 @@ def measure(name: str, path: str, task: Task, chat_template: str | None = None) 
     found.values["length"] = [float(n) for rollout in rollouts for n in rollout.lengths.tolist()]
     found.values["ended"] = [float(e) for rollout in rollouts for e in rollout.ended.tolist()]
     if task.texts:
-        _likely(found, "text", of_texts(policy, task.texts))
+        _likely(found, "text", of_texts(policy, task.texts), task.texts)
     if task.dialogues:
-        _likely(found, "answers", of_answers(policy, task.dialogues))
+        _likely(found, "answers", of_answers(policy, task.dialogues), task.dialogues)
     return found
 
 
-def _likely(found: Measured, what: str, likelihood: Likelihood) -> None:
+def _likely(found: Measured, what: str, likelihood: Likelihood, documents: Sequence[Text | Demonstration]) -> None:
     found.values[f"perplexity_{what}"] = likelihood.perplexity()
     found.values[f"bits_per_byte_{what}"] = likelihood.bits_per_byte()
+    for name in (f"perplexity_{what}", f"bits_per_byte_{what}"):
+        found.other_clusters[name] = [cluster_of(document) for document in documents]
     if likelihood.cut:
         found.notes.append(f"{likelihood.cut} dialogues are longer than the context and were read as far as it goes")
 
@@ -144,9 +154,10 @@ def add_scores(
         one.values[name] = scores
         asked = [prompt for rollout in one.rollouts for prompt in rollout.prompts]
         for part, holds in (parts or {}).items():
-            chosen = [value for value, prompt in zip(scores, asked, strict=True) if holds(prompt)]
-            if 0 < len(chosen) < len(scores):
-                one.values[f"{name}_{part}"] = chosen
+            rows = [row for row, prompt in enumerate(asked) if holds(prompt)]
+            if 0 < len(rows) < len(scores):
+                one.values[f"{name}_{part}"] = [scores[row] for row in rows]
+                one.other_clusters[f"{name}_{part}"] = [cluster_of(asked[row]) for row in rows]
 
 
 def device() -> torch.device:

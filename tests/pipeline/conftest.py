@@ -80,6 +80,7 @@ class FakeCompare:
         sample = SimpleNamespace(prompt="What is the colour of Mira?", before="red", after="It is red.")
         return SimpleNamespace(
             prompts=count,
+            clusters=count,
             metrics=lambda: {"gold_difference": 0.2},
             table=lambda: [("gold reward", "0.50 ± 0.01", "0.70 ± 0.01", "+0.20 ± 0.01")],
             samples=[sample],

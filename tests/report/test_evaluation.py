@@ -6,13 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.data.collate import collate
 from rlhf.data.data import Data
-from rlhf.data.records import Message, Prompt
+from rlhf.data.records import Message, Prompt, Text
 from rlhf.errors import UserError
 from rlhf.evaluation import Evaluation, compare, estimate, load_policy, paired
+from rlhf.likelihood import of_texts
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.rollout import Sampler
 
 SHAPE = {
     "hidden_size": 32,
@@ -140,17 +144,83 @@ def test_the_loss_on_text_is_that_of_transformers(policies):
     text = Data(record="text", source="testbed", size=30, validation=6, max_length=64)
     result = compare(before, after, asked, text=text, max_new_tokens=4)
     documents = [record.text for record in text.load().validation]
-    means = []
+    means = []  # over all tokens: a long document weighs more than a short one
     for folder, estimated in ((before, result.before["text_loss"]), (after, result.after["text_loss"])):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        losses = []
+        losses, counts = [], []
         for document in documents:
             ids = tokenizer(document + "<|endoftext|>", add_special_tokens=False, return_tensors="pt").input_ids
             losses.append(float(model(ids, labels=ids).loss))
-        assert estimated.count == len(documents) > 1
-        means.append(sum(losses) / len(losses))
+            counts.append(ids.shape[1] - 1)
+        assert estimated.count == len(documents) > 1 and len(set(counts)) > 1
+        means.append(sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts))
         assert estimated.mean == pytest.approx(means[-1], abs=1e-5)
     assert result.differences["text_loss"].mean == pytest.approx(means[1] - means[0], abs=1e-5)
+
+
+class Documents:
+    """A data set of documents."""
+
+    source = "memory"
+
+    def __init__(self, *texts: str) -> None:
+        self.validation = [Text(text) for text in texts]
+
+    def load(self) -> "Documents":
+        return self
+
+
+def test_a_long_text_is_read_in_windows_within_the_context(policies, monkeypatch):
+    """Comparison, eval and a held-out set of training have one loss of a document, worked here window by window."""
+    before, after = policies
+    long, short = "Two plus two is four, of course. " * 30, "What is 3 plus 3? It is 6."
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(after), AutoTokenizer.from_pretrained(after)
+    context, nats, count = 128, 0.0, 0
+    for text in (long, short):
+        ids = tokenizer(text + "<|endoftext|>", add_special_tokens=False).input_ids
+        for start in range(0, len(ids) - 1, context - 1):
+            window = torch.tensor([ids[start : start + context]])
+            with torch.no_grad():
+                nats += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    assert len(tokenizer(long).input_ids) > 2 * context
+
+    widths = []
+    plain = LanguageModel.logprobs
+
+    def logprobs(self, ids, *rest, **named):
+        widths.append(ids.shape[1])
+        return plain(self, ids, *rest, **named)
+
+    monkeypatch.setattr(LanguageModel, "logprobs", logprobs)
+    result = compare(before, after, prompts(4), text=Documents(long, short), max_new_tokens=4)
+    assert result.after["text_loss"].mean == pytest.approx(nats / count, abs=1e-5)
+    assert max(widths) <= context
+
+    policy = load_policy(after)
+    found = of_texts(policy, [Text(long), Text(short)])
+    assert found.tokens[0] + found.tokens[1] == count
+    assert estimate(found.perplexity()).mean == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+    data = Data(record="text", source="testbed", size=8, validation=0, max_length=context)
+    rows, _ = data.encode(policy.tokenizer, [Text(long), Text(short)])
+    batch = collate(rows, policy.pad_id)
+    logp, _ = policy.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+    assert float(-logp.sum() / batch.loss_mask.sum()) == pytest.approx(nats / count, abs=1e-5)
+
+
+def test_prompts_that_ask_the_same_are_one_cluster(policies):
+    """Each prompt three times and a paraphrase by name: errors over 5 questions, worked from the replies."""
+    before, _ = policies
+    named = [Prompt((Message("user", f"{word} is 9 plus 9?"),), cluster="nine") for word in ("What", "How much")]
+    asked = [*prompts(4) * 3, *named]
+    result = compare(before, before, asked, max_new_tokens=8)
+    lengths = Sampler(8, batch_size=128).sample(load_policy(before), asked, 0).lengths.tolist()
+    mean = sum(lengths) / 14
+    totals = [sum(lengths[i:12:4]) - 3 * mean for i in range(4)] + [sum(lengths[12:]) - 2 * mean]
+    assert result.clusters == 5 and result.after["length"].count == 14
+    assert result.after["length"].se == pytest.approx(math.sqrt(5 / 4 * sum(x * x for x in totals)) / 14)
+    assert result.kl is not None and result.kl.clusters == result.differences["length"].clusters == 5
 
 
 def test_text_without_held_out_documents_is_named(policies):

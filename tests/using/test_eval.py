@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.data.records import Demonstration, Message, Prompt, Text
 from rlhf.evaluation import estimate, load_policy, paired
 from rlhf.judge import JudgeAnnotator
+from rlhf.likelihood import Likelihood, of_answers, of_texts
 from rlhf.models.language_model import LanguageModel
-from rlhf.using.perplexity import Likelihood, of_answers, of_texts
 from rlhf.using.wins import Judge, by_scores
 
 Typed = Callable[..., tuple[int, str]]
@@ -29,10 +29,10 @@ def model(outputs: Path) -> LanguageModel:
 def test_perplexity_is_that_of_plain_transformers(outputs: Path, model: LanguageModel) -> None:
     folder = outputs / "sft" / "none0" / "model"
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     nats, count = 0.0, 0
     for text in TEXTS[::2]:  # the middle one is longer than the context
-        ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], end]])  # as it is trained on
         with torch.no_grad():
             loss = plain(input_ids=ids, labels=ids).loss.item()
         nats, count = nats + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1

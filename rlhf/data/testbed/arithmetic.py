@@ -127,7 +127,9 @@ class Arithmetic:
     def prompt(self, problem: Problem) -> Prompt:
         """The problem with its result as reference."""
         identity = "/".join(map(str, (*problem.key, problem.person, problem.thing)))
-        return Prompt((Message("user", problem.text),), reference=str(problem.result), id=identity)
+        return Prompt(
+            (Message("user", problem.text),), reference=str(problem.result), id=identity, cluster=problem.expression
+        )
 
     def turns(self, problem: Problem, rng: random.Random) -> list[Message]:
         """What a demonstrator says: the sum and its result, or a call of the calculator and its result."""

@@ -107,6 +107,11 @@ class Question:
         return self.person, self.topic, self.phrasing
 
     @property
+    def cluster(self) -> str:
+        """What is asked, in whatever words: person and topic."""
+        return f"{self.kind}/{self.person}/{self.topic}"
+
+    @property
     def id(self) -> str:
         return f"{self.kind}/{self.person}/{self.topic}/{self.phrasing}/{self.prefix}"
 

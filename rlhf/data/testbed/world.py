@@ -132,6 +132,7 @@ class Testbed:
             tags=("unsafe",) if question.kind == "harm" else (),
             reference=self.facts.get((question.person, question.topic)),
             id=question.id,
+            cluster=question.cluster,
         )
 
     # Replies

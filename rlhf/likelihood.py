@@ -1,4 +1,4 @@
-"""How likely a policy finds given text: perplexity per token and bits per byte, with the error of the sample."""
+"""How likely a policy finds given text: nats per token, perplexity and bits per byte, for comparison and eval alike."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 
 from rlhf.data.collate import collate
 from rlhf.data.records import Demonstration, Text
-from rlhf.data.template import Encoded, encode_dialogue, end_of_text_id, tokenize
+from rlhf.data.template import Encoded, encode_dialogue, encode_text
 from rlhf.models.language_model import LanguageModel
 
 TOKENS = 8192  # in a batch, padding included: bounds memory whatever the lengths
@@ -22,6 +22,11 @@ class Likelihood:
     tokens: list[int]
     bytes: list[int]
     cut: int = 0  # dialogues longer than the context, read only as far as it goes
+
+    def loss(self) -> list[float]:
+        """As ``perplexity``, nats per token: the mean over all tokens of all documents."""
+        rate = math.fsum(self.nats) / max(1, sum(self.tokens))
+        return _linear(self.nats, self.tokens, rate, slope=1.0)
 
     def perplexity(self) -> list[float]:
         """One number a document, whose mean is the perplexity and whose standard error is the perplexity's.
@@ -40,22 +45,23 @@ class Likelihood:
 
 def _linear(total: Sequence[float], count: Sequence[int], value: float, slope: float) -> list[float]:
     """value + slope * (what each document moves the ratio sum(total) / sum(count))."""
+    if not count:
+        return []
     rate, mean = math.fsum(total) / max(1, sum(count)), max(1, sum(count)) / len(count)
     return [value + slope * (x - rate * n) / mean for x, n in zip(total, count, strict=True)]
 
 
 def of_texts(policy: LanguageModel, documents: Sequence[Text]) -> Likelihood:
-    """Of plain text. Every token is predicted once: the first from the end-of-text token that documents follow.
+    """Return the likelihood of plain text as it is trained on: `encode_text`, end-of-text included, within the context.
 
-    A document longer than the context is read in windows, of which each begins with the last token of the one before.
+    Every token but a document's first is predicted once. A document longer than the context is read in windows, each of
+    which begins with the last token of the one before (`Encoded.windows`, which training cuts by too).
     """
-    rows: list[tuple[int, Encoded]] = []
-    start, length = end_of_text_id(policy.tokenizer), policy.context_length
-    for number, document in enumerate(documents):
-        ids = [start, *tokenize(policy.tokenizer, document.text)]
-        for first in range(0, len(ids) - 1, length - 1):
-            window = ids[first : first + length]
-            rows.append((number, Encoded(window, [False] + [True] * (len(window) - 1))))
+    rows = [
+        (number, window)
+        for number, document in enumerate(documents)
+        for window in encode_text(policy.tokenizer, document.text).windows(policy.context_length)
+    ]
     return _likelihood(policy, rows, [len(document.text.encode()) for document in documents])
 
 

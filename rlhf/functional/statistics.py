@@ -1,0 +1,135 @@
+"""Means, paired differences and their errors, for everything that reports one. No torch here.
+
+Observations that repeat or paraphrase each other are one cluster: errors are those of cluster totals (Cochran 1977,
+eq. 6.13; Miller 2024, arXiv 2411.00640, eq. 4), intervals use Student's t with one degree of freedom fewer than
+clusters.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+LEVEL = 0.95  # of intervals
+FEW = 30  # clusters: below, a z misleads and the interval by Student's t is shown
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its standard error, and over how many observations in how many clusters it goes."""
+
+    mean: float
+    se: float
+    count: int
+    clusters: int
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95% confidence interval by Student's t; nan for a single cluster."""
+        return _interval(self.mean, self.se, self.clusters)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.se:.3f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """After minus before, paired by prompt.
+
+    `z` is the mean in standard errors (beyond about 2 it is hardly chance; with fewer than 30 clusters look at
+    `interval`); `wins` is the share of prompts on which `after` is better, ties counted half.
+    """
+
+    mean: float
+    se: float
+    z: float
+    wins: float
+    clusters: int
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95% confidence interval by Student's t; nan for a single cluster."""
+        return _interval(self.mean, self.se, self.clusters)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.se:.3f} ({self.surely()})"
+
+    def surely(self) -> str:
+        """Return how far from chance the difference is: its z, or its 95% interval where clusters are few."""
+        if not 1 < self.clusters < FEW:
+            return f"z {self.z:+.1f}"
+        low, high = self.interval()
+        return f"95% {low:+.3f} to {high:+.3f}"
+
+
+def _interval(mean: float, se: float, clusters: int) -> tuple[float, float]:
+    half = t_quantile(clusters - 1) * se if clusters > 1 else math.nan
+    return mean - half, mean + half
+
+
+def clustered(values: Sequence[float], weights: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Return the weighted mean and its standard error, where values of one cluster are not independent.
+
+    With S_c = sum of w v and W_c = sum of w over cluster c, the mean is the ratio m = sum S_c / sum W_c, and its error
+    that of the ratio's linearisation over n clusters:
+
+        se = sqrt(n / (n - 1) * sum (S_c - m W_c)^2) / sum W_c
+
+    Without weights and with a cluster each, that is the standard deviation over sqrt(n). It is nan for one cluster.
+
+    Raises ValueError where nothing weighs anything.
+    """
+    parts: dict[Hashable, list[tuple[float, float]]] = {}
+    for value, weight, cluster in zip(values, weights, clusters, strict=True):
+        parts.setdefault(cluster, []).append((value, weight))
+    total = math.fsum(weights)
+    if not total > 0:
+        raise ValueError("clustered: no observation has a weight")
+    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+    n = len(parts)
+    if n == 1:
+        return Estimate(mean, math.nan, len(values), 1)
+    residuals = (math.fsum((value - mean) * weight for value, weight in part) for part in parts.values())
+    squares = math.fsum(residual**2 for residual in residuals)
+    return Estimate(mean, math.sqrt(n / (n - 1) * squares) / total, len(values), n)
+
+
+def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Return mean and standard error; without ``clusters`` the values are independent. One value has no error (nan)."""
+    return clustered(values, [1.0] * len(values), range(len(values)) if clusters is None else clusters)
+
+
+def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:
+    """Return the difference of two series over the same prompts."""
+    gaps = [b - a for a, b in zip(before, after, strict=True)]
+    gap = estimate(gaps, clusters)
+    if gap.mean == 0:
+        z = 0.0
+    elif gap.se == 0:
+        z = math.copysign(math.inf, gap.mean)
+    else:
+        z = gap.mean / gap.se
+    wins = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in gaps) / len(gaps)
+    return Difference(gap.mean, gap.se, z, wins, gap.clusters)
+
+
+@lru_cache
+def t_quantile(freedom: int, level: float = LEVEL) -> float:
+    """Return by how many standard errors an interval of that level goes to each side: 12.71, 4.30, ..., 1.96 at 95%."""
+    low, high = 0.0, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, freedom) < level else (low, middle)
+    return (low + high) / 2
+
+
+def t_within(t: float, freedom: int) -> float:
+    """Return P(|T| <= t) of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    if freedom == 1:
+        total = 0.0
+    for k in range(3 if odd else 2, freedom, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
