@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from rlhf.functional.ratio import capped_exp
 from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective, require_same_shape, win_rate
 
 Positive = Annotated[float, Field(gt=0)]
@@ -51,7 +52,13 @@ def reward_metrics(policy: PairLogps, chosen_reward: Tensor, rejected_reward: Te
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0 without cancellation; x is held below -1e-7, where a probability is not yet 1."""
     x = x.clamp(max=-1e-7)
-    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    near = x > -0.6931472
+    # Each form is given harmless values where the other is taken: an infinite slope times 0 is nan.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(x.masked_fill(~near, -0.5))),
+        torch.log1p(-torch.exp(x.masked_fill(near, -1.0))),
+    )
 
 
 @dataclass(frozen=True)
@@ -350,8 +357,9 @@ class DiscoPOP(PairObjective):
         """Losses [P]."""
         chosen, rejected = log_ratios(policy, reference)
         logits = self.beta * (chosen - rejected)
-        weight = torch.sigmoid(logits / self.temperature)
-        losses = (1 - weight) * -F.logsigmoid(logits) + weight * torch.exp(-logits)
+        # w exp(-l) as one exponential: apart, exp(-l) overflows where w is 0
+        exponential = capped_exp(F.logsigmoid(logits / self.temperature) - logits)
+        losses = torch.sigmoid(-logits / self.temperature) * -F.logsigmoid(logits) + exponential
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
 

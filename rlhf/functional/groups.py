@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.functional.masking import SumOver, masked_var
+from rlhf.functional.ratio import capped_exp
 
 Scale = Literal["group", "batch", "none"]
 LengthNormalization = Literal["token", "sequence", "constant"]
@@ -61,7 +62,7 @@ def has_spread(scores: Tensor, samples: int) -> Tensor:
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """`max(-A * ratio, -A * clamp(ratio, 1 - low, 1 + high))`, any shape (two bounds: DAPO, section 3.1)."""
-    ratio = log_ratio.exp()
+    ratio = capped_exp(log_ratio)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
 
 
