@@ -23,7 +23,7 @@ def adamw(
     lr: Positive,
     beta1: Decay = 0.9,
     beta2: Decay = 0.95,
-    eps: Positive = 1e-5,
+    eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019)."""
@@ -35,7 +35,7 @@ def adamw_8bit(
     lr: Positive,
     beta1: Decay = 0.9,
     beta2: Decay = 0.95,
-    eps: Positive = 1e-5,
+    eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
     """AdamW with both moments in 8 bits, in blocks (Dettmers et al. 2022): 2 bytes of state per weight, not 8."""
@@ -47,7 +47,7 @@ def paged_adamw_8bit(
     lr: Positive,
     beta1: Decay = 0.9,
     beta2: Decay = 0.95,
-    eps: Positive = 1e-5,
+    eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
     """As adamw_8bit, its state paged out to main memory when the GPU's is full (Dettmers et al. 2023)."""
