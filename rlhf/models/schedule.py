@@ -1,7 +1,7 @@
 """Learning-rate schedules: the factor on the learning rate as a function of the update."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -15,13 +15,19 @@ class Constant:
 
     Args:
         warmup: Fraction of all updates over which the factor rises linearly to 1.
+        min_warmup: Updates that the rise takes at least where there is one, but no more than half the run. A fraction
+            of a short run is less than two updates, which is no rise at all (Llama 2, arXiv 2307.09288, section 3.2.2:
+            3% of all, with a minimum of 5).
     """
 
     warmup: Fraction = 0.0
+    min_warmup: Annotated[int, Field(ge=0)] = field(default=5, kw_only=True)
 
     def __call__(self, step: int, total: int) -> float:
         """The factor at update ``step`` (from 0) of ``total``; in (0, 1]."""
-        rise = round(self.warmup * total)
+        rise = 0
+        if self.warmup:
+            rise = max(round(self.warmup * total), min(self.min_warmup, max(2, total // 2)))
         if step < rise:
             return (step + 1) / rise  # the first update is not wasted on a factor of 0
         return self.decay(min(1.0, (step - rise) / max(1, total - rise)))

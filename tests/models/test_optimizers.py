@@ -59,6 +59,16 @@ def test_schedule(schedule: Constant) -> None:
     assert factors[5:] == sorted(factors[5:], reverse=True)
 
 
+def test_a_short_run_warms_up_too():
+    """3% of 20 updates is less than one, whose factor would be 1: five updates as in Llama 2, up to half the run."""
+    assert [Cosine()(step, 20) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert [Cosine()(step, 6) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert Cosine()(0, 2) == 0.5 and Cosine()(0, 1) == 0.5
+    assert [Cosine(min_warmup=0)(step, 20) for step in range(2)] == [1.0, 1.0]
+    assert Cosine()(9, 1000) == pytest.approx(1 / 3)  # 30 updates
+    assert Constant()(0, 20) == Linear()(0, 20) == 1.0  # none was asked for
+
+
 def test_halfway_of_the_decay() -> None:
     assert Cosine(0.0, 0.1)(10, 20) == pytest.approx(0.55)
     assert Linear(0.0, 0.0)(10, 20) == pytest.approx(0.5)
