@@ -188,8 +188,10 @@ class PolicyObjective(Objective):
         where each holds a part of the rollout.
         """
 
-    def next_beta(self, beta: float, kl: float, n: int) -> float:
-        """KL coefficient after `n` more sequences whose mean summed KL was `kl` nats; fixed unless overridden."""
+    def next_beta(self, beta: float, kl: float, n: int, total: int | None = None) -> float:
+        """KL coefficient after `n` more sequences, of `total` in the run, whose mean summed KL was `kl` nats; fixed
+        unless overridden.
+        """
         return beta
 
     @abstractmethod

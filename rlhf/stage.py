@@ -315,6 +315,7 @@ class Stage(pl.LightningModule):
             self._prepared = True
             with self.trainer.precision_plugin.forward_context():
                 self.check_repeatable()
+                self.check_resolution()
                 self.prepare()
 
     on_predict_start = on_fit_start
@@ -329,6 +330,27 @@ class Stage(pl.LightningModule):
             for module in trained.modules():
                 if isinstance(module, LanguageModel):
                     module.check_repeatable()
+
+    @torch.no_grad()
+    def check_resolution(self) -> None:
+        """Check that 16-bit weights can move by the learning rate, which is how far Adam and Lion move them.
+
+        Raises:
+            UserError: If most of the weights that are trained would be rounded back to what they are.
+        """
+        lost = count = 0
+        lr = 0.0
+        for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
+            lr = group["lr"]
+            for weight in (p for p in group["params"] if p.dtype == torch.bfloat16):
+                lost += int(((weight + lr) == weight).sum())
+                count += weight.numel()
+        if lost > count / 2:
+            raise UserError(
+                f"precision=bf16_true with optimizer.lr={lr:g}: weights of 8 significant bits cannot move by that "
+                f"little, so {lost / count:.0%} of those trained would stay as they are; type precision=bf16 (weights "
+                "in 32 bits), or a larger optimizer.lr"
+            )
 
     @torch.no_grad()
     def on_train_end(self) -> None:

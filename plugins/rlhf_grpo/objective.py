@@ -18,6 +18,7 @@ from rlhf.functional.groups import (
 )
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import SumOver, masked_mean
+from rlhf.functional.ratio import capped_exp, clip_removes
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
@@ -25,7 +26,8 @@ from rlhf.objective import GroupObjective, Metrics, require_same_shape
 class GRPO(GroupObjective):
     """`max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) + beta KL`, per sampled token (arXiv 2402.03300, eq. 3).
 
-    `A = (r - mean) / (std + 1e-4)` over the replies to one prompt, the same for every token of a reply.
+    `A = (r - mean) / (std + 1e-4)` over the replies to one prompt, the same for every token of a reply. With
+    `kl_in="reward"` the KL of the reply, less its group's mean, is taken off: `A - beta (KL - mean KL)`.
     """
 
     beta: Annotated[float, Field(ge=0)] = 0.04
@@ -48,12 +50,15 @@ class GRPO(GroupObjective):
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages [B], and which replies count [B]: all, or those of groups whose scores differ."""
-        shaped = scores
+        advantages = group_advantages(scores, samples, self.scale, sum_over)
         if self.kl_in == "reward":
-            shaped = scores - self.beta * sequence_kl(logp, ref_logp, mask)
+            # Taken off after scaling, as the loss would: a deviation of scores and KL would blow up the KL's noise to
+            # advantages of 1 in a group whose scores are equal.
+            kl = sequence_kl(logp, ref_logp, mask)
+            advantages = advantages - self.beta * group_advantages(kl, samples, "none")
         spread = has_spread(scores, samples)
         keep = spread if self.drop_zero_spread else torch.ones_like(spread)
-        return group_advantages(shaped, samples, self.scale, sum_over), keep
+        return advantages, keep
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """As `rlhf.functional.groups.length_weights`."""
@@ -79,14 +84,13 @@ class GRPO(GroupObjective):
         kl = k3(logp, ref_logp)
         losses = policy_loss + self.beta * kl if self.kl_in == "loss" else policy_loss
 
-        ratio = log_ratio.detach().exp()
-        useless = ((ratio < 1 - self.clip_low) & (spread_out < 0)) | ((ratio > 1 + self.clip_high) & (spread_out > 0))
+        ratio = capped_exp(log_ratio.detach())
         metrics = {
             "policy_loss": policy_loss,
             "kl_loss": kl,
             "ratio": ratio,
             "approx_kl": 0.5 * (logp - old_logp).square(),  # of the update so far, not of the reference
-            "clip_fraction": useless.to(ratio.dtype),
+            "clip_fraction": clip_removes(ratio, spread_out, self.clip_low, self.clip_high).to(ratio.dtype),
         }
         if entropy is not None:
             metrics["entropy"] = entropy

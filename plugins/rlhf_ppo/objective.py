@@ -8,15 +8,16 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import gae, shaped_rewards
+from rlhf.functional.groups import clipped_surrogate
 from rlhf.functional.kl import KLEstimator, adaptive_beta
 from rlhf.functional.masking import SumOver, masked_whiten
+from rlhf.functional.ratio import capped_exp, clip_removes
 from rlhf.objective import Metrics, PolicyObjective, require_same_shape
 
 
 def clipped_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """`max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip))`, any shape (arXiv 1707.06347, eq. 7, negated)."""
-    ratio = torch.exp(logp - old_logp)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
+    return clipped_surrogate(logp - old_logp, advantages, clip, clip)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -48,7 +49,7 @@ class PPO(PolicyObjective):
     whiten_rewards: bool = False
     kl_estimator: KLEstimator = "k1"
     kl_target: Annotated[float, Field(gt=0)] | None = None
-    kl_horizon: Annotated[float, Field(gt=0)] = 10000.0
+    kl_horizon: Annotated[float, Field(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         if self.kl_target is not None and self.beta == 0:
@@ -81,9 +82,16 @@ class PPO(PolicyObjective):
         advantages, returns = gae(rewards, values, mask, self.discount, self.gae_lambda)
         return rewards, masked_whiten(advantages, mask, sum_over=sum_over), returns
 
-    def next_beta(self, beta: float, kl: float, n: int) -> float:
-        """KL coefficient after `n` more sequences whose mean summed KL was `kl` nats; unchanged without `kl_target`."""
-        return beta if self.kl_target is None else adaptive_beta(beta, kl, n, self.kl_target, self.kl_horizon)
+    def next_beta(self, beta: float, kl: float, n: int, total: int | None = None) -> float:
+        """KL coefficient after `n` of `total` sequences whose mean summed KL was `kl` nats; fixed without `kl_target`.
+
+        Without `kl_horizon` it follows over a twentieth of the run: 10000 sequences, as lm-human-preferences has it,
+        would hardly move it in a short one.
+        """
+        if self.kl_target is None:
+            return beta
+        horizon = self.kl_horizon or (10000.0 if total is None else total / 20)
+        return adaptive_beta(beta, kl, n, self.kl_target, horizon)
 
     def __call__(
         self,
@@ -108,14 +116,14 @@ class PPO(PolicyObjective):
             losses = losses - self.entropy_coefficient * entropy
 
         log_ratio = (logp - old_logp).detach()
-        ratio = log_ratio.exp()
+        ratio = capped_exp(log_ratio)
         metrics = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "ratio": ratio,
             "ratio_variance": (ratio - 1.0).square(),  # about 1, its mean under the policy that sampled
             "approx_kl": 0.5 * log_ratio.square(),  # of the update so far, not of the reference
-            "clip_fraction": ((ratio - 1.0).abs() > self.clip).to(ratio.dtype),
+            "clip_fraction": clip_removes(ratio, advantages, self.clip, self.clip).to(ratio.dtype),
         }
         if self.value_clip is not None:
             metrics["value_clip_fraction"] = ((values - old_values).abs() > self.value_clip).to(ratio.dtype)

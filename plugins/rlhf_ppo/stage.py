@@ -165,7 +165,7 @@ class PPOStage(RolloutStage):
         metrics = self.updates(experience, kl)
         self.report(rollout, raw, experience, metrics)
         if not self.warming:  # a policy that stands still has no KL to steer beta by
-            self.beta = self.objective.next_beta(self.beta, kl, self.batch_size)
+            self.beta = self.objective.next_beta(self.beta, kl, self.batch_size, self.steps * self.batch_size)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:

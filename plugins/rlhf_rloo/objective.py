@@ -8,8 +8,16 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import sequence_kl
-from rlhf.functional.groups import EPSILON, clipped_surrogate, deviation, leave_one_out, length_weights
+from rlhf.functional.groups import (
+    EPSILON,
+    clipped_surrogate,
+    deviation,
+    has_spread,
+    leave_one_out,
+    length_weights,
+)
 from rlhf.functional.masking import SumOver, masked_sum
+from rlhf.functional.ratio import capped_exp, clip_removes
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
@@ -40,8 +48,11 @@ class RLOO(GroupObjective):
         rewards = scores - self.beta * sequence_kl(logp, ref_logp, mask)
         advantages = leave_one_out(rewards, samples)
         if self.normalize:
-            # No mean to take off: leave-one-out advantages sum to 0 within a group.
-            advantages = advantages / (deviation(advantages, sum_over) + EPSILON)
+            spread = has_spread(scores, samples).sum()
+            # No mean to take off: leave-one-out advantages sum to 0 within a group. Where no scores differ there is
+            # only the noise of the KL, which must not be scaled to 1.
+            if (spread if sum_over is None else sum_over(spread)) > 0:
+                advantages = advantages / (deviation(advantages, sum_over) + EPSILON)
         return advantages, torch.ones_like(scores, dtype=torch.bool)
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -62,13 +73,13 @@ class RLOO(GroupObjective):
         require_same_shape(advantages=advantages, rows=mask[:, 0])
         log_ratio = masked_sum(logp - old_logp, mask, 1)
         losses = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high).unsqueeze(1).expand_as(logp)
-        ratio = log_ratio.detach().exp()
-        useless = ((ratio < 1 - self.clip_low) & (advantages < 0)) | ((ratio > 1 + self.clip_high) & (advantages > 0))
+        ratio = capped_exp(log_ratio.detach())
+        removed = clip_removes(ratio, advantages, self.clip_low, self.clip_high)
         metrics = {
             "policy_loss": losses,
             "ratio": ratio.unsqueeze(1).expand_as(logp),
             "approx_kl": 0.5 * (logp - old_logp).square(),  # of the update so far, not of the reference
-            "clip_fraction": useless.to(logp.dtype).unsqueeze(1).expand_as(logp),
+            "clip_fraction": removed.to(logp.dtype).unsqueeze(1).expand_as(logp),
         }
         if entropy is not None:
             metrics["entropy"] = entropy

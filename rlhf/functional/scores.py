@@ -11,6 +11,8 @@ from rlhf.functional.masking import SumOver
 MissingEnd = Literal["subtract", "replace"]
 ScoreScale = Literal["none", "batch", "running"]
 
+SPREAD = 1e-6  # scores whose deviation is no more than this are equal
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -40,8 +42,12 @@ class Moments:
         )
 
     def normalize(self, scores: Tensor) -> Tensor:
-        """`(scores - mean) / sqrt(var + 1e-8)`: mean 0 and deviation 1 for the numbers these are the moments of."""
-        return (scores - self.mean) * (self.std**2 + 1e-8) ** -0.5
+        """`(scores - mean) / sqrt(var + 1e-8)`: mean 0 and deviation 1 for the numbers these are the moments of.
+
+        Without two different numbers there is no deviation to divide by: then only the mean is taken off.
+        """
+        scale = (self.std**2 + 1e-8) ** -0.5 if self.std > SPREAD else 1.0
+        return (scores - self.mean) * scale
 
 
 def missing_end(scores: Tensor, ended: Tensor, penalty: float, how: MissingEnd) -> Tensor:

@@ -55,3 +55,9 @@ def test_adaptive_beta():
     assert adaptive_beta(0.1, 0.0, 512, 6.0, 10000) == pytest.approx(0.1 * 0.98976)
     assert adaptive_beta(0.1, 6.6, 1000, 6.0, 10000) == pytest.approx(0.1 * 1.01)
     assert adaptive_beta(0.1, 6.0, 512, 6.0, 10000) == 0.1
+
+
+def test_adaptive_beta_stays_positive():
+    """More sequences than the horizon count as the horizon: 1024 of 100 gave 0.05 * (1 - 0.2 * 10.24) < 0."""
+    assert adaptive_beta(0.05, 0.0, 1024, 6.0, 100) == pytest.approx(0.04)
+    assert adaptive_beta(0.05, 100.0, 1024, 6.0, 100) == pytest.approx(0.06)

@@ -27,6 +27,14 @@ def test_equal_scores_do_not_explode():
     assert Moments().updated(scores).normalize(scores).abs().max() < 1e-2
 
 
+def test_without_two_different_numbers_only_the_mean_is_taken_off():
+    """There is no deviation to divide by yet: 1.0 was made 10000."""
+    scores = torch.tensor([1.0, -2.0])
+    assert torch.equal(Moments().normalize(scores), scores)
+    assert Moments().updated(torch.tensor([3.0])).normalize(scores).tolist() == [-2.0, -5.0]
+    assert Moments().updated(torch.full((5,), 0.1)).normalize(scores).tolist() == pytest.approx([0.9, -2.1])
+
+
 def parallel(parts, call):
     """What each of several processes gets, when `sum_over` adds up what all of them give at the same point."""
     given: list[list[torch.Tensor]] = []

@@ -213,10 +213,30 @@ def test_kl_in_the_reward_comes_before_the_groups_are_compared():
     logp, old, ref, scores, mask = rollout()
     kl = ((old - ref) * mask).sum(1)
     advantages, _ = GRPO(beta=0.3, kl_in="reward").advantages(scores, old, ref, mask, K)
-    torch.testing.assert_close(advantages, group_advantages(scores - 0.3 * kl, K))
+    centred = kl - kl.view(2, K).mean(1).repeat_interleave(K)
+    torch.testing.assert_close(advantages, group_advantages(scores, K) - 0.3 * centred)
+    unscaled, _ = GRPO(beta=0.3, kl_in="reward", scale="none").advantages(scores, old, ref, mask, K)
+    torch.testing.assert_close(unscaled, group_advantages(scores - 0.3 * kl, K, "none"))
     with_kl, _ = GRPO(beta=0.3, kl_in="reward")(logp, old, ref, advantages, mask)
     without, _ = GRPO(beta=0.0)(logp, old, ref, advantages, mask)
     assert torch.equal(with_kl, without)  # and is not in the loss a second time
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_the_noise_of_the_kl_is_not_scaled_to_advantages_of_one(scale):
+    """All rewards 1, beta 0.01, KLs of 0.3, 0.1 and -0.1 nats: advantages of -0.002, 0 and 0.002, not of 1."""
+    ref = torch.zeros(3, 2, dtype=torch.float64)
+    logp = torch.tensor([[0.2, 0.1], [0.1, 9.0], [-0.1, 9.0]], dtype=torch.float64)  # 9: masked
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0]]).bool()
+    expected = torch.tensor([-0.002, 0.0, 0.002], dtype=torch.float64)
+    scores = torch.ones(3, dtype=torch.float64)
+    made, keep = GRPO(beta=0.01, kl_in="reward", scale=scale).advantages(scores, logp, ref, mask, 3)
+    torch.testing.assert_close(made, expected)
+    assert keep.all()
+    objective = GRPO(beta=0.01, kl_in="reward", scale=scale, drop_zero_spread=True)
+    assert not objective.advantages(scores, logp, ref, mask, 3)[1].any()  # what is dropped is what scales nothing
+    loo, _ = RLOO(beta=0.01, normalize=True).advantages(scores, logp, ref, mask, 3)
+    torch.testing.assert_close(loo, 1.5 * expected)  # K / (K - 1)
 
 
 def test_a_group_without_spread_teaches_nothing():

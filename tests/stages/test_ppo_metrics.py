@@ -49,7 +49,7 @@ def of_an_update(tokens) -> dict[str, float]:
                 "ratio": ratio,
                 "ratio_variance": (ratio - 1) ** 2,
                 "approx_kl": math.log(ratio) ** 2 / 2,
-                "clip_fraction": float(not 1 - CLIP <= ratio <= 1 + CLIP),
+                "clip_fraction": float(ratio > 1 + CLIP if advantage > 0 else ratio < 1 - CLIP),
                 "entropy": entropy,
                 "policy_loss": -min(advantage * ratio, advantage * min(max(ratio, 1 - CLIP), 1 + CLIP)),
                 "value_loss": max((value - target) ** 2, (held - target) ** 2) / 2,

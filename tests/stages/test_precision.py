@@ -108,6 +108,24 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_a_weight(l
     assert moved(stage, before) == 0
 
 
+@pytest.mark.parametrize(("lr", "moves"), [(1e-5, False), (1e-3, True)])
+def test_weights_of_16_bits_that_a_learning_rate_cannot_move_are_refused(lr, moves, load, tmp_path):
+    """0.02 is 0.02002 in bf16, and its neighbours are 1.2e-4 away: 200 steps of 1e-5 leave it there."""
+    weight = torch.nn.Parameter(torch.full((4,), 0.02, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+    for _ in range(200):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert (weight[0].item() != pytest.approx(0.02, rel=2e-3)) == moves
+    stage = sft(load, lambda parameters: torch.optim.AdamW(parameters, lr=lr))
+    if moves:
+        fit(stage, tmp_path, precision="bf16-true", limit_train_batches=1, limit_val_batches=0)
+    else:
+        with pytest.raises(UserError, match=r"precision=bf16_true with optimizer.lr=1e-05: .*type precision=bf16 "):
+            fit(stage, tmp_path, precision="bf16-true", limit_val_batches=0)
+        fit(sft(load, adamw), tmp_path / "mixed", precision="bf16-mixed", limit_train_batches=1, limit_val_batches=0)
+
+
 def test_a_strategy_that_cuts_weights_up_is_refused_however_it_was_made(load):
     stage = sft(load)
     stage._trainer = SimpleNamespace(strategy=FSDPStrategy())
