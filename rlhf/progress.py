@@ -9,18 +9,18 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, cast
 
 import pytorch_lightning as pl
 from pydantic import Field
 from pytorch_lightning.callbacks import ProgressBar
-from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
 from rlhf.checkpoints import batches_done
+from rlhf.console import CleanStream, Screen, raw
 
 REFRESH_S = 0.25  # how often the live line may change; reading a metric waits for the device, so not every batch
 
@@ -65,10 +65,12 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         self._began = self._shown = time.monotonic()
-        console = Console(file=self._stream)
+        console = Screen(file=raw(self._stream))
         if console.is_terminal:
             self._live = Live(self._render(), console=console, auto_refresh=False, transient=True)
             self._live.start()
+            # Rich reads the colours out of what is printed beside the bar; strangers' text has none to give.
+            sys.stdout, sys.stderr = (cast(TextIO, CleanStream(stream)) for stream in (sys.stdout, sys.stderr))
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlhf import discovery, pipeline
+from rlhf import console, discovery, pipeline
 from rlhf.config import resolve
 from rlhf.errors import RLHFError
 from rlhf.runs import Run, write_json
@@ -37,4 +37,5 @@ def _first() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    with console.screen():
+        sys.exit(main(Path(sys.argv[1])))

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import __version__, discovery, launcher, rounds
+from rlhf import __version__, console, discovery, launcher, rounds
 from rlhf.errors import RLHFError, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
@@ -27,6 +27,7 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+@console.screen()
 def run(argv: list[str]) -> int:
     """As `main`, with the arguments given and the exit status returned."""
     # Hydra prints its own errors and exits unless this is set; it is taken back before any job starts.

@@ -5,11 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from rlhf import discovery
 from rlhf.cli import scaffold
+from rlhf.console import Screen
 from rlhf.errors import UserError, suggest
 
 
@@ -45,7 +45,7 @@ def _list() -> int:
             group, _, name = option.rpartition("/")
             offers.setdefault(group, []).append(name)
         table.add_row(plugin.name, plugin.origin, "; ".join(f"{g}: {', '.join(n)}" for g, n in offers.items()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Screen(width=None if sys.stdout.isatty() else 160).print(table)
     for line in broken:
         print(f"not usable: {line}")
     return 0

@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.console import Screen, clean
 from rlhf.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(list(argv))
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -38,15 +38,15 @@ def main(argv: Sequence[str]) -> int:
         table.add_column(column, overflow="fold", justify="right" if column in (*telling, *costs) else "left")
     for group in comparison.groups:
         names = [m.name if m.run.finished else f"{m.name} ({m.run.status})" for m in group.members]
-        cells = [Text(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")]
-        cells += [Text(show(group.knobs.get(key))) for key in comparison.varying]
+        cells = [Text(clean(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"))]
+        cells += [Text(clean(show(group.knobs.get(key)))) for key in comparison.varying]
         for metric in [*telling, *costs]:
             best = metric in telling and comparison.best(metric) is group
             cells.append(Text(cell(group, metric), style="bold green" if best else ""))
         table.add_row(*cells)
-    console = Console(highlight=False)
+    console = Screen()
     if not console.is_terminal:
-        console = Console(highlight=False, width=240)
+        console = Screen(width=240)
     console.print(table)
     if comparison.seeds > 1:
         console.print(comparison.error_note, style="dim")

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.console import Screen, clean
 
-def console() -> Console:
+
+def console() -> Screen:
     """The console of the current standard output; no wrapping where there is no terminal."""
-    found = Console(highlight=False, soft_wrap=True)
+    found = Screen(soft_wrap=True)
     if not found.is_terminal:
         found.width = 200
     return found
@@ -19,7 +20,7 @@ def console() -> Console:
 
 def say(line: str, style: str = "") -> None:
     """One line, at once."""
-    console().print(Text(line, style=style))
+    console().print(Text(clean(line), style=style))
 
 
 def duration(seconds: float) -> str:
@@ -58,7 +59,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for index, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(clean(cell)) for cell in row))
     console().print(table)
 
 
