@@ -8,11 +8,14 @@ here, so a broken plugin breaks only the runs that select it. Hydra and the stan
 
 import os
 import sys
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
@@ -88,13 +91,58 @@ def _plugin(folder: Path, origin: str) -> Plugin:
 
 
 def _folders(root: Path, origin: str) -> Iterator[Plugin]:
-    """Plugins that are folders of ``root``; they become importable by their folder name."""
+    """Plugins that are folders of ``root``; `discover` makes them importable by their folder name."""
     found = [conf.parent for conf in sorted(root.glob("*/conf")) if conf.parent.name.isidentifier()]
     if found and str(root) not in sys.path:
-        # In front, so that a local copy of an installed plugin is the one imported.
-        sys.path.insert(0, str(root))
+        # At the end: what lies beside plugins can be imported by them, and hides nothing that is installed.
+        sys.path.append(str(root))
     for folder in found:
         yield _plugin(folder, origin)
+
+
+class _Finder:
+    """Import hook that finds local plugins, and nothing else, before any installed package."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, str] = {}  # package -> the directory it is in
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        root = self.roots.get(name)
+        return None if root is None else PathFinder.find_spec(name, [root])
+
+
+_finder = _Finder()
+
+
+def _serve(plugins: dict[str, Plugin]) -> None:
+    """Make these plugins the ones that are imported by their names, and no earlier ones."""
+    _finder.roots = {package: str(plugin.folder.parent) for package, plugin in plugins.items()}
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def refuse_shadows(plugins: dict[str, Plugin], known: set[str]) -> None:
+    """Refuse local plugins that would be imported in place of an installed package which is no plugin.
+
+    Args:
+        plugins: package -> plugin, of local directories.
+        known: Packages of plugins that are installed or built in, of which a local copy is meant to win.
+
+    Raises:
+        UserError: a plugin has the name of such a package.
+    """
+    installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")]
+    for package, plugin in plugins.items():
+        if package in known:
+            continue
+        taken = package in sys.stdlib_module_names or package in ("rlhf", "hydra_plugins")
+        if taken or PathFinder.find_spec(package, installed) is not None:
+            raise UserError(
+                f"plugin directory {plugin.folder}: {package} is the name of an installed package, which it would hide;"
+                f" rename the directory, for example to my_{package}"
+            )
 
 
 def local() -> dict[str, Plugin]:
@@ -102,10 +150,9 @@ def local() -> dict[str, Plugin]:
     found: dict[str, Plugin] = {}
     named = os.environ.get("RLHF_PLUGINS")
     directories = [d for d in (named or "plugins").split(os.pathsep) if d]
-    # Backwards: each goes in front of sys.path, so the first directory named must be put there last.
-    for directory in reversed(directories):
+    for directory in directories:
         origin = directory if named else "./plugins"
-        found |= {p.package: p for p in _folders(Path(directory).expanduser().resolve(), origin)}
+        found = {p.package: p for p in _folders(Path(directory).expanduser().resolve(), origin)} | found
     return found
 
 
@@ -144,12 +191,14 @@ def discover() -> tuple[list[Plugin], list[str]]:
     A local folder wins over the checkout's plugin and over an installed one of the same package name.
 
     Raises:
-        UserError: two plugins, or a plugin and rlhf's own conf, offer the same option.
+        UserError: two plugins, or a plugin and rlhf's own conf, offer the same option; or a local plugin has the name
+            of an installed package.
     """
-    # Folders first: they go on sys.path, so that a stale installation cannot shadow them.
     built_in = checkout()
     here = local()
+    _serve(built_in | here)
     distributed, broken = installed()
+    refuse_shadows(here, {*distributed, *built_in})
     plugins = distributed | built_in | here
     ordered = sorted(plugins.values(), key=lambda p: p.name)
     refuse_duplicates(ordered)

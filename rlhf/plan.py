@@ -3,6 +3,7 @@
 A single stage is a plan of one step.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,9 +107,16 @@ def _step_names(root: DictConfig) -> list[str] | None:
     if not names or len(set(names)) < len(names):
         raise UserError(f"steps={names}: a pipeline lists each of its steps once")
     for name in names:
+        _refuse_path("steps", name)
         if not isinstance(root.get(name), DictConfig) or "stage" not in root[name]:
             raise UserError(f"steps names {name}, but there is no such step: add /stage@{name}: STAGE to its defaults")
     return names
+
+
+def _refuse_path(key: str, name: str) -> None:
+    """Refuse a name that is no plain word: it becomes part of paths below the outputs folder, or of their messages."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
+        raise UserError(f"{key}={name}: a name has letters, digits, _ and - alone, since it names a directory")
 
 
 def _last(names: list[str], until: str | None) -> str:
@@ -224,6 +232,7 @@ class _Planner:
     ) -> Step:
         """The step of a resolved config, with its fingerprint."""
         stage = _stage_name(config)
+        _refuse_path(f"{name}.stage.name" if name else "stage.name", stage)
         own_name = name or stage
         self.roles[own_name], self.unread[own_name] = roles, set(facts.unread)
         config = {key: value for key, value in config.items() if key not in facts.unread}

@@ -73,8 +73,8 @@ class _Encoder:
 
     def __init__(self, path: str, policy: LanguageModel) -> None:
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model: Any = AutoModel.from_pretrained(path).eval().to(policy.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model: Any = AutoModel.from_pretrained(path, trust_remote_code=False).eval().to(policy.device)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(

@@ -53,7 +53,7 @@ def _end_id(folder: Path) -> int:
 
     from rlhf.data.template import end_of_turn_id
 
-    return end_of_turn_id(AutoTokenizer.from_pretrained(folder))
+    return end_of_turn_id(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def _parser() -> argparse.ArgumentParser:

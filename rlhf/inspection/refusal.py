@@ -81,7 +81,9 @@ def trained_bytes(config: Plain) -> int:
         instantiated(OmegaConf.create(config[name])) for name in ("model", "adapter", "precision")
     )
     with without_weights(Weightless()):
-        model = AutoModelForCausalLM.from_config(spec.config(), dtype=precision.weights)
+        model = AutoModelForCausalLM.from_config(
+            spec.config(), dtype=precision.weights, trust_remote_code=spec.trust_remote_code
+        )
         quantization = adapter.description(precision)
         if quantization is not None:
             quantize(model, quantization)

@@ -76,7 +76,7 @@ def _convert(file: Path, folder: Path) -> None:
     screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with screen:
-            loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -84,12 +84,14 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"model.path={file}: no GGUF file that transformers can read ({reason})") from error
     # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(plain_config(loaded.config), dtype=torch.float32)
+        fresh = AutoModelForCausalLM.from_config(
+            plain_config(loaded.config), dtype=torch.float32, trust_remote_code=False
+        )
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.tie_weights()
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(folder)
     try:
-        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         (folder / TOKENIZER).unlink(missing_ok=True)  # a file of weights alone; the user names a tokenizer

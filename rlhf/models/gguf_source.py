@@ -1,6 +1,7 @@
 """Where the weights of a folder made from a GGUF file come from: the file, its digest, its Python package. No torch."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -46,9 +47,13 @@ def write(folder: Path, file: Path, sha256: str) -> None:
 def read(folder: Path) -> GGUFSource | None:
     """What a folder was made from; None for one that was not made from a GGUF file, or does not say."""
     try:
-        return GGUFSource(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
+        found = GGUFSource(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    # Its words become commands in a model card, and the folder may be a stranger's.
+    names = (found.sha256, found.package, found.version, found.module)
+    whole = isinstance(found.path, str) and all(name is None or re.fullmatch(r"[\w.+-]+", str(name)) for name in names)
+    return found if whole else None
 
 
 def _package(file: Path) -> tuple[str, str, str] | tuple[None, None, None]:

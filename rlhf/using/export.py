@@ -1,13 +1,14 @@
 """A run's model as a folder that plain transformers and peft read, with a model card. torch only where it must load."""
 
 import json
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf import runs
+from rlhf import links, runs
 from rlhf.errors import UserError
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
@@ -82,12 +83,15 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
         force: Writes over a model that is there.
 
     Raises:
-        UserError: The folder is not free, or an adapter has no base that others could load.
+        UserError: The folder is not free, an adapter has no base that others could load, a file is a link out of the
+            run, or the model needs Python code of its own.
     """
     adapter = None if merge or named.scalar(model.path) else adapter_of(model)
     base = None if adapter is None else _base(model, adapter)
     if folder.resolve() == Path(model.path).resolve():
         raise UserError(f"--to {folder}: is the model itself; name another folder")
+    for inside in (Path(model.path), *([adapter] if adapter else [])):
+        _refuse_links(inside, model)
     prepare(folder, force)
     if named.scalar(model.path):
         return _reward_model(Path(model.path), folder)
@@ -101,6 +105,15 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
 
     load_policy(model.path).to("cpu").save(folder)  # a hub id, a GGUF file, an adapter to be merged
     return Exported("model", folder)
+
+
+def _refuse_links(inside: Path, model: Named) -> None:
+    """Refuse a folder in which a link would bring a file from elsewhere into the export."""
+    root = inside if model.run is None else model.run.folder
+    if model.run is None and inside.parent.name == "snapshots":
+        root = inside.parents[1]  # the hub's cache keeps files beside the snapshots that link to them
+    if (link := links.first_out(inside, root)) is not None:
+        raise UserError(f"{link}: is a link to {link.resolve()}, outside of {root}; put the file itself in its place")
 
 
 def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
@@ -122,7 +135,7 @@ def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
 
 def _of_gguf(base: str, source: GGUFSource) -> list[str]:
     """What has to be said of an adapter on dequantised weights, which are no model of the hub's."""
-    file = f"'{source.path}'"
+    file = shlex.quote(source.path)
     if source.package:
         file = f'"$(python -c "from rlhf.hub import packaged_file; print(packaged_file(\'{source.package}\'))")"'
     first = f"`{source.install}`, then the code in the card, or " if source.install else ""
@@ -173,7 +186,14 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     if (source / "rlhf.json").is_file():
         numbers = json.loads((source / "rlhf.json").read_text(encoding="utf-8"))
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
-    model: Any = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto")
+    try:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto", trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it is"
+        ) from error
     model.score.weight.data.mul_(numbers["scale"])
     model.save_pretrained(folder)
     numbers |= {"scale": 1.0}

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rlhf.config import Plain
 from rlhf.report.console import number
 from rlhf.runs import Run
-from rlhf.using import eval_file, named
+from rlhf.using import eval_file, markdown, named
 from rlhf.using.export import Exported
 from rlhf.using.named import Named
 
@@ -21,14 +21,14 @@ BUILT_IN = ("testbed", "arithmetic")
 
 POLICY = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 """
 ADAPTER = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")  # on top of {base}
 model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -36,9 +36,9 @@ model.generation_config = GenerationConfig.from_pretrained(folder)
 ON_GGUF = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained("{parent}", gguf_file="{name}", dtype="float32")
+base = AutoModelForCausalLM.from_pretrained({parent}, gguf_file={name}, dtype="float32")
 model = PeftModel.from_pretrained(base, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)
 """
@@ -47,10 +47,10 @@ ON_PACKAGE = """from importlib.util import find_spec
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-(package,) = find_spec("{module}").submodule_search_locations  # {install}
-base = AutoModelForCausalLM.from_pretrained(package, gguf_file="{name}", dtype="float32")
+(package,) = find_spec({module}).submodule_search_locations  # {install}
+base = AutoModelForCausalLM.from_pretrained(package, gguf_file={name}, dtype="float32")
 model = PeftModel.from_pretrained(base, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)
 """
@@ -64,7 +64,7 @@ print(tokenizer.decode(reply, skip_special_tokens=True))
 REWARD = """import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
 
@@ -92,24 +92,32 @@ def card(model: Named, exported: Exported, end_id: int | None, licence: str | No
         licence: Identifier of the licence, as the hub writes it; None: unknown.
         command: What was typed.
     """
-    parts: list[str | None] = [_front(model, exported, licence), f"# {exported.folder.name}\n", _what(model, exported)]
-    parts += ["## Load it\n", f"```python\n{_code(exported, end_id)}```\n"]
+    parts: list[str | None] = [
+        _front(model, exported, licence),
+        f"# {markdown.plain(exported.folder.name)}\n",
+        _what(model, exported),
+    ]
+    parts += ["## Load it\n", f"{markdown.block(_code(exported, end_id), 'python')}\n"]
     notes = [*exported.notes, FLOAT32] if exported.kind != "reward_model" else exported.notes
-    parts += [*(f"- {note}" for note in notes), ""]
+    parts += [*(f"- {markdown.line(note).replace('<', '&lt;')}" for note in notes), ""]
     if model.run is not None:
         parts += [_lineage(model.run), _metrics(model.run), _evaluations(model.run)]
     parts.append(_licence(licence, model))
-    parts.append(f"Written by `{command}`.\n")
+    parts.append(f"Written by {markdown.code(command)}.\n")
     return "\n".join(part for part in parts if part is not None)
 
 
 def _front(model: Named, exported: Exported, licence: str | None) -> str:
     """What the hub reads."""
     content: Plain = {
-        "license": licence or "unknown",
+        "license": markdown.line(licence or "unknown"),
         "library_name": "peft" if exported.kind == "adapter" else "transformers",
         "pipeline_tag": "text-classification" if exported.kind == "reward_model" else "text-generation",
-        "tags": ["rlhf", *([model.run.stage] if model.run else []), *(["lora"] if exported.kind == "adapter" else [])],
+        "tags": [
+            "rlhf",
+            *([markdown.line(model.run.stage)] if model.run else []),
+            *(["lora"] if exported.kind == "adapter" else []),
+        ],
     }
     root = exported.base if exported.kind == "adapter" else _root(model)
     if root is not None and _hub_id(root):
@@ -118,63 +126,81 @@ def _front(model: Named, exported: Exported, licence: str | None) -> str:
 
 
 def _what(model: Named, exported: Exported) -> str:
+    base = markdown.plain(exported.source) if exported.source else markdown.code(exported.base)
     kinds = {
         "model": "A causal language model with all its weights.",
-        "adapter": f"A LoRA adapter (PEFT) for {exported.source or f'`{exported.base}`'}.",
+        "adapter": f"A LoRA adapter (PEFT) for {base}.",
         "reward_model": "A reward model: one number for a dialogue, higher for better replies.",
     }
-    origin = f"the model `{model.ref}`" if model.run is None else f"stage `{model.run.stage}`, run `{model.run.folder}`"
+    origin = f"the model {markdown.code(model.ref)}"
+    if model.run is not None:
+        origin = f"stage {markdown.code(model.run.stage)}, run {markdown.code(model.run.folder)}"
     return f"{kinds[exported.kind]} Exported from {origin}.\n"
 
 
 def _code(exported: Exported, end_id: int | None) -> str:
-    folder = exported.folder.name
+    folder = markdown.literal(exported.folder.name)
     if exported.kind == "reward_model":
         return REWARD.format(folder=folder, end=end_id, bias=exported.bias)
     if exported.kind == "model":
         return POLICY.format(folder=folder) + REPLY
     base, source = str(exported.base), exported.source
     if source is not None and source.package:
-        name = Path(source.path).name
-        return ON_PACKAGE.format(folder=folder, module=source.module, name=name, install=source.install) + REPLY
+        name, module = markdown.literal(Path(source.path).name), markdown.literal(str(source.module))
+        install = markdown.line(source.install)
+        return ON_PACKAGE.format(folder=folder, module=module, name=name, install=install) + REPLY
     if base.endswith(".gguf"):
-        return ON_GGUF.format(folder=folder, parent=Path(base).parent, name=Path(base).name) + REPLY
-    return ADAPTER.format(folder=folder, base=base) + REPLY
+        return (
+            ON_GGUF.format(
+                folder=folder, parent=markdown.literal(str(Path(base).parent)), name=markdown.literal(Path(base).name)
+            )
+            + REPLY
+        )
+    return ADAPTER.format(folder=folder, base=markdown.line(base)) + REPLY
 
 
 def _lineage(run: Run) -> str:
     """Every ancestor, oldest first, and the run itself: what it read, its command line, its knobs."""
     chain = [*named.ancestors(run), run]
-    names = {one.fingerprint: f"{one.stage} `{one.folder.name}`" for one in chain}
+    names = {one.fingerprint: f"{markdown.plain(one.stage)} {markdown.code(one.folder.name)}" for one in chain}
     lines = ["## Lineage\n", "| run | made from | data |", "|---|---|---|"]
     for one in chain:
         inputs = one.lineage.get("inputs", {})
         paths = _config(one).get("inputs") or {}
-        made = [f"{role}: {_called(name, names, paths.get(role))}" for role, found in inputs.items() for name in found]
-        lines.append(f"| {names[one.fingerprint]} | {', '.join(made) or _start(one)} | {_data(one)} |")
+        made = [
+            f"{markdown.plain(role)}: {_called(str(name), names, paths.get(role))}"
+            for role, found in inputs.items()
+            for name in found
+        ]
+        lines.append(markdown.row(names[one.fingerprint], ", ".join(made) or _start(one), markdown.plain(_data(one))))
     for one in chain:
-        lines += ["", f"### {one.stage} `{one.folder.name}`\n"]
+        lines += ["", f"### {names[one.fingerprint]}\n"]
         if not (one.folder / "config.yaml").is_file():
-            lines.append(f"Its folder, `{one.folder}`, is gone.")
+            lines.append(f"Its folder, {markdown.code(one.folder)}, is gone.")
             continue
-        lines += ["```", str(one.status_file.get("command", "")), "```", "", "```yaml", _knobs(one).rstrip(), "```"]
+        lines += [markdown.block(str(one.status_file.get("command", ""))), "", markdown.block(_knobs(one), "yaml")]
     versions = run.summary.get("versions", {})
     if versions:
-        lines += ["", "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+        lines += [
+            "",
+            "Made with " + ", ".join(markdown.plain(f"{name} {version}") for name, version in versions.items()) + ".",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _called(identity: str, names: dict[str, str], path: Any) -> str:
     """An input by its run's name, where a run made it; else by the hub id, or by the one path that was read."""
     if identity.startswith("hub:"):
-        return identity
-    digest = f"`{identity[:20]}`"
-    return names.get(identity.partition("/")[0], f"`{path}` ({digest})" if isinstance(path, str) else digest)
+        return markdown.plain(identity)
+    digest = markdown.code(identity[:20])
+    return names.get(
+        identity.partition("/")[0], f"{markdown.code(path)} ({digest})" if isinstance(path, str) else digest
+    )
 
 
 def _start(run: Run) -> str:
     path = (_config(run).get("model") or {}).get("path")
-    return "random weights" if path is None else f"`{path}`"
+    return "random weights" if path is None else markdown.code(path)
 
 
 def _data(run: Run) -> str:
@@ -202,7 +228,15 @@ def _metrics(run: Run) -> str | None:
     if not run.metrics:
         return None
     lines = ["## Metrics at the end of training\n", "| metric | value |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {number(value)} |" for name, value in sorted(run.metrics.items()))]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                *(markdown.row(markdown.plain(k), markdown.plain(number(v))) for k, v in sorted(run.metrics.items())),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _evaluations(run: Run) -> str | None:
@@ -210,10 +244,11 @@ def _evaluations(run: Run) -> str | None:
     parts = []
     for one in eval_file.read(run.folder / eval_file.FILE):
         settings = {key: value for key, value in one["settings"].items() if value is not None and key != "run"}
-        parts += [", ".join(f"{key}: {value}" for key, value in settings.items()) + "\n"]
+        parts += [", ".join(markdown.plain(f"{key}: {value}") for key, value in settings.items()) + "\n"]
         parts += ["| metric | mean ± standard error |", "|---|---|"]
         for name, value in one["metrics"].items():
-            parts.append(f"| {eval_file.LABELS.get(name, name)} | {number(value['mean'])} ± {number(value['se'])} |")
+            label = markdown.plain(eval_file.LABELS.get(name, name))
+            parts.append(markdown.row(label, markdown.plain(f"{number(value['mean'])} ± {number(value['se'])}")))
         parts.append("")
     return "\n".join(["## Evaluations (`rlhf eval`)\n", *parts]) if parts else None
 
@@ -221,15 +256,15 @@ def _evaluations(run: Run) -> str | None:
 def _licence(licence: str | None, model: Named) -> str:
     """What has to be looked at before the model is passed on: its own licence, and those it inherits terms from."""
     root = _root(model)
-    rows = [("this model", licence or "unknown; `rlhf export --license ID` says it")]
+    rows = [("this model", markdown.plain(licence) if licence else "unknown; `rlhf export --license ID` says it")]
     if root is not None:
-        rows.append((f"the weights it started from, `{root}`", "to be looked up"))
+        rows.append((f"the weights it started from, {markdown.code(root)}", "to be looked up"))
     chain = [] if model.run is None else [*named.ancestors(model.run), model.run]
     sources = {str(node["source"]) for one in chain for node in _sources(_config(one).get("data"))}
     made = {str(one.folder) for one in chain}
     for source in sorted(sources - made):
-        rows.append((f"the data `{source}`", "part of rlhf" if source in BUILT_IN else "to be looked up"))
-    return "\n".join(["## Licence\n", "| of | licence |", "|---|---|", *(f"| {of} | {it} |" for of, it in rows)]) + "\n"
+        rows.append((f"the data {markdown.code(source)}", "part of rlhf" if source in BUILT_IN else "to be looked up"))
+    return "\n".join(["## Licence\n", "| of | licence |", "|---|---|", *(markdown.row(*one) for one in rows)]) + "\n"
 
 
 def _root(model: Named) -> str | None:

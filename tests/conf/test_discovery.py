@@ -1,5 +1,7 @@
 """Finding plugins without running them."""
 
+import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -94,3 +96,33 @@ def test_own_conf_is_this_folders_and_not_the_projects(tmp_path: Path, monkeypat
     assert discovery.user_conf() == tmp_path / "conf"
     monkeypatch.chdir(discovery.conf_dir().parent)
     assert discovery.user_conf() is None
+
+
+def test_only_plugins_come_before_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path / "plugins" / "rlhf_ppo", "stage/ppo")
+    (tmp_path / "plugins" / "torch.py").write_text("raise SystemExit('a stranger runs')\n")
+    (tmp_path / "plugins" / "secrets").mkdir()
+    (tmp_path / "plugins" / "beside_plugins.py").write_text("value = 7\n")
+    (tmp_path / "plugins" / "rlhf_ppo" / "conf").mkdir(exist_ok=True)
+    discovery.discover()
+
+    monkeypatch.delitem(sys.modules, "rlhf_ppo", raising=False)
+    assert importlib.util.find_spec("rlhf_ppo").origin == str(tmp_path / "plugins" / "rlhf_ppo" / "__init__.py")
+    for name in ("torch", "secrets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        assert "plugins" not in Path(str(importlib.util.find_spec(name).origin)).parts
+    assert importlib.import_module("beside_plugins").value == 7  # what plugins share still imports
+    monkeypatch.delitem(sys.modules, "beside_plugins")
+
+    monkeypatch.setenv("RLHF_PLUGINS", str(tmp_path / "nowhere"))
+    discovery.discover()
+    monkeypatch.delitem(sys.modules, "rlhf_ppo", raising=False)
+    spec = importlib.util.find_spec("rlhf_ppo")
+    assert spec is None or tmp_path not in Path(str(spec.origin)).parents
+
+
+@pytest.mark.parametrize("name", ["torch", "json", "yaml", "rlhf", "hydra"])
+def test_a_plugin_named_as_an_installed_package_is_refused(tmp_path: Path, name: str) -> None:
+    plugin(tmp_path / "plugins" / name, "objective/mine")
+    with pytest.raises(UserError, match=f"plugins/{name}: {name} is the name of an installed package.*my_{name}"):
+        discovery.discover()

@@ -1,11 +1,12 @@
 """Which steps run, what they are called, and what is refused before anything is trained."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import UserError
 from rlhf.plan import Plan, plan
@@ -263,3 +264,16 @@ def test_compare_needs_both_policies(typed: Typed) -> None:
 def test_the_config_of_a_step_holds_no_interpolation(typed: Typed) -> None:
     for step in planned(typed, "pipeline=llama2_chat").steps:
         assert "${" not in json.dumps(step.config)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "a\nb", "$x"])
+def test_a_name_that_leads_elsewhere_is_refused(typed: Typed, name: str) -> None:
+    for words, key in ((["stage=pretrain"], "stage"), (["pipeline=dpo", "until=pretrain"], "pretrain.stage")):
+        config = typed(*words)
+        OmegaConf.update(config, f"{key}.name", name)
+        with pytest.raises(UserError, match=rf"(?s)^{key}\.name={re.escape(name)}: a name has letters, digits"):
+            plan(config, words)
+    config = typed("pipeline=dpo")
+    config.steps = [name]
+    with pytest.raises(UserError, match=rf"(?s)^steps={re.escape(name)}: a name has letters, digits"):
+        plan(config, [])

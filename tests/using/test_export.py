@@ -1,9 +1,11 @@
 """Exported folders are read by plain transformers and peft, in the very words of their model cards."""
 
+import ast
 import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,7 +153,7 @@ def test_an_adapter_on_a_gguf_file_says_so(rlhf: Typed, tmp_path: Path) -> None:
     status, said = rlhf("export", run, "--to", "taken")
     assert status == 0 and "given.gguf (sha256 9a129038d9a00aed), dequantised to float32" in " ".join(said.split())
     card = (tmp_path / "taken" / "README.md").read_text()
-    assert f"`rlhf export '{file}' --to base`" in card and "pip install" not in card
+    assert f"`rlhf export {shlex.quote(str(file))} --to base`" in card and "pip install" not in card
     # The folder of one machine is no model of the hub's.
     assert "base_model:" not in card
     # A file in the folder of a package is found there by the package's name.
@@ -209,3 +211,47 @@ def test_an_adapter_without_a_base_must_be_merged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="random weights.*--merge"):
         export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=False)
     assert export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=True).kind == "model"
+
+
+def test_links_out_of_a_run_are_not_exported(tmp_path: Path) -> None:
+    untrained().save(tmp_path / "base")
+    run = finished(tmp_path / "outputs" / "sft" / "c0", untrained(), str(tmp_path / "base"))
+    (tmp_path / "secret").write_text("private key")
+    (run / "model" / "inside.txt").symlink_to("config.json")
+    (run / "model" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"model/notes\.txt: is a link to .*secret, outside of .*c0"):
+        export(Named(str(run), str(run / "model"), Run(run)), tmp_path / "taken", merge=True)
+    assert not (tmp_path / "taken").exists()
+    (run / "model" / "notes.txt").unlink()
+    export(Named(str(run), str(run / "model"), Run(run)), tmp_path / "taken", merge=True)
+    assert (tmp_path / "taken" / "inside.txt").is_file() and not (tmp_path / "taken" / "inside.txt").is_symlink()
+
+    # The cache of the hub: files beside the snapshots that link to them.
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in (tmp_path / "base").iterdir():
+        (snapshot / file.name).symlink_to(file.rename(snapshot.parents[1] / f"blob-{file.name}"))
+    export(Named(str(snapshot), str(snapshot)), tmp_path / "hub", merge=True)
+    assert (tmp_path / "hub" / "config.json").is_file()
+
+
+def test_export_runs_no_code_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    config = {"architectures": ["MForSequenceClassification"], "model_type": "stranger", "num_labels": 1}
+    config["auto_map"] = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="needs Python code that came with it, and export runs none"):
+        export(Named(str(folder), str(folder)), tmp_path / "taken", merge=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_load_says_whether_code_may_run() -> None:
+    loads = ("from_pretrained", "from_config")
+    for path in [*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in loads):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id.startswith("Auto"):
+                assert "trust_remote_code" in {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
