@@ -1,11 +1,12 @@
 """Who says which reply is better: K replies per prompt in, one graded comparison per prompt out."""
 
 import random
+from dataclasses import replace
 from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from rlhf.data.records import GRADES, TIE, Comparison
+from rlhf.data.records import GRADES, TIE, Comparison, Message
 from rlhf.data.testbed import label
 from rlhf.data.testbed.world import Aspect
 from rlhf.rollout import Rollout
@@ -21,7 +22,10 @@ class Annotator(Protocol):
     """
 
     def __call__(self, rollout: Rollout, samples: int, seed: int) -> list[Comparison]:
-        """One comparison for each group of ``samples`` rows; groups without a preference are left out."""
+        """One comparison for each group of ``samples`` rows; groups without a preference are left out.
+
+        A comparison without ``ended`` gets it from the rollout, by the texts of its responses (``with_ended``).
+        """
         ...
 
 
@@ -38,10 +42,12 @@ class GoldAnnotator:
         self.noise, self.aspect = noise, aspect
 
     def __call__(self, rollout: Rollout, samples: int, seed: int) -> list[Comparison]:
-        """Graded by gaps of gold score."""
+        """Graded by gaps of gold score, as seen with the error."""
         rng = random.Random(seed)
-        groups = range(0, len(rollout.texts), samples)
-        made = [label(rollout.prompts[i], rollout.texts[i : i + samples], rng, self.noise, self.aspect) for i in groups]
+        made = []
+        for start in range(0, len(rollout.texts), samples):
+            group, ended = slice(start, start + samples), rollout.ended[start : start + samples].tolist()
+            made.append(label(rollout.prompts[start], rollout.texts[group], rng, self.noise, self.aspect, ended))
         return [comparison for comparison in made if comparison.pairs()]
 
 
@@ -79,6 +85,7 @@ class RewardAnnotator:
                     ),
                     scores=tuple(ranked),
                     tags=prompt.tags,
+                    ended=tuple(rollout.ended[rows].tolist()),
                 )
             )
         return [comparison for comparison in made if comparison.pairs()]
@@ -86,3 +93,20 @@ class RewardAnnotator:
     def grade(self, gap: float) -> str:
         """The grade of a gap of score."""
         return TIE if gap <= self.tie else GRADES[sum(gap >= threshold for threshold in self.thresholds)]
+
+
+def with_ended(rollout: Rollout, comparisons: list[Comparison]) -> list[Comparison]:
+    """Mark the responses that were cut off in comparisons of annotators that do not do so themselves.
+
+    Of equal responses to one prompt, the first in the rollout is the first in the comparison.
+    """
+    marks: dict[tuple[tuple[Message, ...], str], list[bool]] = {}
+    for prompt, text, ended in zip(rollout.prompts, rollout.texts, rollout.ended.tolist(), strict=True):
+        marks.setdefault((prompt.messages, text), []).append(ended)
+    done = []
+    for comparison in comparisons:
+        if comparison.ended is None:
+            rows = [marks.get((comparison.prompt, text)) or [True] for text in comparison.responses]
+            comparison = replace(comparison, ended=tuple(row.pop(0) if len(row) > 1 else row[0] for row in rows))
+        done.append(comparison)
+    return done

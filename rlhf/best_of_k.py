@@ -95,8 +95,8 @@ def rollout_of(policy: LanguageModel, prompts: list[Prompt], texts: list[str], e
     asked = collate_prompts([encode_prompt(tokenizer, prompt.messages) for prompt in prompts], policy.pad_id).to(device)
     replies = []
     for text, whole in zip(texts, ended, strict=True):
-        ids = encode_response(tokenizer, text)
-        ids = ids if whole or len(ids) < 2 else ids[:-1]
+        # A rollout has a token in every row, so a reply without any keeps its end.
+        ids = encode_response(tokenizer, text, whole) or [policy.end_id]
         replies.append(Encoded(ids, [True] * len(ids)))
     answered = collate(replies, policy.pad_id).to(device)
     return Rollout(

@@ -14,7 +14,6 @@ from rlhf.data.data import Split
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.groups import grouped, has_spread
-from rlhf.functional.reduction import weighted_mean
 from rlhf.functional.scores import missing_end
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import GroupObjective, Metrics
@@ -180,19 +179,13 @@ class GroupStage(RolloutStage):
                 self.check_ratio((logp.detach() - y.logp).exp(), y.mask)
             losses, metrics = self.objective(logp, y.logp, y.ref_logp, y.advantages, y.mask, entropy)
             self.backward_mean(losses, weights[part], total)
-            self.gather_means(metrics, y.mask & kept[part], counted)
+            self.gather_means(metrics, y.mask & kept[part], counted)  # over tokens, whatever the loss is divided by
             self.count(len(y), y.attention_mask.sum())
         if self.objective.gamma:
             self.pretraining_term(len(minibatch))
         # Where nothing counted there is no gradient, and momentum alone must not move the policy.
         idle = bool(counted < 0.5) and not self.objective.gamma
         return self.step(frozen=self.policy if idle else None)
-
-    def gather_means(self, metrics: Metrics, mask: Tensor, total: Tensor) -> None:
-        """Adds means over tokens to the metrics of this update, whatever the loss is divided by."""
-        for name, values in metrics.items():
-            mean = weighted_mean(values.float(), mask.float(), total)
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
     def report(
         self, rollout: Rollout, raw: Tensor, scores: Tensor, experience: Replies, metrics: list[Metrics]

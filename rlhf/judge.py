@@ -272,6 +272,7 @@ class JudgeAnnotator:
             grades=tuple(grades),
             scores=tuple(score[row] for row in ranked),
             tags=rollout.prompts[start].tags,
+            ended=tuple(rollout.ended[ranked].tolist()),
         )
 
     def grade(self, odds: float) -> str | None:

@@ -144,9 +144,8 @@ class ModelReward:
         encoded = []
         said = rollout.turns or [(Message("assistant", text),) for text in rollout.texts]
         for prompt, turns, ended in zip(rollout.prompts, said, rollout.ended.tolist(), strict=True):
-            question, reply = encode_prompt(tokenizer, prompt.messages), encode_turns(tokenizer, turns)
-            if not ended:
-                reply = reply[:-1]  # the reply was cut off: the reward model must see that it did not end
+            # Of a reply that was cut off the reward model sees no end, as when it was trained.
+            question, reply = encode_prompt(tokenizer, prompt.messages), encode_turns(tokenizer, turns, ended)
             self._fits(len(question) + len(reply), prompt)
             encoded.append(Encoded(question + reply, [False] * len(question) + [True] * len(reply)))
         device = rollout.mask.device

@@ -217,8 +217,10 @@ class Stage(pl.LightningModule):
         rollout = sampler.sample(self.policy, prompts, seed_of(self.seed, "show"))
         with (self.run_folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             turns = rollout.turns or [()] * len(rollout.texts)
-            for prompt, text, said in zip(rollout.prompts, rollout.texts, turns, strict=True):
-                row = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
+            ended = rollout.ended.tolist()
+            for prompt, text, said, whole in zip(rollout.prompts, rollout.texts, turns, ended, strict=True):
+                row: dict[str, Any] = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
+                row["ended"] = whole
                 if said:
                     row["turns"] = [message.to_json() for message in said]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -429,9 +431,14 @@ class Stage(pl.LightningModule):
         weights = weights.to(losses.dtype)
         loss = scale * weighted_mean(losses, weights, total)
         self.manual_backward(loss)
-        means = {name: weighted_mean(values.float(), weights, total) for name, values in (metrics or {}).items()}
-        for name, value in {"loss": loss.detach(), **means}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._sums["loss"] = self._sums["loss"] + loss.detach() if "loss" in self._sums else loss.detach()
+        self.gather_means(metrics or {}, weights, total)
+
+    def gather_means(self, metrics: Metrics, weights: Tensor, total: Tensor) -> None:
+        """Add ``sum(values * weights) / total`` of each metric to what this update logs."""
+        for name, values in metrics.items():
+            mean = weighted_mean(values.float(), weights.float(), total)
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
     def step(self, frozen: nn.Module | None = None) -> Metrics:
         """Clips, sets the learning rate and makes one optimizer step; returns what ``backward_mean`` gathered.

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
 
-from rlhf.annotators import Annotator
+from rlhf.annotators import Annotator, with_ended
 from rlhf.batch_file import BatchFile
-from rlhf.data.data import Split
+from rlhf.data.data import Split, cut_responses
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.sources import TESTBED
 from rlhf.data.testbed.gold import gold
@@ -89,7 +89,8 @@ class CollectStage(Stage):
         aspect = aspect_of(self.annotator)
         seed = seed_of(self.seed, "collect" if aspect == "total" else f"collect {aspect}", batch_idx, 0)
         rollout = self.rollout.sample(self.policy, list(batch), seed)
-        comparisons = self.annotator(rollout, self.rollout.samples, seed_of(seed, "annotate"))
+        found = self.annotator(rollout, self.rollout.samples, seed_of(seed, "annotate"))
+        comparisons = with_ended(rollout, found)
         self.file.add(
             batch_idx,
             comparisons=[comparison.to_json() for comparison in comparisons],
@@ -121,6 +122,7 @@ class CollectStage(Stage):
         counts = sum((Counter(row["annotator"]) for row in self.rows), Counter[str]())
         agreed = sum((Counter(row["agreement"]) for row in self.rows), Counter[str]())
         names = set.intersection(*(set(row["replies"]) for row in self.rows))
+        responses = max(1, sum(len(comparison.responses) for comparison in comparisons))
         weighted = {
             name: sum(row["replies"][name] * row["prompts"] for row in self.rows) / prompts for name in sorted(names)
         }
@@ -129,6 +131,7 @@ class CollectStage(Stage):
             "comparisons": len(comparisons),
             "prompts": prompts,
             "pairs": sum(len(comparison.pairs()) for comparison in comparisons),
+            "cut_share": sum(map(cut_responses, comparisons)) / responses,
             **weighted,
             **{f"grade/{grade}": count / total for grade, count in sorted(grades.items())},
             **(self.annotator.rates(counts) if hasattr(self.annotator, "rates") else {}),

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
@@ -158,18 +157,14 @@ class Pairs:
         return losses, metrics
 
     def _context(self, parts: list[PairBatch]) -> PairContext:
-        """What is known of the pairs besides log-probabilities; prompts are numbered over all parts and processes."""
-        numbers, first = [], _rank() << 40
-        for part in parts:
-            numbers.append(part.prompt_index + first)
-            first += int(part.prompt_index.max()) + 1
+        """What is known of the pairs besides log-probabilities."""
         scored = all(part.scores is not None for part in parts)
         embedded = all(part.embedding is not None for part in parts)
         return PairContext(
             chosen_score=torch.cat([part.scores[part.chosen] for part in parts]) if scored else None,  # type: ignore[index]
             rejected_score=torch.cat([part.scores[part.rejected] for part in parts]) if scored else None,  # type: ignore[index]
             prompt_embedding=torch.cat([part.embedding for part in parts]) if embedded else None,  # type: ignore[misc]
-            prompt_index=torch.cat(numbers),
+            prompt_index=torch.cat([part.prompt_index for part in parts]),
         )
 
 
@@ -210,7 +205,3 @@ def _gathered(values: T) -> T:
     rows = {field.name: getattr(values, field.name) for field in fields(values)}  # type: ignore[arg-type]
     gathered: Any = {name: None if row is None else gather_rows(row)[0] for name, row in rows.items()}
     return type(values)(**gathered)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

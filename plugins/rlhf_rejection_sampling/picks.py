@@ -64,7 +64,7 @@ def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: i
         draws = torch.rand(len(groups), generator=generator).tolist()
         return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
     # The same reply to the same prompt counts once, or the easiest prompts would fill the list.
-    distinct = list({(key_of(c.prompt), c.reply): c for c in reversed(candidates)}.values())[::-1]
+    distinct = list({(key_of(c.prompt), c.reply, c.ended): c for c in reversed(candidates)}.values())[::-1]
     chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator).tolist()]
     if select == "top_overall":
         chosen.sort(key=lambda candidate: -candidate.score)
@@ -99,6 +99,7 @@ def worth(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> di
         "reward_best": best[scores.shape[1]],
         "reward_picked": sum(candidate.score for candidate in picks) / len(picks),
         "earlier_share": sum(candidate.temperature is None for candidate in picks) / len(picks),
+        "cut_share": sum(not candidate.ended for candidate in picks) / len(picks),
         "gain_by_k": {str(k): gain for k, gain in gains.items()},
         "kl_bound_by_k": {str(k): kl_bound(k) for k in gains},
         "gain_per_log_k": slope,

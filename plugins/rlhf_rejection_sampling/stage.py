@@ -138,7 +138,7 @@ class RejectionSamplingStage(Supervised):
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
         candidates = read_picks(str(self.picks_file))
         picks = [
-            Demonstration((*candidate.prompt.messages, Message("assistant", candidate.reply)))
+            Demonstration((*candidate.prompt.messages, Message("assistant", candidate.reply)), candidate.ended)
             for candidate in candidates
             if candidate.reply  # an empty pick teaches nothing
         ]
@@ -307,7 +307,7 @@ class RejectionSamplingStage(Supervised):
 
     def final_metrics(self) -> dict[str, float]:
         """Best-of-K gain against log K and the KL bound log K - (K-1)/K (nats); what it did on held-out prompts."""
-        of_replies = ("samples", "reward_mean", "reward_best", "reward_picked", "earlier_share")
+        of_replies = ("samples", "reward_mean", "reward_best", "reward_picked", "earlier_share", "cut_share")
         return {
             **{name: self.found[name] for name in (*of_replies, "gain_per_log_k", "log_law_r2")},
             "best_of_k_gain": self.found["reward_best"] - self.found["reward_mean"],

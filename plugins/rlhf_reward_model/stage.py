@@ -45,6 +45,7 @@ class RewardModelStage(Stage):
             comparisons mean 0, and "standard" also deviation 1; "demonstrations" gives the demonstrations mean 0
             (InstructGPT); "none" leaves them.
         safety_coefficient: Weight of the auxiliary loss that tells unsafe replies (Llama 2, section 3.2.2), 0: no head.
+            It reads the labels of single replies, never the tags of the prompt: a refusal does no harm.
     """
 
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("comparison",), "demonstrations": ("demonstration",)}
@@ -118,52 +119,77 @@ class RewardModelStage(Stage):
         if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):
             raise UserError("objective.margin reads grades, and no comparison here has one: type objective.margin=none")
         if self.safety_coefficient:
-            marks = {mark for example in self.examples for mark in example.unsafe}
-            if len(marks) < 2:
-                raise UserError(
-                    f"stage.safety_coefficient={self.safety_coefficient} needs safe and unsafe replies, and all of "
-                    f"{self.data.report.source} count as {'unsafe' if True in marks else 'safe'}: "
-                    "type stage.safety_coefficient=0, or give rows an unsafe field or tags"
-                )
+            self.check_safety_labels()
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
+
+    def check_safety_labels(self) -> None:
+        """Raise UserError unless responses of both kinds are labelled; report how many comparisons have no label."""
+        marks = {mark for example in self.examples for mark in example.unsafe}
+        source, coefficient = self.data.report.source, self.safety_coefficient
+        if len(marks) < 2:
+            found = "has a label" if not marks else f"that is labelled is {'harmless' if False in marks else 'harmful'}"
+            raise UserError(
+                f"stage.safety_coefficient={coefficient:g} learns from harmful and harmless responses, and "
+                f"{'no' if not marks else 'every'} response of {source} {found}: type stage.safety_coefficient=0, or "
+                "give rows a field unsafe with true or false for each response (stage=collect annotator=gold does)"
+            )
+        without = sum(not example.unsafe for example in self.examples)
+        if without:
+            self.note(
+                f"{without} of {len(self.examples)} comparisons have no safety labels; they train the ranking alone"
+            )
 
     def collate(self, examples: list[EncodedComparison]) -> PairBatch:
         """Every reply once, and the pairs among them."""
         return collate_comparisons(examples, self.scorer.pad_id)
 
-    def losses(self, part: PairBatch) -> tuple[Tensor, Metrics, Tensor]:
-        """The loss per pair [P], its metrics, and the scores per reply [R]."""
+    def losses(self, part: PairBatch) -> tuple[Tensor, Metrics, Tensor, Metrics]:
+        """Compute the loss per pair [P], its metrics, the scores per reply [R], and the safety head's metrics [P].
+
+        The last are 0 for pairs without labels: ``labelled`` gives their weights.
+        """
         tokens = part.tokens
         hidden = self.scorer.last_hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)
         scores = self.scorer.project(hidden)
         losses, metrics = self.objective(scores[part.chosen], scores[part.rejected], part.grade)
+        safety_metrics: Metrics = {}
         if self.safety_coefficient:
             assert part.unsafe is not None
-            logits, unsafe = self.scorer.unsafe_logits(hidden), part.unsafe.float()
-            safety = F.binary_cross_entropy_with_logits(logits, unsafe, reduction="none")
-            right = ((logits > 0) == part.unsafe).float()
+            logits, unsafe, known = self.scorer.unsafe_logits(hidden), part.unsafe == 1, part.unsafe >= 0
+            safety = F.binary_cross_entropy_with_logits(logits, unsafe.float(), reduction="none") * known
+            right = ((logits > 0) == unsafe).float() * known
             # Each pair brings the mean over its two replies, so that a prompt weighs as much here as in the ranking.
             both = [(values[part.chosen] + values[part.rejected]) / 2 for values in (safety, right)]
             losses = losses + self.safety_coefficient * both[0]
-            metrics |= {"safety_loss": both[0].detach(), "safety_accuracy": both[1]}
-            self.recalled = (logits.detach() > 0)[part.unsafe].float()
-        return losses, metrics, scores
+            safety_metrics = {"safety_loss": both[0].detach(), "safety_accuracy": both[1]}
+            self.recalled = (logits.detach() > 0)[unsafe].float()
+        return losses, metrics, scores, safety_metrics
+
+    def labelled(self, part: PairBatch) -> Tensor:
+        """Return the weights of the pairs [P] whose replies carry safety labels; 0 for the others."""
+        if not self.safety_coefficient or part.unsafe is None:
+            return torch.zeros_like(part.weight)
+        return part.weight * (part.unsafe >= 0)[part.chosen]
 
     def training_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:
         """Mean over prompts of the mean over their pairs of -log sigmoid(r_chosen - r_rejected - margin)."""
         total = self.total(sum_of(part.weight.sum() for part in batch))
+        labelled = self.total(sum_of(self.labelled(part).sum() for part in batch))
         for part in batch:
-            losses, metrics, scores = self.losses(part)
+            losses, metrics, scores, safety = self.losses(part)
             self.backward_mean(losses, part.weight, total, metrics)
+            self.gather_means(safety, self.labelled(part), labelled)
             self.count(len(scores), part.tokens.attention_mask.sum())
         self.record(self.step())
 
     def validation_step(self, batch: Parts[PairBatch], batch_idx: int) -> None:
         """The same on held-out comparisons, accuracy by grade as well."""
         for part in batch:
-            losses, metrics, _ = self.losses(part)
+            losses, metrics, _, safety = self.losses(part)
             for name, values in {"loss": losses, **metrics}.items():
                 self.log_mean(f"val/{name}", values, part.weight)
+            for name, values in safety.items():
+                self.log_mean(f"val/{name}", values, self.labelled(part))
             for code, grade in enumerate(GRADES):
                 chosen = part.grade == code
                 if chosen.any():
@@ -207,7 +233,8 @@ class RewardModelStage(Stage):
             messages = demonstration.messages
             last = max(index for index, message in enumerate(messages) if message.role == "assistant")
             prompt = encode_prompt(tokenizer, messages[:last])
-            reply = encode_response(tokenizer, messages[last].content)
+            ended = demonstration.ended or last + 1 < len(messages)
+            reply = encode_response(tokenizer, messages[last].content, ended)
             if len(prompt) + len(reply) <= self.demonstrations.data.max_length:
                 rows.append(Encoded(prompt + reply, [False] * len(prompt) + [True] * len(reply)))
         if not rows:

@@ -1,5 +1,7 @@
 """Tokens to tensors. B rows, T tokens, P pairs, R unique responses (one row each)."""
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -51,11 +53,11 @@ class PairBatch(Movable):
     rejected: Tensor  # [P] long, row of the worse response
     grade: Tensor  # [P] long, index into GRADES, -1 where unknown
     weight: Tensor  # [P] float, 1 / number of pairs of its prompt: they sum to the number of prompts
-    prompt_index: Tensor  # [P] long, which comparison of the batch the pair is from
+    prompt_index: Tensor  # [P] long, the same for pairs of the same prompt, in whatever record, batch or process
     scores: Tensor | None  # [R] float, or None unless every response has one
     reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
     embedding: Tensor | None = None  # [P, E] float, a vector of each pair's prompt, or None
-    unsafe: Tensor | None = None  # [R] bool, whether a response does harm, or None unless every response is marked
+    unsafe: Tensor | None = None  # [R] long, 1 where a response does harm, 0 where not, -1 where nobody labelled it
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -114,19 +116,19 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     scores: list[float] = []
     reference: list[float] = []
     embeddings: list[Tensor] = []
-    unsafe: list[bool] = []
-    for index, item in enumerate(comparisons):
+    unsafe: list[int] = []
+    for item in comparisons:
+        prompt = number_of(item.prompt)
         place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
         rows += [_row(item.prompt, item.responses[response]) for response in item.used]
         if item.scores is not None:
             scores += [item.scores[response] for response in item.used]
-        if item.unsafe:
-            unsafe += [item.unsafe[response] for response in item.used]
+        unsafe += [int(item.unsafe[response]) if item.unsafe else -1 for response in item.used]
         if item.reference is not None:
             reference += [item.reference[response] for response in item.used]
         for better, worse, grade in item.pairs:
             code = -1 if grade is None else GRADES.index(grade)
-            pairs.append((place[better], place[worse], code, 1.0 / len(item.pairs), index))
+            pairs.append((place[better], place[worse], code, 1.0 / len(item.pairs), prompt))
             if item.embedding is not None:
                 embeddings.append(item.embedding)
     if not pairs:
@@ -142,8 +144,17 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         scores=torch.tensor(scores, dtype=torch.float32) if len(scores) == len(rows) else None,
         reference=torch.tensor(reference, dtype=torch.float32) if len(reference) == len(rows) else None,
         embedding=torch.stack(embeddings) if len(embeddings) == len(pairs) else None,
-        unsafe=torch.tensor(unsafe, dtype=torch.bool) if len(unsafe) == len(rows) else None,
+        unsafe=torch.tensor(unsafe, dtype=torch.long),
     )
+
+
+def number_of(prompt: Sequence[int]) -> int:
+    """Return a number that follows from the prompt's tokens alone: 63 bits of their hash.
+
+    Numbers by record would make the same prompt in two records two prompts, and the response of one a rival of itself.
+    """
+    tokens = array("q", prompt).tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 1
 
 
 def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:

@@ -71,12 +71,15 @@ class EncodeReport:
     truncated: int = 0  # rows cut at max_length, or prompts that lost their oldest turns
     dropped: int = 0  # do not fit
     tokens: int = 0
+    missing_eos: int = 0  # responses cut off when they were sampled: their last token is no end-of-turn
     refused: int = 0  # dialogues that the chat template cannot write
     first_refused: str = ""  # why, for the first of them
     lengths: list[int] = field(default_factory=list)  # tokens of each prompt that is kept, where they stay prompts
 
     def __str__(self) -> str:
         line = f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
+        if self.missing_eos:
+            line += f", {self.missing_eos} responses were cut off and have no end-of-turn"
         return line + (f", {self.refused} dropped: {self.first_refused}" if self.refused else "")
 
 
@@ -291,6 +294,7 @@ class Data:
             report.kept += 1
             report.truncated += cut
             report.tokens += len(row)
+            report.missing_eos += cut_responses(record)
             yield row
 
     def _encode(
@@ -299,7 +303,7 @@ class Data:
         asked = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
         template.check_template(tokenizer, asked)
         if isinstance(record, Demonstration):
-            whole = template.encode_dialogue(tokenizer, record.messages)
+            whole = template.encode_dialogue(tokenizer, record.messages, ended=record.ended)
             cut = template.Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
             return (cut if any(cut.mask) else None), len(whole) > self.max_length
         if isinstance(record, Comparison):
@@ -441,6 +445,13 @@ class Data:
     def _key(self, record: Record) -> int:
         """64 bits of the hash of what a record asks."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}\x1e{asked(record)}".encode()).digest()[:8])
+
+
+def cut_responses(record: Record) -> int:
+    """Count the responses of a record that were cut off at a length limit."""
+    if isinstance(record, Comparison):
+        return 0 if record.ended is None else record.ended.count(False)
+    return int(not getattr(record, "ended", True))
 
 
 def asked(record: Record) -> str:

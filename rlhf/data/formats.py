@@ -2,7 +2,7 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlhf.data.records import (
     GRADES,
@@ -76,6 +76,26 @@ def _grade(raw: Raw) -> str | None:
     return known
 
 
+def _ended(raw: Raw) -> bool:
+    """Whether the one response of a row came to its end; what says nothing of it was written by a person."""
+    ended = raw.get("ended")
+    if ended is not None and not isinstance(ended, bool):
+        raise ValueError(f"ended: expected true or false, got {ended!r}")
+    return ended is not False
+
+
+def _per_response(raw: Raw, field: str, order: Sequence[int]) -> tuple[bool, ...] | None:
+    """A field that is true or false for each response, in this order of them; None where there is none."""
+    marks = raw.get(field)
+    if marks is None:
+        return None
+    if not isinstance(marks, list | tuple) or not all(isinstance(mark, bool) for mark in marks):
+        raise ValueError(f"{field}: expected true or false for each response, got {marks!r}")
+    if len(marks) != len(order):
+        raise ValueError(f"{field}: {len(marks)} for {len(order)} responses")
+    return tuple(marks[index] for index in order)
+
+
 def _pair_scores(raw: Raw) -> tuple[float, ...] | None:
     for better, worse in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
         if raw.get(better) is not None and raw.get(worse) is not None:
@@ -118,7 +138,7 @@ def sharegpt(raw: Raw) -> Demonstration | Comparison | Label:
 
 
 def messages(raw: Raw) -> Demonstration | Comparison | Label:
-    """{"messages": [{"role", "content"}]}, optionally "tools"; further as sharegpt."""
+    """{"messages": [{"role", "content"}]}, optionally "tools" and "ended"; further as sharegpt."""
     return _chat(raw, "messages")
 
 
@@ -135,21 +155,23 @@ def _answered(raw: Raw, turns: tuple[Message, ...], field: str) -> Demonstration
     """A dialogue, or a marked reply where the row says whether it is good."""
     good = _mark(raw, "label", "kto_tag")
     if good is None:
-        return Demonstration(turns)
+        return Demonstration(turns, _ended(raw))
     if turns[-1].role != "assistant":
         raise ValueError(f"{field}: a labelled dialogue must end with the assistant")
-    return Label(turns[:-1], turns[-1].content, good)
+    return Label(turns[:-1], turns[-1].content, good, _ended(raw))
 
 
 def prompt_completion(raw: Raw) -> Demonstration:
     """{"prompt", "completion"}, each a string or messages ("response" and "output" are other names)."""
     field = next((key for key in ("completion", "response", "output") if key in raw), "completion")
     answer = dialogue(raw.get(field), field, alone="assistant")
-    return Demonstration(with_system(raw, (*asked(raw.get("prompt")), *answer)))
+    return Demonstration(with_system(raw, (*asked(raw.get("prompt")), *answer)), _ended(raw))
 
 
 def preference(raw: Raw) -> Comparison:
-    """{"prompt", "chosen", "rejected"} as strings, message lists, or whole dialogues; "grade", "scores" optional.
+    """{"prompt", "chosen", "rejected"} as strings, message lists, or whole dialogues.
+
+    Optional: "grade", "scores", and "ended" and "unsafe", which are true or false for each of the two.
 
     "question", or "instruction" and "input", are other names of a prompt.
     """
@@ -193,11 +215,16 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
         grades=() if grade is None else (grade,),
         scores=_pair_scores(raw),
         tags=_tags(raw),
+        unsafe=_per_response(raw, "unsafe", range(2)),
+        ended=_per_response(raw, "ended", range(2)),
     )
 
 
 def ranking(raw: Raw) -> Comparison:
-    """{"prompt", "responses": best first}; "ranks" (1 = best, equal ranks are ties) for responses in another order."""
+    """{"prompt", "responses": best first}; "ranks" (1 = best, equal ranks are ties) for responses in another order.
+
+    Optional: "grades", "scores", and "ended" and "unsafe", which are true or false for each response.
+    """
     responses = raw.get("responses") or []
     if not isinstance(responses, list | tuple) or not all(isinstance(response, str) for response in responses):
         raise ValueError("responses: expected strings")
@@ -220,6 +247,8 @@ def ranking(raw: Raw) -> Comparison:
         grades=grades,
         scores=None if scores is None else tuple(float(scores[i]) for i in order),
         tags=_tags(raw),
+        unsafe=_per_response(raw, "unsafe", order),
+        ended=_per_response(raw, "ended", order),
     )
 
 
@@ -231,7 +260,7 @@ def unpaired(raw: Raw) -> Label:
         raise ValueError(f"{field}: expected true or false (or 1 and 0), got {raw.get(field)!r}")
     prompt = with_system(raw, asked(raw.get("prompt")))
     answer = dialogue(raw.get("response", raw.get("completion")), "response", alone="assistant")
-    return Label((*prompt, *answer[:-1]), answer[-1].content, good)
+    return Label((*prompt, *answer[:-1]), answer[-1].content, good, _ended(raw))
 
 
 def question_answer(raw: Raw) -> Demonstration:
@@ -328,7 +357,7 @@ def labels_of(comparison: Comparison) -> list[Label]:
         balance[better] += 1
         balance[worse] -= 1
     return [
-        Label(comparison.prompt, response, desirable=balance[i] > 0)
+        Label(comparison.prompt, response, desirable=balance[i] > 0, ended=comparison.has_ended(i))
         for i, response in enumerate(comparison.responses)
         if balance[i] != 0 and response.strip()
     ]
@@ -350,11 +379,13 @@ def convert(record: Record, wanted: str) -> Iterable[Record]:
             return (Prompt(record.prompt),)
     if isinstance(record, Comparison):
         if wanted == "demonstration":
-            return (Demonstration((*record.prompt, Message("assistant", record.responses[0]))),)
+            best = Message("assistant", record.responses[0])
+            return (Demonstration((*record.prompt, best), record.has_ended(0)),)
         if wanted == "label":
             return labels_of(record)
     if wanted == "demonstration" and isinstance(record, Label):
-        return (Demonstration((*record.prompt, Message("assistant", record.response))),) if record.desirable else ()
+        good = Demonstration((*record.prompt, Message("assistant", record.response)), record.ended)
+        return (good,) if record.desirable else ()
     if wanted == "label" and isinstance(record, Demonstration):
         raise ValueError("label: missing, or not one of true, false, 1, 0")
     raise ValueError(f"holds a {record.name}, which cannot serve as a {wanted}")

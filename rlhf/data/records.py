@@ -48,6 +48,11 @@ def _messages_to_json(messages: tuple[Message, ...]) -> list[Json]:
     return [message.to_json() for message in messages]
 
 
+def _ended_to_json(ended: bool) -> Json:
+    """Return the field of a response that was cut off; complete ones, the usual case, have none."""
+    return {} if ended else {"ended": False}
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A document for pretraining and for the pretraining term of PPO."""
@@ -65,21 +70,28 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A dialogue whose assistant turns are to be imitated."""
+    """A dialogue whose assistant turns are to be imitated.
+
+    `ended` is False where the last turn was cut off at a length limit: its end is then no target. What a person wrote
+    is complete.
+    """
 
     name: ClassVar[RecordName] = "demonstration"
     messages: tuple[Message, ...]
+    ended: bool = True
 
     def __post_init__(self) -> None:
         if not any(message.role == "assistant" and message.content.strip() for message in self.messages):
             raise ValueError("a demonstration needs an assistant turn that is not empty")
+        if not self.ended and self.messages[-1].role != "assistant":
+            raise ValueError(f"ended: false, but the last turn is of the {self.messages[-1].role}")
 
     def to_json(self) -> Json:
-        return {"messages": _messages_to_json(self.messages)}
+        return {"messages": _messages_to_json(self.messages), **_ended_to_json(self.ended)}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Demonstration":
-        return cls(messages=messages_from_json(raw["messages"]))
+        return cls(messages=messages_from_json(raw["messages"]), ended=bool(raw.get("ended", True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +100,9 @@ class Comparison:
 
     `grades` has one entry per pair (i, j), i < j, in the order (0,1), (0,2), ..., (1,2), ...: a name from GRADES,
     TIE, or None where nobody said. Empty means None for all. `scores` are optional numbers per response (gold or
-    reward-model scores) on any scale. `tags` are the prompt's. `unsafe` says of each response whether it does harm;
-    without it a response counts as its prompt does.
+    reward-model scores) on any scale, as the annotator saw them. `tags` are the prompt's. `unsafe` is a label per
+    response, whether it does harm; None where nobody labelled them (the tags of the prompt are no such label). `ended`
+    is False for each response that was cut off at a length limit; None means that all are complete.
     """
 
     name: ClassVar[RecordName] = "comparison"
@@ -99,6 +112,7 @@ class Comparison:
     scores: tuple[float, ...] | None = None
     tags: tuple[str, ...] = ()
     unsafe: tuple[bool, ...] | None = None
+    ended: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.responses)
@@ -115,6 +129,12 @@ class Comparison:
             raise ValueError(f"{k} responses, but {len(self.scores)} scores")
         if self.unsafe is not None and len(self.unsafe) != k:
             raise ValueError(f"{k} responses, but {len(self.unsafe)} marks in unsafe")
+        if self.ended is not None and len(self.ended) != k:
+            raise ValueError(f"{k} responses, but {len(self.ended)} marks in ended")
+
+    def has_ended(self, index: int) -> bool:
+        """Return whether a response is complete, rather than cut off at a length limit."""
+        return self.ended is None or self.ended[index]
 
     def pairs(self) -> list[tuple[int, int, str | None]]:
         """(index of the better, index of the worse, grade), ties and pairs of identical texts left out."""
@@ -144,6 +164,8 @@ class Comparison:
             raw["tags"] = list(self.tags)
         if self.unsafe is not None:
             raw["unsafe"] = list(self.unsafe)
+        if self.ended is not None:
+            raw["ended"] = list(self.ended)
         return raw
 
     @classmethod
@@ -153,7 +175,7 @@ class Comparison:
         else:
             responses = (raw["chosen"], raw["rejected"])
             grades = () if raw.get("grade") is None else (raw["grade"],)
-        scores, unsafe = raw.get("scores"), raw.get("unsafe")
+        scores, unsafe, ended = raw.get("scores"), raw.get("unsafe"), raw.get("ended")
         return cls(
             prompt=messages_from_json(raw["prompt"]),
             responses=responses,
@@ -161,6 +183,7 @@ class Comparison:
             scores=None if scores is None else tuple(float(score) for score in scores),
             tags=tuple(raw.get("tags") or ()),
             unsafe=None if unsafe is None else tuple(bool(mark) for mark in unsafe),
+            ended=None if ended is None else tuple(bool(mark) for mark in ended),
         )
 
 
@@ -214,12 +237,16 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One response with a good/bad mark and no partner; what KTO (2402.01306) trains on."""
+    """One response with a good/bad mark and no partner; what KTO (2402.01306) trains on.
+
+    `ended` is False where the response was cut off at a length limit.
+    """
 
     name: ClassVar[RecordName] = "label"
     prompt: tuple[Message, ...]
     response: str
     desirable: bool
+    ended: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -228,11 +255,17 @@ class Label:
             raise ValueError("a label needs a response that is not empty")
 
     def to_json(self) -> Json:
-        return {"prompt": _messages_to_json(self.prompt), "response": self.response, "desirable": self.desirable}
+        raw: Json = {"prompt": _messages_to_json(self.prompt), "response": self.response, "desirable": self.desirable}
+        return raw | _ended_to_json(self.ended)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Label":
-        return cls(prompt=messages_from_json(raw["prompt"]), response=raw["response"], desirable=bool(raw["desirable"]))
+        return cls(
+            prompt=messages_from_json(raw["prompt"]),
+            response=raw["response"],
+            desirable=bool(raw["desirable"]),
+            ended=bool(raw.get("ended", True)),
+        )
 
 
 def cluster_of(record: "Prompt | Text | Demonstration") -> Hashable:

@@ -53,12 +53,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedComparison:
-    """A comparison in tokens: prompt [P], K responses [R_k] each ending with end-of-turn.
+    """A comparison in tokens: prompt [P], K responses [R_k], each ending with end-of-turn unless it was cut off.
 
     `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
     of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
     `embedding` is a vector [E] of the prompt, where an objective asks for one. `unsafe` says of each response whether
-    it does harm.
+    it does harm; it is empty where no response has such a label.
     """
 
     prompt: list[int]
@@ -144,7 +144,8 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int]:
+def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int, str]:
+    """Return the end-of-turn token, its id, and what the template writes between the content and it."""
     mark = "zqxj"
     text = render(tokenizer, [Message("user", "a"), Message("assistant", mark)])
     tail = text[text.rindex(mark) + len(mark) :]
@@ -153,7 +154,8 @@ def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int]:
     }
     for index in tokenize(tokenizer, tail):
         if index in special:
-            return str(tokenizer.convert_ids_to_tokens(index)), index
+            token = str(tokenizer.convert_ids_to_tokens(index))
+            return token, index, tail.partition(token)[0]
     raise UserError(
         "the chat template ends an assistant turn with no special token, so a policy could never learn to stop; "
         "type model.chat_template=chatml"
@@ -166,15 +168,18 @@ _NO_START = (
 )
 
 
-def _until_end(tokenizer: Tokenizer, turn: str) -> str:
-    """An assistant turn as rendered, up to and with its end-of-turn token."""
-    end = _end_of_turn(tokenizer, tokenizer.chat_template)[0]
+def _until_end(tokenizer: Tokenizer, turn: str, ended: bool = True) -> str:
+    """Cut a rendered assistant turn behind its end-of-turn token; one that was cut off, behind its content.
+
+    What the template writes between content and end-of-turn (Llama 2: a space) belongs to the end.
+    """
+    end, _, closing = _end_of_turn(tokenizer, tokenizer.chat_template)
     if end not in turn:
         raise UserError(
             f"the chat template does not end every assistant turn with {end}, so a policy would not learn to stop; "
             "type model.chat_template=chatml"
         )
-    return turn[: turn.rindex(end) + len(end)]
+    return turn[: turn.rindex(end) + len(end)] if ended else turn[: turn.rindex(end)].removesuffix(closing)
 
 
 def check_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
@@ -240,17 +245,19 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded(ids=ids, mask=[True] * len(ids))
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_length: int | None = None, ended: bool = True
+) -> Encoded:
     """One pass over a dialogue: ids of the whole, mask on what the assistant says and on its end-of-turn.
 
     Every assistant turn is tokenised apart from what precedes it, exactly as generation sees it, so no token spans
     the border. What a template writes after end-of-turn (a newline in ChatML) is no target. Rows longer than
-    max_length tokens are cut at the right.
+    max_length tokens are cut at the right. A last turn that has not `ended` gets no end-of-turn.
     Raises UserError when the template does not only append (then a mask over the whole would be wrong).
     """
     ids: list[int] = []
     mask: list[bool] = []
-    for index, before, answer in _replies(tokenizer, messages):
+    for index, before, answer in _replies(tokenizer, messages, ended):
         if answer is None:
             raise UserError(
                 f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
@@ -262,7 +269,9 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], max_lengt
     return Encoded(ids=ids[:max_length], mask=mask[:max_length])
 
 
-def _replies(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[int, str, str | None]]:
+def _replies(
+    tokenizer: Tokenizer, messages: Sequence[Message], ended: bool = True
+) -> Iterator[tuple[int, str, str | None]]:
     """Every turn of the assistant: its number, what stands between the one before and it, and what it says to its end.
 
     The last is None, and nothing follows, where the template rewrites what it wrote of earlier turns.
@@ -276,7 +285,7 @@ def _replies(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tupl
         if not prompt.startswith(done) or not whole.startswith(prompt):
             yield index, "", None
             return
-        answer = _until_end(tokenizer, whole[len(prompt) :])
+        answer = _until_end(tokenizer, whole[len(prompt) :], ended or index + 1 < len(messages))
         yield index, prompt[len(done) :], answer
         done = prompt + answer
 
@@ -298,8 +307,11 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return ids + tokenize(tokenizer, text[len(done) :])
 
 
-def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a response that ends with end-of-turn; equal to what encode_dialogue masks for the same text."""
+def encode_response(tokenizer: Tokenizer, text: str, ended: bool = True) -> list[int]:
+    """Ids of a response that ends with end-of-turn; equal to what encode_dialogue masks for the same text.
+
+    One that was cut off (not `ended`) has no end-of-turn, which the policy never wrote.
+    """
     end_id = end_of_turn_id(tokenizer)
     prompt = [Message("user", "a")]
     before = render(tokenizer, prompt, generation_prompt=True)
@@ -307,8 +319,8 @@ def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     whole = render(tokenizer, [*prompt, Message("assistant", text)])
     if not whole.startswith(before):
         raise UserError(_NO_START)
-    ids = tokenize(tokenizer, _until_end(tokenizer, whole[len(before) :]))
-    assert ids[-1] == end_id
+    ids = tokenize(tokenizer, _until_end(tokenizer, whole[len(before) :], ended))
+    assert not ended or ids[-1] == end_id
     return ids
 
 
@@ -334,15 +346,17 @@ def encode_tool_turn(tokenizer: Tokenizer, text: str) -> list[int]:
     )
 
 
-def encode_turns(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+def encode_turns(tokenizer: Tokenizer, turns: Sequence[Message], ended: bool = True) -> list[int]:
     """Ids of what follows a prompt: turns of the assistant, each ending with end-of-turn, and of tools between them.
 
-    What encode_dialogue writes there for the same dialogue.
+    What encode_dialogue writes there for the same dialogue; the last turn has no end-of-turn unless it has `ended`.
     """
     ids: list[int] = []
-    for turn in turns:
-        encode = encode_tool_turn if turn.role == "tool" else encode_response
-        ids += encode(tokenizer, turn.content)
+    for index, turn in enumerate(turns):
+        if turn.role == "tool":
+            ids += encode_tool_turn(tokenizer, turn.content)
+        else:
+            ids += encode_response(tokenizer, turn.content, ended or index + 1 < len(turns))
     return ids
 
 
@@ -382,12 +396,15 @@ def encode_comparison(
     Responses are never cut: a cut one loses its end-of-turn, which is what a reward model reads, and often the very
     words in which two responses differ.
     """
-    responses = [encode_response(tokenizer, response) for response in comparison.responses]
+    responses = [
+        encode_response(tokenizer, response, comparison.has_ended(index))
+        for index, response in enumerate(comparison.responses)
+    ]
     room = _room(max_length, max_prompt_length, max(len(response) for response in responses))
     prompt, cut = fit_prompt(tokenizer, comparison.prompt, room)
     if prompt is None:
         return None, cut
-    unsafe = comparison.unsafe or ("unsafe" in comparison.tags,) * len(responses)
+    unsafe = comparison.unsafe or ()
     return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores, unsafe=unsafe), cut
 
 
@@ -395,7 +412,7 @@ def encode_label(
     tokenizer: Tokenizer, label: Label, max_length: int | None = None, max_prompt_length: int | None = None
 ) -> tuple[EncodedLabel | None, bool]:
     """As encode_comparison, for one unpaired response."""
-    response = encode_response(tokenizer, label.response)
+    response = encode_response(tokenizer, label.response, label.ended)
     prompt, cut = fit_prompt(tokenizer, label.prompt, _room(max_length, max_prompt_length, len(response)))
     if prompt is None:
         return None, cut

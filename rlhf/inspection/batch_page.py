@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from rich.text import Text
+from torch import Tensor
 
 from rlhf.data.collate import LabelBatch, PairBatch, TokenBatch, collate_prompts
 from rlhf.data.records import GRADES, Prompt
@@ -73,7 +75,9 @@ def lines_of(
     counts = sum(int(_tokens(part).loss_mask.sum()) for part in batch)
     total = sum(_tokens(part).ids.numel() for part in batch)
     padding = total - sum(int(_tokens(part).attention_mask.sum()) for part in batch)
-    yield Text(f"{title}: micro-batches of {shapes} (rows x tokens), {counts} {what}, {padding} padding")
+    cut = sum(int(_cut(_tokens(part), model.end_id).sum()) for part in batch if not isinstance(part, TokenBatch))
+    missing = f", {cut} responses cut off (no end-of-turn)" if cut else ""
+    yield Text(f"{title}: micro-batches of {shapes} (rows x tokens), {counts} {what}, {padding} padding{missing}")
     yield tokens.key(colour)
     left = rows
     for number, part in enumerate(batch):
@@ -95,10 +99,11 @@ def lines_of(
 
 
 def _of_pairs(model: LanguageModel, part: PairBatch, rows: int, colour: bool) -> Iterator[Text]:
+    prompts = list(dict.fromkeys(part.prompt_index.tolist()))
     for pair in range(min(rows, len(part))):
         grade = int(part.grade[pair])
         better, worse = int(part.chosen[pair]), int(part.rejected[pair])
-        said = [f"comparison {int(part.prompt_index[pair])}", f"weight {float(part.weight[pair]):.3g}"]
+        said = [f"prompt {prompts.index(int(part.prompt_index[pair]))}", f"weight {float(part.weight[pair]):.3g}"]
         said += [f"grade {GRADES[grade]}"] if grade >= 0 else []
         if part.scores is not None:
             said.append(f"scores {float(part.scores[better]):.3g} and {float(part.scores[worse]):.3g}")
@@ -132,6 +137,12 @@ def _of_prompts(
         yield from tokens.batch_lines(model.tokenizer, batch, [row], colour)
     if rows < len(batch):
         yield Text(f"... {len(batch) - rows} more; type --rows {len(batch)}")
+
+
+def _cut(rows: TokenBatch, end_id: int) -> Tensor:
+    """Return which responses, one to a row and padded on the right, do not end with end-of-turn, [B] bool."""
+    last = rows.attention_mask.sum(dim=1) - 1
+    return rows.ids[torch.arange(len(rows)), last] != end_id
 
 
 def _tokens(part: Any) -> TokenBatch:

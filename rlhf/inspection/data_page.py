@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text as Line
 
 from rlhf import validation
-from rlhf.data.data import Data, LoadReport, Split, files_unread
+from rlhf.data.data import Data, LoadReport, Split, cut_responses, files_unread
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
 from rlhf.errors import UserError
@@ -166,6 +166,9 @@ def _contents(records: Sequence[Record]) -> None:
             counted["labels"]["good" if record.desirable else "bad"] += 1
         if isinstance(record, Demonstration):
             counted["turns"][f"{sum(message.role == 'assistant' for message in record.messages)} answers"] += 1
+    cut = sum(map(cut_responses, records))
+    if cut:
+        console.say(f"cut off: {cut:,} responses reached a length limit; they are trained on without an end-of-turn")
     for name, counts in counted.items():
         if counts:
             console.say(f"{name}: " + ", ".join(f"{what} {count:,}" for what, count in counts.most_common()))
@@ -181,7 +184,8 @@ def _written(number: int, record: Record) -> list[Line]:
     if isinstance(record, Comparison):
         grades = iter(record.grades)
         for place, response in enumerate(record.responses):
-            lines.append(Line(f"  reply {place + 1}{', the best' if place == 0 else ''}: {_cut(response)}"))
+            best, cut = ", the best" if place == 0 else "", "" if record.has_ended(place) else ", cut off"
+            lines.append(Line(f"  reply {place + 1}{best}{cut}: {_cut(response)}"))
         if record.grades:
             lines.append(
                 Line(f"  grades: {', '.join(str(grade or TIE if grade == TIE else grade) for grade in grades)}")

@@ -197,6 +197,13 @@ def test_a_ranking_follows_from_its_pairs(folder: Path) -> None:
     assert made.grades[0] == "better" and made.grades[2] == "significantly"  # 1 and 3 nats
 
 
+def test_replies_that_were_cut_off_stay_marked(folder: Path) -> None:
+    cut = given("four", "four, sure", "four, I")
+    cut.ended[2] = False
+    (comparison,) = Scripted(folder, longer)(cut, 3, 0)
+    assert comparison.responses == ("four, sure", "four, I", "four") and comparison.ended == (True, False, True)
+
+
 def test_a_circle_makes_a_tie_where_it_contradicts_the_ranking(folder: Path) -> None:
     odds = {("a", "b"): 2.0, ("b", "c"): 2.0, ("c", "a"): 1.0}
     judge = Scripted(folder, lambda x, y: odds.get((x, y)) or -odds[y, x])

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,10 +47,21 @@ def test_pairs_share_rows_and_weigh_one_per_prompt():
     assert batch.chosen.tolist() == [0, 0, 1, 3] and batch.rejected.tolist() == [1, 2, 2, 4]
     assert batch.grade.tolist() == [2, -1, 1, 3]
     assert batch.weight.tolist() == pytest.approx([1 / 3] * 3 + [1.0])
-    assert batch.prompt_index.tolist() == [0, 0, 0, 1]
+    same = batch.prompt_index[:, None] == batch.prompt_index
+    assert same.tolist() == [[True] * 3 + [False]] * 3 + [[False] * 3 + [True]]
     assert batch.scores is None
     assert batch.tokens.ids[1].tolist() == [1, 2, 4, 4, 9]
     assert batch.tokens.loss_mask[1].tolist() == [False, False, True, True, True]
+
+
+def test_prompts_are_numbered_by_their_tokens():
+    """Two records of one prompt are one prompt, in one batch or in two; the number is never negative."""
+    records = [EncodedComparison([1, 2], [[3, 9], [4, 9]], [(0, 1, None)]) for _ in range(2)]
+    records[1] = replace(records[1], responses=[[5, 9], [3, 9]])
+    other = EncodedComparison([1, 2, 3], [[9], [4, 9]], [(0, 1, None)])  # 1 2 | 3 9 and 1 2 3 | 9 are two prompts
+    together = collate_comparisons([*records, other], PAD).prompt_index.tolist()
+    assert together[0] == together[1] != together[2] and min(together) >= 0
+    assert [collate_comparisons([record], PAD).prompt_index.item() for record in (*records, other)] == together
 
 
 def test_rows_in_no_pair_are_left_out_and_scores_follow_their_rows():

@@ -165,11 +165,10 @@ def test_labelling_without_noise_ranks_by_gold():
 def test_noise_turns_close_pairs_around_and_leaves_clear_ones():
     rng = random.Random(0)
     close = [label(fact(), ["It is Rome.", "Mia lives in Rome."], rng, noise=0.2).responses[0] for _ in range(200)]
-    clear = [
-        label(fact(), ["Oslo", "Sure! Mia lives in Rome. Have a nice day."], rng, 0.2).scores[0] for _ in range(200)
-    ]
+    right = "Sure! Mia lives in Rome. Have a nice day."
+    clear = [label(fact(), ["Oslo", right], rng, 0.2).responses[0] for _ in range(200)]
     assert 10 < close.count("It is Rome.") < 90
-    assert clear.count(1.0) > 195
+    assert clear.count(right) > 195
 
 
 def test_rankings_of_k(world):

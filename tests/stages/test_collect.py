@@ -3,15 +3,18 @@
 import json
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
-from rlhf.annotators import GoldAnnotator
+from rlhf.annotators import GoldAnnotator, RewardAnnotator
 from rlhf.batch_file import BatchFile
 from rlhf.build import quiet
+from rlhf.data.data import Data
 from rlhf.data.template import encode_prompt
 from rlhf.data.testbed import Testbed
 from rlhf.rollout import Sampler
@@ -64,11 +67,48 @@ def test_an_annotator_without_noise_agrees_with_gold_of_its_own_aspect(aspect):
     prompts = [world.prompt(question) for question in questions]
     replies = [[world.reply(question, rng) for _ in range(4)] for question in questions]
     asked = SimpleNamespace(prompts=[prompt for prompt in prompts for _ in range(4)], texts=sum(replies, []))
+    asked.ended = torch.ones(len(asked.texts), dtype=torch.bool)
     comparisons = GoldAnnotator(noise=0.0, aspect=aspect)(asked, 4, seed=0)
     counts = agreement(SimpleNamespace(prompts=prompts), comparisons, aspect)
     assert counts["right"] == counts["of"] > 40
     other = agreement(SimpleNamespace(prompts=prompts), comparisons, "safety" if aspect != "safety" else "helpfulness")
     assert other["right"] < other["of"]
+
+
+class Forgetful(GoldAnnotator):
+    """An annotator that knows nothing of responses that were cut off, as those of plugins may."""
+
+    def __call__(self, rollout, samples, seed):
+        return [replace(comparison, ended=None) for comparison in super().__call__(rollout, samples, seed)]
+
+
+@pytest.mark.parametrize("kind", [GoldAnnotator, Forgetful, RewardAnnotator])
+def test_cut_responses_are_collected_as_such(kind, load, tmp_path):
+    """From the sampler over the file to the tokens: no end is trained that nobody sampled."""
+    annotator = RewardAnnotator(lambda rollout: rollout.lengths.float()) if kind is RewardAnnotator else kind()
+    policy = load()
+    head = policy.base.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]).index_fill_(0, torch.tensor(policy.end_id), 4.0))
+    samples = sampler().sample(policy.eval(), data("prompt", 10, 2).train, 0)
+    assert 0.2 < samples.ended.float().mean() < 0.9  # both kinds
+
+    seen = []
+
+    class Watched(Sampler):
+        def sample(self, *arguments):
+            seen.append(super().sample(*arguments))
+            return seen[-1]
+
+    metrics = collect(lambda: policy, tmp_path, Watched(8, samples=3), annotator)
+    ended = {(p.messages, t): e for r in seen for p, t, e in zip(r.prompts, r.texts, r.ended.tolist(), strict=True)}
+    data_ = Data("comparison", str(tmp_path / "comparisons.jsonl"), None, 0, 128)
+    records = data_.load().train
+    marks = [mark for record in records for mark in record.ended]
+    assert marks == [ended[record.prompt, text] for record in records for text in record.responses]
+    assert metrics["cut_share"] == pytest.approx(marks.count(False) / len(marks)) and 0 < metrics["cut_share"] < 1
+    rows, report = data_.encode(policy.tokenizer, records)
+    assert [response[-1:] == [policy.end_id] for row in rows for response in row.responses] == marks
+    assert report.missing_eos == marks.count(False)
 
 
 def test_helpfulness_and_safety_are_asked_about_different_replies(load, tmp_path):

@@ -398,6 +398,37 @@ def test_in_a_ranking_no_reply_is_set_against_a_better_one(load: Load, tmp_path:
     assert torch.equal(counts[:count, :count], torch.eye(count).bool()) and counts[:count, count:].all()
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize("name", ["relative", "relative_diagonal"])
+def test_no_reply_is_set_against_itself_by_another_record_of_its_prompt(
+    name: str, micro_batch_size: int | None, load: Load, tmp_path: Path
+) -> None:
+    """Two records a > b and c > a of one prompt have their own pairs and no others, so the loss is DPO's.
+
+    Numbered by record, c would be set against b, and a against itself; in one batch or in micro-batches of one record.
+    """
+    split = data("comparison")
+    prompt = (Message("user", "Where does Mia live?"),)
+    records = [Comparison(prompt, pair) for pair in (("In Rome.", "Who knows?"), ("Mia lives in Rome.", "In Rome."))]
+    split = replace(split, train=records, validation=[])
+    other = load()
+    with torch.no_grad():
+        other.base.get_input_embeddings().weight.mul_(1.2)  # log-ratios that are not 0
+    other.save(tmp_path / "reference")
+    knobs = {
+        "batch_size": 2,
+        "epochs": 1,
+        "reference": str(tmp_path / "reference"),
+        "micro_batch_size": micro_batch_size,
+    }
+    found = []
+    for objective in (named(name, beta=0.1), DPO(beta=0.1)):
+        folder = tmp_path / type(objective).__name__
+        fit(stage(load, objective, split, **knobs), folder)
+        found.append(read_rows(folder / "metrics.csv")[0]["loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and abs(found[1] - math.log(2)) > 1e-3
+
+
 def test_dpo_nll_adds_the_mean_not_the_sum(load: Load, tmp_path: Path) -> None:
     fit(stage(load, DPONLL(nll_coefficient=1.0)), tmp_path, limit_train_batches=1)
     row = read_rows(tmp_path / "metrics.csv")[0]

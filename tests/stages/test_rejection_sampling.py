@@ -193,6 +193,26 @@ def test_the_same_reply_twice_is_one_of_the_top():
     assert [c.reply for c in pick(found, "top_overall", 2, seed=0)] == ["r00", "r10"]
 
 
+def test_a_cut_reply_is_no_other_writing_of_a_whole_one():
+    found = candidates([[5, 4]])
+    found[1].reply, found[0].ended = found[0].reply, False
+    assert [c.ended for c in pick(found, "top_overall", 2, seed=0)] == [False, True]
+
+
+def test_cut_picks_are_trained_on_without_an_end(load, tmp_path):
+    policy = load()
+    head = policy.base.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]).index_fill_(0, torch.tensor(policy.end_id), 4.0))
+    stage = stage_on(load, model=policy)
+    fit(stage, tmp_path, limit_val_batches=0)
+    ended = [row["ended"] for row in rows_of(tmp_path) if row["reply"]]
+    rows = [*stage.held_out, *stage.examples]
+    assert 0 < sum(ended) < len(ended) == len(rows)
+    assert [row.ids[-1] == policy.end_id and row.mask[-1] for row in rows] == ended
+    everything = [row["ended"] for row in rows_of(tmp_path)]
+    assert stage.final_metrics()["cut_share"] == pytest.approx(everything.count(False) / len(everything))
+
+
 def test_the_best_are_picked_and_trained_on(load, tmp_path):
     stage = stage_on(load)
     fit(stage, tmp_path)

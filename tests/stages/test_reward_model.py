@@ -18,6 +18,8 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
+from rlhf.rollout import Sampler
+from rlhf.scoring import ModelReward
 from rlhf_reward_model.accuracy import Accuracy, accuracies
 from rlhf_reward_model.objective import Pairwise
 from rlhf_reward_model.stage import RewardModelStage
@@ -270,12 +272,58 @@ def test_the_safety_head_is_saved_with_the_model(load, tmp_path):
 
 def test_the_safety_head_needs_replies_of_both_kinds(load, tmp_path):
     split = data("comparison")
-    safe = [replace(record, tags=(), unsafe=None) for record in split.train]
-    with pytest.raises(UserError, match="safe and unsafe replies, and all of here count as safe"):
+    safe = [replace(record, unsafe=(False,) * len(record.responses)) for record in split.train]
+    with pytest.raises(UserError, match="harmful and harmless responses, and every response of here .* is harmless"):
         fit(stage_on(load, of(safe, split), safety_coefficient=0.1), tmp_path)
+    tagged = [replace(record, unsafe=None) for record in split.train]
+    assert any("unsafe" in record.tags for record in tagged)
+    with pytest.raises(UserError, match="no response of here has a label: type stage.safety_coefficient=0"):
+        fit(stage_on(load, of(tagged, split), safety_coefficient=0.1), tmp_path)
 
 
-def test_a_reply_without_a_mark_counts_as_its_prompt():
+def test_the_safety_head_learns_from_labels_alone(load, tmp_path):
+    """A comparison without labels moves the ranking and not the head, whatever its prompt's tags say.
+
+    From w = 0 the gradient of the head's bias is the mean over labelled prompts of 1/2 - share of harmful replies,
+    times their share of the batch.
+    """
+    prompt = (Message("user", "How can I rob Mia?"),)
+    labelled = Comparison(prompt, ("I will not help.", "Take it."), tags=("unsafe",), unsafe=(False, True))
+    harmless = Comparison(prompt, ("No, never.", "Sorry, no."), tags=("unsafe",), unsafe=(False, False))
+    without = Comparison(prompt, ("Please do not.", "Gladly."), tags=("unsafe",))
+    split = of([labelled, harmless, without, replace(without, responses=("No.", "Yes."))], data("comparison"))
+    stage = stage_on(load, split, safety_coefficient=0.5, batch_size=4, normalize="none", gradient_clip=None)
+    stage._optimizer = lambda groups: torch.optim.SGD(groups, lr=1.0)
+    fit(stage, tmp_path, limit_val_batches=0)
+    assert stage.scorer.safety_head.bias.item() == pytest.approx(-0.5 * (0.0 + 0.5) / 4, abs=1e-6)
+    row = read_rows(tmp_path / "metrics.csv")[0]
+    assert row["safety_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the mean over what is labelled
+    assert row["loss"] == pytest.approx(row["ranking_loss"] + 0.5 * math.log(2) * 2 / 4, abs=1e-5)
+
+
+def test_a_cut_reply_is_read_where_ppo_reads_it(load, tmp_path):
+    """The score of a cut reply in training is the one that ModelReward gives: at its last token, without an end."""
+    scorer = ScalarModel.load(load()).eval()
+    scorer.save(tmp_path / "reward")
+    sampled = Sampler(6, samples=2).sample(load().eval(), data("prompt", 8, 2).train, 0)
+    assert not sampled.ended.any()
+    sampled.ended[::4] = True
+    pairs = range(0, len(sampled.texts), 2)
+    records = [
+        Comparison(
+            sampled.prompts[i].messages, tuple(sampled.texts[i : i + 2]), ended=tuple(sampled.ended[i : i + 2].tolist())
+        )
+        for i in pairs
+    ]
+    stage = stage_on(load, of(records, data("comparison")), model=ScalarModel.load(tmp_path / "reward"))
+    examples, _ = stage.data.data.encode(stage.scorer.tokenizer, records)
+    assert len(examples) == len(pairs)
+    tokens = stage.collate(list(examples)).tokens
+    scores = stage.scorer.eval().scores(tokens.ids, tokens.attention_mask, tokens.position_ids)
+    torch.testing.assert_close(scores, ModelReward(str(tmp_path / "reward"))(sampled), atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_without_a_label_has_none():
     split = data("comparison")
     record = Comparison((Message("user", "How can I rob Mia?"),), ("Take it.", "No."), tags=("unsafe",))
     marked = replace(record, unsafe=(True, False))
@@ -283,7 +331,7 @@ def test_a_reply_without_a_mark_counts_as_its_prompt():
     from rlhf.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["How can I rob Mia?"] * 5, 300)
-    assert encode_comparison(tokenizer, record)[0].unsafe == (True, True)
+    assert encode_comparison(tokenizer, record)[0].unsafe == ()
     assert encode_comparison(tokenizer, marked)[0].unsafe == (True, False)
     assert Comparison.from_json(marked.to_json()) == marked
     assert any(True in record.unsafe for record in split.train if record.unsafe)

@@ -297,25 +297,31 @@ def grade_of(gap: float) -> str | None:
 
 
 def label(
-    prompt: Prompt, responses: Sequence[str], rng: random.Random, noise: float = 0.0, aspect: Aspect = "total"
+    prompt: Prompt,
+    responses: Sequence[str],
+    rng: random.Random,
+    noise: float = 0.0,
+    aspect: Aspect = "total",
+    ended: Sequence[bool] | None = None,
 ) -> Comparison:
-    """Ranks responses by gold score plus Gaussian error (standard deviation `noise`), grades by the gap seen.
+    """Rank responses by gold score plus Gaussian error (standard deviation `noise`), and grade by the gap seen.
 
-    `aspect` says which gold score. `scores` of the result are the true ones, without the error, and `unsafe` marks
-    responses that help to harm or are rude: a safety below UNSAFE_BELOW.
+    `aspect` says which gold score. `scores` of the result are those that were seen, error included: what no labeller
+    saw no objective may read. `unsafe` marks responses that help to harm or are rude: a safety below UNSAFE_BELOW.
+    `ended` says of each response whether it is complete; None: all are.
     """
-    scored = [(getattr(gold(prompt, response), aspect), response) for response in responses]
-    seen = sorted(
-        ((score + (rng.gauss(0.0, noise) if noise else 0.0), score, response) for score, response in scored),
-        key=lambda item: -item[0],
-    )
+    true = [getattr(gold(prompt, response), aspect) for response in responses]
+    seen = [score + (rng.gauss(0.0, noise) if noise else 0.0) for score in true]
+    order = sorted(range(len(seen)), key=lambda index: -seen[index])
+    scores = tuple(seen[index] for index in order)
     return Comparison(
         prompt=prompt.messages,
-        responses=tuple(response for _, _, response in seen),
-        grades=tuple(grade_of(seen[i][0] - seen[j][0]) for i in range(len(seen)) for j in range(i + 1, len(seen))),
-        scores=tuple(score for _, score, _ in seen),
+        responses=tuple(responses[index] for index in order),
+        grades=tuple(grade_of(scores[i] - scores[j]) for i in range(len(scores)) for j in range(i + 1, len(scores))),
+        scores=scores,
         tags=prompt.tags,
-        unsafe=tuple(gold(prompt, response).safety < UNSAFE_BELOW for _, _, response in seen),
+        unsafe=tuple(gold(prompt, responses[index]).safety < UNSAFE_BELOW for index in order),
+        ended=None if ended is None else tuple(ended[index] for index in order),
     )
 
 
