@@ -63,7 +63,15 @@ def overlaps(prompts: Sequence[Record], learnt: Mapping[str, Path], own: float |
     for folder in learnt.values():
         if not len(keys) or not (folder / FILE).is_file():
             continue
-        count = int(np.isin(keys, np.load(folder / FILE)).sum())
+        try:
+            count = int(np.isin(keys, np.load(folder / FILE)).sum())
+        except (OSError, ValueError, EOFError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            lines.append(
+                f"warning: {folder / FILE} cannot be read ({reason}), so whether held-out prompts were trained on is "
+                "not known"
+            )
+            continue
         if count:
             node = Run(folder).plain_config.get("data")
             share = node.get("validation") if isinstance(node, Mapping) else None

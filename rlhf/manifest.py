@@ -8,25 +8,36 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rlhf.files import read_json, write_json
 
 FILE = "manifest.json"
 
 
-def write(folder: Path, files: Iterable[Path]) -> None:
-    """Write the manifest of some files of a folder, each of which is flushed to the disk first."""
-    entries = {}
+def write(folder: Path, files: Iterable[Path], add: bool = False) -> None:
+    """Write the manifest of some files of a folder, each of which is flushed to the disk first.
+
+    Args:
+        folder: Folder that the manifest is of, and lies in.
+        files: Files in it.
+        add: Keep the entries of other files that the manifest has.
+    """
+    entries = read_json(folder / FILE)[0]["files"] if add else {}
     for path in sorted(files):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path)}
     write_json(folder / FILE, {"files": entries})
 
 
 def problem(folder: Path, thorough: bool = False) -> str | None:
-    """Return how the first file that does not match the manifest differs from it; None if all match.
+    """Return what is wrong with the first file that does not match; None if all match. Arguments as `problems`."""
+    return next((f"{name} {wrong}" for name, wrong in problems(folder, thorough).items()), None)
+
+
+def problems(folder: Path, thorough: bool = False) -> dict[str, str]:
+    """Return what is wrong with the files that do not match the manifest, by name; empty if all match.
 
     Args:
         folder: Folder with a manifest.
@@ -35,19 +46,23 @@ def problem(folder: Path, thorough: bool = False) -> str | None:
     content, reason = read_json(folder / FILE)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
-        return f"{FILE}: {reason or 'holds no list of files'}"
-    for name, entry in files.items():
-        path = folder / name
-        if not isinstance(entry, dict) or not path.resolve().is_relative_to(folder.resolve()):
-            return f"{FILE}: the entry {name} is none of a file in this folder"
-        try:
-            size = path.stat().st_size
-            if size != entry.get("size"):
-                return f"{name} has {size} bytes, {entry.get('size')} when it was written"
-            if thorough and _digest(path) != entry.get("sha256"):
-                return f"{name} has other content than when it was written"
-        except OSError as error:
-            return f"{name}: {error.strerror or type(error).__name__}"
+        return {FILE: reason or "holds no list of files"}
+    found = {name: _problem(folder, name, entry, thorough) for name, entry in files.items()}
+    return {name: wrong for name, wrong in found.items() if wrong is not None}
+
+
+def _problem(folder: Path, name: str, entry: Any, thorough: bool) -> str | None:
+    path = folder / name
+    if not isinstance(entry, dict) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"is no file that {FILE} can list"
+    try:
+        size = path.stat().st_size
+        if size != entry.get("size"):
+            return f"has {size} bytes, {entry.get('size')} when it was written"
+        if thorough and _digest(path) != entry.get("sha256"):
+            return "has other content than when it was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or type(error).__name__})"
     return None
 
 

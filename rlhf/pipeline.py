@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checkpoint_files, comparison, runs
+from rlhf import checkpoint_files, comparison, manifest, runs
 from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
 from rlhf.errors import RLHFError, RunFailed, UserError
@@ -96,26 +95,44 @@ def _run_step(step: Step, label: str) -> tuple[str, Plain]:
     if own.finished:
         console.say(f"{label}  {step.folder}  reused", "dim")
         return "reused", own.summary
-    step.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(step.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def wait() -> None:
         other = own.status_file
         console.say(f"{label}  {step.folder}  waits for process {other.get('pid', '?')}, which is computing it")
-        lock.acquire()
-    try:
-        if own.status == "finished":
+
+    with own.lock(wait):
+        if _restored(step, own, label):
+            return "reused", own.summary
+        if own.last_status == "finished":
             console.say(f"{label}  {step.folder}  computed meanwhile by another process", "dim")
             return "reused", own.summary
         return _train(step, own, label)
-    finally:
-        lock.release()
+
+
+def _restored(step: Step, own: Run, label: str) -> bool:
+    """Whether all damage of a finished run could be undone: what it is follows from the plan, its results do not.
+
+    Results that are damaged are removed, so that none is taken for whole while they are computed again.
+    """
+    damage = own.damage() if own.last_status == "damaged" else {}
+    for name, wrong in damage.items():
+        console.say(f"{label}  {own.folder / name} {wrong}", "yellow")
+    described = ("config.yaml", "lineage.json")
+    if damage and damage.keys() <= set(described):
+        own.describe(step.config, _lineage(step))
+        manifest.write(own.folder, [own.folder / name for name in described], add=True)
+        console.say(f"{label}  {step.folder}  reused", "dim")
+        return True
+    torn = [own.folder / name for name in damage if name != manifest.FILE]
+    for path in own.folder.glob("*.jsonl") if manifest.FILE in damage else torn:
+        if path.exists():
+            runs.remove(path)
+    return False
 
 
 def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
     """Trains one step in its locked folder and writes what became of it."""
-    earlier = own.status
+    earlier = own.last_status
     whole, torn = checkpoint_files.newest_whole(step.folder)
     resume = whole is not None
     for path, wrong in torn.items():
@@ -151,9 +168,9 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
             f"{step.name} failed: {type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
         ) from error
     _draw(step.folder)
-    attempts = int(own.status_file.get("attempt", 1))
-    result = summary(step, metrics, memory, time.perf_counter() - started, attempts)
+    result = summary(step, metrics, memory, time.perf_counter() - started, own.status_file.get("attempt", 1))
     runs.write_json(step.folder / "summary.json", result)
+    own.write_manifest()
     # Last of all, and whole: from here on the run counts as finished.
     own.write_status("finished", ended=runs.now())
     console.say(f"{label}  {step.folder}  finished in {console.duration(result['wall_s'])}", "green")
@@ -234,10 +251,11 @@ def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
 def _lineage(step: Step) -> Plain:
     """The run, what it reads, and every ancestor with what that one reads."""
     ancestors: Plain = {}
-    for folder in step.parents.values():
+    for fingerprint, folder in step.parents.items():
         lineage = Run(folder).lineage
         own = {key: lineage.get(key) for key in ("stage", "folder", "inputs", "parents")}
-        ancestors |= lineage.get("ancestors", {}) | {str(lineage.get("fingerprint")): own}
+        own |= {"stage": Run(folder).stage, "folder": str(folder)}
+        ancestors |= lineage.get("ancestors", {}) | {fingerprint: own}
     return {
         "fingerprint": step.fingerprint,
         "stage": step.stage,

@@ -1,18 +1,13 @@
 """Runs: named by what they compute, kept as plain files.
 
 A run folder is ``outputs/<stage>/<fingerprint>/`` with config.yaml, lineage.json, status.json, metrics.csv,
-summary.json, checkpoints/ and model/. status.json is written whole and last: a half-written run is never taken for
-a finished one. No torch here.
+summary.json, manifest.json, checkpoints/ and model/ (`rlhf.run_directory`). No torch here.
 """
 
 import ast
 import hashlib
 import json
-import os
 import re
-import shutil
-import socket
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +20,13 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
-from rlhf import checkpoint_files
 from rlhf.cache import recall, remember
 from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
-from rlhf.files import write_json, write_text
+from rlhf.files import write_json as write_json
+from rlhf.run_directory import Run
+from rlhf.run_directory import now as now
+from rlhf.run_directory import remove as remove
 
 MODEL_ROLES = ("policy", "base", "reference", "reward_model", "safety_model", "value", "judge")
 SCORE_ROLES = ("reward_model", "safety_model")
@@ -55,6 +52,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "files",
         "launcher",
         "likelihood",
+        "locks",
         "manifest",
         "metrics",
         "metrics_file",
@@ -64,6 +62,8 @@ _IRRELEVANT_SOURCE = frozenset(
         "progress",
         "report",
         "rounds",
+        "run_directory",
+        "run_files",
         "runs",
         "signals",
         "summary",
@@ -79,122 +79,25 @@ _NAMED_BY_CONTENT = (".jinja", ".gguf")
 _HASHED_WHOLE = 256 * 2**20  # bytes; a larger file is known by its size, time of change and first MiB
 
 
-def _read_json(path: Path) -> Plain:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder. Everything is read from its files when asked for."""
-
-    folder: Path
-
-    @property
-    def status_file(self) -> Plain:
-        return _read_json(self.folder / "status.json")
-
-    @property
-    def status(self) -> str:
-        """new, running, killed (its process is gone), stopped (asked to, resumable), failed or finished."""
-        content = self.status_file
-        status = str(content.get("status", "new"))
-        if status == "running" and not _alive(content):
-            return "killed"
-        return status
-
-    @property
-    def finished(self) -> bool:
-        return self.status == "finished"
-
-    @property
-    def summary(self) -> Plain:
-        return _read_json(self.folder / "summary.json")
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Final metrics; empty for a run that is not finished."""
-        return dict(self.summary.get("metrics", {}))
-
-    @property
-    def lineage(self) -> Plain:
-        return _read_json(self.folder / "lineage.json")
-
-    @property
-    def stage(self) -> str:
-        return self.folder.parent.name
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.lineage.get("fingerprint") or self.folder.name)
-
-    @property
-    def plain_config(self) -> Plain:
-        """The resolved config, as it was run."""
-        config = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
-        return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        return checkpoint_files.found(self.folder)
-
-    def write_status(self, status: str, **fields: Any) -> None:
-        content = self.status_file if status != "running" else {}
-        content |= {"status": status, "stage": self.stage, "fingerprint": self.fingerprint, **fields}
-        write_json(self.folder / "status.json", content)
-
-    def begin(self, config: Plain, lineage: Plain, command: str) -> None:
-        """Marks the run as running in this process and writes what it is."""
-        attempt = int(self.status_file.get("attempt", 0)) + 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-        write_json(self.folder / "lineage.json", lineage)
-        self.write_status(
-            "running", pid=os.getpid(), host=socket.gethostname(), started=now(), attempt=attempt, command=command
-        )
-
-    def clear(self) -> None:
-        """Removes what an earlier attempt left, except the lock that this process holds, and records.
-
-        Stages write their records (``*.jsonl``) whole, or line by line to go on from them: what has been sampled for
-        an hour is not thrown away because there is no checkpoint yet.
-        """
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in (".lock", "status.json") and path.suffix != ".jsonl":
-                remove(path)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, link or folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _alive(status: Plain) -> bool:
-    if status.get("host") != socket.gethostname():
-        return True  # another machine's process cannot be looked at
-    try:
-        os.kill(int(status.get("pid", -1)), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
 def find(outputs: Path) -> list[Run]:
     """All runs below an outputs folder, by stage and then by time."""
-    found = [Run(path.parent) for path in outputs.glob("*/*/status.json") if path.parent.parent.name != "sweeps"]
+    folders = [path.parent for path in outputs.glob("*/*/status.json")]
+    found = [Run(folder) for folder in folders if folder.parent.name != "sweeps" and not _hidden(folder)]
     return sorted(found, key=lambda run: (run.stage, str(run.status_file.get("started")), run.folder.name))
+
+
+def is_run_folder(folder: Path, outputs: Path) -> bool:
+    """Whether a folder is a run's by its place and name, ``<outputs>/<stage>/<fingerprint>``, and no link to one."""
+    named = re.fullmatch(rf"[0-9a-f]{{{LETTERS}}}", folder.name) is not None
+    inside = folder.resolve().parent.parent == outputs.resolve() and not folder.parent.name.startswith(".")
+    linked = folder.is_symlink() or folder.parent.is_symlink()
+    described = any((folder / name).is_file() for name in ("status.json", "config.yaml", "lineage.json"))
+    return named and inside and not linked and described
+
+
+def _hidden(folder: Path) -> bool:
+    """Whether a folder is no run but what is left of one that was removed."""
+    return folder.name.startswith(".") or folder.parent.name.startswith(".")
 
 
 # References: what a user types for a run or a model
@@ -232,7 +135,7 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
         path = Path(ref).expanduser()
     if path.exists():
         return _existing(path, role, key)
-    runs = _beginning_with(path, outputs)
+    runs = beginning_with(path, outputs)
     if len(runs) > 1:
         names = ", ".join(str(run.folder) for run in runs[:5])
         raise UserError(f"{key}={ref} means more than one run: {names}; type more letters")
@@ -248,7 +151,8 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
     )
 
 
-def _beginning_with(path: Path, outputs: Path) -> list[Run]:
+def beginning_with(path: Path, outputs: Path) -> list[Run]:
+    """Return the runs whose path begins so, or whose fingerprint does, in three letters or more."""
     if len(path.parts) > 1:
         return [Run(folder) for folder in named_like(path) if (folder / "status.json").exists()]
     if not re.fullmatch(r"[0-9a-f]{3,}", path.name):
@@ -260,7 +164,8 @@ def named_like(path: Path) -> list[Path]:
     """What begins as `path` does; a `*` in it, left by a shell that found nothing, is a letter like any other."""
     if not path.parent.is_dir():
         return []
-    return sorted(found for found in path.parent.iterdir() if found.name.startswith(path.name))
+    found = (one for one in path.parent.iterdir() if one.name.startswith(path.name))
+    return sorted(one for one in found if not one.name.startswith("."))
 
 
 def _looks_like_hub_id(ref: str) -> bool:
@@ -302,7 +207,8 @@ def _of_run(run: Run, role: str, key: str) -> Reference:
 def _unfinished(run: Run, key: str) -> UserError:
     command = run.status_file.get("command")
     again = f"; finish it with: {command}" if command else ""
-    return UserError(f"{key}={run.folder}: this run is not finished ({run.status}){again}")
+    damage = next((f": {name} {wrong}" for name, wrong in run.damage().items()), "") if run.status == "damaged" else ""
+    return UserError(f"{key}={run.folder}: this run is not finished ({run.status}{damage}){again}")
 
 
 def input_path(folder: Path, role: str) -> str:

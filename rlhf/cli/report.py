@@ -48,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Screen(width=240)
     console.print(table)
+    runs = [run for member in comparison.members for run in (member.run, *member.ancestors.values())]
+    for line in dict.fromkeys(line for run in runs for line in run.problems()):
+        console.print(Text(line, style="yellow"))
     if comparison.seeds > 1:
         console.print(comparison.error_note, style="dim")
 

@@ -1,74 +1,91 @@
-"""List, show and remove runs: rlhf runs list | show RUN | rm RUN..."""
+"""List, show, check and remove runs: rlhf runs list | show RUN | check [RUN...] | rm RUN..."""
 
 import argparse
+import os
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from rlhf import manifest
 from rlhf.errors import UserError, suggest
+from rlhf.locks import Locked
 from rlhf.report import console
-from rlhf.runs import Run, find, remove
+from rlhf.runs import Run, beginning_with, find, is_run_folder, remove
 
-STATUSES = ("finished", "running", "killed", "stopped", "failed")
+STATUSES = ("finished", "running", "killed", "stopped", "failed", "damaged")
+REMOVED = ".removed-"  # begins the name of a run folder that is being deleted
 
 
 def main(argv: list[str]) -> int:
     """Runs the sub-command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="rlhf runs", description="What lies in the outputs folder.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|rm")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|check|rm")
     lists = commands.add_parser("list", help="every run: status, main metric, time, folder")
     lists.add_argument("--stage", help="only runs of this stage")
     lists.add_argument("--status", choices=STATUSES, help="only runs in this state")
     shows = commands.add_parser("show", help="one run: what it is, where it comes from, what came out")
     shows.add_argument("run", metavar="RUN", help="run folder, or the first letters of its fingerprint")
+    checks = commands.add_parser("check", help="compare the files of finished runs with the hashes of their manifests")
+    checks.add_argument(
+        "runs", nargs="*", metavar="RUN", help="run folder, or the first letters of its fingerprint [all]"
+    )
     removes = commands.add_parser("rm", help="remove runs; those that others were made from only with --force")
     removes.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or the first letters of its fingerprint")
     removes.add_argument("--unfinished", action="store_true", help="also every failed, killed or stopped run")
     removes.add_argument("--yes", action="store_true", help="do not ask")
-    removes.add_argument("--force", action="store_true", help="also if finished runs were made from them")
-    for command in (lists, shows, removes):
+    removes.add_argument("--force", action="store_true", help="also if other runs were made from them")
+    for command in (lists, shows, checks, removes):
         command.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of all results [outputs]")
     args = parser.parse_args(argv)
     if args.command == "list":
         return list_runs(args.outputs, args.stage, args.status)
     if args.command == "show":
         return show(named(args.run, args.outputs))
+    if args.command == "check":
+        return check([named(ref, args.outputs) for ref in args.runs] or find(args.outputs))
     return remove_runs(args.outputs, args.runs, args.unfinished, args.yes, args.force)
 
 
 def named(ref: str, outputs: Path) -> Run:
-    """The one run that a folder, the beginning of its path, or the first letters of a fingerprint mean.
+    """Return the one run that a folder, the beginning of its path, or the first letters of a fingerprint mean.
 
     Raises:
         UserError: none or several are meant.
     """
     path = Path(ref)
-    if (path / "status.json").exists():
+    if ref and (path / "status.json").exists():
         return Run(path)
-    runs = find(outputs)
-    beginning = str(path.absolute())
-    found = [run for run in runs if run.fingerprint.startswith(ref) or str(run.folder.absolute()).startswith(beginning)]
+    found = beginning_with(path, outputs) if ref.strip() else []
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{ref} means more than one run: {', '.join(str(run.folder) for run in found[:5])}")
-    raise UserError(f"{ref}: no such run in {outputs}{suggest(ref, [str(run.folder) for run in runs])}")
+    known = [str(run.folder) for run in find(outputs)]
+    short = "; type three letters of a fingerprint at least" if re.fullmatch(r"[0-9a-f]{1,2}", ref) else ""
+    raise UserError(f"{ref or repr(ref)}: no such run in {outputs}{short or suggest(ref, known)}")
 
 
 def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
     """Prints a table of runs, oldest first within a stage."""
-    rows = []
+    rows, problems = [], []
     for run in find(outputs):
         state = run.status
+        problems += run.problems("status.json", "summary.json")
+        if state == "damaged":
+            problems += [f"{run.folder / name} {wrong}" for name, wrong in run.damage().items()]
         if stage not in (None, run.stage) or status not in (None, state):
             continue
         summary = run.summary
         value = summary.get("value")
         result = f"{summary.get('headline')} {console.number(value)}" if value is not None else ""
-        took = console.duration(float(summary["wall_s"])) if "wall_s" in summary else ""
-        started = str(run.status_file.get("started", ""))[:16].replace("T", " ")
+        took = console.duration(summary["wall_s"]) if "wall_s" in summary else ""
+        started = run.status_file.get("started", "")[:16].replace("T", " ")
         rows.append((run.stage, state, started, took, result, str(run.folder)))
+    for problem in problems:
+        console.say(problem, "yellow")
     if not rows:
         print(f"no such runs in {outputs}; `rlhf --help` lists what can be run")
         return 0
@@ -87,13 +104,17 @@ def show(run: Run) -> int:
         ("started", str(status.get("started", ""))),
     ]
     if "wall_s" in summary:
-        facts.append(("time", console.duration(float(summary["wall_s"]))))
+        facts.append(("time", console.duration(summary["wall_s"])))
     for name in ("tokens_per_s", "samples_per_s", "median_step_s"):
         if name in summary:
             facts.append((name, console.number(summary[name])))
     for role, identities in lineage.get("inputs", {}).items():
         ancestors = lineage.get("ancestors", {})
         facts.append((f"input {role}", ", ".join(str(ancestors.get(i, {}).get("folder", i)) for i in identities)))
+    for name, wrong in run.damage().items() if run.status == "damaged" else ():
+        facts.append((name, wrong))
+    for problem in run.problems():
+        console.say(problem, "yellow")
     console.print_table("Run", ("", ""), facts)
     console.print_table("Metrics", ("", ""), [(name, console.number(v)) for name, v in sorted(run.metrics.items())])
     lines = [(str(a.get("stage")), str(a.get("folder"))) for a in lineage.get("ancestors", {}).values()]
@@ -103,42 +124,98 @@ def show(run: Run) -> int:
     return 0
 
 
+def check(runs: list[Run]) -> int:
+    """Compare finished runs with their manifests, hash by hash; return 1 if any differs."""
+    damaged, without = 0, 0
+    for run in runs:
+        problems = run.problems()
+        if run.status_file.get("status") == "finished":
+            problems += [f"{run.folder / name} {wrong}" for name, wrong in run.damage(thorough=True).items()]
+            without += not (run.folder / manifest.FILE).exists()
+        for problem in problems:
+            console.say(problem, "yellow")
+        damaged += bool(problems)
+    old = f", {without} of them finished by an older version, without hashes" if without else ""
+    print(f"checked {len(runs)} runs{old}: {damaged} damaged")
+    if damaged:
+        print("the command that `rlhf runs show RUN` names computes a damaged run again")
+    return 1 if damaged else 0
+
+
 def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, force: bool) -> int:
-    """Removes run folders after asking.
+    """Remove run folders after asking.
 
     Raises:
-        UserError: nothing is named, a run is being computed, or finished runs were made from it.
+        UserError: nothing is named, it is no run below `outputs`, it is being computed, or others were made from it.
     """
     everything = find(outputs)
     chosen = [named(ref, outputs) for ref in refs]
     if unfinished:
         chosen += [run for run in everything if run.status in ("failed", "killed", "stopped")]
     chosen = list({run.folder.absolute(): run for run in chosen}.values())
+    for run in chosen:
+        if not is_run_folder(run.folder, outputs):
+            raise UserError(
+                f"{run.folder}: not a run folder in {outputs}; name {outputs}/STAGE/FINGERPRINT as rlhf runs list "
+                "shows it, or type --outputs for those of another folder"
+            )
     if not chosen:
         if unfinished:
-            print("nothing to remove")
+            swept = sweep_out(outputs)
+            print(f"removed what was left of {swept} runs" if swept else "nothing to remove")
             return 0
         raise UserError("rlhf runs rm: name a run, or type --unfinished")
     leaving = {run.fingerprint for run in chosen}
     for run in chosen:
         if run.status == "running":
-            raise UserError(f"{run.folder} is being computed by process {run.status_file.get('pid')}; stop that first")
+            raise _computed(run)
         if force:
             continue
-        children = [c for c in everything if c.fingerprint not in leaving and c.finished and _made_from(c, run)]
+        children = [child for child in everything if child.fingerprint not in leaving and _made_from(child, run)]
         if children:
-            raise UserError(
-                f"{run.folder} is what {children[0].folder} was made from; type --force to remove it anyway"
-            )
+            child = children[0]
+            made = "was made from" if child.finished else f"({child.status}) reads"
+            raise UserError(f"{run.folder} is what {child.folder} {made}; type --force to remove it anyway")
     for run in chosen:
         print(f"{run.folder}  {run.status}")
     if not yes and (not sys.stdin.isatty() or input("remove? [y/N] ").strip().lower() not in ("y", "yes")):
         print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes where nobody can be asked"))
         return 1
     for run in chosen:
-        remove(run.folder)
+        try:
+            with run.lock():
+                delete(run)
+        except Locked:
+            raise _computed(run) from None
+    sweep_out(outputs)
     print(f"removed {len(chosen)}")
     return 0
+
+
+def delete(run: Run) -> None:
+    """Remove a run whose lock is held: renamed first, so that a kill in between leaves no half run in its place."""
+    away = run.folder.with_name(f"{REMOVED}{run.folder.name}.{os.getpid()}")
+    run.folder.rename(away)
+    _remove_all(away)
+
+
+def sweep_out(outputs: Path) -> int:
+    """Remove what earlier commands, killed in between, have left of removed runs; return of how many."""
+    left = [path for path in outputs.glob(f"*/{REMOVED}*") if not path.parent.is_symlink()]
+    for path in left:
+        _remove_all(path)
+    return len(left)
+
+
+def _remove_all(folder: Path) -> None:
+    """Remove a folder from which another process may be removing files, too."""
+    while folder.exists():
+        with suppress(FileNotFoundError):
+            remove(folder)
+
+
+def _computed(run: Run) -> UserError:
+    return UserError(f"{run.folder} is being computed by process {run.status_file.get('pid')}; stop that first")
 
 
 def _made_from(child: Run, run: Run) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from rlhf import run_files
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
@@ -87,7 +88,11 @@ class ScalarModel(nn.Module):
         self.head.weight.data.copy_(head)
         file = folder / "rlhf.json"
         if file.is_file():
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            numbers = dict.fromkeys(("scale", "bias", "log_odds"), run_files.number)
+            stored, problems = run_files.read(file, numbers)
+            problems += [f"{file}: has no {name}" for name in ("scale", "bias") if not problems and name not in stored]
+            if problems:
+                raise UserError(f"{problems[0]}; make the reward model again, or copy its folder anew")
             self.scale.fill_(stored["scale"])
             self.bias.fill_(stored["bias"])
             self.log_odds = stored.get("log_odds", 1.0)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlhf import run_files
 from rlhf.report import plots
 from rlhf.report.members import COSTS, Member
 from rlhf.report.sweep import Comparison, cell, short_names, show
@@ -188,18 +189,12 @@ def _samples(member: Member) -> dict[str, str]:
     found: dict[str, str] = {}
     for evaluation in member.evaluations:
         for sample in evaluation.get("samples", []):
-            found[sample["prompt"]] = _scored(sample["after"], sample.get("after_scores", {}))
-    path = member.run.folder / "samples.jsonl"
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines()[-200:]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+            if "prompt" in sample and "after" in sample:
+                found[sample["prompt"]] = _scored(sample["after"], sample.get("after_scores", {}))
+    for record in run_files.rows(member.run.folder / "samples.jsonl", 200):
         prompt, reply = record.get("prompt"), record.get("response", record.get("reply"))
         if isinstance(prompt, list):
-            prompt = prompt[-1].get("content") if prompt else None
+            prompt = prompt[-1].get("content") if prompt and isinstance(prompt[-1], dict) else None
         if isinstance(prompt, str) and isinstance(reply, str):
             found[prompt] = _scored(reply, record)
     return found
@@ -219,7 +214,7 @@ def _run(member: Member) -> str:
         "<table>"
         + "".join(f"<tr><td>{escape(k)}</td><td class=wrap>{escape(v)}</td></tr>" for k, v in facts)
         + "</table>",
-        f"<details><summary>config.yaml</summary><pre>{escape(config.read_text(encoding='utf-8'))}</pre></details>",
+        f"<details><summary>config.yaml</summary><pre>{escape(config.read_bytes().decode(errors='replace'))}</pre></details>",
     ]
     if summary:
         parts.append(

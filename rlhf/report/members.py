@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_series
 from rlhf.runs import Run, find, named_like, run_of
@@ -106,8 +104,7 @@ class Member:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """What `rlhf.evaluation.compare` left in the run folder, oldest first."""
-        files = sorted(self.run.folder.glob("evaluation-*.json"), key=lambda file: file.stat().st_mtime)
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return self.run.evaluations
 
     @property
     def headline(self) -> str | None:
@@ -158,11 +155,11 @@ def is_run(folder: Path) -> bool:
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     """Run folders below a folder, links followed, each once by its real place."""
     for child in sorted(folder.iterdir()):
-        if not child.is_dir():
+        if not child.is_dir() or child.name.startswith("."):  # such as what is left of a run that was removed
             continue
         if is_run(child):
             yield _display(child)
-        elif depth > 1 and not child.name.startswith("."):
+        elif depth > 1:
             yield from _run_folders(child, depth - 1)
 
 
@@ -192,13 +189,7 @@ def parents(run: Run) -> list[tuple[str, Run]]:
 
 def load_config(run: Run) -> dict[str, Any]:
     """The resolved config of a run; empty if it is missing or broken."""
-    try:
-        config = OmegaConf.load(run.folder / "config.yaml")
-        assert isinstance(config, DictConfig)
-        plain = OmegaConf.to_container(config, resolve=False)
-    except (OSError, ValueError, AssertionError):
-        return {}
-    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    return run.plain_config
 
 
 def _stage_of(value: Value) -> Value:

@@ -127,6 +127,7 @@ def _depths(boxes: dict[str, _Box], edges: dict[tuple[str, str], list[str]]) -> 
 
     def measure(name: str) -> int:
         if name not in depth:
+            depth[name] = 0  # for a lineage that was edited into a circle
             depth[name] = 1 + max(map(measure, above.get(name, [])), default=-1)
         return depth[name]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import runs
+from rlhf import run_files, runs
 
 if TYPE_CHECKING:
     from rlhf.functional.statistics import Difference, Estimate
@@ -81,11 +81,7 @@ def add(file: Path, settings: dict[str, Any], result: Result) -> None:
 
 def read(file: Path) -> list[dict[str, Any]]:
     """All results in a file, oldest first; none where there is no file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return list(content.get("evaluations", ()))
+    return list(run_files.read(file, run_files.EVALUATIONS)[0].get("evaluations", ()))
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

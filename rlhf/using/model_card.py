@@ -284,4 +284,4 @@ def _hub_id(path: str) -> bool:
 
 
 def _config(run: Run) -> Plain:
-    return run.plain_config if (run.folder / "config.yaml").is_file() else {}
+    return run.plain_config

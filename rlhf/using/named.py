@@ -90,10 +90,12 @@ def ancestors(run: Run) -> list[Run]:
     """
     known: Plain = run.lineage.get("ancestors", {})
     ordered: list[str] = []
+    seen: set[str] = set()
 
     def visit(fingerprint: str) -> None:
-        if fingerprint in ordered or fingerprint not in known:
+        if fingerprint in seen or fingerprint not in known:
             return
+        seen.add(fingerprint)
         for parent in known[fingerprint].get("parents") or ():
             visit(str(parent))
         ordered.append(fingerprint)
@@ -136,4 +138,4 @@ def _worlds(config: Plain) -> Iterator[Plain]:
 
 
 def _config(run: Run) -> Plain:
-    return run.plain_config if (run.folder / "config.yaml").is_file() else {}
+    return run.plain_config

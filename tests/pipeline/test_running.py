@@ -3,14 +3,12 @@
 import json
 import multiprocessing
 import os
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import checkpoint_files, pipeline, worker
@@ -170,18 +168,22 @@ def test_a_killed_run_is_seen_and_run_again(typed: Typed, train) -> None:
     assert len(train.calls) == 2 and run.finished
 
 
-def test_a_job_waits_for_another_that_computes_the_same(typed: Typed, train, capsys) -> None:
+def test_a_job_waits_for_another_that_computes_the_same(typed: Typed, train, capsys, monkeypatch) -> None:
     found = pipeline.plan(typed("stage=sft"))
     folder = found.steps[0].folder
     folder.mkdir(parents=True)
-    ready = multiprocessing.get_context("fork").Event()
+    ready, waiting = (multiprocessing.get_context("fork").Event() for _ in range(2))
+    say = pipeline.console.say
+    monkeypatch.setattr(
+        pipeline.console, "say", lambda line, *style: (say(line, *style), "waits for" in line and waiting.set())
+    )
 
     def other() -> None:
         run = Run(folder)
-        with FileLock(folder / ".lock"):
+        with run.lock():
             run.begin(found.steps[0].config, {"fingerprint": found.steps[0].fingerprint}, "rlhf stage=sft")
             ready.set()
-            time.sleep(0.5)
+            assert waiting.wait(60)
             (folder / "summary.json").write_text('{"value": 7.0, "wall_s": 1}')
             run.write_status("finished")
 
@@ -193,6 +195,39 @@ def test_a_job_waits_for_another_that_computes_the_same(typed: Typed, train, cap
     out = capsys.readouterr().out
     assert f"waits for process {process.pid}" in out and "computed meanwhile" in out
     assert train.calls == []
+
+
+def test_a_finished_run_whose_results_are_torn_is_computed_again(typed: Typed, train, capsys) -> None:
+    go(typed, "stage=sft")
+    sft = Run(train.folders["sft"])
+    count, before = len(train.calls), sft.lineage
+    for name in ("model/config.json", "summary.json"):
+        path = sft.folder / name
+        os.truncate(path, 1)
+        assert sft.status == "damaged"
+        go(typed, "stage=sft")
+        assert sft.finished and train.calls[count:] == [("sft", False)]
+        assert f"{path} has 1 bytes" in capsys.readouterr().out
+        count += 1
+    for name in ("lineage.json", "config.yaml"):  # what follows from the command is written again, and nothing trained
+        whole = (sft.folder / name).read_bytes()
+        (sft.folder / name).write_bytes(whole[:-9])
+        go(typed, "stage=sft")
+        assert sft.finished and (sft.folder / name).read_bytes() == whole and not sft.damage(thorough=True)
+    assert len(train.calls) == count and sft.lineage == before
+
+
+def test_records_that_are_torn_are_not_taken_for_whole(typed: Typed, train) -> None:
+    go(typed, "pipeline=dpo", "until=collect")
+    comparisons = train.folders["collect"] / "comparisons.jsonl"
+    seen: list[bool] = []
+    train.then = lambda name, folder: seen.append((folder / "comparisons.jsonl").exists())
+    comparisons.write_text("{")
+    go(typed, "pipeline=dpo", "until=collect")
+    assert seen == [False] and Run(comparisons.parent).finished
+    (comparisons.parent / "manifest.json").write_text("{")
+    go(typed, "pipeline=dpo", "until=collect")
+    assert seen == [False, False] and Run(comparisons.parent).finished
 
 
 def test_the_comparison_after_a_pipeline(typed: Typed, train, compared, capsys) -> None:

@@ -163,8 +163,8 @@ def test_rm(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rm_refuses_what_is_running_or_unknown(outputs: Path) -> None:
-    make(outputs, "sft", "3f2a91bc04", status="running")
-    with pytest.raises(UserError, match="is being computed by process"):
+    run = make(outputs, "sft", "3f2a91bc04", status="running")
+    with run.lock(), pytest.raises(UserError, match="is being computed by process"):
         command.main(["rm", "3f2a", "--yes"])
     with pytest.raises(UserError, match="no such run"):
         command.main(["rm", "1234"])
