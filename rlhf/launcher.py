@@ -9,6 +9,7 @@ import csv
 import hashlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -29,7 +31,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.errors import RunFailed
+from rlhf.errors import RunFailed, UserError
 
 RESULT = "RLHF_RESULT"  # names the file in which a job leaves its result
 STOPPED = 75  # exit status of a job that was asked to stop and saved a checkpoint (EX_TEMPFAIL)
@@ -114,12 +116,19 @@ class RlhfLauncher(Launcher):
         self.n_jobs, self.retries, self.timeout_s, self.grace_s = n_jobs, retries, timeout_s, grace_s
         self.gpus_per_job = gpus_per_job
         self.jobs: list[Job] = []  # over all calls: an optimising sweeper launches in rounds
+        for name, value, least in (("n_jobs", n_jobs, 1), ("retries", retries, 0), ("gpus_per_job", gpus_per_job, 1)):
+            if value is not None and value < least:
+                raise UserError(f"hydra.launcher.{name}={value}: should be at least {least}")
+        for name, seconds in (("timeout_s", timeout_s), ("grace_s", grace_s)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise UserError(f"hydra.launcher.{name}={seconds}: should be a number of seconds above 0")
         self.folder = Path()
         self.config: DictConfig | None = None
+        self.context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called once by Hydra, before the sweep is composed."""
-        self.config = config
+        self.config, self.context = config, hydra_context
         self.folder = Path(str(config.hydra.sweep.dir))
         _current[:] = [self]
 
@@ -127,10 +136,14 @@ class RlhfLauncher(Launcher):
         """Run the jobs, at most ``n_jobs`` at a time; a failed one is recorded and the others go on.
 
         Raises:
+            UserError: before the first job, if ``prepare`` finds a config that cannot be run.
             SystemExit: 130 or 143, when interrupted; the running jobs have been asked to save a checkpoint.
         """
-        assert self.config is not None
+        assert self.config is not None and self.context is not None
         setup_globals()
+        if prepare is not None:
+            load = self.context.config_loader.load_sweep_config
+            prepare([(list(words), partial(load, self.config, list(words))) for words in job_overrides])
         jobs = [self._job(initial_job_idx + i, list(words)) for i, words in enumerate(job_overrides)]
         self.jobs += jobs
         waiting, running = list(jobs), list[Job]()
@@ -322,6 +335,9 @@ class RlhfLauncher(Launcher):
                 )
         scratch.replace(self.folder / "results.csv")
 
+
+#: called with the overrides of every job and what composes its config, before the first job starts
+prepare: Callable[[Sequence[tuple[list[str], Callable[[], DictConfig]]]], None] | None = None
 
 _current: list[RlhfLauncher] = []  # the launcher of this process's sweep
 

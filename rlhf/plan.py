@@ -66,19 +66,20 @@ class Plan:
         return next((step for step in self.steps if step.name == name), None)
 
 
-def plan(root: DictConfig, overrides: Sequence[str] = ()) -> Plan:
+def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool = True) -> Plan:
     """What has to run for the last step asked for, in order, every config checked; trains nothing.
 
     Args:
         root: the composed config of a single run or a pipeline.
         overrides: what was typed, to refuse values that nothing would read.
+        validate_again: whether a step that is not finished is validated although the same config passed before.
 
     Raises:
         UserError: an unknown step, missing inputs, values out of range, an override without effect.
     """
     root, repeated = rounds.expand(root)
     names = _step_names(root)
-    planner = _Planner(root, names, overrides)
+    planner = _Planner(root, names, overrides, validate_again)
     last = None if names is None else _last(names, root.get("until"))
     planner.add(last)
     compare = planner.comparison()
@@ -130,8 +131,10 @@ def _last(names: list[str], until: str | None) -> str:
 class _Planner:
     """Walks from the step asked for to the steps whose results it really reads; gathers all that is wrong."""
 
-    def __init__(self, root: DictConfig, names: list[str] | None, overrides: Sequence[str] = ()) -> None:
-        self.root, self.names = root, names
+    def __init__(
+        self, root: DictConfig, names: list[str] | None, overrides: Sequence[str], validate_again: bool
+    ) -> None:
+        self.root, self.names, self.validate_again = root, names, validate_again
         self.model = next((word[6:] for word in overrides if word.startswith("model=")), "")  # the option, as typed
         self.raw = configs.plain(root)
         self.given = configs.resolve({"inputs": self.raw.get("inputs") or {}})["inputs"]  # at the root
@@ -178,7 +181,7 @@ class _Planner:
             facts = checked.read(known) if len(self.problems) == before else None
             if facts is not None:
                 made = self._step(name, raw, configs.resolve(raw), roles, identities, parents, facts)
-                if runs.Run(made.folder).finished:
+                if not self.validate_again or runs.Run(made.folder).finished:
                     return made
             return self._validated(name, raw, roles, identities, parents, known, len(self.problems) > before)
 

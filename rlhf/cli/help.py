@@ -61,6 +61,7 @@ def front() -> str:
         f"  rlhf stage={stage} seed=0,1,2 -m                  sweep: every combination of comma-separated values",
         f"  rlhf stage={stage} --help                         every knob of a stage, with its meaning",
         "  rlhf ... --cfg job                           print the config and run nothing",
+        "  rlhf ... --dry-run                           validate, print what would run, and run nothing",
         "",
         "commands:",
         *(f"  rlhf {name:<9} {text}" for name, text in subcommands().items()),

@@ -68,14 +68,18 @@ def dispatch(argv: list[str]) -> int:
     if not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
         return subcommand(argv)
 
+    from rlhf.cli import dry_run
+
     register()
+    dry = dry_run.FLAG in argv
+    argv = [word for word in argv if word != dry_run.FLAG]
     # Hydra takes words after -m for a second list of overrides, and refuses them.
     flags = {"-m", "--multirun"} & set(argv)
     argv = rounds.typed([word for word in argv if word not in flags])
     if flags:
         from rlhf.cli.deferred import deferred
 
-        argv = [*deferred(argv), "--multirun"]
+        argv = [*deferred(dry_run.prepare_sweep(argv)), "--multirun"]
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 
@@ -87,8 +91,10 @@ def dispatch(argv: list[str]) -> int:
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
     try:
-        hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+        with dry_run.switched(dry):
+            hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
     finally:
+        launcher.prepare = None
         launcher.finish()
     return 0
 
@@ -108,6 +114,8 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
     in this very process (a launcher other than ours) they are raised instead and cost that job only.
     """
     # Again, because a launcher may have moved the job to a process that never saw main.
+    from rlhf.cli import dry_run
+
     register()
     words = argv if argv is not None else list(HydraConfig.get().overrides.task)
     try:
@@ -115,6 +123,9 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
             from rlhf.cli.help import usage
 
             raise UserError(usage(words))
+        if dry_run.requested():
+            dry_run.show(config, list(HydraConfig.get().overrides.task))
+            return None
         from rlhf import pipeline
 
         value = pipeline.run(config)

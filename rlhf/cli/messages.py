@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -15,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from rlhf import discovery
+from rlhf.config import leaves
 from rlhf.errors import RLHFError, suggest
 
+_AT_THE_ROOT = ("pipeline", "experiment", "sweep", "debug")
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
 
 
@@ -73,7 +76,31 @@ def _no_such_option(error: MissingConfigException, argv: list[str]) -> str:
     options = [o for o in error.options or [] if o != "_self_"]
     # The group as it was typed, with @package.
     typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
+    elsewhere = _in_other_groups(option, group, typed.partition("@")[2])
+    if elsewhere and option not in options:
+        return f"{typed}={option}: no such option; {option} is {' or '.join(elsewhere)}"
     return f"{typed}={option}: no such option{suggest(option, options)}"
+
+
+def _in_other_groups(option: str, group: str, package: str) -> list[str]:
+    """What to type for an option that another group has: ``an objective: type stage@align=dpo objective@...=ipo``."""
+    found = []
+    for other in sorted(discovery.group_names() - {group, "hydra"}):
+        path = next((path for path in discovery.named(other) if path.stem == option), None)
+        if path is None:
+            continue
+        words = [f"{other}={option}"]
+        if group == "stage" and other not in _AT_THE_ROOT:
+            # Options of a plugin are for the stages beside them; the stage that carries the plugin's name comes first.
+            stages = sorted(stage.stem for stage in path.parents[1].glob("stage/*.yaml"))
+            plugin = path.parents[2].name.removeprefix("rlhf_")
+            stage = plugin if plugin in stages else next(iter(stages), "")
+            at = f"@{package}" if package else ""
+            inside = f"@{package}.{other}" if package else ""
+            words = [f"stage{at}={stage}"] * bool(stage) + [f"{other}{inside}={option}"]
+        article = "an" if other[0] in "aeio" else "a"
+        found.append(f"{article} {other}: type {' '.join(words)}")
+    return found
 
 
 def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
@@ -84,14 +111,44 @@ def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
         keys = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         above, _, word = key.rpartition(".")
         if above:
-            return f"{key}: unknown option{suggest(word, keys, f'{above}.')}"
-        return _unknown_root(key, keys, argv)
+            return f"{key}: unknown option{_meant(word, keys, parent, above)}"
+        return _unknown_root(key, keys, argv, parent)
     if isinstance(error, InterpolationResolutionError) and not key:
         return reason
     return f"{key}: {reason}" if key and not reason.startswith(key) else reason
 
 
-def _unknown_root(key: str, keys: list[str], argv: list[str]) -> str:
+def _meant(word: str, keys: list[str], parent: object, above: str = "") -> str:
+    """The end of a message about an unknown key: keys of that name elsewhere, or the likeliest one nearby.
+
+    Args:
+        word: The unknown key, without what is before its last dot.
+        keys: Those that are known in the same place.
+        parent: The node of that place.
+        above: Its dotted key, "" for the root.
+    """
+    prefix = f"{above}." if above else ""
+    below = [f"{prefix}{path}" for path in _paths(parent)]
+    anywhere = _paths(parent._get_root()) if isinstance(parent, DictConfig) and above else []
+    for paths in (below, anywhere):
+        same = sorted((path for path in paths if path.rpartition(".")[2] == word), key=lambda path: path.count("."))
+        if same:
+            return f" (did you mean {' or '.join(same[:3])}?)"
+    names = [path.rpartition(".")[2] for path in below]
+    close = get_close_matches(word, dict.fromkeys([*keys, *names]), n=1, cutoff=0.5)
+    if close and close[0] not in keys:
+        return f" (did you mean {min(below, key=lambda path: (path.rpartition('.')[2] != close[0], path.count('.')))}?)"
+    return suggest(word, [key for key in keys if key not in ("hydra", "_target_", "_partial_")], prefix)
+
+
+def _paths(node: object) -> list[str]:
+    """Dotted keys of all values below a node, those of ``hydra`` left out."""
+    content = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+    assert isinstance(content, dict)
+    return [path for path, _ in leaves({key: value for key, value in content.items() if key != "hydra"})]
+
+
+def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = None) -> str:
     """A key at the root that the chosen stage or pipeline does not have."""
     word = next((w for w in argv if w.lstrip("+~").split("=")[0].split(".")[0] == key), key)
     value = word.partition("=")[2] or "..."
@@ -107,7 +164,7 @@ def _unknown_root(key: str, keys: list[str], argv: list[str]) -> str:
         if chosen is None:
             return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
         return f"{key}: {chosen} has no such group{suggest(key, keys)}"
-    return f"{key}: unknown option{suggest(key, [k for k in keys if k != 'hydra'])}"
+    return f"{key}: unknown option{_meant(key, [k for k in keys if k != 'hydra'], root)}"
 
 
 def _composition(text: str, argv: list[str]) -> str:

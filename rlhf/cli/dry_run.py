@@ -1,0 +1,121 @@
+"""Plans without runs: validate every job of a sweep before the first one starts, and show what a command would do."""
+
+import argparse
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import filter_overrides
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf import launcher
+from rlhf.cli.messages import explain
+from rlhf.errors import RLHFError, UserError
+from rlhf.plan import Plan, plan
+from rlhf.runs import Run
+
+FLAG = "--dry-run"
+SWITCH = "RLHF_DRY_RUN"  # an environment variable, so that launchers that start processes pass it on
+
+Load = Callable[[], DictConfig]
+
+
+def requested() -> bool:
+    """Return whether nothing is to be run."""
+    return os.environ.get(SWITCH) == "1"
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Context manager: plan without running, if ``on``."""
+    before = os.environ.get(SWITCH)
+    if on:
+        os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if on and before is None:
+            del os.environ[SWITCH]
+
+
+def prepare_sweep(argv: list[str]) -> list[str]:
+    """Make the launcher validate all jobs before it starts one. Returns the command line without ``--cfg``.
+
+    Hydra's own ``--cfg`` composes a single config and refuses swept values; under ``-m`` it shows every job's.
+
+    Raises:
+        UserError: for another config than the job's.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="rlhf")
+    parser.add_argument("-c", "--cfg")
+    parser.add_argument("-p", "--package")
+    parser.add_argument("--resolve", action="store_true")
+    asked, rest = parser.parse_known_args(argv)
+    if asked.cfg not in (None, "job"):
+        raise UserError(f"--cfg {asked.cfg}: a sweep shows the configs of its jobs; type --cfg job, or leave out -m")
+    show = None if asked.cfg is None else partial(_print_config, package=asked.package, resolve=asked.resolve)
+    launcher.prepare = partial(_prepare, show=show)
+    return argv if asked.cfg is None else rest
+
+
+def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig], None] | None) -> None:
+    """Plan every job; raise UserError for all that is wrong, or end the process where nothing is to be run."""
+    problems: dict[str, list[int]] = {}
+    for number, (overrides, load) in enumerate(jobs):
+        words = list(filter_overrides(overrides))
+        try:
+            config = load()
+            HydraConfig.instance().set_config(config)
+            root = copy.deepcopy(config)
+            with read_write(root), open_dict(root):
+                del root["hydra"]
+            if show is None:
+                made = plan(root, words, validate_again=False)
+            if show is not None or requested():
+                print(f"# job {number}: {' '.join(words)}")
+                print("\n".join(describe(made)), flush=True) if show is None else show(root)
+        except (RLHFError, HydraException, OmegaConfBaseException) as error:
+            for line in explain(error, words).splitlines():
+                problems.setdefault(line, []).append(number)
+    if problems:
+        raise UserError("\n".join(line + _of_jobs(numbers, len(jobs)) for line, numbers in problems.items()))
+    if show is not None or requested():
+        raise SystemExit(0)
+
+
+def _of_jobs(numbers: list[int], count: int) -> str:
+    if len(numbers) == count:
+        return ""
+    named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    return f" (job{'s' if len(numbers) > 1 else ''} {named}; no job was started)"
+
+
+def _print_config(root: DictConfig, package: str | None, resolve: bool) -> None:
+    node = OmegaConf.select(root, package, throw_on_missing=False) if package else root
+    print(OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else node, flush=True)
+
+
+def show(root: DictConfig, overrides: Sequence[str]) -> None:
+    """Print what a single run or a pipeline would do.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    print("\n".join(describe(plan(root, overrides))), flush=True)
+
+
+def describe(made: Plan) -> Iterator[str]:
+    """Yield one line for every step of a plan: its run directory, and whether it is reused, resumed or trained."""
+    yield from made.notes
+    for name, reason in made.skipped.items():
+        yield f"{name}: {reason}"
+    width = max(len(step.name) for step in made.steps)
+    for step in made.steps:
+        run = Run(step.folder)
+        does = "reused" if run.finished else "resumes" if run.checkpoints else "to run"
+        yield f"{step.name:<{width}}  {step.folder}  {does}"
