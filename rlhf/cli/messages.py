@@ -164,7 +164,7 @@ def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = Non
         if chosen is None:
             return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
         return f"{key}: {chosen} has no such group{suggest(key, keys)}"
-    return f"{key}: unknown option{_meant(key, [k for k in keys if k != 'hydra'], root)}"
+    return f"{key}: unknown option{_meant(key, sorted({*keys, *discovery.group_names()} - {'hydra'}), root)}"
 
 
 def _composition(text: str, argv: list[str]) -> str:

@@ -40,6 +40,8 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=dpo objective.beta=1,2", "objective.beta=1,2: several values are a sweep; add -m"),
         ("stage=dpo reward.x=1", "reward: stage=dpo has no such group"),
         ("stage=sft modell=x", "modell: unknown option (did you mean model?)"),
+        ("stge=ppo", "stge: unknown option (did you mean stage?)"),  # a null group, so no key of the config
+        ("pipline=instructgpt", "pipline: unknown option (did you mean pipeline?)"),
         ("stage=sft optimizer.lr=[1", "optimizer.lr=[1: cannot be read as KEY=VALUE"),
         ("objective.beta=1", "objective: no stage is chosen that has it; type stage=NAME or pipeline=NAME"),
         ("objective=dpo", "objective=dpo: no stage is chosen that has this group; type stage=NAME or pipeline=NAME"),
