@@ -21,7 +21,7 @@ from rlhf.data.calls import Call, read_call
 from rlhf.data.collate import collate_prompts
 from rlhf.data.records import Message, Prompt
 from rlhf.data.specials import with_strays
-from rlhf.data.template import encode_tool_turn, tokenize
+from rlhf.data.template import encode_tool_turn, tokenize_text
 from rlhf.data.testbed.language import BY_NAME
 from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
@@ -228,7 +228,7 @@ class ToolSampler(Sampler):
                 text = tool(call.argument)
             except ValueError as error:
                 text = f"error: {error}"
-        ids = tokenize(policy.tokenizer, text)
+        ids = tokenize_text(policy.tokenizer, text)
         if len(ids) > self.max_result_tokens:
             text = policy.tokenizer.decode(ids[: self.max_result_tokens], skip_special_tokens=True)
         reply.hear(encode_tool_turn(policy.tokenizer, text), text)

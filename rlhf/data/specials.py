@@ -18,7 +18,8 @@ def _out_of_place(tokenizer: Tokenizer, chat_template: str) -> tuple[int, ...]:
     # What the template itself writes into a turn of the assistant, in one that calls a tool too, belongs there.
     asked = [Message("user", "a")]
     before = tokenize(tokenizer, render(tokenizer, asked, generation_prompt=True))
-    whole = tokenize(tokenizer, render(tokenizer, [*asked, Message("assistant", str(Call("calculator", "1")))]))
+    whole = tokenize(tokenizer, render(tokenizer, [*asked, Message("assistant", "1")]))
+    whole += tokenizer(str(Call("calculator", "1")), add_special_tokens=False)["input_ids"]
     return tuple(sorted(special - (set(whole) - set(before))))
 
 

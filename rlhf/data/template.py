@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from rlhf.data.chat_templates import TEMPLATES
+from rlhf.data.control_tokens import ControlTokens
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.errors import UserError
 
@@ -122,25 +124,62 @@ def _no_jinja(error: jinja2.TemplateSyntaxError) -> UserError:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-    """The dialogue as the template writes it, special tokens included as text."""
+    """Return the dialogue as the template writes it, its special tokens included as text.
+
+    Control tokens that the messages spell have a mark inside (``ControlTokens.guard``), so that ``tokenize`` reads
+    them as text.
+    """
+    controls = control_tokens(tokenizer)
+    turns = [Message(message.role, controls.guard(message.content)) for message in messages]
+    return _rendered(tokenizer, turns, generation_prompt)
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
-    turns = [message.to_json() for message in messages]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
+        # A list of dialogues, because transformers refuses a single one without turns; templates often write it.
+        return str(tokenizer.apply_chat_template([turns], tokenize=False, add_generation_prompt=generation_prompt)[0])
     except jinja2.TemplateSyntaxError as error:
         raise _no_jinja(error) from None
-    except (jinja2.TemplateError, TypeError) as error:
-        roles = ", ".join(message.role for message in messages)
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        roles = ", ".join(message.role for message in messages) or "(none)"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Refused(
-            f"the chat template cannot write a dialogue of the turns {roles} ({str(error).splitlines()[0]}); "
+            f"the chat template cannot write a dialogue of the turns {roles} ({reason}); "
             "type model.chat_template=chatml"
         ) from None
 
 
+def control_tokens(tokenizer: Tokenizer) -> ControlTokens:
+    """Return the control tokens of a tokenizer: special ones, and added ones that its chat template writes."""
+    # Tokens are added, and roles such as padding given, after a tokenizer is made.
+    return _control_tokens(tokenizer, tokenizer.chat_template, len(tokenizer), tuple(tokenizer.all_special_tokens))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(
+    tokenizer: Tokenizer, chat_template: str | None, size: int, special: tuple[str, ...]
+) -> ControlTokens:
+    written = ""
+    if chat_template:
+        turns = [Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
+        for dialogue in (turns[:1], turns, [Message("system", "a"), *turns]):
+            with suppress(UserError):  # said where the template is used
+                written += _rendered(tokenizer, dialogue, generation_prompt=True)
+    return ControlTokens(tokenizer, written)
+
+
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a piece of rendered text; nothing is added before or after it."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+    """Return the ids of a piece of rendered text; nothing is added before or after it."""
+    return control_tokens(tokenizer).tokenize(text)
+
+
+def tokenize_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of text from the data, in which a spelled control token is no more than text."""
+    controls = control_tokens(tokenizer)
+    return controls.tokenize(controls.guard(text))
 
 
 @lru_cache(maxsize=8)
@@ -166,6 +205,14 @@ _NO_START = (
     "the chat template's generation prompt is not how it begins an assistant turn, so a policy would be trained on "
     "other text than it is asked to continue; type model.chat_template=chatml"
 )
+
+
+def _until_start(tokenizer: Tokenizer, whole: str) -> str:
+    """What precedes the first words of a dialogue that the assistant opens, a default system message for example."""
+    asked = [Message("user", "a")]
+    start = render(tokenizer, asked, generation_prompt=True).removeprefix(render(tokenizer, asked))
+    before, found, _ = whole.partition(start) if start else ("", "", whole)
+    return before + found
 
 
 def _until_end(tokenizer: Tokenizer, turn: str, ended: bool = True) -> str:
@@ -241,7 +288,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
     """Plain text with the end-of-text token; every token but the first of a row is a target."""
-    ids = [*tokenize(tokenizer, text), end_of_text_id(tokenizer)]
+    ids = [*tokenize_text(tokenizer, text), end_of_text_id(tokenizer)]
     return Encoded(ids=ids, mask=[True] * len(ids))
 
 
@@ -282,6 +329,8 @@ def _replies(
             continue
         prompt = render(tokenizer, messages[:index], generation_prompt=True)
         whole = render(tokenizer, messages[: index + 1])
+        if not messages[:index] and not whole.startswith(prompt):
+            prompt = _until_start(tokenizer, whole)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             yield index, "", None
             return
@@ -339,7 +388,7 @@ def encode_tool_turn(tokenizer: Tokenizer, text: str) -> list[int]:
             whole = render(tokenizer, [*past, Message(role, text)], generation_prompt=True)
         except Exception:  # templates raise what they like
             continue
-        if whole.startswith(done) and text in whole:
+        if whole.startswith(done) and control_tokens(tokenizer).guard(text) in whole:
             return tokenize(tokenizer, whole[len(done) :])
     raise UserError(
         "the chat template cannot write a tool's turn after an assistant's; type model.chat_template=chatml"
