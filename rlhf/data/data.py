@@ -18,7 +18,7 @@ from rlhf.data import template
 from rlhf.data.disk import DiskList, View
 from rlhf.data.formats import convert, detect, find_adapter
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text
-from rlhf.data.sources import ARITHMETIC, TESTBED, Row, digest_files, find_files, read_files, read_hub
+from rlhf.data.sources import ARITHMETIC, TESTBED, Row, check_numbers, digest_files, find_files, read_files, read_hub
 from rlhf.data.testbed.arithmetic import Arithmetic
 from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
@@ -35,6 +35,8 @@ TESTBED_SIZES: dict[str, int] = {
 HELD_OUT = 400  # prompts of the testbed where data.validation is null: a standard error of 1/20 of the spread
 HELD_OUT_SHARE = 0.1  # of anything else, as of demonstrations and comparisons: one file, one held-out part
 
+SEARCHED = 1_000_000  # sums of groups that are looked at for the held-out part
+
 SMALL_FILES = 4 << 20  # bytes of local files that are read before a run to see whether they can be
 
 
@@ -50,6 +52,7 @@ class LoadReport:
     bad: list[str] = field(default_factory=list)  # "file, row 3: field: reason", one for each bad row
     train: int = 0
     validation: int = 0
+    split: str = ""  # why another number of records is held out than was asked for
 
     def __str__(self) -> str:
         """One line for the screen."""
@@ -60,6 +63,8 @@ class LoadReport:
             parts.append(f"{self.unwanted} left out as replies marked bad (label false)")
         if self.bad:
             parts.append(f"{len(self.bad)} dropped as unusable (first: {self.bad[0]})")
+        if self.split:
+            parts.append(self.split)
         return ", ".join(parts)
 
 
@@ -154,12 +159,13 @@ class Data:
         source: a file, a glob, a folder (of a run), a Hugging Face id (ID or ID:SUBSET), testbed, or arithmetic. A list
             of files, globs and folders is read as one source (the comparisons of all rounds so far): one after the
             other, or row by row in turn where size says how many are read.
-        size: testbed: records to train on (null: its default); else the most records that are read (null: all).
+        size: testbed: records to train on (null: its default); else the most records that are read, held-out ones among
+            them (null: all).
         validation: records held out, as a number (from 1) or a share (below 1). Chosen by the hash of the prompt, not
             by order: another order moves no record from one side to the other, more data few, and records with the same
-            prompt stay on one side (so a number may be exceeded by a few). null: 400 prompts of the testbed, a
-            tenth of anything else. Stages that read one file should hold out the same share: then none is measured on
-            prompts that another was trained on.
+            prompt stay on one side: the number is met as nearly as whole prompts allow, and a line says so if it is
+            not. null: 400 prompts of the testbed, a tenth of anything else. Stages that read one file should hold out
+            the same share: then none is measured on prompts that another was trained on.
         max_length: tokens of a row. Texts are cut into rows and demonstrations at the right; comparisons and labels
             lose the oldest turns of their prompt, and are dropped where that is not enough.
         max_prompt_length: tokens of a prompt, as above (null: only max_length counts).
@@ -252,8 +258,8 @@ class Data:
         if self.source in (TESTBED, ARITHMETIC):
             train, validation = self._from_testbed(report)
         else:
-            found = self._records(report)
-            train, validation = self._split(DiskList(found) if self.streaming else list(found))
+            found = (record for _, record in self._placed(report))
+            train, validation = self._split(DiskList(found) if self.streaming else list(found), report=report)
         report.train, report.validation = len(train), len(validation)
         if not train:
             raise UserError(f"data.source={self.source}: no {self.record} to train on ({report}); give another source")
@@ -267,13 +273,33 @@ class Data:
         chat template that cannot be trained with, or that refuses more than max_bad of the records.
         """
         report = EncodeReport()
-        found = self._encoded(tokenizer, records, report)
+        found = self.encoded(tokenizer, records, report)
         rows = DiskList(found) if self.streaming else list(found)
-        if report.refused > self.max_bad * len(records):
-            raise UserError(f"{report.refused} of {len(records)} records of {self.source}: {report.first_refused}")
+        self._check_refused(report, len(records))
         return rows, report
 
-    def _encoded(self, tokenizer: template.Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
+    def _refuse(self, report: EncodeReport, record: Record, reason: Exception) -> None:
+        """Count a record that cannot be encoded, and name the first."""
+        report.refused += 1
+        if not report.first_refused:
+            report.first_refused = f"{self.place(record) or self.source}: {reason}"
+
+    def _check_refused(self, report: EncodeReport, count: int) -> None:
+        if report.refused > self.max_bad * count:
+            raise UserError(
+                f"data.source={self.source}: {report.refused} of {count} records cannot be encoded (data.max_bad="
+                f"{self.max_bad} allows {int(self.max_bad * count)}); first: {report.first_refused}"
+            )
+
+    def place(self, record: Record) -> str:
+        """Return "file, row 3" of the first row that gives this record, by reading the files again; "" if unknown."""
+        if self.source in (TESTBED, ARITHMETIC) or not self._files():
+            return ""
+        found = self._placed(LoadReport(source=self.source))
+        return next((f"{row.file}, row {row.row}" for row, other in found if other == record), "")
+
+    def encoded(self, tokenizer: template.Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
+        """Yield the rows of ``encode``, however many records are refused; `report` counts."""
         for record in records:
             if isinstance(record, Text):
                 pieces = template.encode_text(tokenizer, record.text).windows(self.max_length)
@@ -282,11 +308,12 @@ class Data:
                 report.tokens += sum(map(len, pieces))
                 yield from pieces
                 continue
+            asked = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+            template.check_template(tokenizer, asked)  # raises for a template that suits no record
             try:
                 row, cut = self._encode(tokenizer, record)
-            except template.Refused as refused:
-                report.refused += 1
-                report.first_refused = report.first_refused or str(refused)
+            except (UserError, ValueError) as error:
+                self._refuse(report, record, error)
                 continue
             if row is None:
                 report.dropped += 1
@@ -300,8 +327,6 @@ class Data:
     def _encode(
         self, tokenizer: template.Tokenizer, record: Demonstration | Comparison | Label | Prompt
     ) -> tuple[Any, bool]:
-        asked = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
-        template.check_template(tokenizer, asked)
         if isinstance(record, Demonstration):
             whole = template.encode_dialogue(tokenizer, record.messages, ended=record.ended)
             cut = template.Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
@@ -318,11 +343,18 @@ class Data:
         return self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
 
     def fitting(self, tokenizer: template.Tokenizer, prompts: Sequence[Prompt]) -> tuple[list[Prompt], EncodeReport]:
-        """Prompts within max_length and max_prompt_length: the oldest turns of longer ones go, then the prompt."""
+        """Prompts within max_length and max_prompt_length: the oldest turns of longer ones go, then the prompt.
+
+        Raises UserError where the chat template refuses more than max_bad of them.
+        """
         report = EncodeReport()
         kept = []
         for prompt in prompts:
-            turns, ids = template.fit_messages(tokenizer, prompt.messages, self.prompt_limit)
+            try:
+                turns, ids = template.fit_messages(tokenizer, prompt.messages, self.prompt_limit)
+            except (template.Refused, ValueError) as error:
+                self._refuse(report, prompt, error)
+                continue
             if turns is None:
                 report.dropped += 1
                 continue
@@ -331,6 +363,7 @@ class Data:
             report.tokens += len(ids)
             report.lengths.append(len(ids))
             kept.append(prompt if len(turns) == len(prompt.messages) else replace(prompt, messages=tuple(turns)))
+        self._check_refused(report, len(prompts))
         return kept, report
 
     def _from_testbed(self, report: LoadReport) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -338,7 +371,7 @@ class Data:
         held_out = self._held_out(size)
         world = self.testbed if self.source == TESTBED else self.arithmetic
         if self.record == "text":
-            train, validation = self._split(list(world.texts(size + held_out, self.seed)), held_out)
+            train, validation = self._split(list(world.texts(size + held_out, self.seed)), held_out, report)
         else:
             draw: Callable[..., Sequence[Record]] | None = getattr(world, f"{self.record}s", None)
             if draw is None:
@@ -374,7 +407,8 @@ class Data:
             return read_files(files)
         return read_hub(self.source, self.split, lazily=self.streaming or self.size is not None)
 
-    def _records(self, report: LoadReport) -> Iterator[Record]:
+    def _placed(self, report: LoadReport) -> Iterator[tuple[Row, Record]]:
+        """Every record, with the row that it is from."""
         adapter = find_adapter(self.format)
         for row in self._rows():
             if self.size is not None and report.kept >= self.size:
@@ -386,6 +420,7 @@ class Data:
                 raw = {"text": row.raw} if isinstance(row.raw, str) else row.raw
                 if not isinstance(raw, dict):
                     raise ValueError(f"expected an object with fields, got {type(raw).__name__}")
+                check_numbers(raw)
                 found = convert((adapter or find_adapter(detect(raw)))(raw), self.record)  # type: ignore[misc]
                 found = [self._tagged(record) for record in found]
                 for record in found:
@@ -401,10 +436,12 @@ class Data:
                 reason = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
                 report.bad.append(f"{row.file}, row {row.row}: {reason}")
                 continue
+            if self.size is not None:
+                found = found[: self.size - report.kept]  # a row can give several
             report.kept += len(found)
             if self.places is not None:
                 self.places |= {id(record): f"{row.file}, row {row.row}" for record in found}
-            yield from found
+            yield from ((row, record) for record in found)
         if len(report.bad) > self.max_bad * report.read:
             counts = Counter(line.split(": ", 1)[1] for line in report.bad).most_common(3)
             raise UserError(
@@ -421,23 +458,35 @@ class Data:
             return replace(record, tags=(*record.tags, *self.tags))
         raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
 
-    def _split(self, records: Sequence[Any], held_out: int | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
-        """(train, validation) by the hash of what the records ask; the order within each side is that of the source."""
+    def _split(
+        self, records: Sequence[Any], held_out: int | None = None, report: LoadReport | None = None
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """(train, validation) by the hash of what the records ask; the order within each side is that of the source.
+
+        Records that ask the same stay on one side, so `held_out` is met as nearly as whole prompts allow; the report
+        gets a line where it is not met.
+        """
         if held_out is None:
             held_out = self._held_out(len(records))
         if held_out == 0 or not records:
             return records, []
-        if held_out >= len(records):
+        if held_out >= len(records) and self.validation >= 1:
+            share = f"data.validation={HELD_OUT_SHARE}" if len(records) > 1 else "data.validation=0"
             raise UserError(
-                f"data.validation={self.validation} of {len(records)} records leaves none to train on; type a share, "
-                "such as data.validation=0.1"
+                f"data.validation={held_out} of {len(records)} records leaves none to train on; type {share}, or a "
+                "larger file"
             )
         import numpy as np
 
         keys = np.fromiter((self._key(record) for record in records), np.uint64, len(records))
-        known, counts = np.unique(keys, return_counts=True)
-        last = known[np.searchsorted(np.cumsum(counts), held_out)]  # keys up to here have `held_out` records or more
-        sides = [array("Q", np.flatnonzero(side).tolist()) for side in (keys > last, keys <= last)]
+        known, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        chosen = nearest_groups(counts.tolist(), held_out)
+        if report is not None and sum(counts[chosen]) != held_out:
+            report.split = _on_split(held_out, counts.tolist(), chosen)
+        side = np.zeros(len(known), bool)
+        side[chosen] = True
+        out = side[inverse]
+        sides = [array("Q", np.flatnonzero(part).tolist()) for part in (~out, out)]
         if self.streaming:
             return View(records, sides[0]), View(records, sides[1])
         return [records[place] for place in sides[0]], [records[place] for place in sides[1]]
@@ -452,6 +501,49 @@ def cut_responses(record: Record) -> int:
     if isinstance(record, Comparison):
         return 0 if record.ended is None else record.ended.count(False)
     return int(not getattr(record, "ended", True))
+
+
+def nearest_groups(sizes: Sequence[int], wanted: int) -> list[int]:
+    """Return the places of groups that hold as nearly `wanted` members together as can be, and never all groups.
+
+    Groups are taken in their order where they do not exceed what is wanted, which with many small ones meets it. Else
+    the nearest sum is searched, the smaller of two; not where that would take long, for very many groups.
+    """
+    taken: list[int] = []
+    total, everything = 0, sum(sizes)
+    for place, size in enumerate(sizes):
+        if total + size <= wanted and total + size < everything:
+            taken.append(place)
+            total += size
+        if total == wanted:
+            return taken
+    if len(sizes) * wanted > SEARCHED:
+        return taken
+    sums: dict[int, tuple[int, int]] = {0: (-1, 0)}  # sum -> the last group in it, the sum without that group
+    for place, size in enumerate(sizes):
+        for smaller in list(sums):
+            if smaller + size < min(everything, 2 * wanted):
+                sums.setdefault(smaller + size, (place, smaller))
+    total, taken = min(sums, key=lambda found: (abs(found - wanted), found)), []
+    while total:
+        place, total = sums[total]
+        taken.append(place)
+    return taken
+
+
+def _on_split(wanted: int, sizes: Sequence[int], chosen: Sequence[int]) -> str:
+    """Why another number of records is held out than was wanted."""
+    found, least, most = sum(sizes[place] for place in chosen), min(sizes), max(sizes)
+    if sum(sizes) == 1:
+        return "none held out: the only record is trained on"
+    if len(sizes) == 1:
+        return f"none held out: all {most} records ask the same, and equal prompts stay on one side"
+    each = f"{least} records each" if least == most else f"{least} to {most} records each"
+    more = "" if found else f"; type data.validation={least} to hold out one prompt"
+    return (
+        f"{found} held out where {wanted} were asked for: equal prompts stay on one side, and the {len(sizes)} prompts "
+        f"have {each}{more}"
+    )
 
 
 def asked(record: Record) -> str:

@@ -302,9 +302,15 @@ FORMATS: dict[str, Adapter] = {
 }
 
 
+_SHAPES = (("messages",), ("conversations",), ("chosen", "rejected"), ("responses",), ("instruction",), ("question",))
+"""Fields that tell a row's shape, where one of them is not null."""
+
+
 def detect(raw: Raw) -> str:
     """The format that a row's keys say it has. Raises ValueError where none fits."""
-    keys = set(raw)
+    # Rows of several shapes in one Arrow table have the columns of all, null where a row has another shape.
+    other = [field for fields in _SHAPES for field in fields if all(raw.get(field) is None for field in fields)]
+    keys = set(raw) - set(other) or set(raw)
     if {"prompt", "chosen", "rejected"} <= keys:  # UltraFeedback has messages too: the chosen ones again
         return "preference"
     if "conversations" in keys:

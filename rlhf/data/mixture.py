@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rlhf.data.data import Data, LoadReport, Split
 from rlhf.data.disk import Chain, View
+from rlhf.data.records import Record
 from rlhf.errors import UserError, suggest
 
 
@@ -67,6 +68,10 @@ class Mixture(Data):
         parts = {name: part.digest() for name, part in self.parts.items()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def place(self, record: Record) -> str:
+        """As of a Data, in whichever part has the record."""
+        return next((found for part in self.parts.values() if (found := part.place(record))), "")
+
     def load(self) -> Split:
         """`size` training records by weight; all that any part holds out is held out."""
         total = sum(self.weights.values())
@@ -94,6 +99,7 @@ class Mixture(Data):
             report.ties += split.report.ties
             report.unwanted += split.report.unwanted
             report.bad += split.report.bad
+            report.split = report.split or split.report.split
         rng.shuffle(places)
         train, held_out = View(Chain(parts), places), Chain(validation)
         report.train, report.validation = len(train), len(held_out)

@@ -1,5 +1,6 @@
 """The record types every data format ends in, and their JSON-lines forms."""
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -127,6 +128,8 @@ class Comparison:
                 raise ValueError(f"grade is {grade!r}, expected one of {', '.join((*GRADES, TIE))}")
         if self.scores is not None and len(self.scores) != k:
             raise ValueError(f"{k} responses, but {len(self.scores)} scores")
+        if not all(math.isfinite(score) for score in self.scores or ()):
+            raise ValueError(f"scores: {list(self.scores or ())} are not all finite numbers")
         if self.unsafe is not None and len(self.unsafe) != k:
             raise ValueError(f"{k} responses, but {len(self.unsafe)} marks in unsafe")
         if self.ended is not None and len(self.ended) != k:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -160,7 +161,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for raw in batch.to_pylist():
                 number += 1
-                yield Row(path.name, number, raw)
+                yield Row(path.name, number, without_nulls(raw))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -268,7 +269,37 @@ def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
             f"data.source={source}: neither a local file nor a data set that can be loaded ({reason}); "
             "give a path, a glob, a Hugging Face id or testbed"
         ) from error
-    yield from (Row(source, number, raw) for number, raw in enumerate(rows, 1))
+    yield from (Row(source, number, without_nulls(raw)) for number, raw in enumerate(rows, 1))
+
+
+def without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of an Arrow table without the null fields of its structs, at any depth; columns keep theirs.
+
+    Arrow gives the structs of a column one type, so every struct has the fields of all rows, and those that its row
+    never had are null: arguments of other tools' calls, properties of other schemas.
+    """
+    return {name: _without_nulls(value) for name, value in raw.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def check_numbers(value: Any, field: str = "") -> None:
+    """Raise ValueError, naming the field, where a row holds NaN or an infinite number at any depth."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{field}: {value} is not a finite number")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(item, str):
+                check_numbers(item, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            if not isinstance(item, str):
+                check_numbers(item, f"{field}[{place}]")
 
 
 def digest_files(files: list[Path]) -> str:

@@ -195,7 +195,9 @@ def test_dialogues_that_the_template_refuses_are_counted(tmp_path: Path, tokeniz
     try:
         rows_kept, report = data(path).load().encode(tokenizer, "train")
         assert len(rows_kept) == 20 and report.refused == 1
-        assert "1 dropped: the chat template cannot write a dialogue of the turns user, user" in str(report)
+        assert "1 dropped: a.jsonl, row 21: the chat template cannot write a dialogue of the turns user, user" in str(
+            report
+        )
         with pytest.raises(UserError, match=r"1 of 21 records .*Roles must alternate.*type model.chat_template=chatml"):
             data(path, max_bad=0.01).load().encode(tokenizer, "train")
     finally:

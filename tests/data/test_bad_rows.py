@@ -1,0 +1,229 @@
+"""Rows that would make training wrong: nulls that Arrow invents, numbers that are none, dialogues of odd turns."""
+
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf.data.chat_templates import TEMPLATES
+from rlhf.data.data import Data
+from rlhf.data.formats import detect
+from rlhf.data.records import Comparison, Message
+from rlhf.data.sources import read_files
+from rlhf.data.template import encode_prompt
+from rlhf.errors import UserError
+
+
+def tool(name, **properties):
+    kinds = {key: {"type": kind} for key, kind in properties.items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": kinds}}}
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOLS = [tool("weather", city="string"), tool("convert", amount="number", unit="string")]
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Do {number}"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": "ok"},
+            {"role": "assistant", "content": "Done."},
+        ],
+        "tools": TOOLS,
+    }
+    for number, calls in enumerate(
+        [
+            [call("weather", city="Rome")],
+            [call("convert", amount=3, unit="eur"), call("weather", city="Oslo")],
+            [call("convert", amount=0, unit="")],
+        ]
+    )
+]
+PARTS = [
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "Greet."}, {"type": "text", "text": "Yo"}],
+            },
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Call"}]},
+            {"role": "assistant", "content": [{"type": "tool_call", "tool_call": call("f", a=1)["function"]}]},
+        ]
+    },
+]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(source, record="demonstration", **knobs):
+    return Data(record, str(source), **{"size": None, "validation": 0, "max_length": 512} | knobs).load()
+
+
+@pytest.mark.parametrize("rows", [ROWS, PARTS], ids=["tool calls", "typed content"])
+def test_rows_of_an_arrow_table_are_those_of_json_lines(tmp_path, tokenizer, monkeypatch, rows):
+    """Arrow's structs have the fields of all rows; the arguments that a row never had are not in its tokens."""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    right = load(lines(tmp_path / "a.jsonl", rows))
+    split = load(tmp_path / "a.parquet")
+    assert split.train == right.train and "null" not in split.train[0].messages[0].content
+    assert split.encode(tokenizer, "train")[0] == right.encode(tokenizer, "train")[0]
+    # a data set of the hub, whole and streamed
+    import datasets
+
+    for made in (datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, made=made, **__: made)
+        monkeypatch.setattr("rlhf.hub.use_cache_if_unreachable", lambda: True)
+        assert load("org/name").train == right.train
+
+
+def test_nulls_that_mean_something_are_kept(tmp_path):
+    """JSON lines keep every null; Arrow rows those of columns and of lists."""
+    row = {"messages": [{"role": "user", "content": "x"}], "args": {"a": None}, "marks": [None, 1], "label": None}
+    assert next(read_files([lines(tmp_path / "a.jsonl", [row])])).raw == row
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert next(read_files([tmp_path / "a.parquet"])).raw == {**row, "args": {}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call("f", a=None)]}
+    demonstration = load(lines(tmp_path / "b.jsonl", [{"messages": [row["messages"][0], said]}])).train[0]
+    assert '"arguments": {"a": null}' in demonstration.messages[1].content
+
+
+def test_rows_of_several_shapes_in_one_table(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {"prompt": "c", "completion": "d"}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([{**dict.fromkeys(("messages", "prompt", "completion")), **r} for r in rows]),
+                   tmp_path / "a.parquet")  # fmt: skip
+    assert load(tmp_path / "a.parquet").train == load(lines(tmp_path / "a.jsonl", rows)).train
+    assert detect({"messages": None}) == "messages"  # nothing else fits: its message says what is missing
+
+
+def pair(**fields):
+    return {"prompt": "Q", "chosen": "a", "rejected": "b", **fields}
+
+
+@pytest.mark.parametrize(
+    ("record", "row", "reason"),
+    [
+        ("comparison", pair(score_chosen=math.nan, score_rejected=0.5), "score_chosen: nan is not a finite number"),
+        ("comparison", pair(chosen_score=1, rejected_score=-math.inf), "rejected_score: -inf is not a finite number"),
+        ("comparison", pair(scores=[1.0, math.inf]), "scores[1]: inf is not a finite number"),
+        ("comparison", pair(scores=["nan", 1]), "scores: [nan, 1.0] are not all finite numbers"),
+        (
+            "comparison",
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": [1.0, math.nan]},
+            "ranks[1]: nan is not a finite number",
+        ),
+        ("label", {"prompt": "Q", "response": "a", "label": math.nan}, "label: nan is not a finite number"),
+        ("prompt", {"prompt": "Q", "reference": math.inf}, "reference: inf is not a finite number"),
+        ("text", {"text": "a", "score": math.nan}, "score: nan is not a finite number"),
+        (
+            "demonstration",
+            {"messages": [{"role": "assistant", "tool_calls": [call("f", a=math.nan)]}]},
+            "messages[0].tool_calls[0].function.arguments.a: nan is not a finite number",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_numbers_that_are_none_make_a_row_unusable(tmp_path, record, row, reason, kind):
+    """Counted and named by file, row and field, in every format and record type."""
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        if row.get("scores") == ["nan", 1]:
+            row = {**row, "scores": ["nan", "1"]}  # a list of one type
+        pq.write_table(pa.Table.from_pylist([row], schema=pa.Table.from_pylist([row]).schema), path)
+    else:
+        path.write_text(json.dumps(row if kind == "jsonl" else [row]))  # as Python writes them: NaN, Infinity
+    with pytest.raises(UserError, match="1 of 1 rows are unusable") as found:
+        load(path, record)
+    assert f"first: a.{kind}, row 1: {reason}" in str(found.value)
+
+
+def test_a_number_too_large_for_a_float_is_infinite(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(pair()) + "\n" + json.dumps(pair(score_chosen=1.0)).replace("1.0", "1e999") + "\n")
+    split = load(path, "comparison", max_bad=0.5)
+    assert len(split.train) == 1 and split.report.bad == ["a.jsonl, row 2: score_chosen: inf is not a finite number"]
+
+
+def test_a_format_of_the_user_cannot_make_such_a_record():
+    with pytest.raises(ValueError, match="scores: "):
+        Comparison((Message("user", "Q"),), ("a", "b"), scores=(math.nan, 0.0))
+
+
+WELCOME = ["assistant", "user", "assistant"]
+MUST_ASK = (
+    "{%- if not messages or messages[0]['role'] == 'assistant' -%}{{ raise_exception('user first') }}{%- endif -%}"
+)
+GREETS = (
+    "{%- if messages and messages[0]['role'] != 'system' -%}{{- '<|system|>Be good.<|end|>' -}}{%- endif -%}"
+    + TEMPLATES["plain"]
+)
+
+
+def turns(*roles):
+    return [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]
+
+
+def opened(tmp_path, count=39):
+    rows = [{"messages": turns("user", "assistant")} for _ in range(count)]
+    return lines(tmp_path / "a.jsonl", [*rows, {"messages": turns(*WELCOME)}])
+
+
+@pytest.mark.parametrize("template", ["plain", "llama2", "zephyr", "greets"])
+def test_a_dialogue_that_the_assistant_opens_is_trained_on(tmp_path, tokenizer, template):
+    """Its first turn, too: what is masked is what the assistant says, in both turns."""
+    own = tokenizer.chat_template
+    tokenizer.chat_template = GREETS if template == "greets" else TEMPLATES[template]
+    try:
+        split = load(opened(tmp_path))
+        rows, report = split.encode(tokenizer, "train")
+        assert len(rows) == 40 and report.refused == 0
+        trained = tokenizer.decode([i for i, on in zip(rows[39].ids, rows[39].mask, strict=True) if on])
+        both = [tokenizer.decode(ids).replace("user 1", "") for ids in (rows[39].ids, rows[0].ids)]
+        assert "assistant 0" in trained and "assistant 2" in trained and "user" not in trained
+        assert both[0].startswith("<|system|>Be good.") == (template == "greets")
+        prompts = load(opened(tmp_path), "prompt")
+        assert prompts.encode(tokenizer, "train")[0][39] == encode_prompt(tokenizer, split.train[39].messages[:2])
+        side = [{"role": "user", "content": "Q"}]
+        pairs = [
+            {"chosen": [*side, turns("assistant")[0]], "rejected": [*side, {"role": "assistant", "content": "no"}]}
+        ]
+        start = turns("assistant", "user")
+        pairs.append({"chosen": [*start, *pairs[0]["chosen"][1:]], "rejected": [*start, *pairs[0]["rejected"][1:]]})
+        for record in ("comparison", "label", "demonstration"):
+            kept, report = load(lines(tmp_path / "pairs.jsonl", pairs), record).encode(tokenizer, "train")
+            assert report.refused == report.dropped == 0 and len(kept) == (4 if record == "label" else 2)
+    finally:
+        tokenizer.chat_template = own
+
+
+@pytest.mark.parametrize(
+    ("record", "streaming"), [("demonstration", False), ("demonstration", True), ("prompt", False)]
+)
+def test_one_that_the_template_refuses_is_counted_and_named(tmp_path, tokenizer, record, streaming):
+    own, tokenizer.chat_template = tokenizer.chat_template, MUST_ASK + TEMPLATES["plain"]
+    try:
+        split = load(opened(tmp_path), record, streaming=streaming)
+        rows, report = split.encode(tokenizer, "train")
+        assert len(rows) == 39 and report.refused == 1
+        assert "1 dropped: a.jsonl, row 40: the chat template cannot write" in str(report)
+        if record == "prompt":
+            fitted, report, _ = split.fitting(tokenizer)
+            assert len(fitted.train) == 39 and report.refused == 1 and "a.jsonl, row 40" in report.first_refused
+        split.data.max_bad = 0.01
+        with pytest.raises(UserError, match=r"1 of 40 records cannot be encoded \(data.max_bad=0.01 allows 0\)"):
+            split.encode(tokenizer, "train")
+    finally:
+        tokenizer.chat_template = own

@@ -1,0 +1,94 @@
+"""What is held out: whole prompts, as near to the number asked for as they allow."""
+
+import itertools
+import json
+
+import pytest
+
+from rlhf.data.data import Data, asked, nearest_groups
+from rlhf.errors import UserError
+
+SAME = "equal prompts stay on one side"
+
+
+def load(tmp_path, *sizes, record="demonstration", **knobs):
+    """Records of as many prompts as there are sizes, each with so many answers, in turn."""
+    rows = [{"prompt": f"Prompt {p}", "completion": f"Answer {n}"} for p, size in enumerate(sizes) for n in range(size)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["completion"])))
+    return Data(record, str(path), **{"size": None, "validation": 0.1, "max_length": 64} | knobs).load()
+
+
+def test_a_rare_prompt_is_held_out_and_not_the_common_one(tmp_path):
+    split = load(tmp_path, 54, 6)
+    assert (len(split.train), len(split.validation), split.report.split) == (54, 6, "")
+    assert {asked(record) for record in split.validation} == {"Prompt 1"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "validation", "held_out", "line"),
+    [
+        ((60,), 0.1, 0, "none held out: all 60 records ask the same, and equal prompts stay on one side"),
+        ((60,), 6, 0, "none held out: all 60 records ask the same, and equal prompts stay on one side"),
+        ((1,), 0.1, 0, "none held out: the only record is trained on"),
+        (
+            (20, 20, 20),
+            0.1,
+            0,
+            f"0 held out where 6 were asked for: {SAME}, and the 3 prompts have 20 records each; "
+            "type data.validation=20 to hold out one prompt",
+        ),
+        ((20, 20, 20), 20, 20, ""),
+        (
+            (54, 6),
+            0.5,
+            6,
+            f"6 held out where 30 were asked for: {SAME}, and the 2 prompts have 6 to 54 records each",
+        ),
+        ((4,) * 5, 0.15, 4, f"4 held out where 3 were asked for: {SAME}, and the 5 prompts have 4 records each"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_equal_prompts_allow_is_held_out_and_said(tmp_path, sizes, validation, held_out, line, streaming):
+    split = load(tmp_path, *sizes, validation=validation, streaming=streaming)
+    assert (len(split.train), len(split.validation)) == (sum(sizes) - held_out, held_out)
+    assert split.report.split == line and (not line or line in str(split.report))
+    assert {asked(record) for record in split.train}.isdisjoint(asked(record) for record in split.validation)
+
+
+def test_groups_come_as_near_as_any_choice_of_whole_prompts():
+    """Against all choices of groups; never everything, and the smaller of two that are as near."""
+    for sizes in itertools.product((1, 2, 5, 9), repeat=4):
+        sums = {sum(part) for count in range(4) for part in itertools.combinations(sizes, count)}
+        for wanted in range(1, sum(sizes)):
+            found = sum(sizes[place] for place in nearest_groups(sizes, wanted))
+            assert found == min(sums, key=lambda one: (abs(one - wanted), one)), (sizes, wanted)
+
+
+def test_different_prompts_are_held_out_by_hash_alone(tmp_path):
+    """The smallest hashes, exactly as many as asked for; a prompt more or less moves at most one of the others."""
+    split = load(tmp_path, *[1] * 50, validation=7)
+    by_hash = sorted([*split.train, *split.validation], key=split.data._key)
+    assert {asked(r) for r in split.validation} == {asked(r) for r in by_hash[:7]} and split.report.split == ""
+    more = load(tmp_path, *[1] * 51, validation=7)
+    assert len({asked(r) for r in split.validation} & {asked(r) for r in more.validation}) >= 6
+
+
+@pytest.mark.parametrize(("sizes", "fix"), [((1,), "data.validation=0,"), ((30,), "data.validation=0.1,")])
+def test_a_number_that_leaves_none_is_refused_with_one_that_works(tmp_path, sizes, fix):
+    with pytest.raises(UserError, match=f"leaves none to train on; type {fix}"):
+        load(tmp_path, *sizes, validation=sum(sizes))
+
+
+@pytest.mark.parametrize("validation", [0, 3, 0.25])
+def test_size_is_all_that_is_read_of_a_file(tmp_path, validation):
+    """As conf/data says: held-out records are among them; of the testbed it is what is trained on."""
+    split = load(tmp_path, *[1] * 30, size=12, validation=validation)
+    held_out = {0: 0, 3: 3, 0.25: 3}[validation]
+    assert (split.report.kept, len(split.train), len(split.validation)) == (12, 12 - held_out, held_out)
+    made = Data("demonstration", "testbed", 12, 3, 64).load()
+    assert (len(made.train), len(made.validation)) == (12, 3)
+    # two labels of a comparison count as two
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"Q{n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(9)))
+    assert Data("label", str(pairs), 5, 0, 64).load().report.kept == 5
