@@ -1,5 +1,6 @@
 """`rlhf inspect data`: what was read, kept, dropped and cut, and why; lengths, grades, tags, and records to read."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from rlhf import validation
 from rlhf.data.data import Data, LoadReport, Split, cut_responses, files_unread
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
+from rlhf.data.sources import TESTBED
 from rlhf.errors import UserError
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, planned
@@ -48,6 +50,12 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
     tokenizer, room = _reader(look, of, splits)
     for name, split in splits.items():
         console.say(f"{of.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
+        if split.data.source == TESTBED and _own_model(words, made.steps[0]) and not _names_data(words, name):
+            console.say(
+                f"this is the testbed's data, because none was named for your model; type {name}=NAME "
+                f"{name}.source=FILE, or {name}.source=testbed if you mean it",
+                "yellow",
+            )
         _loaded(name, split)
         sampled = room if name == "data" else None
         train = measure(split, split.train, tokenizer, places, sampled)
@@ -61,6 +69,21 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
             for written in _written(number, record):
                 console.console().print(written)
         console.say("")
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0].lstrip("+~") for word in words]
+
+
+def _names_data(words: Sequence[str], group: str) -> bool:
+    """Whether one of the words says where the data of a group is from: an option, a source, an input."""
+    return any(re.search(rf"(^|[.@]){group}(@.*|\.source)?$|(^|\.)inputs\.", key) for key in _keys(words))
+
+
+def _own_model(words: Sequence[str], first: Step) -> bool:
+    """Whether the words name a model that has weights of its own."""
+    named = any(re.search(r"(^|[.@])model(@.*|\.path)?$", key) for key in _keys(words))
+    return named and bool((first.config.get("model") or {}).get("path"))
 
 
 def _load(data: Data, places: dict[int, str]) -> Split:
@@ -105,6 +128,8 @@ def _loaded(name: str, split: Split) -> None:
         ("unusable rows dropped", f"{len(report.bad):,}", "below, with file, row and field"),
     ]
     console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
+    if report.split:
+        console.say(f"  {report.split}", "yellow")
     for line in report.bad[:SHOWN]:
         console.say(f"  dropped: {line}", "yellow")
     if len(report.bad) > SHOWN:
@@ -122,6 +147,18 @@ def _loaded(name: str, split: Split) -> None:
 def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int | None) -> None:
     """What does not fit, and how much of the rest is trained on."""
     for side, lengths in (("train", train), ("held out", held_out)):
+        if lengths.spelled:
+            which, token = lengths.spelled[0]
+            console.say(
+                f"{side}: {len(lengths.spelled)} records spell a control token, which is encoded as text "
+                f"(first: {which}: {token})",
+                "yellow",
+            )
+        if lengths.refused:
+            console.say(
+                f"{side}: {len(lengths.refused)} records dropped, they cannot be encoded ({lengths.reason}):", "yellow"
+            )
+        _listed(lengths.refused)
         if room is not None and lengths.dropped:
             console.say(
                 f"{side}: {len(lengths.dropped)} prompts are longer than {room} tokens, training refuses them:", "red"
@@ -135,7 +172,8 @@ def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int |
                 f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:", "yellow"
             )
         _listed(lengths.truncated)
-    if not train.dropped and not train.truncated and not held_out.dropped and not held_out.truncated:
+    misfits = (side.dropped or side.truncated or side.refused for side in (train, held_out))
+    if not any(misfits):
         console.say("every record fits, none is cut")
     if train.read:
         share = train.trained / train.read

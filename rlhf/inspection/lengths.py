@@ -1,12 +1,12 @@
 """Lengths of records in tokens, and their histogram in characters."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf.data.data import Split
-from rlhf.data.records import Demonstration, Prompt, Record, Text
-from rlhf.data.template import EncodedComparison, EncodedLabel, Tokenizer, encode_prompt
+from rlhf.data.data import EncodeReport, Split
+from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, Text
+from rlhf.data.template import EncodedComparison, EncodedLabel, Refused, Tokenizer, control_tokens, encode_prompt
 from rlhf.inspection.work import tokens_of
 
 BAR = 40  # characters of the longest bar
@@ -21,6 +21,8 @@ class Lengths:
         prompt, reply, total: Tokens; of a dialogue the reply is all that is trained on.
         trained, read: Tokens of the whole side, as a model reads them.
         truncated, dropped: (number of the record from 1 and where it is from, how it begins) of those that do not fit.
+        refused: The same of those that the chat template cannot write; `reason` is why, for the first of them.
+        spelled: The same of those that spell a control token, with the token in place of how they begin.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -30,6 +32,9 @@ class Lengths:
     read: int = 0
     truncated: list[tuple[str, str]] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    reason: str = ""
+    spelled: list[tuple[str, str]] = field(default_factory=list)
 
 
 def measure(
@@ -44,22 +49,48 @@ def measure(
         places: File and row of records, by their id; of some it is not known.
         room: Most tokens of a prompt, for stages that sample: they take prompts as they are, and refuse longer ones.
     """
-    found = Lengths()
+    found, report = Lengths(), EncodeReport()
+    controls = control_tokens(tokenizer)
     for number, record in enumerate(records, 1):
         which = f"record {number}" + (f" ({places[id(record)]})" if id(record) in places else "")
+        token = next(filter(None, map(controls.first, _contents(record))), None)
+        if token is not None:
+            found.spelled.append((which, token))
         if isinstance(record, Prompt) and room is not None:
-            found.prompt.append(len(encode_prompt(tokenizer, record.messages)))
+            try:
+                found.prompt.append(len(encode_prompt(tokenizer, record.messages)))
+            except Refused as refused:
+                found.refused.append((which, beginning(record)))
+                found.reason = found.reason or str(refused)
+                continue
             if found.prompt[-1] > room:
                 found.dropped.append((which, beginning(record)))
             continue
-        rows, report = split.data.encode(tokenizer, [record])
-        if report.dropped:
-            found.dropped.append((which, beginning(record)))
-        elif report.truncated:
-            found.truncated.append((which, beginning(record)))
-        for row in rows:
+        before = replace(report)
+        for row in split.data.encoded(tokenizer, [record], report):
             _add(found, row)
+        for misfits, count in (
+            (found.refused, report.refused - before.refused),
+            (found.dropped, report.dropped - before.dropped),
+            (found.truncated, report.truncated - before.truncated),
+        ):
+            if count:
+                misfits.append((which, beginning(record)))
+    found.reason = found.reason or report.first_refused
     return found
+
+
+def _contents(record: Record) -> Iterator[str]:
+    """All text of a record."""
+    if isinstance(record, Text):
+        yield record.text
+        return
+    turns = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+    yield from (turn.content for turn in turns)
+    if isinstance(record, Comparison):
+        yield from record.responses
+    if isinstance(record, Label):
+        yield record.response
 
 
 def _add(found: Lengths, row: Any) -> None:

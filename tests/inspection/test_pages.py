@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.cli import main
+from rlhf.data.chat_templates import TEMPLATES
 from rlhf.errors import UserError
 from rlhf.inspection import refusal
 from rlhf.inspection.composing import planned
 from rlhf.inspection.lengths import histogram
 from rlhf.inspection.template_page import facts_of
+from rlhf.testing import tiny_model
 from tests.inspection.conftest import MODEL, SMALL
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -93,6 +95,35 @@ def test_records_that_do_not_fit_are_named_or_counted(capsys: pytest.CaptureFixt
     words = ["pipeline=instructgpt", "align.data.source=prompts.jsonl", "align.data.validation=0", "until=align"]
     code, out = typed(capsys, "data", *words, *MODEL)
     assert code == 0 and "14 prompts are longer than" in out and " ... 4 more\n" in out, out
+
+
+def test_what_the_template_makes_of_records_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control tokens that are spelled, dialogues that it refuses, equal prompts that cannot be split."""
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]} for _ in range(9)]
+    rows[4]["messages"][1]["content"] = "Type <|end|>"
+    rows.append({"messages": rows[0]["messages"][1:]})
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = "messages and messages[0]['role'] == 'assistant'"
+    refusing = f"{{%- if {opened} -%}}{{{{ raise_exception('user first') }}}}{{%- endif -%}}"
+    Path("mine.jinja").write_text(refusing + TEMPLATES["plain"])
+    words = ["stage=sft", "data=messages", "data.source=mine.jsonl", "data.validation=3", "data.max_bad=0"]
+    code, out = typed(capsys, "data", *words, "model.chat_template=mine.jinja", *MODEL)
+    assert code == 0, out
+    out = " ".join(out.split())
+    assert "1 records spell a control token, which is encoded as text (first: record 5 (mine.jsonl, row 5)" in out
+    assert "held out: 1 records dropped, they cannot be encoded (mine.jsonl, row 10: the chat template cannot" in out
+    assert "1 held out where 3 were asked for: equal prompts stay on one side" in out
+
+
+def test_the_testbed_is_not_read_in_silence_for_a_model_of_ones_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_model().save(tmp_path / "mine")
+    words = ["stage=sft", "data.size=8", "data.validation=2", f"model.path={tmp_path / 'mine'}"]
+    said = "this is the testbed's data, because none was named for your model; type data=NAME data.source=FILE"
+    for typed_words, there in ((words, True), ([*words, "data.source=testbed"], False), ([*words[:3], *MODEL], False)):
+        code, out = typed(capsys, "data", *typed_words)
+        assert code == 0 and (said in " ".join(out.split())) == there, out
 
 
 def test_data_that_the_run_does_not_read_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
