@@ -1,9 +1,25 @@
-"""Lightning's strategies that a stage can be trained under. No torch here."""
+"""What of Lightning's Trainer a stage can be trained with: strategies, and arguments of its own loop. No torch here."""
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 #: Strategies that hold whole weights in every process, by name or by class.
 WHOLE = re.compile(r"auto|single_device|ddp(_\w+)?|(.*\.)?(DDP|SingleDevice)Strategy")
+
+#: Arguments for Lightning's own optimizer loop: the key that does the same here, and the value that asks for nothing.
+INSTEAD = {"gradient_clip_val": ("stage.gradient_clip", 0), "accumulate_grad_batches": ("stage.micro_batch_size", 1)}
+
+
+def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a trainer's config, without the step that it belongs to."""
+    strategy = trainer.get("strategy", "auto")
+    name = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
+    if isinstance(name, str) and not WHOLE.fullmatch(name):
+        yield sharded(name)
+    for key, (instead, nothing) in INSTEAD.items():
+        if trainer.get(key) not in (None, nothing):
+            yield f"trainer.{key}={trainer[key]}: a stage clips and accumulates gradients itself; type {instead}=..."
 
 
 def sharded(strategy: str) -> str:

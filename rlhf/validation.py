@@ -21,10 +21,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from rlhf import config as configs
-from rlhf import discovery
+from rlhf import discovery, strategies
 from rlhf.errors import RLHFError, UserError, data_keys, suggest
 from rlhf.signatures import groups, parameters
-from rlhf.strategies import WHOLE, sharded
 from rlhf.vocabulary import lacks_template
 
 # Groups that build reads for every stage, whether or not its constructor names them.
@@ -52,7 +51,9 @@ def check(config: DictConfig, step: str = "", own: Mapping[str, Any] | None = No
                 errors += _walk(node, f"{prefix}{key}")
         errors += _stage(plain, prefix)
         errors += _roots(plain, prefix)
-        errors += [configs.said_of_step(x, own, step) if own and "trainer" in own else x for x in _strategy(plain)]
+        if isinstance(plain.get("trainer"), dict):
+            found = strategies.problems(plain["trainer"])
+            errors += [configs.said_of_step(x, own, step) if own and "trainer" in own else x for x in found]
         if not errors:
             errors += _together(plain, plain if own is None else own, step)
     if errors:
@@ -380,15 +381,6 @@ def _an_option(group: str) -> str:
     for path in discovery.named(group):
         return path.stem
     return "OPTION"
-
-
-def _strategy(config: dict[str, Any]) -> Iterator[str]:
-    """Whether processes work together in a way that the norm of the gradient and the checkpoints are right for."""
-    trainer = config.get("trainer")
-    strategy = trainer.get("strategy", "auto") if isinstance(trainer, dict) else "auto"
-    name = str(strategy.get("_target_")) if isinstance(strategy, dict) else strategy
-    if isinstance(name, str) and not WHOLE.fullmatch(name):
-        yield sharded(name)
 
 
 def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -64,6 +64,8 @@ BEFORE_ANY_RUN = [
         "stage=sft inputs.policy=policy trainer.strategy={_target_:pytorch_lightning.strategies.ModelParallelStrategy}",
         "ModelParallelStrategy: weights that are cut up",
     ),
+    ("stage=sft inputs.policy=policy +trainer.gradient_clip_val=1.0", "type stage.gradient_clip=..."),
+    ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
     ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (did you mean ddp?)"),
     # equal answers
     ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
