@@ -495,7 +495,7 @@ class Stage(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")).detach()
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and not torch.isfinite(self._norm):
-            raise RunFailed(self._not_finite(self._norm, "norm of the gradient"))
+            raise RunFailed(self._not_finite(self._norm, "gradient of the loss"))
 
     def record(self, metrics: Metrics, **more: float | Tensor) -> None:
         """Logs one row of metrics."""
