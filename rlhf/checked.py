@@ -35,6 +35,7 @@ def key(config: Plain, own: Mapping[str, Any], name: str) -> str:
     """Return the digest of a step's config as typed, of what the pipeline sets on it, and of the code."""
     packages = {"rlhf"} | {str(node["_target_"]).partition(".")[0] for _, node in targets(config)}
     code = {package: digest for package in sorted(packages) if (digest := runs.package_digest(package)) is not None}
+    code |= runs.user_sources(config)
     text = json.dumps([config, dict(own), name, code], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

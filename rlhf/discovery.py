@@ -24,6 +24,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from rlhf.errors import UserError
 
 ENTRY_POINTS = "rlhf.plugins"
+DIRECTORY = "RLHF_DIRECTORY"  # names the directory in which the command was typed, to the processes that it starts
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,17 @@ class PluginSearchPath(SearchPathPlugin):
             search_path.prepend(provider="./conf", path=f"file://{own}")
 
 
+def add_working_directory() -> None:
+    """Make modules beside the command importable: functions and classes that a config names.
+
+    Behind all that is installed, which they therefore cannot hide. `RLHF_DIRECTORY` names the directory to the
+    processes that a command starts, which may work in another one.
+    """
+    folder = os.environ.get(DIRECTORY) or os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def register() -> None:
     """Make every later hydra.main and hydra.initialize of this process see the plugins and the launcher.
 
@@ -242,6 +254,7 @@ def register() -> None:
     """
     from rlhf import launcher
 
+    add_working_directory()
     discover()
     plugins = Plugins.instance()
     if PluginSearchPath not in plugins.discover(SearchPathPlugin):

@@ -31,6 +31,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import processes
 from rlhf.errors import RunFailed, UserError
 
 RESULT = "RLHF_RESULT"  # names the file in which a job leaves its result
@@ -222,6 +223,7 @@ class RlhfLauncher(Launcher):
     def _environment(self, job: Job, result: Path) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
         environment[RESULT] = str(result.absolute())
+        environment |= processes.environment()
         if self.n_jobs > 1:
             # Jobs side by side that each take every core are slower than one after the other.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.n_jobs)))

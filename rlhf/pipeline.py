@@ -21,7 +21,7 @@ import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checkpoint_files, comparison, manifest, runs
+from rlhf import checkpoint_files, comparison, manifest, processes, runs
 from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
 from rlhf.errors import RLHFError, RunFailed, UserError
@@ -226,7 +226,9 @@ def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
     """Trains in a process of its own, which Lightning repeats for each rank; a later step starts afresh."""
     result = folder / ".result.json"
     result.unlink(missing_ok=True)
-    child = subprocess.Popen([sys.executable, "-m", "rlhf.worker", str(folder)])
+    typed_in = hydra.utils.get_original_cwd() if HydraConfig.initialized() else None
+    environment = os.environ | processes.environment(typed_in)
+    child = subprocess.Popen([sys.executable, "-m", "rlhf.worker", str(folder)], env=environment)
     # Ctrl-C reaches the child by itself; a termination must be handed on, and both end when the child has saved.
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT,)}
     previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: child.terminate())

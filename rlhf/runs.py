@@ -20,6 +20,7 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
+from rlhf import user_code
 from rlhf.cache import recall, remember
 from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
@@ -59,6 +60,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "model_options",
         "pipeline",
         "plan",
+        "processes",
         "progress",
         "report",
         "rounds",
@@ -68,6 +70,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "signals",
         "summary",
         "testing",
+        "user_code",
         "using",
         "validation",
         "worker",
@@ -242,6 +245,9 @@ def fingerprint(
         digests: `keys_with_digest(config)` where it is known already, so that no other class is imported.
     """
     relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    callbacks = {key: node for key, node in (config.get("callbacks") or {}).items() if user_sources(node)}
+    if callbacks:  # those of the user may change what is computed; the built-in ones only watch
+        relevant["callbacks"] = callbacks
     model = relevant.get("model")
     if isinstance(model, dict) and model.get("path"):
         # The folder says its own architecture.
@@ -328,14 +334,23 @@ def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str])
 
 
 def _sources(config: Plain) -> dict[str, str]:
-    """Digest of the code of rlhf and of every plugin that the config names."""
+    """Digest of the code of rlhf, of every plugin that the config names, and of the user's own modules it leads to."""
     packages = {"rlhf"} | {str(node["_target_"]).partition(".")[0] for _, node in targets(config)}
     found: dict[str, str] = {}
     for package in sorted(packages):
         folder = _source_folder(package)
         if folder is not None:
             found[package] = source_digest(folder, _IRRELEVANT_SOURCE if package == "rlhf" else frozenset({"conf"}))
-    return found
+    return found | user_sources(config)
+
+
+def user_sources(config: Plain) -> dict[str, str]:
+    """Return the digest of each module of the user that a config names, or that such a module or a plugin imports."""
+    digests = {}
+    for module, path in user_code.files(user_code.named(config)).items():
+        if _source_folder(module.partition(".")[0]) is None:  # a plugin counts as a whole
+            digests[f"module {module}"] = _code(path, path.stat().st_mtime_ns)
+    return digests
 
 
 def _source_folder(package: str) -> Path | None:
@@ -383,9 +398,9 @@ def _code(path: Path, changed_ns: int) -> str:
     if path.suffix != ".py":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        tree = ast.parse(path.read_text())
-    except SyntaxError:
-        return path.read_text()
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             ast.get_docstring(node, clean=False) is not None

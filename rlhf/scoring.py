@@ -1,6 +1,5 @@
 """Rewards: one call signature, a Rollout of B replies in, one score per reply [B] out."""
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlhf import functions
 from rlhf.data.collate import collate
 from rlhf.data.records import Message, Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_turns
@@ -185,12 +185,7 @@ class FunctionReward:
     @staticmethod
     def check_knobs(function: str, arguments: dict[str, Any] | None = None) -> Callable[..., Any]:
         """The function. Raises UserError for one that cannot be imported or takes other arguments."""
-        module, _, name = function.partition(":")
-        try:
-            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever a stranger's module raises is said with its name
-            why = str(error) if isinstance(error, ImportError | AttributeError | ValueError) else repr(error)
-            raise UserError(f"reward.function={function}: {why}; write it as package.module:function") from error
+        found = functions.load("reward.function", function)
         try:
             inspect.signature(found).bind(None, "", **(arguments or {}))
         except (TypeError, ValueError) as error:

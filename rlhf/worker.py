@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlhf import console, discovery, pipeline
+from rlhf import console, discovery, pipeline, processes
 from rlhf.config import resolve
 from rlhf.errors import RLHFError
 from rlhf.runs import Run, write_json
@@ -16,6 +16,8 @@ from rlhf.runs import Run, write_json
 
 def main(folder: Path) -> int:
     """Trains as the folder's config.yaml says; the first rank leaves metrics, or what went wrong, in .result.json."""
+    if processes.end_with_parent():
+        os.environ[processes.PARENT] = str(os.getpid())  # for the other ranks, which Lightning starts
     discovery.register()
     own = Run(folder)
     try:

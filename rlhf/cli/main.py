@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import __version__, console, discovery, launcher, rounds
+from rlhf import __version__, console, discovery, launcher, processes, rounds
 from rlhf.errors import RLHFError, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
@@ -33,6 +33,7 @@ def run(argv: list[str]) -> int:
     # Hydra prints its own errors and exits unless this is set; it is taken back before any job starts.
     debug = os.environ.get(FULL_ERROR)
     try:
+        processes.end_with_parent()
         return dispatch(argv)
     except SystemExit as e:
         if isinstance(e.code, str):
@@ -52,6 +53,7 @@ def run(argv: list[str]) -> int:
 def dispatch(argv: list[str]) -> int:
     from rlhf.cli import help as pages
 
+    discovery.add_working_directory()
     if "--help" in argv or "-h" in argv:
         if not argv[0].startswith("-") and "=" not in argv[0]:
             return subcommand(argv)

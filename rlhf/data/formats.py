@@ -1,9 +1,9 @@
 """From the shapes in which data comes to the record types. A format is a function raw dict -> record."""
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from rlhf import functions
 from rlhf.data.records import (
     GRADES,
     TIE,
@@ -343,14 +343,9 @@ def find_adapter(name: str) -> Adapter | None:
         return None
     if name in FORMATS:
         return FORMATS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UserError(f"data.format={name}: no such format{suggest(name, [*FORMATS, 'auto'])}; or module:function")
-    try:
-        found: Adapter = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"data.format={name}: {error}") from error
-    return found
+    return functions.load("data.format", name)
 
 
 def labels_of(comparison: Comparison) -> list[Label]:

@@ -1,6 +1,7 @@
 """Bad input costs one line and exit status 2, at the earliest moment it can be known: mostly before any run begins."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,12 @@ BEFORE_ANY_RUN = [
     # code and files of the user's own
     (
         "pipeline=instructgpt reward@align.reward=function align.reward.function=os:nothing",
-        "align.reward.function=os:nothing: module 'os' has no attribute 'nothing'; write it as package.module:function",
+        f"align.reward.function=os:nothing: {os.__file__} has no function nothing",
     ),
-    ("stage=grpo inputs.policy=policy reward=function reward.function=broken:rule", "broken:rule: ZeroDivisionError("),
+    (
+        "stage=grpo inputs.policy=policy reward=function reward.function=broken:rule",
+        "broken:rule: importing broken failed: ZeroDivisionError: ",
+    ),
     (
         "stage=grpo inputs.policy=policy reward=function reward.function=operator:not_",
         "reward.function=operator:not_: too many positional arguments; it is called as function(prompt, reply)",
@@ -146,7 +150,7 @@ BEFORE_ANY_RUN = [
     (
         "stage=ppo inputs.policy=policy inputs.reward_model=org/r reward=weighted +reward@reward.rewards.rule=function "
         "reward.rewards.rule.function=nowhere:rule +reward.weights.rule=1",
-        "reward.rewards.rule.function=nowhere:rule: No module named 'nowhere'",
+        "reward.rewards.rule.function=nowhere:rule: no module nowhere, neither in ",
     ),
     (
         "pipeline=rlaif collect.annotator.template=shorty",

@@ -281,7 +281,8 @@ def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeyp
     started: list[list[str]] = []
 
     class Child:
-        def __init__(self, command: list[str]) -> None:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            assert env["RLHF_PARENT"] == str(os.getpid()) and env["RLHF_DIRECTORY"] == os.getcwd()
             started.append(command)
             folder = Path(command[-1])
             (folder / ".result.json").write_text('{"metrics": {"val/loss": 1.0}, "memory": {}}')
@@ -303,7 +304,7 @@ def test_what_they_say_is_said_once_and_with_its_status(typed: Typed, train, mon
             raise UserError("set data.max_length=4")
 
     class Child:
-        def __init__(self, command: list[str]) -> None:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
             self.folder = Path(command[-1])
 
         def wait(self) -> int:

@@ -166,8 +166,13 @@ def test_a_rule_takes_arguments():
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        ("nowhere:rule", None, "write it as package.module:function"),
-        (f"{__name__}:nothing", None, "write it as package.module:function"),
+        (
+            "nowhere:rule",
+            None,
+            "no module nowhere, neither in .* nor installed; type the command where nowhere",
+        ),
+        (f"{__name__}:nothing", None, "test_rewards.py has no function nothing"),
+        ("nowhere", None, "write it as module:function, such as"),
         (f"{__name__}:words", {"least": 2}, r"called as function\(prompt, reply, least=2\)"),
     ],
 )
