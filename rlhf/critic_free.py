@@ -61,7 +61,7 @@ class GroupStage(RolloutStage):
 
     Args:
         steps: Rollouts, each of ``rollout.samples`` replies to ``batch_size`` prompts.
-        batch_size, epochs, minibatches, missing_end_penalty, score_clip: As ``RolloutStage``.
+        batch_size, epochs, minibatches, score_clip: As ``RolloutStage``.
         knobs: The others of ``RolloutStage``.
         refills: Most times per rollout that further prompts are sampled in place of groups whose replies all score the
             same (DAPO's dynamic sampling), 0: such groups stay.
@@ -82,7 +82,6 @@ class GroupStage(RolloutStage):
         batch_size: Annotated[int, Field(gt=0)] = 32,
         epochs: Annotated[int, Field(gt=0)] = 1,
         minibatches: Annotated[int, Field(gt=0)] = 1,
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 0.0,
         score_clip: Annotated[float, Field(gt=0)] | None = None,
         refills: Annotated[int, Field(ge=0)] = 0,
         **knobs: Any,
@@ -100,7 +99,6 @@ class GroupStage(RolloutStage):
             batch_size=batch_size,
             epochs=epochs,
             minibatches=minibatches,
-            missing_end_penalty=missing_end_penalty,
             score_clip=score_clip,
             **knobs,
         )

@@ -163,7 +163,7 @@ class HackingWarnings(pl.Callback):
         if self.ended is not None and now.get("ended", 1.0) < self.ended:
             found["ended"] = (
                 f"only {now['ended']:.0%} of the replies end by themselves: the policy does not stop; try a larger "
-                "rollout.max_new_tokens, or stage.missing_end_penalty where it is trained"
+                "rollout.max_new_tokens, or stage.missing_end=subtract and a larger stage.missing_end_penalty"
             )
         if self.repetition is not None and now.get("repetition", 0.0) > self.repetition:
             found["repetition"] = (

@@ -23,13 +23,20 @@ from rlhf.errors import RunFailed, UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import masked_mean
-from rlhf.functional.scores import MissingEnd, Moments, ScoreScale, missing_end
+from rlhf.functional.scores import Moments, ScoreScale, missing_end
 from rlhf.models.average import MovingAverage
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.roles import reference_of
 from rlhf.objective import Metrics
 from rlhf.rollout import Rollout, Sampler, joined, side_by_side, single
-from rlhf.scoring import Reward, make_ready, model_rewards
+from rlhf.scoring import (
+    MISSING_END_PENALTY,
+    MissingEndOption,
+    Reward,
+    make_ready,
+    model_rewards,
+    resolve_missing_end,
+)
 from rlhf.stage import Optimizer, Parts, Schedule, Stage, check_context, chunks
 from rlhf.vocabulary import check_vocabulary
 
@@ -83,13 +90,14 @@ class RolloutStage(Stage):
         gradient_clip: Largest gradient norm, null: none.
         text_ratio: Rows of pretraining text per reply in the gamma term.
         text_length: Tokens in a row of pretraining text.
-        missing_end_penalty: What a reply loses, or gets, that did not end by itself, in units of the score by then.
+        missing_end_penalty: Missing-EOS penalty, in units of the score by then.
         score_clip: Scores are clipped to plus or minus this, null: not.
         tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
         reference: Model that KL is measured against, null: the policy as it starts.
         normalize_scores: "none"; "batch": mean 0 and deviation 1 over each rollout; "running": over all so far.
-        missing_end: What is done to the score of a reply that did not end by itself: "subtract" takes the penalty
-            off, "replace" makes it minus the penalty.
+        missing_end: What is done to the score of a response without EOS: "replace" makes it minus the penalty,
+            "subtract" takes the penalty off, "none" leaves it; "auto" replaces under a trained reward model and leaves
+            the scores of rules (``resolve_missing_end``).
         kl_budget: Nats per reply from the reference; a rollout beyond it ends the training. Null: no budget.
         average: Decay per update of a moving average of the weights, which is then what is validated and saved. Null:
             none.
@@ -115,7 +123,6 @@ class RolloutStage(Stage):
         batch_size: Annotated[int, Field(gt=0)],
         epochs: Annotated[int, Field(gt=0)],
         minibatches: Annotated[int, Field(gt=0)],
-        missing_end_penalty: Annotated[float, Field(ge=0)],
         score_clip: Annotated[float, Field(gt=0)] | None,
         micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
         gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
@@ -124,7 +131,8 @@ class RolloutStage(Stage):
         tolerance: Annotated[float, Field(gt=0)] = 1e-3,
         reference: str | None = None,
         normalize_scores: ScoreScale = "none",
-        missing_end: MissingEnd = "subtract",
+        missing_end: MissingEndOption = "auto",
+        missing_end_penalty: Annotated[float, Field(ge=0)] = MISSING_END_PENALTY,
         kl_budget: Annotated[float, Field(gt=0)] | None = None,
         average: Annotated[float, Field(ge=0, lt=1)] | None = None,
     ) -> None:
@@ -145,7 +153,8 @@ class RolloutStage(Stage):
         self.steps, self.epochs, self.minibatches = steps, epochs, minibatches
         self.text_ratio, self.text_length = text_ratio, text_length
         self.missing_end_penalty, self.score_clip, self.tolerance = missing_end_penalty, score_clip, tolerance
-        self.normalize_scores, self.missing_end = normalize_scores, missing_end
+        self.normalize_scores = normalize_scores
+        self.missing_end = resolve_missing_end(missing_end, missing_end_penalty, reward)
         self.kl_budget, self.average_decay = kl_budget, average
         self.policy.disable_dropout()
         self.reference = reference_of(model, reference)

@@ -15,11 +15,15 @@ from rlhf.data.records import Message, Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_turns
 from rlhf.data.testbed.gold import gold
 from rlhf.errors import UserError
+from rlhf.functional.scores import MissingEnd
 from rlhf.model_config import no_head, scores
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
 from rlhf.rollout import Rollout
+
+MISSING_END_PENALTY = 1.0
+"""Default penalty for a response without EOS, in units of the score: one deviation of a normalised reward model."""
 
 
 class Reward(Protocol):
@@ -156,6 +160,31 @@ class ModelReward:
             batch = collate([encoded[i] for i in rows], self.model.pad_id).to(device)
             scores[rows] = self.model.scores(batch.ids, batch.attention_mask, batch.position_ids).float()
         return scores
+
+
+MissingEndOption = Literal["auto", "replace", "subtract", "none"]
+
+
+def resolve_missing_end(how: MissingEndOption, penalty: float, reward: Any) -> MissingEnd:
+    """Return the treatment of responses without EOS that ``auto`` stands for under this reward.
+
+    A trained reward model was made for complete responses, so that its score of a cut one means little: "replace" by
+    a fixed penalty (Huang et al. 2024, arXiv 2403.17031). A rule (exact match, a function, gold) checks what the text
+    says; a response that was cut before its answer is wrong already, so its score stays: "none".
+
+    Raises:
+        UserError: For a penalty that would not be read.
+    """
+    if how == "auto":
+        how = "replace" if model_rewards(reward) else "none"
+        why = "missing_end=auto leaves the scores of a rule as they are"
+    else:
+        why = f"missing_end={how} reads no penalty"
+    if how == "none" and penalty not in (0.0, MISSING_END_PENALTY):
+        raise UserError(
+            f"stage.missing_end_penalty={penalty:g} is not read: stage.{why}; type stage.missing_end=subtract"
+        )
+    return how
 
 
 def model_rewards(part: Any) -> dict[str, ModelReward]:

@@ -56,7 +56,7 @@ class PPOStage(RolloutStage):
     """Proximal policy optimisation with a learnt critic.
 
     Args:
-        steps, batch_size, epochs, minibatches, score_clip, missing_end_penalty: As ``RolloutStage``; defaults of PPO.
+        steps, batch_size, epochs, minibatches, score_clip: As ``RolloutStage``; defaults of PPO.
         value: Where the critic starts: model of a reward run, or null for the policy's own weights and a zero head.
             Either way with an adapter of its own, if the policy has one; the head is trained whole.
         value_warmup: Rollouts at the start that train the critic alone.
@@ -81,7 +81,6 @@ class PPOStage(RolloutStage):
         epochs: Annotated[int, Field(gt=0)] = 2,
         minibatches: Annotated[int, Field(gt=0)] = 4,
         score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
-        missing_end_penalty: Annotated[float, Field(ge=0)] = 1.0,
         value: str | None = None,
         value_warmup: Annotated[int, Field(ge=0)] = 0,
         **knobs: Any,
@@ -99,7 +98,6 @@ class PPOStage(RolloutStage):
             batch_size=batch_size,
             epochs=epochs,
             minibatches=minibatches,
-            missing_end_penalty=missing_end_penalty,
             score_clip=score_clip,
             **knobs,
         )

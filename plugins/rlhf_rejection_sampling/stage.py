@@ -15,6 +15,7 @@ from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.diagnostics import look, proxy_gold_gap, reply_metrics
 from rlhf.errors import UserError
 from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.scores import missing_end
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, Reference
@@ -24,7 +25,7 @@ from rlhf.objective import TokenObjective
 from rlhf.progress import work_of
 from rlhf.report import diagnostics
 from rlhf.rollout import Rollout, Sampler
-from rlhf.scoring import Reward, make_ready
+from rlhf.scoring import MISSING_END_PENALTY, MissingEndOption, Reward, make_ready, resolve_missing_end
 from rlhf.stage import Optimizer, Schedule, chunks, seed_of
 from rlhf.supervised import Supervised
 from rlhf_rejection_sampling.picks import Candidate, Selection, pick, read_picks, worth, write_picks
@@ -44,6 +45,8 @@ class RejectionSamplingStage(Supervised):
         packing: Tokens in a row of several dialogues; null: one dialogue a row, padded.
         select: "best_per_prompt" is the best reply to each of the N prompts; "top_overall" the N best distinct replies
             of all. "random_per_prompt" and "random_overall" are their controls: as many picks, without the reward.
+        missing_end: What is done to the score of a candidate without EOS before picking; as ``RolloutStage``.
+        missing_end_penalty: Missing-EOS penalty, in units of the reward.
         sampler: Model that answers the prompts; null: the one that is trained, as it starts.
         earlier: Runs (or files) whose picks stand for choice beside the new replies, scored by this run's reward.
         keep_earlier: Whether they do.
@@ -69,6 +72,8 @@ class RejectionSamplingStage(Supervised):
         epochs: Annotated[float, Field(gt=0)] = 2,
         packing: Annotated[int, Field(gt=1)] | None = None,
         select: Selection = "best_per_prompt",
+        missing_end: MissingEndOption = "auto",
+        missing_end_penalty: Annotated[float, Field(ge=0)] = MISSING_END_PENALTY,
         sampler: str | None = None,
         earlier: str | list[str] | None = None,
         keep_earlier: bool = True,
@@ -87,6 +92,8 @@ class RejectionSamplingStage(Supervised):
             packing=packing,
         )
         self.reward, self.rollout, self.select, self.sampler = reward, rollout, select, sampler
+        self.missing_end = resolve_missing_end(missing_end, missing_end_penalty, reward)
+        self.missing_end_penalty = missing_end_penalty
         sources = [earlier] if isinstance(earlier, str) else list(earlier or ())
         self.earlier = [candidate for source in sources for candidate in read_picks(source)] if keep_earlier else []
         self.start = copy_of_start(model) if self.samples_itself else None
@@ -221,7 +228,8 @@ class RejectionSamplingStage(Supervised):
             for index, (text, ended) in enumerate(rows)
         ]
         candidates += [Candidate(c.prompt, c.reply, c.ended, None) for c in self.earlier]
-        scores = self.scores(candidates)
+        ended = torch.tensor([candidate.ended for candidate in candidates])
+        scores = missing_end(self.scores(candidates).cpu(), ended, self.missing_end_penalty, self.missing_end)
         for candidate, score in zip(candidates, scores.tolist(), strict=True):
             candidate.score = score
         picks = pick(candidates, self.select, len(prompts), seed_of(self.seed, "pick"))

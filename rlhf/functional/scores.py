@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf.functional.masking import SumOver
 
-MissingEnd = Literal["subtract", "replace"]
+MissingEnd = Literal["replace", "subtract", "none"]
 ScoreScale = Literal["none", "batch", "running"]
 
 SPREAD = 1e-6  # scores whose deviation is no more than this are equal
@@ -51,10 +51,12 @@ class Moments:
 
 
 def missing_end(scores: Tensor, ended: Tensor, penalty: float, how: MissingEnd) -> Tensor:
-    """Scores of replies, those that did not end by themselves (`ended` [B] false) made worse.
+    """Return scores [B] in which responses without EOS (`ended` [B] false) get the missing-EOS penalty.
 
-    "subtract" takes `penalty` off (TRL's missing_eos_penalty); "replace" makes the score `-penalty` whatever the
-    reward said (Huang et al. 2024, arXiv 2403.17031: -1).
+    "replace" makes the score `-penalty` whatever the reward said (Huang et al. 2024, arXiv 2403.17031: -1); "subtract"
+    takes `penalty` off (TRL's missing_eos_penalty); "none" leaves the scores as they are.
     """
+    if how == "none":
+        return scores
     worse = scores - penalty if how == "subtract" else torch.full_like(scores, -penalty)
     return torch.where(ended.bool(), scores, worse)

@@ -49,7 +49,7 @@ def test_roles_and_the_start_of_the_critic(
         ("objective.beta=-1", "objective.beta=-1: should be greater than or equal to 0"),
         ("stage.kl_budget=0", "stage.kl_budget=0: should be greater than 0"),
         ("stage.average=1.0", "stage.average=1.0: should be less than 1"),
-        ("stage.missing_end=drop", "stage.missing_end=drop: should be 'subtract' or 'replace'"),
+        ("stage.missing_end=drop", "stage.missing_end=drop: should be 'auto', 'replace', 'subtract' or 'none'"),
         ("stage.normalize_scores=yes", "stage.normalize_scores="),
     ],
 )

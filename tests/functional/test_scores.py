@@ -89,7 +89,9 @@ def test_moments_over_processes_are_those_of_the_whole():
     assert first.std == pytest.approx(scores.std().item())
 
 
-@pytest.mark.parametrize(("how", "expected"), [("subtract", [2.0, 1.0, -3.0]), ("replace", [2.0, -1.0, -1.0])])
+@pytest.mark.parametrize(
+    ("how", "expected"), [("subtract", [2.0, 1.0, -3.0]), ("replace", [2.0, -1.0, -1.0]), ("none", [2.0, 2.0, -2.0])]
+)
 def test_missing_end(how, expected):
     """Penalty 1: taken off (3 - ... = 2 - 1), or -1 in the score's place; a reply that ended keeps its score."""
     scores, ended = torch.tensor([2.0, 2.0, -2.0]), torch.tensor([True, False, False])

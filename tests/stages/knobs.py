@@ -116,8 +116,8 @@ ROLLED: dict[str, Entry] = TRAINED | {
     "minibatches": Moves(1),
     "text_ratio": Moves(2.0, gamma=1.0),
     "text_length": Moves(16, gamma=1.0),
-    "missing_end": Moves("replace", missing_end_penalty=3.0),
-    "missing_end_penalty": Moves(3.0, normalize_scores="none", score_clip=None),
+    "missing_end": Moves("replace"),
+    "missing_end_penalty": Moves(3.0, missing_end="subtract", normalize_scores="none", score_clip=None),
     "score_clip": Moves(0.5),
     "normalize_scores": Moves("batch", score_clip=2.0),
     "kl_budget": at("stages/test_ppo", "a_kl_budget_ends_the_training_and_keeps_the_result"),
@@ -147,6 +147,10 @@ STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
         | {
             "packing": Moves(64),
             "select": Moves("random_per_prompt"),
+            "missing_end": at("stages/test_rejection_sampling", "a_cut_candidate_is_picked_by_its_treated_score"),
+            "missing_end_penalty": at(
+                "stages/test_rejection_sampling", "a_cut_candidate_is_picked_by_its_treated_score"
+            ),
             "sampler": at("stages/test_rejection_sampling", "another_model_samples_than_is_trained"),
             "earlier": at("stages/test_rejection_sampling", "best_samples_of_earlier_rounds_are_kept_or_not"),
             "keep_earlier": at("stages/test_rejection_sampling", "best_samples_of_earlier_rounds_are_kept_or_not"),

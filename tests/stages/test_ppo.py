@@ -110,7 +110,7 @@ def test_batch_normalisation_is_over_the_rollout(load, tmp_path):
 
 
 def test_clipping_comes_before_the_missing_end(load):
-    stage = varied(load, score_clip=5.0, missing_end_penalty=2.0)
+    stage = varied(load, score_clip=5.0, missing_end="subtract", missing_end_penalty=2.0)
     raw, ended = torch.tensor([9.0, 9.0, -9.0, 1.0]), torch.tensor([True, False, False, True])
     assert stage.learnt(raw, ended).tolist() == [5.0, 3.0, -7.0, 1.0]
     stage.missing_end = "replace"

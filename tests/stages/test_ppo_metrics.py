@@ -99,7 +99,13 @@ def of_a_rollout(rollout, x) -> dict[str, float]:
 
 def test_what_is_logged_by_hand(load, tmp_path):
     objective = PPO(beta=BETA, clip=CLIP, value_clip=VALUE_CLIP, value_coefficient=0.1)
-    knobs = {"batch_size": 16, "steps": 3, "score_clip": SCORE_CLIP, "missing_end_penalty": PENALTY}
+    knobs = {
+        "batch_size": 16,
+        "steps": 3,
+        "score_clip": SCORE_CLIP,
+        "missing_end_penalty": PENALTY,
+        "missing_end": "subtract",
+    }
     stage = varied(load, objective, Sampler(24), **knobs)
     stage.__class__ = Measured
     torch.nn.init.normal_(stage.critic.head.weight, generator=torch.Generator().manual_seed(0))

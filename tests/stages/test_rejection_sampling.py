@@ -193,17 +193,41 @@ def test_the_same_reply_twice_is_one_of_the_top():
     assert [c.reply for c in pick(found, "top_overall", 2, seed=0)] == ["r00", "r10"]
 
 
+def often_ending(policy):
+    """The policy with an end-of-turn that is likely: of its replies many end, and some are cut."""
+    head = policy.base.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]).index_fill_(0, torch.tensor(policy.end_id), 4.0))
+    return policy
+
+
 def test_a_cut_reply_is_no_other_writing_of_a_whole_one():
     found = candidates([[5, 4]])
     found[1].reply, found[0].ended = found[0].reply, False
     assert [c.ended for c in pick(found, "top_overall", 2, seed=0)] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("how", "penalty", "treated"),
+    [("auto", 1.0, lambda x: x), ("replace", 1.0, lambda x: -1.0), ("subtract", 2.5, lambda x: x - 2.5)],
+)
+def test_a_cut_candidate_is_picked_by_its_treated_score(how, penalty, treated, load, tmp_path, monkeypatch):
+    """Of a whole reply the reward's score, of a cut one what ``missing_end`` makes of it; by default a rule's own."""
+    seen = []
+    monkeypatch.setattr(
+        "rlhf_rejection_sampling.stage.pick", lambda found, *rest: seen.extend(found) or pick(found, *rest)
+    )
+    stage = stage_on(load, model=often_ending(load()), missing_end=how, missing_end_penalty=penalty)
+    fit(stage, tmp_path, limit_val_batches=0)
+    expected = [float(len(set(c.reply))) if c.ended else treated(float(len(set(c.reply)))) for c in seen]
+    assert [c.score for c in seen] == pytest.approx(expected) and 0 < sum(c.ended for c in seen) < len(seen)
+    best = [max(expected[first : first + 4]) for first in range(0, len(seen), 4)]
+    assert [row["score"] for row in rows_of(tmp_path)] == pytest.approx(best)
+    assert stage.final_metrics()["reward_picked"] == pytest.approx(sum(best) / len(best))
+
+
 def test_cut_picks_are_trained_on_without_an_end(load, tmp_path):
-    policy = load()
-    head = policy.base.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]).index_fill_(0, torch.tensor(policy.end_id), 4.0))
-    stage = stage_on(load, model=policy)
+    stage = stage_on(load, model=often_ending(load()))
+    policy = stage.policy
     fit(stage, tmp_path, limit_val_batches=0)
     ended = [row["ended"] for row in rows_of(tmp_path) if row["reply"]]
     rows = [*stage.held_out, *stage.examples]

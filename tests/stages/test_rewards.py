@@ -14,14 +14,19 @@ from rlhf.data.records import Message, Prompt
 from rlhf.data.template import Encoded, encode_prompt, encode_response
 from rlhf.data.testbed import gold
 from rlhf.errors import UserError
+from rlhf.exact_match import ExactMatch
 from rlhf.metrics_file import read_rows
 from rlhf.models.roles import critic_of
 from rlhf.models.scalar import ScalarModel
 from rlhf.rollout import Rollout, Sampler
-from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready
+from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready, resolve_missing_end
 from rlhf.testing import check_reward, rollout, tiny_model
+from rlhf_grpo.objective import GRPO
+from rlhf_grpo.stage import GRPOStage
 from rlhf_ppo.objective import PPO
 from rlhf_ppo.stage import PPOStage
+from rlhf_rloo.objective import RLOO
+from rlhf_rloo.stage import RLOOStage
 
 from .conftest import adamw, constant, data, fit
 
@@ -219,6 +224,24 @@ def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(forei
     long = Prompt((Message("user", "word " * 300),))
     with pytest.raises(UserError, match=r"the reward model .* reads 128"):
         make_ready(GatedReward(ModelReward(str(foreign)), fixed(0.0)), None, [long], 8)
+
+
+def test_missing_eos_is_replaced_under_a_reward_model_and_left_under_a_rule(load, scorer, tmp_path):
+    """Huang et al. 2024: -1, whatever the reward model said. Exact match and rules read what is there."""
+    model = ModelReward(str(scorer))
+    learned = [model, GatedReward(model, model), WeightedReward({"rule": fixed(1.0), "model": model}, {})]
+    rules = [GoldReward(), FunctionReward(f"{__name__}:words"), ExactMatch(), WeightedReward({"rule": fixed(1.0)}, {})]
+    assert {resolve_missing_end("auto", 1.0, reward) for reward in learned} == {"replace"}
+    assert {resolve_missing_end("auto", 1.0, reward) for reward in rules} == {"none"}
+    assert resolve_missing_end("subtract", 3.0, rules[0]) == "subtract" and resolve_missing_end("auto", 3.0, model)
+    for how, message in (("auto", "leaves the scores of a rule"), ("none", "reads no penalty")):
+        with pytest.raises(UserError, match=rf"missing_end_penalty=3 is not read: .*{message}.*missing_end=subtract"):
+            resolve_missing_end(how, 3.0, rules[0])
+    raw, ended = torch.tensor([2.0, 2.0, -3.0]), torch.tensor([True, False, False])
+    for kind, objective, samples in ((PPOStage, PPO, 1), (GRPOStage, GRPO, 2), (RLOOStage, RLOO, 2)):
+        for reward, expected in ((model, [2.0, -1.0, -1.0]), (rules[0], [2.0, 2.0, -3.0])):
+            parts = (data("prompt"), None, reward, Sampler(8, samples=samples), adamw, constant)
+            assert kind(load(), objective(gamma=0.0), *parts).learnt(raw, ended).tolist() == expected
 
 
 def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign, tmp_path):
