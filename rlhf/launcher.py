@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import processes
 from rlhf.errors import RunFailed, UserError
+from rlhf.metrics_file import distinct_names
 
 RESULT = "RLHF_RESULT"  # names the file in which a job leaves its result
 STOPPED = 75  # exit status of a job that was asked to stop and saved a checkpoint (EX_TEMPFAIL)
@@ -320,7 +321,9 @@ class RlhfLauncher(Launcher):
         scratch = self.folder / ".results.csv"
         with scratch.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["job", *varied, "status", "value", *metrics, "seconds", "run", "error"])
+            own = ["job", *varied, "status", "value", "seconds", "run", "error"]
+            named = distinct_names(own, metrics)[len(own) :]  # the value head's loss may be called value, too
+            writer.writerow([*own[:-3], *named, *own[-3:]])
             for job in self.jobs:
                 pairs, found = _pairs(job.overrides), job.result.get("metrics") or {}
                 writer.writerow(

@@ -1,5 +1,6 @@
 """Links that lead out of a directory: nothing outside a run is read into an export or a report. No torch here."""
 
+import os
 from pathlib import Path
 
 
@@ -12,4 +13,8 @@ def first_out(folder: Path, root: Path) -> Path | None:
     """Return the first file right inside a directory that is outside ``root`` once links are followed, or None."""
     if not folder.is_dir():
         return None
-    return next((file for file in sorted(folder.iterdir()) if file.is_file() and leads_out(file, root)), None)
+    if not leads_out(folder, root):  # then only links can
+        found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
+    else:
+        found = list(folder.iterdir())
+    return next((file for file in sorted(found) if file.is_file() and leads_out(file, root)), None)

@@ -7,7 +7,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STEP = "step"
@@ -57,6 +57,11 @@ def read_series(path: Path) -> dict[str, tuple[list[float], list[float]]]:
                 steps.append(row[STEP])
                 values.append(value)
     return series
+
+
+def distinct_names(columns: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """Return the header of a table: columns of its own, then metrics; a metric with a column's name gets another."""
+    return [*columns, *(f"metric.{name}" if name in columns else name for name in metrics)]
 
 
 class MetricsFile:

@@ -36,12 +36,13 @@ def main(argv: Sequence[str]) -> int:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ["run", *(short[key] for key in comparison.varying), *telling, *(COSTS[name] for name in costs)]:
         table.add_column(column, overflow="fold", justify="right" if column in (*telling, *costs) else "left")
+    best_one = comparison.best(telling[0]) if telling else None
     for group in comparison.groups:
-        names = [m.name if m.run.finished else f"{m.name} ({m.run.status})" for m in group.members]
+        names = [m.name if m.finished else f"{m.name} ({m.status})" for m in group.members]
         cells = [Text(clean(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"))]
         cells += [Text(clean(show(group.knobs.get(key)))) for key in comparison.varying]
         for metric in [*telling, *costs]:
-            best = metric in telling and comparison.best(metric) is group
+            best = group is best_one and metric == telling[0]
             cells.append(Text(cell(group, metric), style="bold green" if best else ""))
         table.add_row(*cells)
     console = Screen()
@@ -53,6 +54,12 @@ def main(argv: Sequence[str]) -> int:
         console.print(Text(line, style="yellow"))
     if comparison.seeds > 1:
         console.print(comparison.error_note, style="dim")
+
+    for line in comparison.left_out(telling):
+        console.print(clean(line), style="yellow")
+    every = {name for member in comparison.members for name in member.metrics} - set(COSTS)
+    if every - set(telling):
+        console.print(f"{len(telling)} of {len(every)} metrics, all are in report.csv (--metric NAME)", style="dim")
 
     from rlhf.report.html import failures, write_report
 

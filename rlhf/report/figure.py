@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
     lines, numbers = _lines(comparison)
     figure, panels = _panels(len(y))
     for axes, metric in zip(panels, y, strict=True):
-        for colour, (name, groups) in zip(plots.COLOURS, lines.items(), strict=False):
+        for colour, (name, groups) in zip(cycle(plots.COLOURS), lines.items(), strict=False):
             points = [g for g in groups if not math.isnan(g.mean(x)) and not math.isnan(g.mean(metric))]
             points.sort(key=lambda group: [_number(group.knobs.get(key)) for key in numbers])
             axes.errorbar(
@@ -118,7 +119,7 @@ def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
     """Metrics over training, against the step or against another metric that was logged at the same steps."""
     figure, panels = _panels(len(y))
     for axes, metric in zip(panels, y, strict=True):
-        for colour, group in zip(plots.COLOURS, comparison.groups, strict=False):
+        for colour, group in zip(cycle(plots.COLOURS), comparison.groups, strict=False):
             _way_of_group(axes, group, x, metric, colour)
         axes.set(title=metric, xlabel="step" if x == "step" else plots.label(x), ylabel=plots.label(metric))
     _legend(figure, panels[0])
@@ -128,7 +129,7 @@ def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
 def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) -> None:
     """Mean over seeds at equal steps, and each seed as a thin line."""
     ways = []
-    for member in group.members:
+    for member in group.counted:
         if metric not in member.series or (x != "step" and x not in member.series):
             continue
         steps, values = member.series[metric]
@@ -143,7 +144,7 @@ def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) ->
     shared = sorted(set.intersection(*(set(way) for way in ways)))
     xs = [math.fsum(way[step][0] for way in ways) / len(ways) for step in shared]
     ys = [math.fsum(way[step][1] for way in ways) / len(ways) for step in shared]
-    axes.plot(xs, ys, color=colour, label=group.label)
+    axes.plot(xs, ys, "o-" if len(xs) == 1 else "-", color=colour, markersize=4, label=group.label)
     if len(ways) > 1:
         spread = [math.fsum((way[step][1] - mean) ** 2 for way in ways) for step, mean in zip(shared, ys, strict=True)]
         errors = [math.sqrt(one / (len(ways) - 1) / len(ways)) for one in spread]
@@ -163,7 +164,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len([name for name in names if name]) > 1:
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
+        plots.legend(figure, handles, names)
 
 
 def _bar(error: float) -> float:

@@ -73,10 +73,14 @@ def write_report(comparison: Comparison, path: Path, title: str, failed: Sequenc
     """Writes the report of a comparison as one HTML file."""
     telling = comparison.telling(8)
     logged = [name for name in telling if any(name in member.series for member in comparison.members)]
+    every = {name for member in comparison.members for name in member.metrics} - set(COSTS)
+    more = len(every - set(telling))
+    shown = f"<p class=soft>{len(telling)} of {len(every)} metrics; all are in report.csv.</p>" if more else ""
+    left_out = "".join(f"<p class=bad>{escape(line)}</p>" for line in comparison.left_out(telling))
     sections = [
         f"<h1>{escape(title)}</h1><p class=soft>{_summary(comparison)}</p>",
         _failed(failed),
-        f"<h2>Results</h2>{_results(comparison, telling)}",
+        f"<h2>Results</h2>{_results(comparison, telling)}{shown}{left_out}",
     ]
     if effects := plots.effects(comparison, comparison.distinct(3)) if telling and len(comparison.groups) > 1 else "":
         sections.append(f"<h2>What the swept knobs do</h2>{_image(effects, 'final metrics by knob')}")
@@ -87,7 +91,9 @@ def write_report(comparison: Comparison, path: Path, title: str, failed: Sequenc
             f"from the reference. Thin lines: how training came there.</p>{_image(frontier, 'reward against KL')}"
         )
     if logged:
-        bands = " Bands: one standard error over seeds." if comparison.seeds > 1 else ""
+        bands = " Bands and bars: one standard error over seeds." if comparison.seeds > 1 else ""
+        if len(logged) > 6:
+            bands += f" Not drawn: {escape(', '.join(logged[6:]))}."
         sections.append(
             f"<h2>Training</h2><p class=soft>Pale: as logged; full: moving average.{bands}</p>"
             + _image(plots.curves(comparison, logged[:6]), "metrics over training steps")
@@ -110,14 +116,14 @@ def write_report(comparison: Comparison, path: Path, title: str, failed: Sequenc
 
 def _summary(comparison: Comparison) -> str:
     runs, groups = len(comparison.members), len(comparison.groups)
-    unfinished = sum(not member.run.finished for member in comparison.members)
+    unfinished = sum(not member.finished for member in comparison.members)
     parts = [f"{runs} run{'s' * (runs != 1)}"]
     if comparison.seeds > 1:
         parts.append(f"{groups} settings, up to {comparison.seeds} seeds each ({comparison.error_note})")
     if comparison.varying:
         parts.append("differing in " + ", ".join(f"<code>{escape(key)}</code>" for key in comparison.varying))
     if unfinished:
-        parts.append(f"<span class=bad>{unfinished} not finished: their newest values are shown</span>")
+        parts.append(f"<span class=bad>{unfinished} not finished: in no mean beside finished ones</span>")
     return "; ".join(parts) + "."
 
 
@@ -140,16 +146,18 @@ def _results(comparison: Comparison, telling: Sequence[str]) -> str:
         head.append(f"<th class=knob title='{escape(', '.join([key, *more]))}'>{escape(short[key])}{note}</th>")
     head += [f"<th>{escape(name)}</th>" for name in telling] + [f"<th>{COSTS[name]}</th>" for name in costs]
     rows = []
+    best_one = comparison.best(telling[0]) if telling else None  # by one metric: four would have four winners
     for group in comparison.groups:
         members = group.members
         name = escape(members[0].name) if len(members) == 1 else f"{len(members)} runs"
-        status = "" if all(m.run.finished for m in members) else " <span class=bad>unfinished</span>"
+        unfinished = sum(not m.finished for m in members)
+        status = f" <span class=bad>{unfinished} unfinished</span>" if unfinished else ""
         title = escape(", ".join(str(m.run.folder) for m in members))
         cells = [f"<td title='{title}'>{name}{status}</td>"]
         cells += [f"<td>{escape(show(group.knobs.get(key)))}</td>" for key in comparison.varying]
         for metric in [*telling, *costs]:
             mean = group.mean(metric)
-            best = " best" if metric in telling and comparison.best(metric) is group else ""
+            best = " best" if group is best_one and metric == telling[0] else ""
             value = "" if math.isnan(mean) else f"{mean:.9g}"
             cells.append(f"<td class='num{best}' data-v='{value}'>{cell(group, metric)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -163,10 +171,11 @@ def _image(svg: str, description: str) -> str:
     return f"<img alt='{escape(description)}' src='{plots.data_uri(svg)}'>"
 
 
-def _replies(comparison: Comparison, prompts: int = 3) -> str:
+def _replies(comparison: Comparison, prompts: int = 3, settings: int = 6) -> str:
     """What the runs say to the same prompts, from the last lines of their samples.jsonl, one column per setting."""
-    columns = {group.label: _samples(group.members[0]) for group in comparison.groups[:6]}
+    columns = {group.label: _samples(group.members[0]) for group in comparison.groups}
     columns = {name: replies for name, replies in columns.items() if replies}
+    having, columns = len(columns), dict(list(columns.items())[:settings])
     if not columns:
         return ""
     counts: dict[str, int] = {}
@@ -181,7 +190,14 @@ def _replies(comparison: Comparison, prompts: int = 3) -> str:
         + "</tr>"
         for prompt in asked
     )
-    return f"<h2>Replies</h2><div class=scroll><table><thead><tr><th>prompt</th>{head}</tr></thead>{rows}</table></div>"
+    shown = [
+        f"{here} of {all_} {what}"
+        for here, all_, what in ((len(columns), having, "settings"), (len(asked), len(counts), "prompts"))
+        if here < all_
+    ]
+    note = f"<p class=soft>{escape(' and '.join(shown))}; all are in samples.jsonl of the runs.</p>" if shown else ""
+    table = f"<table><thead><tr><th>prompt</th>{head}</tr></thead>{rows}</table>"
+    return f"<h2>Replies</h2>{note}<div class=scroll>{table}</div>"
 
 
 def _samples(member: Member) -> dict[str, str]:

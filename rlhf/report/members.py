@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.links import first_out, leads_out
 from rlhf.metrics_file import read_series
 from rlhf.runs import Run, find, named_like, run_of
 
@@ -50,6 +51,16 @@ class Member:
     def name(self) -> str:
         """Stage and first letters of the fingerprint."""
         return f"{self.run.stage}/{self.run.folder.name[:6]}"
+
+    @cached_property
+    def status(self) -> str:
+        """State of the run, as it was when the report began."""
+        return self.run.status
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has results."""
+        return self.status == "finished"
 
     @cached_property
     def ancestors(self) -> dict[str, Run]:
@@ -119,12 +130,17 @@ class Member:
 
 
 def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
-    """The runs that a reference means: one run, all runs in a folder, or those whose fingerprint begins so."""
+    """The runs that a reference means: one run, all runs in a folder, or those whose fingerprint begins so.
+
+    A run in which a file is a link out of it is none, nor is one that a link reaches outside of the outputs folder.
+    """
     path = Path(reference)
     if is_run(path):
         return [Run(path)]
     if path.is_dir():
-        found = [Run(folder) for folder in sorted(_run_folders(path, depth=3))]
+        # A sweep links to the runs of its jobs, which lie in the outputs folder that it lies in.
+        roots = [outputs, path, *([path.resolve().parents[1]] if path.resolve().parent.name == "sweeps" else [])]
+        found = [Run(folder) for folder in sorted(_run_folders(path, 3, roots))]
         if not found:
             raise UserError(f"{reference}: no runs in this folder; type a run folder, a sweep folder or {outputs}")
         if (path / "multirun.yaml").is_file():  # a sweep: a job's result stays one where another job goes on from it
@@ -148,19 +164,22 @@ def newest_sweep(outputs: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder."""
-    return all((folder / name).is_file() for name in ("status.json", "config.yaml"))
+    """Whether a folder is a run folder, all of whose files are its own."""
+    own = all((folder / name).is_file() for name in ("status.json", "config.yaml"))
+    return own and first_out(folder, folder) is None
 
 
-def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Run folders below a folder, links followed, each once by its real place."""
+def _run_folders(folder: Path, depth: int, roots: Sequence[Path]) -> Iterator[Path]:
+    """Run folders below a folder by their real place, links followed that stay below one of ``roots``."""
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.name.startswith("."):  # such as what is left of a run that was removed
+            continue
+        if child.is_symlink() and all(leads_out(child, root) for root in roots):
             continue
         if is_run(child):
             yield _display(child)
         elif depth > 1:
-            yield from _run_folders(child, depth - 1)
+            yield from _run_folders(child, depth - 1, roots)
 
 
 def _display(folder: Path) -> Path:

@@ -4,9 +4,11 @@ import base64
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import colormaps
@@ -205,8 +207,11 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
             axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set(title=metric, xlabel=short[x_key], ylabel=label(metric))
     if len(lines) > 1:
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(lines), 4))
+        # Of all panels: a line may have no value in the first.
+        found = {
+            name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        legend(figure, list(found.values()), list(found))
     return figure
 
 
@@ -231,7 +236,7 @@ def frontier(comparison: Comparison, reward: str, kl: str) -> str:
         figure = Figure(figsize=(6.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for group in shown:  # the way there, as a thin line
-            series = group.members[0].series
+            series = group.counted[0].series
             if reward in series and kl in series and (way := way_there(series[reward], series[kl])) is not None:
                 axes.plot(*way, color=colours[group.label], alpha=0.35, linewidth=1.1)
         for group in shown:
@@ -247,15 +252,22 @@ def frontier(comparison: Comparison, reward: str, kl: str) -> str:
                 label=group.label,
                 zorder=3,
             )
-        axes.set(title=f"{reward} against KL, at the end of training", xlabel=label(kl), ylabel=label(reward))
+        axes.set(title=f"{reward} against {kl}, at the end of training", xlabel=label(kl), ylabel=label(reward))
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         _legend(figure, comparison, colours)
         return _svg(figure)
 
 
 def reward_and_kl_names(comparison: Comparison) -> tuple[str, str] | None:
-    """Names of the reward and the KL that runs of the comparison ended with."""
+    """Return the names of the reward and the KL that runs ended with, measured on the same prompts where they can be.
+
+    After training on held-out prompts first, then held out in training, as the columns of the table are ordered.
+    """
     names = {name: ([0.0], [0.0]) for member in comparison.members for name in member.metrics}
+    for prefix in ("after_", "val/", ""):
+        reward = next((f"{prefix}{kind}" for kind in ("gold", "score", "reward") if f"{prefix}{kind}" in names), None)
+        if reward is not None and f"{prefix}kl" in names:
+            return reward, f"{prefix}kl"
     reward, kl = _find(names, (r"^gold$", *REWARDS)), _find(names, KLS[:1])
     return None if reward is None or kl is None else (reward, kl)
 
@@ -280,29 +292,34 @@ def smooth(values: list[float]) -> list[float]:
 def _curve(axes: Axes, steps: list[float], values: list[float], colour: str, name: str, points: bool = False) -> None:
     """A noisy curve, pale, under its moving average; a few points as they are."""
     if points or len(values) <= 20:
-        axes.plot(steps, values, "o-" if points else "-", color=colour, markersize=3.5, label=name)
+        # A line through one point shows nothing.
+        axes.plot(steps, values, "o-" if points or len(values) == 1 else "-", color=colour, markersize=3.5, label=name)
         return
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
     axes.plot(steps, smooth(values), color=colour, label=name)
 
 
 def _group_curve(axes: Axes, group: Group, metric: str, colour: str) -> None:
-    series = [member.series[metric] for member in group.members if metric in member.series]
-    if not series:
-        return
-    if len(series) == 1:
-        _curve(axes, *series[0], colour, group.label, points=metric.startswith("val"))
+    series = [member.series[metric] for member in group.counted if metric in member.series]
+    points = metric.startswith("val")
+    shared = set.intersection(*(set(steps) for steps, _ in series)) if series else set()
+    if len(series) == 1 or not shared:  # no step that all have: each run for itself
+        for one in series:
+            _curve(axes, *one, colour, group.label, points=points)
         return
     smoothed = [
         dict(zip(steps, smooth(values) if len(values) > 20 else values, strict=True)) for steps, values in series
     ]
-    steps = sorted(set.intersection(*(set(one) for one in smoothed)))
+    steps = sorted(shared)
     means, errors = [], []
     for step in steps:
         values = [one[step] for one in smoothed]
         over_seeds = estimate(values)
         means.append(over_seeds.mean)
         errors.append(over_seeds.se)
+    if points or len(steps) == 1:
+        axes.errorbar(steps, means, errors, fmt="o-", color=colour, markersize=3.5, capsize=2, label=group.label)
+        return
     axes.plot(steps, means, color=colour, label=group.label)
     low, high = [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -363,12 +380,20 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 
 def _legend(figure: Figure, comparison: Comparison, colours: dict[str, str]) -> None:
-    if len(comparison.groups) < 2 or len(comparison.groups) > 24:
-        return
-    handles = [matplotlib.lines.Line2D([], [], color=colours[g.label], marker="o", ms=4) for g in comparison.groups]
-    labels = [g.label for g in comparison.groups]
-    widest = max(map(len, labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 110 // (widest + 6))))
+    if len(comparison.groups) > 1:
+        handles = [matplotlib.lines.Line2D([], [], color=colours[g.label], marker="o", ms=4) for g in comparison.groups]
+        legend(figure, handles, [g.label for g in comparison.groups])
+
+
+def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Put a legend below the panels, every label whole: in as many columns as fit, wrapped, the figure made taller."""
+    room = int(figure.get_figwidth() / 0.075)  # characters, at the size of the legend
+    labels = ["\n".join(textwrap.wrap(text, room - 8)) or text for text in labels]
+    widest = max(len(line) for text in labels for line in text.split("\n"))
+    columns = max(1, min(len(labels), room // (widest + 7)))
+    lines = math.ceil(sum(text.count("\n") + 1 for text in labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def grid(count: int, height: float) -> tuple[Figure, list[Axes]]:

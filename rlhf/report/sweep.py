@@ -5,10 +5,12 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from rlhf.errors import UserError
 from rlhf.functional.statistics import estimate, t_quantile
+from rlhf.metrics_file import distinct_names
 from rlhf.report.members import COSTS, MappingText, Member, Value, find_runs
 from rlhf.runs import Run
 
@@ -43,9 +45,22 @@ class Group:
     knobs: dict[str, Value]
     members: list[Member]
 
+    @cached_property
+    def counted(self) -> list[Member]:
+        """The runs that results are taken from: the finished ones; where none is finished, those that may become so.
+
+        What a failed run logged last is no result.
+        """
+        finished = [member for member in self.members if member.finished]
+        return finished or [member for member in self.members if member.status != "failed"]
+
     def values(self, metric: str) -> list[float]:
-        """The metric's final values, one per run that has it."""
-        return [m.metrics[metric] for m in self.members if metric in m.metrics and math.isfinite(m.metrics[metric])]
+        """Return the metric's final values, one per counted run that has a finite one."""
+        return [m.metrics[metric] for m in self.counted if metric in m.metrics and math.isfinite(m.metrics[metric])]
+
+    def broken(self, metric: str) -> int:
+        """Return how many counted runs have a value of the metric that is nan or infinite, and so is in no mean."""
+        return sum(metric in m.metrics and not math.isfinite(m.metrics[metric]) for m in self.counted)
 
     def mean(self, metric: str) -> float:
         """Mean over seeds; nan if no run has the metric."""
@@ -131,13 +146,35 @@ class Comparison:
         return [name for name in COSTS if any(name in member.metrics for member in self.members)]
 
     def best(self, metric: str) -> Group | None:
-        """The group with the best mean, where it is known which way is better and there is more than one."""
-        known = [group for group in self.groups if not math.isnan(group.mean(metric))]
-        if len(known) < 2 or not (_HIGHER_IS_BETTER.search(metric) or _LOWER_IS_BETTER.search(metric)):
+        """Return the group with the best mean; None where none is.
+
+        That is so where it is not known which way is better, for fewer than two groups of finished runs without nan,
+        and where the next one is within two standard errors of the difference.
+        """
+        lower = _LOWER_IS_BETTER.search(metric) is not None
+        known = [g for g in self.groups if g.values(metric) and not g.broken(metric) and g.counted[0].finished]
+        if len(known) < 2 or not (lower or _HIGHER_IS_BETTER.search(metric)):
             return None
-        if _LOWER_IS_BETTER.search(metric):
-            return min(known, key=lambda group: group.mean(metric))
-        return max(known, key=lambda group: group.mean(metric))
+        first, second = sorted(known, key=lambda group: group.mean(metric) * (1 if lower else -1))[:2]
+        lead, noise = (
+            abs(first.mean(metric) - second.mean(metric)),
+            math.hypot(first.error(metric), second.error(metric)),
+        )
+        return None if lead <= 2 * noise else first  # nan (a single run) compares as no noise known
+
+    def left_out(self, metrics: Sequence[str]) -> list[str]:
+        """Return what the means of these metrics leave out, one line each."""
+        lines = []
+        for group in self.groups:
+            total = len(group.members)
+            gone = [member.status for member in group.members if member not in group.counted]
+            if gone:
+                kinds = ", ".join(f"{gone.count(kind)} {kind}" for kind in dict.fromkeys(gone))
+                lines.append(f"{group.label}: {len(gone)} of {total} runs in no mean ({kinds})")
+            for metric in metrics:
+                if count := group.broken(metric):
+                    lines.append(f"{group.label}: {metric} is nan or infinite in {count} of {total} runs, in no mean")
+        return lines
 
     def write_csv(self, path: Path) -> None:
         """One row per run: folder, status, every knob that differs (collapsed ones too), every metric."""
@@ -146,12 +183,12 @@ class Comparison:
         names = sorted({name for member in self.members for name in member.metrics}, key=_rank)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["run", "status", *keys, *seeds, *names])
+            writer.writerow(distinct_names(["run", "status", *keys, *seeds], names))
             for group in self.groups:
                 for member in group.members:
                     knobs = ["" if (v := member.knobs.get(key)) is None else v for key in (*keys, *seeds)]
                     results = [member.metrics.get(name, "") for name in names]
-                    writer.writerow([member.run.folder, member.run.status, *knobs, *results])
+                    writer.writerow([member.run.folder, member.status, *knobs, *results])
 
 
 def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Sequence[str] = ()) -> Comparison:
@@ -278,7 +315,10 @@ def cell(group: Group, metric: str) -> str:
     mean = group.mean(metric)
     if metric in COSTS and not math.isnan(mean):
         return f"{mean:,.0f}" if mean >= 100 else show(mean, 3)
-    return with_error(mean, group.error(metric))
+    broken = group.broken(metric)
+    if broken and not group.values(metric):
+        return "nan"
+    return with_error(mean, group.error(metric)) + (f" ({broken} nan)" if broken else "")
 
 
 def with_error(mean: float, error: float) -> str:
