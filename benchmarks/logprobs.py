@@ -57,7 +57,9 @@ if __name__ == "__main__":
     else:
         rows = {}
         for name in WAYS:  # a process each: peak memory cannot be reset
-            out = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(
+                [sys.executable, __file__, name], check=True, capture_output=True, text=True, encoding="utf-8"
+            ).stdout
             rows[name] = [float(word) for word in out.split()[-2:]]
             print(f"{name:5} {rows[name][0]:.2f} s  {rows[name][1]:.0f} MiB peak")
         print(f"ours / trl: time {rows['ours'][0] / rows['trl'][0]:.2f}, peak {rows['ours'][1] / rows['trl'][1]:.2f}")

@@ -73,7 +73,7 @@ class Peak(threading.Thread):
     @staticmethod
     def now() -> int:
         """Bytes."""
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
 
 
@@ -115,7 +115,7 @@ def main(width: int = 512, layers: int = 8) -> None:
         found = {}
         for way, shared in WAYS.items():
             command = [sys.executable, __file__, "run", name, shared]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
             found[way] = json.loads(out.split("RESULT")[1].splitlines()[0])
     for way, values in found.items():
         held, most = values["weights_bytes/held"], values["peak"]

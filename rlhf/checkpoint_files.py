@@ -4,6 +4,7 @@ A checkpoint is a zip file in torch's format, which holds a CRC-32 of each of it
 of strategies that shard, a folder with a manifest. So a file that was cut off or changed is recognised.
 """
 
+import shlex
 import shutil
 import zipfile
 import zlib
@@ -66,10 +67,10 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
             return path, torn
         torn[path] = wrong
     if torn:
-        newest = next(iter(torn))
+        newest, command = next(iter(torn)), shlex.join(["rlhf", "runs", "rm", str(folder)])
         raise UserError(
             f"{newest}: {torn[newest]}, and no other checkpoint of this run is whole; type "
-            f"`rlhf runs rm {folder}` and then the same command again to compute it from the start"
+            f"`{command}` and then the same command again to compute it from the start"
         )
     return None, torn
 

@@ -6,6 +6,7 @@ writes to them, and `Screen` cleans what rich renders. Standard library and rich
 """
 
 import io
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ from rich.segment import Segment
 # C0 without tab and line feed as their Unicode pictures; DEL, C1, and what overrides the direction of text (UAX 9).
 _PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _PICTURES |= {0x7F: "\u2421"} | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")
+
+
+def shell(*words: object) -> str:
+    """Return words as a command line that can be typed, quoted where a shell would take them apart."""
+    return shlex.join(str(word) for word in words)
 
 
 def clean(text: str) -> str:
@@ -62,7 +68,8 @@ class Screen(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(clean(segment.text), segment.style)
+            as_it_is = segment.control or segment.text.isprintable() and segment.text.isascii()
+            yield segment if as_it_is else Segment(clean(segment.text), segment.style)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -70,7 +71,9 @@ class Job:
         code = self.process.returncode if self.process else None
         if code is not None and code < 0:
             return f"killed by signal {signal.Signals(-code).name}; see {self.console}"
-        lines = [line for line in self.console.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in self.console.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         return lines[-1] if lines else f"exit status {code}; see {self.console}"
 
     def returned(self) -> JobReturn:
@@ -195,8 +198,8 @@ class RlhfLauncher(Launcher):
         result.unlink(missing_ok=True)
         job.attempts, job.started, job.status, job.result = job.attempts + 1, time.monotonic(), "running", {}
         words = self._command(job)
-        with job.console.open("a") as console:
-            console.write(f"$ {' '.join(words)}\n")
+        with job.console.open("a", encoding="utf-8") as console:
+            console.write(f"$ {shlex.join(words)}\n")
             console.flush()
             # A session of its own: Ctrl-C reaches the job through us, once, with all its own processes.
             job.process = subprocess.Popen(
@@ -257,7 +260,7 @@ class RlhfLauncher(Launcher):
         job.seconds = time.monotonic() - job.started
         code = job.process.returncode
         result = job.folder / "result.json"
-        job.result = json.loads(result.read_text()) if result.exists() else {}
+        job.result = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         job.status = "finished" if code == 0 else "stopped" if code == STOPPED else "failed"
         run = job.result.get("run")
         if run and Path(run).is_dir():
@@ -319,7 +322,7 @@ class RlhfLauncher(Launcher):
         metrics = list(dict.fromkeys(name for job in self.jobs for name in job.result.get("metrics") or {}))
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / ".results.csv"
-        with scratch.open("w", newline="") as file:
+        with scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             own = ["job", *varied, "status", "value", "seconds", "run", "error"]
             named = distinct_names(own, metrics)[len(own) :]  # the value head's loss may be called value, too

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf import checkpoint_files, comparison, manifest, processes, runs
 from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
+from rlhf.console import shell
 from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.metrics_file import unreadable
@@ -160,7 +161,7 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         raise
     except BaseException as error:
         own.write_status("failed", ended=runs.now(), error=f"{type(error).__name__}: {error}")
-        (step.folder / "error.txt").write_text(traceback.format_exc())
+        (step.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(error, RLHFError) or not isinstance(error, Exception):
             raise
         lines = str(error).strip().splitlines() or [""]
@@ -241,7 +242,7 @@ def _in_own_processes(folder: Path) -> tuple[dict[str, float], Plain]:
         raise SystemExit(INTERRUPTED)
     if status < 0 and -status in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
-    content = json.loads(result.read_text()) if result.exists() else {}
+    content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     result.unlink(missing_ok=True)
     if "error" in content:
         raise (UserError if content["status"] == UserError.exit_code else RunFailed)(content["error"])
@@ -348,5 +349,8 @@ def _print_comparison(made: Plan, compared: Comparison) -> None:
 def _next(made: Plan) -> list[tuple[str, str]]:
     last = made.steps[-1].folder
     before = made.get(made.compare["before"]) if made.compare else None
-    both = f"{before.folder} {last}" if before else str(last)
-    return [(f"rlhf report {both}", "curves and tables"), (f"rlhf runs show {last}", "config, lineage, metrics")]
+    both = [before.folder, last] if before else [last]
+    return [
+        (shell("rlhf", "report", *both), "curves and tables"),
+        (shell("rlhf", "runs", "show", last), "config, lineage, metrics"),
+    ]

@@ -534,7 +534,9 @@ class Stage(pl.LightningModule):
 
     def _not_finite(self, value: Tensor, name: str = "loss") -> str:
         where = self.run_folder / "failed_step.txt"
-        where.write_text(f"batch {self.batches_done}, update {self.updates_done}, {name} {value.item()}\n")
+        where.write_text(
+            f"batch {self.batches_done}, update {self.updates_done}, {name} {value.item()}\n", encoding="utf-8"
+        )
         return (
             f"the {name} became {value.item()} at batch {self.batches_done} (see {where}); "
             "try a smaller optimizer.lr, stage.gradient_clip=1.0 or precision=fp32"

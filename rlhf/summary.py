@@ -73,7 +73,11 @@ def _hardware() -> Plain:
     found: Plain = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpu_info.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         found["cpu"] = names[0] if names else platform.processor()
     cuda = _cuda()
     if cuda is not None:
@@ -90,7 +94,7 @@ def _cuda() -> Any:
 def reset_peak_memory() -> None:
     """Peaks count from here on: this step's and not that of the whole process (Linux)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
     cuda = _cuda()
@@ -103,7 +107,9 @@ def peak_memory() -> Plain:
     found: Plain = {}
     status = Path("/proc/self/status")
     if status.exists():
-        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        peaks = [
+            line.split()[1] for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        ]
         if peaks:
             found["cpu"] = 1024 * int(peaks[0])
     cuda = _cuda()

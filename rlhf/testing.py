@@ -93,7 +93,7 @@ def unexplained_keys(path: Path) -> list[str]:
 
     Keys that only hold others explain themselves, and so do `_target_`, defaults lists and `${inputs.ROLE}`.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for i, line in enumerate(lines):
         match = re.match(r"\s*([\w./@-]+):( .*|$)", line)
@@ -226,7 +226,7 @@ def _check_file(path: Path, option: str, package: str, report: Report) -> None:
 
 def _check_object(path: Path, group: str, option: str, report: Report) -> None:
     node = OmegaConf.load(path)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if group == "objective":
         report.see(f"{option}: losses are unreduced, finite and have a gradient", check_objective(instantiate(node)))
     elif "${inputs." in text or "???" in text or (isinstance(node, DictConfig) and "defaults" in node):

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rlhf.cli import options
+from rlhf.console import shell
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def main(argv: list[str]) -> int:
         print(f"{found.label}, context of {policy.context_length} tokens. {COMMANDS}.")
     talk(chat, sys.stdin.isatty())
     if sys.stdin.isatty():
-        too = f" --chat-template {args.chat_template}" if args.chat_template else ""
-        print(f"next: rlhf generate {args.run} --prompts FILE{too}    # replies to a file of prompts")
+        too = ["--chat-template", args.chat_template] if args.chat_template else []
+        following = shell("rlhf", "generate", args.run, "--prompts", "FILE", *too)
+        print(f"next: {following}    # replies to a file of prompts")
     return 0
 
 

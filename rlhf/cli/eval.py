@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.cli import options
+from rlhf.console import shell
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
         eval_file.add(file, mine | {"baseline": baseline.name}, result)
         print(file)
     needs = given.of(policies[-1].path)
-    console.next_commands(_next(args, everyone, against, f" --chat-template {needs}" if needs else ""))
+    console.next_commands(_next(args, everyone, against, ["--chat-template", needs] if needs else []))
     return 0
 
 
@@ -202,12 +203,15 @@ def _settings(
 
 
 def _next(
-    args: argparse.Namespace, everyone: "list[Named]", against: "Named | None", template: str
+    args: argparse.Namespace, everyone: "list[Named]", against: "Named | None", template: list[str]
 ) -> list[tuple[str, str]]:
     last = args.runs[-1]
-    found = [(f"rlhf chat {last}{template}", "talk with it"), (f"rlhf export {last} --to FOLDER", "take it elsewhere")]
+    found = [
+        (shell("rlhf", "chat", last, *template), "talk with it"),
+        (shell("rlhf", "export", last, "--to", "FOLDER"), "take it elsewhere"),
+    ]
     if against is None and everyone[-1].run is not None:
-        found.insert(0, (f"rlhf eval {last} --against RUN{template}", "win rate against another run"))
+        found.insert(0, (shell("rlhf", "eval", last, "--against", "RUN", *template), "win rate against another run"))
     return found
 
 

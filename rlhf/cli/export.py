@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import options
+from rlhf.console import shell
 from rlhf.errors import UserError
 
 
@@ -41,9 +42,13 @@ def main(argv: list[str]) -> int:
     for note in found.notes:
         console.say(note)
     print(f"\n{found.folder}\n{found.folder / 'README.md'}    # lineage, metrics, and the code that loads it")
-    following = [(f"rlhf chat {found.folder}", "talk with what was exported")] if found.kind != "reward_model" else []
+    following = (
+        [(shell("rlhf", "chat", found.folder), "talk with what was exported")] if found.kind != "reward_model" else []
+    )
     if found.kind == "reward_model":
-        following = [(f"rlhf eval RUN --reward-model {found.folder}", "score a policy with what was exported")]
+        following = [
+            (shell("rlhf", "eval", "RUN", "--reward-model", found.folder), "score a policy with what was exported")
+        ]
     console.next_commands(following)
     return 0
 

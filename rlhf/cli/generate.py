@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli import options
+from rlhf.console import shell
 
 
 def main(argv: list[str]) -> int:
@@ -64,9 +65,10 @@ def main(argv: list[str]) -> int:
         f"their end, mean log-probability {likely:.2f}"
     )
     console.say(f"\n{file.path}\n{file.meta}")
-    too = f" --chat-template {args.chat_template}" if args.chat_template else ""
-    following = [(f"rlhf eval {args.run} --prompts {args.prompts}{too}", "measure them: length, KL, reward, wins")]
-    console.next_commands([*following, (f"rlhf chat {args.run}{too}", "talk with it")])
+    too = ["--chat-template", args.chat_template] if args.chat_template else []
+    measure = shell("rlhf", "eval", args.run, "--prompts", args.prompts, *too)
+    talk = shell("rlhf", "chat", args.run, *too)
+    console.next_commands([(measure, "measure them: length, KL, reward, wins"), (talk, "talk with it")])
     return 0
 
 

@@ -41,7 +41,7 @@ def subcommands() -> dict[str, str]:
     """Sub-command -> first line of its module's docstring, read without importing it."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main" and n.args.args]
         if any(n.args.args[0].arg == "argv" for n in mains):
             found[path.stem] = (ast.get_docstring(tree) or "").splitlines()[0].rstrip(".")
@@ -126,5 +126,9 @@ def chosen(overrides: list[str]) -> str:
             continue
         path, provider = found
         lines += ["", f"{key}={option}" + (f" [{provider}]" if provider != "rlhf" else "")]
-        lines += [f"  {line}" for line in path.read_text().splitlines() if "@package" not in line and line.strip()]
+        lines += [
+            f"  {line}"
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if "@package" not in line and line.strip()
+        ]
     return "\n".join(lines)

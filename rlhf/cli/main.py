@@ -1,6 +1,7 @@
 """The entry of the command `rlhf`: help, sub-commands, and otherwise Hydra. No torch is imported here."""
 
 import json
+import locale
 import os
 import sys
 import traceback
@@ -24,7 +25,20 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def main() -> None:
     """Run one command line and exit with its status: 0 done, 1 a run failed, 2 the user can fix it."""
+    _speak_utf8()
     sys.exit(run(sys.argv[1:]))
+
+
+def _speak_utf8() -> None:
+    """Start anew in Python's UTF-8 mode where the locale has another encoding.
+
+    Arguments and names of files would be read in that encoding, and libraries would open their files in it; what is
+    UTF-8 elsewhere ends in a UnicodeDecodeError. Processes started from here inherit the mode.
+    """
+    encodings = {locale.getpreferredencoding(False).lower(), sys.getfilesystemencoding().lower()}
+    if not sys.flags.utf8_mode and encodings - {"utf-8", "utf8"}:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @console.screen()
@@ -145,7 +159,7 @@ def leave_result(result: dict[str, Any]) -> None:
     """Tell the launcher how this job ended, unless the pipeline has already told it more."""
     path = os.environ.get(RESULT)
     if path and not Path(path).exists():
-        Path(path).write_text(json.dumps(result) + "\n")
+        Path(path).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def subcommand(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rlhf import discovery
 from rlhf.cli import scaffold
-from rlhf.console import Screen
+from rlhf.console import Screen, shell
 from rlhf.errors import UserError, suggest
 
 
@@ -59,7 +59,7 @@ def _show(name: str) -> int:
     print(f"{plugin.name}: package {plugin.package}, from {plugin.origin}, in {plugin.folder}")
     for option in plugin.options():
         print(f"\n{'='.join(option.rsplit('/', 1))}")
-        for line in (plugin.conf / f"{option}.yaml").read_text().splitlines():
+        for line in (plugin.conf / f"{option}.yaml").read_text(encoding="utf-8").splitlines():
             if line.strip() and "@package" not in line:
                 print(f"  {line}")
     readme = plugin.folder / "README.md"
@@ -74,8 +74,8 @@ def _new(name: str, kind: str, into: Path) -> int:
         print(f"wrote {path}")
     searched = {Path(d).resolve() for d in os.environ.get("RLHF_PLUGINS", "plugins").split(os.pathsep)}
     if into.resolve() not in searched:
-        print(f"\nit is found when you type: export RLHF_PLUGINS={into.resolve()}")
-    print(f"\nnext:\n  rlhf plugins check {folder}")
+        print(f"\nit is found when you type: export {shell(f'RLHF_PLUGINS={into.resolve()}')}")
+    print(f"\nnext:\n  {shell('rlhf', 'plugins', 'check', folder)}")
     print("\n".join(f"  {line}" for line in commands.splitlines()))
     return 0
 

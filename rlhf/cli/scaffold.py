@@ -48,13 +48,13 @@ def write(name: str, kind: str, parent: Path) -> tuple[Path, str]:
         "folder": folder.as_posix(),
         "module": module,
     }
-    words["next"] = Template((TEMPLATES / kind / "next.txt.tmpl").read_text()).substitute(words).strip()
+    words["next"] = Template((TEMPLATES / kind / "next.txt.tmpl").read_text(encoding="utf-8")).substitute(words).strip()
     files = {"__init__.py": f'"""{words["title"]}."""\n'}
     for source in [*sources, TEMPLATES / "README.md.tmpl", TEMPLATES / "pyproject.toml.tmpl"]:
         place = f"conf/{kind}/{name}.yaml" if source.stem == "option.yaml" else source.stem
         if place != "next.txt":
-            files[place] = Template(source.read_text()).substitute(words)
+            files[place] = Template(source.read_text(encoding="utf-8")).substitute(words)
     for place, text in files.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(text)
+        (folder / place).write_text(text, encoding="utf-8")
     return folder, words["next"]

@@ -94,7 +94,12 @@ def clustered(values: Sequence[float], weights: Sequence[float], clusters: Seque
 
 def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Return mean and standard error; without ``clusters`` the values are independent. One value has no error (nan)."""
-    return clustered(values, [1.0] * len(values), range(len(values)) if clusters is None else clusters)
+    n = len(values)
+    if clusters is not None or n < 2:
+        return clustered(values, [1.0] * n, range(n) if clusters is None else clusters)
+    mean = math.fsum(values) / n  # as `clustered`, without its bookkeeping: curves ask for every step
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return Estimate(mean, math.sqrt(n / (n - 1) * squares) / n, n, n)
 
 
 def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:

@@ -364,7 +364,7 @@ def total_memory() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            total = min(total, int(Path(limit).read_text()))
+            total = min(total, int(Path(limit).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue
     return total

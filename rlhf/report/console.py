@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
@@ -55,12 +56,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A plain table; nothing for no rows."""
     if not rows:
         return
+    screen = console()
+    lines = [[clean(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    if sum(widths) + 2 * len(widths) <= screen.width and not any("\n" in cell for row in lines for cell in row):
+        # Nothing to fold: as rich would write it, which takes it seconds for thousands of rows.
+        filled = ["  ".join(set_cell_size(*cell) for cell in zip(row, widths, strict=True)) for row in lines]
+        for line in [*([clean(title)] if title else []), filled[0]]:
+            screen.print(Text(line, style="bold"))
+        print("\n".join(filled[1:]))
+        return
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
-    console().print(table)
+    screen.print(table)
 
 
 def end(

@@ -4,9 +4,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf._utils import get_yaml_loader
 
 from rlhf.errors import UserError
 from rlhf.links import first_out, leads_out
@@ -73,7 +77,8 @@ class Member:
             if run.fingerprint in seen:
                 continue
             seen.add(run.fingerprint)
-            names = (run.stage, f"{run.stage}({role})", *(f"{run.stage}({role} {n})" for n in range(2, 1000)))
+            stage = run.stage
+            names = chain((stage, f"{stage}({role})"), (f"{stage}({role} {n})" for n in count(2)))
             named[next(name for name in names if name not in named)] = run
             queue.extend(parents(run))
         return named
@@ -146,7 +151,7 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
         if (path / "multirun.yaml").is_file():  # a sweep: a job's result stays one where another job goes on from it
             return found
         # A job of a pipeline is its last run: the steps before are its ancestors.
-        above = {ancestor.fingerprint for run in found for ancestor in Member(run).ancestors.values()}
+        above = {str(fingerprint) for run in found for fingerprint in run.lineage.get("ancestors") or {}}
         last = [run for run in found if run.fingerprint not in above]
         return last or found
     if begun := [Run(found) for found in named_like(path) if is_run(found)]:
@@ -208,7 +213,23 @@ def parents(run: Run) -> list[tuple[str, Run]]:
 
 def load_config(run: Run) -> dict[str, Any]:
     """The resolved config of a run; empty if it is missing or broken."""
-    return run.plain_config
+    path = run.folder / "config.yaml"
+    try:
+        return _loaded(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError, yaml.YAMLError):
+        return run.plain_config  # which says what is wrong with the file, where that is to be said
+
+
+# The YAML of OmegaConf (1e-3 is a number), read by the C library: twenty times as fast.
+_RESOLVERS = {"yaml_implicit_resolvers": get_yaml_loader().yaml_implicit_resolvers}
+_Loader: Any = type("_Loader", (yaml.CSafeLoader,), _RESOLVERS)
+
+
+@cache
+def _loaded(path: Path, changed_ns: int) -> dict[str, Any]:
+    """A config by its file; runs of a sweep share their ancestors. Not to be changed."""
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _stage_of(value: Value) -> Value:
