@@ -6,7 +6,8 @@ where the true score is known, a proxy that rises while gold does not (Gao et al
 own: special tokens inside a reply, which no reward sees.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlhf.data.records import Prompt
 from rlhf.data.testbed.gold import gold
 from rlhf.distributed import gather_objects, processes
 from rlhf.errors import UserError
@@ -52,13 +54,39 @@ def reply_metrics(rollout: Rollout, scores: Tensor | None = None, together: bool
 
 
 def proxy_gold_gap(now: Mapping[str, Any], start: Mapping[str, Any]) -> Any:
-    """How much more the score of the reward has risen than gold has, each in standard deviations at the start.
+    """Return how much more the score of the reward has risen than gold has, each in standard deviations at the start.
 
     `(score - score_0) / score_std_0 - (gold - gold_0) / gold_std_0`: about 0 while the reward is earned, and growing
     when it is gamed. Both mappings hold what ``reply_metrics`` gives.
     """
-    risen = [(now[name] - start[name]) / max(float(start[f"{name}_std"]), 1e-6) for name in ("score", "gold")]
-    return risen[0] - risen[1]
+    risen = {name: (now[name] - start[name]) / scale for name, scale in _scales(start).items()}
+    return risen["score"] - risen["gold"]
+
+
+def proxy_gold_gap_error(now: Mapping[str, Any], start: Mapping[str, Any], count: int, start_count: int) -> float:
+    """Return the standard error of ``proxy_gold_gap``, whose two sides go over so many prompts."""
+    scales = _scales(start)
+    parts = ((now, count), (start, start_count))
+    return math.sqrt(sum(_variance_of_gap(x, scales) / max(n, 1) for x, n in parts))
+
+
+def _scales(start: Mapping[str, Any]) -> dict[str, float]:
+    return {name: max(float(start[f"{name}_std"]), 1e-6) for name in ("score", "gold")}
+
+
+def _variance_of_gap(x: Mapping[str, Any], scales: Mapping[str, float]) -> float:
+    """Return the variance over replies of score less gold, each in its scale."""
+    score, gold_ = (float(x[f"{name}_std"]) / scales[name] for name in ("score", "gold"))
+    return max(score**2 + gold_**2 - 2 * float(x["gold_correlation"]) * score * gold_, 0.0)
+
+
+def knows_gold(prompt: Prompt) -> bool:
+    """Return whether the true score of replies to a prompt is known: to those of the testbed."""
+    try:
+        gold(prompt, "")
+    except UserError:
+        return False
+    return True
 
 
 def _of_all(
@@ -91,6 +119,9 @@ Limit = Annotated[float, Field(gt=0)] | None
 Share = Annotated[float, Field(ge=0, le=1)] | None
 
 
+ROLLOUTS = 4  # over which the gap of score and gold is averaged: 512 replies with the default batch
+
+
 class HackingWarnings(pl.Callback):
     """Says in words, once per sign and run, when the logged signs of reward hacking trip.
 
@@ -102,7 +133,8 @@ class HackingWarnings(pl.Callback):
         special_tokens: More than this share of the replies hold special tokens before their end. They are dropped from
             the text that rewards, gold and judges read.
         kl: Nats per reply from the reference; in rejection sampling from the policy that sampled.
-        proxy_gold_gap: Standard deviations by which the score has risen more than gold, where gold is known.
+        proxy_gold_gap: Standard deviations by which the score has risen more than gold, where gold is known: the mean
+            of the last `ROLLOUTS` rollouts, less two standard errors.
     """
 
     def __init__(
@@ -119,24 +151,30 @@ class HackingWarnings(pl.Callback):
         self.special_tokens, self.kl, self.proxy_gold_gap = special_tokens, kl, proxy_gold_gap
         self.first_length: float | None = None
         self.said: list[str] = []
+        self.gaps: list[list[float]] = []  # of the last rollouts: proxy_gold_gap and its standard error
 
     def state_dict(self) -> dict[str, Any]:
         """A resumed run compares with the same start and says nothing twice."""
-        return {"first_length": self.first_length, "said": list(self.said)}
+        return {"first_length": self.first_length, "said": list(self.said), "gaps": [list(gap) for gap in self.gaps]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it up again."""
         self.first_length, self.said = state_dict["first_length"], list(state_dict["said"])
+        self.gaps = [list(gap) for gap in state_dict.get("gaps", ())]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Looks at what the stage has logged."""
         metrics = trainer.callback_metrics
         if "length" in metrics and "ended" in metrics:
-            self.look(str(getattr(pl_module, "name", "stage")), metrics, trainer.is_global_zero)
+            self.look(str(getattr(pl_module, "name", "stage")), metrics, trainer.is_global_zero, ROLLOUTS)
 
-    def look(self, stage: str, metrics: Mapping[str, Any], aloud: bool = True) -> None:
-        """Prints what trips for the first time."""
+    def look(self, stage: str, metrics: Mapping[str, Any], aloud: bool = True, rollouts: int = 1) -> None:
+        """Print what trips for the first time; the gap of score and gold by its mean over so many calls."""
         now = {name: float(value) for name, value in metrics.items() if name in _READ}
+        if "proxy_gold_gap" in now:
+            self.gaps = [*self.gaps, [now.pop("proxy_gold_gap"), now.pop("proxy_gold_gap_se", 0.0)]][-rollouts:]
+            if len(self.gaps) == rollouts:
+                now |= mean_gap(self.gaps)
         if self.first_length is None:
             self.first_length = now.get("length")
         for sign, words in self.tripped(now).items():
@@ -185,15 +223,22 @@ class HackingWarnings(pl.Callback):
                 f"the policy is {now['kl']:.1f} nats per reply from its reference, where the reward has seen little; "
                 "try a larger objective.beta, stage.kl_budget or a smaller optimizer.lr"
             )
-        if self.proxy_gold_gap is not None and now.get("proxy_gold_gap", 0.0) > self.proxy_gold_gap:
+        gap, error = now.get("proxy_gold_gap", 0.0), now.get("proxy_gold_gap_se", 0.0)
+        if self.proxy_gold_gap is not None and gap - 2 * error > self.proxy_gold_gap:
             found["proxy_gold_gap"] = (
-                f"the score has risen {now['proxy_gold_gap']:.1f} standard deviations more than gold: the reward model "
-                "is being exploited; stop earlier, a larger objective.beta, a better reward model"
+                f"the score has risen {gap:.1f} standard deviations more than gold: the reward model is being "
+                "exploited; stop earlier, a larger objective.beta, a better reward model"
             )
         return found
 
 
-_READ = ("length", "ended", "repetition", "distinct", "special_tokens", "kl", "proxy_gold_gap")
+_READ = ("length", "ended", "repetition", "distinct", "special_tokens", "kl", "proxy_gold_gap", "proxy_gold_gap_se")
+
+
+def mean_gap(gaps: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the mean of several gaps and its error: that of one, since they share the start that they go from."""
+    means = [math.fsum(column) / len(gaps) for column in zip(*gaps, strict=True)]
+    return {"proxy_gold_gap": means[0], "proxy_gold_gap_se": means[1]}
 
 
 def look(trainer: pl.Trainer, stage: str, metrics: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from rlhf.batch_file import BatchFile
 from rlhf.best_of_k import kl_bound, rollout_of
 from rlhf.data.data import Split
 from rlhf.data.records import Demonstration, Message, Prompt
-from rlhf.diagnostics import look, proxy_gold_gap, reply_metrics
+from rlhf.diagnostics import look, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
 from rlhf.errors import UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.scores import missing_end
@@ -304,6 +304,8 @@ class RejectionSamplingStage(Supervised):
         now = reply_metrics(after, new) | distance
         if "gold" in now:
             now["proxy_gold_gap"] = proxy_gold_gap(now, was)
+            error = proxy_gold_gap_error(now, was, len(self.judged), len(self.judged))
+            now["proxy_gold_gap_se"] = new.new_tensor(error)
         for metrics in (was, now):
             look(self.trainer, self.name, metrics)
         self.gain = {f"val/{name}": float(value) for name, value in now.items()}

@@ -1,5 +1,6 @@
 """Signs of reward hacking: measured right, logged by the stages, said once and in words."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rlhf.data.testbed import gold
-from rlhf.diagnostics import HackingWarnings, gold_scores, look, proxy_gold_gap, reply_metrics
+from rlhf.diagnostics import HackingWarnings, gold_scores, look, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
 from rlhf.metrics_file import read_rows
+from rlhf.rollout import single
 from rlhf.testing import rollout
 
 from . import test_exactness
@@ -19,6 +21,7 @@ from .test_ppo import varied
 from .test_processes import ByPrompt, Partly
 
 CONF = Path(__file__).parents[2] / "conf" / "callbacks" / "default.yaml"
+LIMIT = 0.5
 CALM = {
     "length": 10.0,
     "ended": 1.0,
@@ -120,9 +123,66 @@ def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path,
     assert "warning" not in capsys.readouterr().out
     rows = read_rows(tmp_path / "whole" / "metrics.csv")
     signs = {"length", "ended", "repetition", "distinct", "special_tokens", "kl", "gold", "gold_correlation"}
-    signs |= {"proxy_gold_gap"}
+    signs |= {"proxy_gold_gap", "proxy_gold_gap_se"}
     assert all(signs <= row.keys() for row in rows)
-    assert rows[0]["proxy_gold_gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gap_goes_from_the_policy_before_it_is_trained(load, tmp_path):
+    """Measured once on as many prompts as there are, not on the first rollout; worked again from that policy."""
+    stage = varied(load)
+    fit(stage, tmp_path, limit_val_batches=0)
+    first = read_rows(tmp_path / "metrics.csv")[0]
+    assert set(stage.start) == {"train"} and stage.start["train"]["count"] == len(stage.examples)
+    start = stage.start["train"]
+    by_hand = (first["score"] - start["score"]) / start["score_std"] - (first["gold"] - start["gold"]) / start[
+        "gold_std"
+    ]
+    assert first["proxy_gold_gap"] == pytest.approx(by_hand, abs=1e-4) != 0  # the first rollout is one of many draws
+    policy, sampler = load().eval(), single(stage.rollout)
+    other = sampler.sample(policy, list(stage.examples) * 8, 3)
+    again = reply_metrics(other, stage.reward(other).float())
+    for name in ("score", "gold"):
+        error = again[f"{name}_std"].item() / math.sqrt(len(stage.examples))
+        assert abs(start[name] - again[name].item()) < 4 * error + 1e-6
+
+
+def test_the_error_of_the_gap_is_that_of_the_mean_over_replies():
+    torch.manual_seed(0)
+    gold_, noise = torch.randn(2, 400).double()
+    scores, true = 3 * gold_ + noise, 0.1 * gold_ + 0.4
+    now = {
+        "score_std": scores.std(),
+        "gold_std": true.std(),
+        "gold_correlation": torch.corrcoef(torch.stack([scores, true]))[0, 1],
+    }
+    start = {"score_std": 2.0, "gold_std": 0.2, "gold_correlation": 1.0}
+    gaps = scores / 2.0 - true / 0.2
+    # The start's own replies have deviation 1 in both units and correlation 1: their gap has none.
+    assert proxy_gold_gap_error(now, start, 400, 100) == pytest.approx(gaps.std().item() / 20, rel=1e-6)
+    start["gold_correlation"] = 0.0
+    both = math.sqrt(gaps.var().item() / 400 + 2 / 100)
+    assert proxy_gold_gap_error(now, start, 400, 100) == pytest.approx(both, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "error", "said_at"),
+    [
+        ([0.9, 0.1, 0.1, 0.1, 0.1], 0.05, None),  # one noisy rollout
+        ([3.0, 3.0, 3.0], 0.05, None),  # too few to tell
+        ([LIMIT + 0.4] * 6, 0.05, 4),
+        ([LIMIT + 0.4] * 6, 0.3, None),  # within two errors of the limit
+        ([0.0, 0.0, *[LIMIT + 0.4] * 6], 0.05, 5),  # 3/4 of 0.9, less two errors
+    ],
+)
+def test_the_gap_is_judged_over_several_rollouts_with_its_error(gaps, error, said_at, capsys):
+    watch, said = HackingWarnings(proxy_gold_gap=LIMIT), []
+    for number, gap in enumerate(gaps, 1):
+        resumed = HackingWarnings(proxy_gold_gap=LIMIT)
+        resumed.load_state_dict(watch.state_dict())  # whether it is stopped in between or not
+        watch = resumed
+        watch.look("ppo", CALM | {"proxy_gold_gap": gap, "proxy_gold_gap_se": error}, rollouts=4)
+        said += [number] if "callbacks.hacking.proxy_gold_gap" in capsys.readouterr().out else []
+    assert said == ([] if said_at is None else [said_at])
 
 
 def test_held_out_replies_are_described_all_at_once(load, tmp_path, monkeypatch):
@@ -142,7 +202,7 @@ def test_held_out_replies_are_described_all_at_once(load, tmp_path, monkeypatch)
         stage = ppo(load, batch_size=size, steps=1, epochs=1)
         stage.rollout, stage.reward = ByPrompt(10), Watched(idle=False)
         metrics = fit(stage, tmp_path / str(size))
-        found[size] = {k: v for k, v in metrics.items() if k.startswith("val/") and k != "val/proxy_gold_gap"}
+        found[size] = {k: v for k, v in metrics.items() if k.startswith("val/") and "proxy_gold_gap" not in k}
         assert len(stage.reward.scores) == 8  # in one call, so that a reward that whitens sees all of them
         assert found[size]["val/score_std"] == pytest.approx(stage.reward.scores.std().item(), rel=1e-5)
     assert {"val/score_std", "val/gold_correlation", "val/distinct", "val/kl"} <= found[8].keys()
