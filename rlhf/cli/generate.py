@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     default = args.outputs / "generations" / f"{found.slug}-{Path(args.prompts).name.split('.')[0]}-{key}.jsonl"
     file = ReplyFile(args.out or default, settings, args.samples)
-    done = file.open(args.force)
-    if done == len(prompts):
-        console.say(f"{file.path} is complete; --force writes it anew")
-    else:
-        with templates.as_typed(bool(args.chat_template)):
-            _write(found.path, prompts, file, done, args)
+    with file.writing(args.force) as done:
+        if done == len(prompts):
+            console.say(f"{file.path} is complete; --force writes it anew")
+        else:
+            with templates.as_typed(bool(args.chat_template)):
+                _write(found.path, prompts, file, done, args)
     rows = file.rows()
     ended = sum(row["ended"] for row in rows) / len(rows)
     tokens = sum(row["tokens"] for row in rows) / len(rows)

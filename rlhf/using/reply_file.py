@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import runs
+from rlhf import locks
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
+from rlhf.files import write_json
 
 if TYPE_CHECKING:
     from rlhf.rollout import Rollout
@@ -33,8 +36,11 @@ class ReplyFile:
         self.path, self.settings, self.samples = path, json.loads(json.dumps(settings)), samples
         self.meta = path.with_name(path.name + ".meta.json")
 
-    def open(self, force: bool) -> int:
-        """Makes the file ready to be written to: how many prompts have their replies already.
+    @contextmanager
+    def writing(self, force: bool) -> Iterator[int]:
+        """Hold the lock of the file and make it ready to be written to; yield how many prompts have their replies.
+
+        Where another process writes the same file, this one waits for it, as with runs.
 
         Args:
             force: Starts over whatever is there.
@@ -42,27 +48,53 @@ class ReplyFile:
         Raises:
             UserError: There is a file that something else has made.
         """
-        done = 0
-        if self.path.exists() and not force:
-            self._check()
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]
-            done = len(whole) // self.samples
-            with self.path.open("r+b") as file:  # what a kill left half written is written again
-                file.truncate(sum(len(line) for line in whole[: done * self.samples]))
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+        def wait() -> None:
+            if not force:
+                self._check()  # before an hour of waiting
+            print(f"{self.path}: waits for the process that is writing it", flush=True)
+
+        with locks.lock(self.path.with_name(f".{self.path.name}.lock"), wait):
+            yield self._open(force)
+
+    def _open(self, force: bool) -> int:
+        if self.path.is_dir():
+            raise UserError(f"--out {self.path}: is a folder; name a file")
+        if force:
+            self.path.unlink(missing_ok=True)  # before the settings of what is to come are written beside it
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            # Settings first: a kill in between leaves nothing that they would be wrong of.
+            write_json(self.meta, self.settings)
             self.path.write_bytes(b"")
-        runs.write_json(self.meta, self.settings)
+            return 0
+        self._check()
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short
+        whole = next((i for i, line in enumerate(lines) if not self._is_row(line, i)), len(lines))
+        done = whole // self.samples
+        if whole < len(lines):
+            print(f"{self.path}: line {whole + 1} cannot be read; replies from prompt {done + 1} on are written again")
+        with self.path.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[: done * self.samples]))
         return done
+
+    def _is_row(self, line: bytes, number: int) -> bool:
+        """Whether a line is the row that belongs there."""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False
+        place = {"index": number // self.samples, "sample": number % self.samples}
+        return isinstance(row, dict) and {key: row.get(key) for key in place} == place
 
     def _check(self) -> None:
         try:
             before = json.loads(self.meta.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict):
             raise UserError(
                 f"--out {self.path}: exists, and nothing says how it was made; name another file, or type --force"
-            ) from None
+            )
         for key, value in self.settings.items():
             if before.get(key) != value:
                 raise UserError(
@@ -89,6 +121,8 @@ class ReplyFile:
             lines.append(json.dumps(content, ensure_ascii=False) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
 
     def rows(self) -> list[Json]:
         """All lines."""
