@@ -25,6 +25,9 @@ class ControlTokens:
     Args:
         tokenizer: Its special tokens are control tokens.
         written: What the chat template writes around a dialogue; the added tokens in it are control tokens too.
+
+    Attributes:
+        written: The control tokens in it.
     """
 
     def __init__(self, tokenizer: Tokenizer, written: str = "") -> None:
@@ -42,6 +45,7 @@ class ControlTokens:
         self._own = re.compile(
             "(" + "|".join(one + r"\s*" * sides[text][1] for one, text in zip(own, names, strict=True)) + ")"
         )
+        self.written = [text for text in names if text in written]
         self._example = names[0] if names else ""
 
     def first(self, text: str) -> str | None:

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf import hub
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
-from rlhf.data.template import check_syntax, end_of_turn_id
+from rlhf.data.template import check_syntax, control_tokens, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
 from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
@@ -208,6 +208,8 @@ class CausalLM:
 
         arguments["trust_remote_code"] = self.trust_remote_code
         path, adapters = self._base_path(), self._adapters()
+        if type(adapter) is not NoAdapter:
+            self._check_learnable(tokenizer)
         size = precision.weights.itemsize
         if quantization is not None:
             if adapters:
@@ -224,13 +226,29 @@ class CausalLM:
         for one in adapters:
             model = merged(PeftModel.from_pretrained(model, str(one)), one)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            if type(adapter) is not NoAdapter:
-                raise UserError(
-                    f"model.chat_template={self.chat_template} adds tokens to this model, which a frozen embedding "
-                    "never learns: type adapter=none or keep the model's own template"
-                )
             model.resize_token_embeddings(len(tokenizer))
         return model
+
+    def _check_learnable(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError where the chat template writes tokens that the weights were never trained with.
+
+        An adapter leaves the embedding frozen, so they would keep the numbers they were made with. It does not matter
+        whether the embedding has rows for them: published models round its size up.
+        """
+        if self.chat_template is None and self.tokenizer is None:
+            return
+        try:
+            known = set(dataclasses.replace(self, tokenizer=None, chat_template=None).own_tokenizer().get_vocab())
+        except UserError:  # weights without a tokenizer
+            rows = self.config().get_text_config().vocab_size
+            known = {token for token, index in tokenizer.get_vocab().items() if index < rows}
+        new = [token for token in control_tokens(tokenizer).written if token not in known]
+        if new:
+            option = f"chat_template={self.chat_template}" if self.chat_template else f"tokenizer={self.tokenizer}"
+            raise UserError(
+                f"model.{option}: {', '.join(new)} are new to this model, and a frozen embedding never learns them: "
+                "type adapter=none, or keep the model's own tokenizer and template (model.chat_template=null)"
+            )
 
     def _tokenizer(self, corpus: Corpus | None) -> PreTrainedTokenizerBase:
         source = self.tokenizer or self.path

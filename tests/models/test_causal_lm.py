@@ -117,6 +117,25 @@ def test_chat_template_adds_its_tokens(folder: Path) -> None:
         spec(folder, chat_template="chatml").load(LoRA(), FP32)
 
 
+def test_an_adapter_refuses_template_tokens_that_the_weights_never_saw(folder: Path, tmp_path: Path) -> None:
+    """Also where the embedding has rows to spare, as published models have: a frozen row stays as it was made."""
+    made = spec(folder).load(NoAdapter(), FP32)
+    made.base.resize_token_embeddings(len(made.tokenizer) + 64)
+    made.save(tmp_path / "padded")
+    padded, said = tmp_path / "padded", r"<\|im_start\|>, <\|im_end\|> are new to this model, .*: type adapter=none"
+    with pytest.raises(UserError, match=f"model.chat_template=chatml: {said}"):
+        spec(padded, chat_template="chatml").load(LoRA(), FP32)
+    whole = spec(padded, chat_template="chatml").load(NoAdapter(), FP32)
+    assert whole.base.get_input_embeddings().num_embeddings == len(made.tokenizer) + 64
+    whole.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=f"model.tokenizer=.*tokenizer: {said}"):
+        spec(padded, tokenizer=str(tmp_path / "tokenizer")).load(LoRA(), FP32)
+    # Weights that were trained with the tokens have them in their own tokenizer.
+    whole.save(tmp_path / "trained")
+    for options in ({}, {"chat_template": "chatml"}, {"chat_template": "plain"}):
+        spec(tmp_path / "trained", **options).load(LoRA(), FP32)
+
+
 def test_padding_is_never_the_end_of_a_reply(folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token  # as many published tokenizers have it
