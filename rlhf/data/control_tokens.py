@@ -1,6 +1,7 @@
 """Control tokens spelled in the data, such as `<|im_end|>` in a response: encoded as text, never as the token."""
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,18 @@ class ControlTokens:
             ids += self._plain(part, follows=bool(ids))
             clean = ""
         return ids + self._read(clean)
+
+    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``tokenize(guard(text))`` for each of several texts, at less than half the cost of one by one."""
+        backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        if not hasattr(backend, "encode_batch_fast"):
+            return [self.tokenize(self.guard(text)) for text in texts]
+        self._read("a")  # leaves the backend without padding and truncation
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            self.tokenize(guarded) if GUARD in (guarded := self.guard(text)) else encoding.ids
+            for text, encoding in zip(texts, found, strict=True)
+        ]
 
     def _read(self, text: str, **options: Any) -> list[int]:
         if not text:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -300,14 +300,17 @@ class Data:
 
     def encoded(self, tokenizer: template.Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
         """Yield the rows of ``encode``, however many records are refused; `report` counts."""
+        if self.record == "text":
+            for texts in _batched(record.text for record in records if isinstance(record, Text)):
+                for row in template.encode_texts(tokenizer, texts):
+                    pieces = row.windows(self.max_length)
+                    report.kept += len(pieces)
+                    report.truncated += len(pieces) > 1
+                    report.tokens += sum(map(len, pieces))
+                    yield from pieces
+            return
         for record in records:
-            if isinstance(record, Text):
-                pieces = template.encode_text(tokenizer, record.text).windows(self.max_length)
-                report.kept += len(pieces)
-                report.truncated += len(pieces) > 1
-                report.tokens += sum(map(len, pieces))
-                yield from pieces
-                continue
+            assert not isinstance(record, Text)
             asked = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
             template.check_template(tokenizer, asked)  # raises for a template that suits no record
             try:
@@ -501,6 +504,20 @@ def cut_responses(record: Record) -> int:
     if isinstance(record, Comparison):
         return 0 if record.ended is None else record.ended.count(False)
     return int(not getattr(record, "ended", True))
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in batches that are cheap to tokenize at once, and small however long the texts are."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == 256 or size > 1 << 20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def nearest_groups(sizes: Sequence[int], wanted: int) -> list[int]:

@@ -42,6 +42,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Dataclasses with slots pickle field by field, in Python: a fifth of the time of streaming.
+        return Encoded, (self.ids, self.mask, self.positions)
+
     def windows(self, length: int) -> list["Encoded"]:
         """Return rows of at most ``length`` tokens, each beginning with the last token of the one before.
 
@@ -288,8 +292,14 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
     """Plain text with the end-of-text token; every token but the first of a row is a target."""
-    ids = [*tokenize_text(tokenizer, text), end_of_text_id(tokenizer)]
-    return Encoded(ids=ids, mask=[True] * len(ids))
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """As ``encode_text``, for several texts at once, which costs less than half for each."""
+    end = end_of_text_id(tokenizer)
+    rows = ([*ids, end] for ids in control_tokens(tokenizer).tokenize_texts(texts))
+    return [Encoded(ids=ids, mask=[True] * len(ids)) for ids in rows]
 
 
 def encode_dialogue(

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.control_tokens import GUARD, ControlTokens
+from rlhf.data.data import Data, _batched
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.data.template import (
     control_tokens,
@@ -15,6 +16,7 @@ from rlhf.data.template import (
     encode_prompt,
     encode_response,
     encode_text,
+    encode_texts,
     encode_tool_turn,
     encode_turns,
     render,
@@ -142,6 +144,29 @@ def test_a_vocabulary_with_the_token_as_a_word():
     controls = ControlTokens(fast)
     ids = controls.tokenize(controls.guard("a</s>a"))
     assert fast.convert_ids_to_tokens(ids) == ["▁a", "<", "/s>", "a"]
+
+
+def test_texts_are_encoded_at_once_as_one_by_one(chat, world, tmp_path):
+    """Whatever the tokenizer was called with before, and where one of them spells a token; streamed, too."""
+    chat.pad_token = chat.pad_token or chat.eos_token
+    chat(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    texts = [text.text for text in world.texts(300, 0)]
+    texts[3] = f"It ends with {chat.eos_token} here."
+    rows = encode_texts(chat, texts)
+    one_by_one = [chat(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    assert [row.ids[:-1] for n, row in enumerate(rows) if n != 3] == one_by_one[:3] + one_by_one[4:]
+    assert rows[3] == encode_text(chat, texts[3]) and chat.eos_token_id not in rows[3].ids[:-1]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(texts))
+    read = [Data("text", str(path), None, 0, 10**7, streaming=on).load().encode(chat, "train") for on in (False, True)]
+    assert list(read[0][0]) == list(read[1][0]) == rows and read[0][1] == read[1][1]
+
+
+def test_batches_are_small_however_long_the_texts_are():
+    for texts in (["a"] * 600, ["a" * 700_000] * 5, []):
+        batches = list(_batched(texts))
+        assert [text for batch in batches for text in batch] == texts
+        assert all(len(batch) <= 256 and sum(map(len, batch[:-1])) <= 1 << 20 for batch in batches)
 
 
 def test_tokens_inside_each_other_and_added_tokens_of_the_template(world):
