@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rlhf import held_out, validation
 from rlhf.checkpoints import AtomicCheckpointIO, latest
 from rlhf.errors import RLHFError
-from rlhf.metrics import loggers
+from rlhf.metrics import log_config, log_samples, loggers
 from rlhf.models.footprint import footprint
 from rlhf.scoring import model_rewards
 from rlhf.sharing import shared_base
@@ -153,6 +153,8 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
             print(f"  {stage.name}: {line}", flush=True)
         if stage.produces == "model":
             held_out.write(folder, getattr(stage, "data", None))
+    plain = OmegaConf.to_container(config, resolve=True)
+    log_config(trainer.loggers, plain, folder)  # type: ignore[arg-type]
     checkpoint = latest(folder) if resume else None
     started = time.perf_counter()
     if stage.produces == "model":
@@ -160,6 +162,7 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
         if trainer.is_global_zero:
             _save(stage, folder / "model")
             stage.write_samples()
+            log_samples(trainer.loggers, folder)
     else:
         trainer.predict(stage, return_predictions=False)
     seconds = time.perf_counter() - started

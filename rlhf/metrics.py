@@ -3,16 +3,19 @@
 Each is built from its YAML as a partial that takes the run folder: `logger(folder)`.
 """
 
+import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from rlhf.config import Plain, leaves
 from rlhf.errors import UserError
 from rlhf.metrics_file import MetricsFile
+from rlhf.runs import Run
 
 
 class MetricsLogger(Logger):
@@ -56,6 +59,10 @@ class TensorBoard(TensorBoardLogger):
     def __init__(self, folder: Path) -> None:
         super().__init__(save_dir=str(folder), name="", version="tensorboard")
 
+    def log_text(self, name: str, text: str) -> None:
+        """Write a text as Markdown code."""
+        self.experiment.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
+
 
 class WeightsAndBiases(WandbLogger):
     """A Weights & Biases run with the fingerprint as its id, so that a resumed run goes on in the same curve.
@@ -88,6 +95,10 @@ class WeightsAndBiases(WandbLogger):
         except ModuleNotFoundError as error:
             raise UserError("logger=wandb needs the wandb package; type: pip install wandb") from error
 
+    def log_text(self, name: str, text: str) -> None:  # type: ignore[override]
+        """Write a text as a table of its lines."""
+        super().log_text(name, columns=["line"], data=[[line] for line in text.splitlines()])
+
 
 class MLFlow(MLFlowLogger):
     """An MLflow run; without a tracking server its files go to `<folder>/mlflow`.
@@ -97,6 +108,9 @@ class MLFlow(MLFlowLogger):
 
     def __init__(self, folder: Path, experiment: str = "rlhf", tracking_uri: str | None = None) -> None:
         folder = Path(folder)
+        if tracking_uri is None:
+            # MLflow refuses its file store unless asked; its databases need packages that mlflow-skinny lacks.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         try:
             super().__init__(
                 experiment_name=experiment,
@@ -105,6 +119,30 @@ class MLFlow(MLFlowLogger):
             )
         except ModuleNotFoundError as error:
             raise UserError("logger=mlflow needs the mlflow package; type: pip install mlflow-skinny") from error
+
+    def log_text(self, name: str, text: str) -> None:
+        """Write a text as an artifact."""
+        self.experiment.log_text(self.run_id, text, f"{name}.txt")
+
+
+@rank_zero_only
+def log_config(chosen: Iterable[Logger], config: Plain, folder: Path) -> None:
+    """Write the resolved config, flat, with the run's fingerprint and what it was made from, to services."""
+    lineage = Run(folder).lineage
+    flat = {key: value for key, value in leaves(config)}
+    flat |= {"fingerprint": lineage.get("fingerprint", folder.name), "parents": ", ".join(lineage.get("parents") or ())}
+    for logger in chosen:
+        if not isinstance(logger, MetricsLogger):
+            logger.log_hyperparams(flat)
+
+
+@rank_zero_only
+def log_samples(chosen: Iterable[Logger], folder: Path) -> None:
+    """Write the samples of a run, if it has any, to services that take text."""
+    file = folder / "samples.jsonl"
+    for logger in chosen if file.is_file() else ():
+        if hasattr(logger, "log_text"):
+            logger.log_text("samples", file.read_text(encoding="utf-8"))
 
 
 def loggers(chosen: Callable[[Path], Logger] | None, folder: Path) -> list[Logger]:
