@@ -250,12 +250,15 @@ def register() -> None:
     May be called any number of times.
 
     Raises:
-        UserError: two providers offer the same option.
+        UserError: two providers offer the same option, or a YAML file of theirs is too large.
     """
-    from rlhf import launcher
+    from rlhf import launcher, yaml_size
 
     add_working_directory()
-    discover()
+    foreign = [user_conf(), *(plugin.conf for plugin in discover()[0] if plugin.origin != "checkout")]
+    for conf in foreign:
+        for path in conf.rglob("*.yaml") if conf is not None else ():
+            yaml_size.check(path)
     plugins = Plugins.instance()
     if PluginSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(PluginSearchPath)

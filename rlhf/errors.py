@@ -51,3 +51,16 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
     if not known:
         return ""
     return f" (one of: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def os_error_line(error: OSError) -> str:
+    """An OSError as a line that names the file and the reason."""
+    name = error.filename if error.filename is not None else ""
+    other = f" -> {error.filename2}" if error.filename2 is not None else ""
+    reason = error.strerror or first_line(error)
+    return f"{name}{other}: {reason}" if name else reason

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rlhf import checkpoint_files, comparison, manifest, processes, runs
 from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
 from rlhf.console import shell
-from rlhf.errors import RLHFError, RunFailed, UserError
+from rlhf.errors import RLHFError, RunFailed, UserError, os_error_line
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.metrics_file import unreadable
 from rlhf.plan import Plan, Step, plan
@@ -160,10 +160,16 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         console.say(f"{label}  stopped; type the same command again to go on", "yellow")
         raise
     except BaseException as error:
-        own.write_status("failed", ended=runs.now(), error=f"{type(error).__name__}: {error}")
-        (step.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):  # the error may be a full disk
+            own.write_status("failed", ended=runs.now(), error=f"{type(error).__name__}: {error}")
+            (step.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(error, RLHFError) or not isinstance(error, Exception):
             raise
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{step.name}: {os_error_line(error)}; check the path, its permissions and the free space, then type "
+                f"the same command again (traceback in {step.folder / 'error.txt'})"
+            ) from error
         lines = str(error).strip().splitlines() or [""]
         raise RunFailed(
             f"{step.name} failed: {type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"

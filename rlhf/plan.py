@@ -196,7 +196,7 @@ class _Planner:
         broken: bool,
     ) -> Step:
         """The step, its config validated, and what was found out remembered under ``known``."""
-        from rlhf import adapted_layers, context, sharing, validation
+        from rlhf import adapted_layers, buildable, context, sharing, validation
 
         own = self.raw[name] if name else {}
         try:
@@ -213,7 +213,7 @@ class _Planner:
         facts = _facts(config)
         made = self._step(name, raw, config, roles, identities, parents, facts)
         sound = True
-        for one in (adapted_layers, sharing, context):
+        for one in (buildable, adapted_layers, sharing, context):
             try:
                 one.check(made, self.steps)
             except UserError as error:

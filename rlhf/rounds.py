@@ -23,6 +23,7 @@ from rlhf.config import Plain, merge, plain
 from rlhf.errors import UserError, suggest
 
 _REFERENCE = re.compile(r"\$\{(artifact|base_model|base_weights|previous_round|all_rounds|earlier_rounds):([^${}]*)\}")
+MOST = 100  # rounds; Llama 2 made five
 _LISTS = ("all_rounds", "earlier_rounds")
 _NUMBERED = re.compile(r"(.+)_(\d+)$")
 _TYPED = re.compile(r"(\w+?)_\d+(\.[^=]*)?=")  # collect_2.rollout.samples=4
@@ -45,8 +46,8 @@ def expand(root: DictConfig) -> tuple[DictConfig, dict[str, list[str]]]:
     everything = plain(root)
     repeated = [str(name) for name in everything["repeat"]]
     count = everything.get("rounds", 1)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise UserError(f"rounds={count}: the number of rounds is a whole number from 1; type rounds=3")
+    if type(count) is not int or not 1 <= count <= MOST:
+        raise UserError(f"rounds={count}: the number of rounds is a whole number from 1 to {MOST}; type rounds=3")
     steps = [str(name) for name in everything["steps"]]
     for name in repeated:
         if name not in steps or not isinstance(everything.get(name), dict):

@@ -28,6 +28,8 @@ from rlhf.vocabulary import lacks_template
 
 # Groups that build reads for every stage, whether or not its constructor names them.
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
+# No hyperparameter is right at infinity or nan, and both pass bounds such as greater than 0.
+_FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
 # What Hydra's instantiate reads itself.
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -204,7 +206,7 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
     if annotation in (inspect.Parameter.empty, Any) or holds_object(value):
         return []
     try:
-        model = create_model("Value", __config__=ConfigDict(arbitrary_types_allowed=True), value=(annotation, ...))
+        model = create_model("Value", __config__=_FINITE, value=(annotation, ...))
     except PydanticUserError:
         return []
     try:

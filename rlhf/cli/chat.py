@@ -97,7 +97,7 @@ def _command(chat: "Chat", text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
+    parser = options.Parser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
     parser.add_argument("--system", help="system message at the start (default: none, or the template's own)")
     options.chat_template(parser, "a model")

@@ -216,7 +216,7 @@ def _next(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf eval", description=(__doc__ or "").split("\n\n")[0])
+    parser = options.Parser(prog="rlhf eval", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
     add("--prompts", metavar="FILE", help="what is asked, in any format of rlhf's data (default: testbed's held-out "

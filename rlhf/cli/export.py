@@ -62,7 +62,7 @@ def _end_id(folder: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf export", description=(__doc__ or "").split("\n\n")[0])
+    parser = options.Parser(prog="rlhf export", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "run", metavar="RUN", help="run of a policy or a reward model, model folder, GGUF file or hub id"
     )

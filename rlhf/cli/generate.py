@@ -94,7 +94,7 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf generate", description=(__doc__ or "").split("\n\n")[0])
+    parser = options.Parser(prog="rlhf generate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
     parser.add_argument(
         "--prompts",

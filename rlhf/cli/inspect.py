@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rlhf.cli import options
 from rlhf.errors import UserError, suggest
 
 PAGES = ("data", "batch", "template", "plan")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="rlhf inspect",
         usage="rlhf inspect data|batch|template|plan [--rows N] [--step N] [step=NAME] KEY=VALUE...",
         description=__doc__,

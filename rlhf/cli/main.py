@@ -21,6 +21,10 @@ from rlhf.errors import RLHFError, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
+FLAGS = (  # ours and Hydra's
+    *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
+    *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion", "--experimental-rerun"),
+)
 
 
 def main() -> None:
@@ -86,6 +90,10 @@ def dispatch(argv: list[str]) -> int:
 
     from rlhf.cli import dry_run
 
+    for word in argv:
+        if word.startswith("--") and word.partition("=")[0] not in FLAGS:
+            hint = suggest(word.partition("=")[0], FLAGS)
+            raise UserError(f"{word}: unknown option{hint if 'did you' in hint else ''}; rlhf --help lists everything")
     register()
     dry = dry_run.FLAG in argv
     argv = [word for word in argv if word != dry_run.FLAG]

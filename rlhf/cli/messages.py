@@ -14,10 +14,11 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from rlhf import discovery
 from rlhf.config import leaves
-from rlhf.errors import RLHFError, suggest
+from rlhf.errors import RLHFError, os_error_line, suggest
 
 _AT_THE_ROOT = ("pipeline", "experiment", "sweep", "debug")
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
@@ -27,7 +28,7 @@ def user_fixable(error: BaseException) -> bool:
     """Whether the command line or a YAML file is at fault, and not the program."""
     if isinstance(error, RLHFError):
         return error.exit_code == 2
-    return isinstance(error, HydraException | OmegaConfBaseException)
+    return isinstance(error, HydraException | OmegaConfBaseException | OSError | YAMLError)
 
 
 def explain(error: BaseException, argv: list[str]) -> str:
@@ -41,6 +42,11 @@ def explain(error: BaseException, argv: list[str]) -> str:
     for link in chain:
         if isinstance(link, RLHFError):
             return str(link)
+    if isinstance(error, OSError):
+        return f"{os_error_line(error)}; check the path, its permissions and the free space"
+    for link in chain:
+        if isinstance(link, YAMLError):
+            return f"{_yaml_error(link)}; correct the YAML file"
     if not user_fixable(error):
         text = str(error).strip()
         return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -63,6 +69,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _yaml_error(error: YAMLError) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: not YAML ({error.problem})"
+    return f"not YAML ({_first(error)})"
 
 
 def _first(error: BaseException) -> str:

@@ -3,6 +3,17 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from rlhf.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose mistakes are one line and exit status 2, without the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage and ending the process."""
+        raise UserError(f"{self.prog}: {message}; type {self.prog} --help")
 
 
 def outputs(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """Plugins: list, show NAME, new NAME --kind KIND, check FOLDER."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 from rich.table import Table
 
 from rlhf import discovery
-from rlhf.cli import scaffold
+from rlhf.cli import options, scaffold
 from rlhf.console import Screen, shell
 from rlhf.errors import UserError, suggest
 
 
 def main(argv: list[str]) -> int:
     """`rlhf plugins ...`; the exit status is 1 when `check` finds something."""
-    parser = argparse.ArgumentParser("rlhf plugins", description="What extends rlhf, and your own extensions.")
+    parser = options.Parser("rlhf plugins", description="What extends rlhf, and your own extensions.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="every plugin, where it is from, what it offers (the default)")
     show = actions.add_parser("show", help="the options of one plugin, with their knobs")

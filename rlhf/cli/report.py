@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.cli import options
 from rlhf.console import Screen, clean
 from rlhf.errors import UserError
 
@@ -90,7 +91,7 @@ def _place(references: Sequence[str], outputs: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf report", description=__doc__.split("\n\n")[0])
+    parser = options.Parser(prog="rlhf report", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, folder of runs, or fingerprint prefix")
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
     parser.add_argument("--title", help="heading of the page")

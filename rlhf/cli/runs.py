@@ -1,6 +1,5 @@
 """List, show, check and remove runs: rlhf runs list | show RUN | check [RUN...] | rm RUN..."""
 
-import argparse
 import os
 import re
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rlhf import manifest
+from rlhf.cli import options
 from rlhf.errors import UserError, suggest
 from rlhf.locks import Locked
 from rlhf.report import console
@@ -21,7 +21,7 @@ REMOVED = ".removed-"  # begins the name of a run folder that is being deleted
 
 def main(argv: list[str]) -> int:
     """Runs the sub-command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="rlhf runs", description="What lies in the outputs folder.")
+    parser = options.Parser(prog="rlhf runs", description="What lies in the outputs folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|check|rm")
     lists = commands.add_parser("list", help="every run: status, main metric, time, folder")
     lists.add_argument("--stage", help="only runs of this stage")

@@ -36,6 +36,7 @@ HELD_OUT = 400  # prompts of the testbed where data.validation is null: a standa
 HELD_OUT_SHARE = 0.1  # of anything else, as of demonstrations and comparisons: one file, one held-out part
 
 SEARCHED = 1_000_000  # sums of groups that are looked at for the held-out part
+MOST_MADE_UP = 10_000_000  # records of the testbed, which are kept in memory
 
 SMALL_FILES = 4 << 20  # bytes of local files that are read before a run to see whether they can be
 
@@ -229,6 +230,9 @@ class Data:
 
         Raises UserError as ``load`` does. Larger files, runs, and data sets of the hub are read when their step begins.
         """
+        size = knobs.get("size")
+        if knobs.get("source") in (TESTBED, ARITHMETIC) and type(size) is int and size > MOST_MADE_UP:
+            raise UserError(f"data.size={size}: at most {MOST_MADE_UP} records are made up; type a smaller data.size")
         if not _CHECKED_EARLY.get():
             return
         source = knobs.get("source") or []

@@ -13,6 +13,7 @@ from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.control_tokens import ControlTokens
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.errors import UserError
+from rlhf.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -105,6 +106,10 @@ class EncodedLabel:
         return len(self.prompt) + len(self.response)
 
 
+RENDER_SECONDS = 20.0  # for one dialogue, which takes milliseconds
+_ENDLESS = f"the chat template takes longer than {RENDER_SECONDS:g} s for one dialogue; type model.chat_template=chatml"
+
+
 class Refused(UserError):
     """A dialogue that the chat template cannot write: two user turns in a row where it wants them to alternate, say."""
 
@@ -143,8 +148,10 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prom
         raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        # A list of dialogues, because transformers refuses a single one without turns; templates often write it.
-        return str(tokenizer.apply_chat_template([turns], tokenize=False, add_generation_prompt=generation_prompt)[0])
+        with time_limit(RENDER_SECONDS, _ENDLESS):
+            # A list of dialogues, because transformers refuses a single one without turns; templates often write it.
+            found = tokenizer.apply_chat_template([turns], tokenize=False, add_generation_prompt=generation_prompt)
+        return str(found[0])
     except jinja2.TemplateSyntaxError as error:
         raise _no_jinja(error) from None
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -1,0 +1,110 @@
+"""Whether transformers and Lightning can build what a step's config asks for, checked while it is planned.
+
+The model is built with one layer and a tiny vocabulary and reads two tokens: shapes that do not fit together raise as
+they would in training. No torch at module level.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf.config import Plain
+from rlhf.errors import UserError, first_line
+from rlhf.model_config import written
+
+# The largest published models have a quarter of this or less; more is a typo, or a file made to exhaust the machine.
+SMALL = 2048  # hidden size up to which one layer is built with weights; above it, without
+LIMITS = {
+    "num_hidden_layers": 1024,
+    "n_layer": 1024,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "max_position_embeddings": 2**27,
+    "vocab_size": 2**23,
+}
+
+
+def check(step: Any, earlier: Any = ()) -> None:
+    """Refuse a step whose model or Trainer cannot be built.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    _check_model(step.config.get("model"))
+    _check_trainer(step.config.get("trainer"))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, dict):
+        return
+    own = model.get("architecture")
+    if model.get("path") is None and isinstance(own, dict):
+        _check_limits(own, "model.architecture.")
+        # The tokenizer is trained on the data and may come out smaller than asked for; any size shows a misfit.
+        problem = _problem(json.dumps({**own, "vocab_size": 64}, sort_keys=True, default=str))
+        if problem:
+            raise UserError(f"model.architecture: transformers cannot build it ({problem}); change its sizes")
+    elif model.get("path") is not None:
+        shape = written(model["path"]) or {}
+        _check_limits(shape, f"model.path={model['path']}: config.json has ")
+        if isinstance(shape.get("text_config"), dict):
+            _check_limits(shape["text_config"], f"model.path={model['path']}: config.json has text_config.")
+
+
+def _check_limits(shape: Plain, name: str) -> None:
+    for key, most in LIMITS.items():
+        value = shape.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{name}{key}={value}: should be a whole number from 1 to {most}")
+
+
+@cache
+def _problem(architecture: str) -> str | None:
+    """Why a decoder of this architecture (JSON) cannot be built or run; None if it can."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = json.loads(architecture)
+    try:
+        kind = type(AutoConfig.for_model(arguments.pop("model_type", "llama")))
+        config = kind(**{**arguments, "num_hidden_layers": 1})
+        small = config.hidden_size <= SMALL
+        with torch.device("cpu" if small else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config)
+            if small:  # on the meta device transformers looks at values, which are not there
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except Exception as error:  # transformers raises whatever its layers do
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[-1] if lines else type(error).__name__
+    return None
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Build the Trainer: Lightning checks accelerators, numbers of devices and limits as it does so."""
+    if not isinstance(trainer, dict) or trainer.get("_target_") != "pytorch_lightning.Trainer":
+        return
+    problem = _trainer_problem(json.dumps(trainer, sort_keys=True, default=str))
+    if problem:
+        raise UserError(problem)
+
+
+@cache
+def _trainer_problem(node: str) -> str | None:
+    import hydra.utils
+
+    from rlhf.build import quiet
+
+    quiet()
+    content = json.loads(node)
+    devices = content.get("devices", 1)
+    if devices != "auto" and not isinstance(devices, list) and not (type(devices) is int and devices >= 1):
+        return f"trainer.devices={devices}: should be a whole number from 1, or auto"
+    try:
+        hydra.utils.instantiate(OmegaConf.create({**content, "logger": False, "enable_checkpointing": False}))
+    except Exception as error:  # Hydra's InstantiationException around whatever Lightning raises
+        return f"trainer: Lightning cannot build it ({first_line(error.__cause__ or error)}); change trainer.*"
+    return None
