@@ -157,9 +157,9 @@ def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     update, hidden = stage.update, stage.policy.hidden
 
-    def keep(ids, attention_mask, position_ids):
+    def keep(ids, attention_mask, position_ids=None):
         states = hidden(ids, attention_mask, position_ids)
-        if states.requires_grad:
+        if states.requires_grad and seen:  # not while the stage is being prepared
             states.retain_grad()
             seen[-1] = (*seen[-1], states)
         return states
