@@ -87,6 +87,13 @@ def dispatch(argv: list[str]) -> int:
         return 2
     if not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
         return subcommand(argv)
+    asked = next((word for word in argv if word.startswith("query=")), None)
+    if asked is not None and {"-sc", "--shell-completion"} & set(argv):
+        from rlhf.cli import complete
+
+        register()
+        print(complete.query(asked.partition("=")[2], os.environ.get("COMP_LINE", "")))
+        return 0
 
     from rlhf.cli import dry_run
 

@@ -1,0 +1,110 @@
+"""Tab completion: Hydra's, and what it does not know: commands, runs, steps of a pipeline, and objectives by stage."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.bash_completion import BashCompletion
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from rlhf import discovery, runs
+from rlhf.cli.help import LEADING, subcommands
+
+_VERBS = {
+    "inspect": ("data", "batch", "template", "plan"),
+    "plugins": ("list", "show", "new", "check"),
+    "runs": ("list", "show", "rm", "check"),
+}
+_TAKES_A_RUN = ("chat", "eval", "export", "generate", "report")
+_READS_A_RUN = re.compile(r"(?:\w+\.)*(?:inputs\.\w+|source)=")
+
+
+def query(shell: str, line: str) -> str:
+    """Return the words that may come next, as the shell's completion script takes them.
+
+    Args:
+        shell: bash, zsh or fish.
+        line: The command line so far, the program's name first.
+    """
+    found = sorted(dict.fromkeys(candidates(line.partition(" ")[2])))
+    return ("\n" if shell == "fish" else " ").join(found)
+
+
+def candidates(line: str) -> Iterator[str]:
+    """Yield the words that may stand at the end of a command line, which is given without the program's name."""
+    words = line.split()
+    word = "" if not line or line.endswith(" ") else words.pop()
+    known = subcommands()
+    if words and words[0] in known:
+        yield from _of_command(words, word)
+        return
+    if not words:
+        yield from (name for name in known if name.startswith(word))
+        yield from (f"{group}=" for group in LEADING if group.startswith(word))
+    key, equals, value = word.partition("=")
+    if equals and key == "until":
+        yield from (f"until={step}" for step in _steps(words) if step.startswith(value))
+    elif equals and _READS_A_RUN.match(word):
+        yield from (f"{key}={path}" for path in _runs(value))
+    else:
+        fitting = _fitting(words, key) if equals and key.partition("@")[0] == "objective" else None
+        for found in _by_hydra(line):
+            if fitting is None or found.partition("=")[2] in fitting:
+                yield found
+
+
+def _of_command(words: list[str], word: str) -> Iterator[str]:
+    name, rest = words[0], [one for one in words[1:] if not one.startswith("-")]
+    if name in _VERBS and not rest:
+        yield from (verb for verb in _VERBS[name] if verb.startswith(word))
+    elif name == "inspect":
+        yield from candidates(" ".join([*rest[1:], word]))
+    elif name == "plugins" and rest[0] == "show":
+        yield from (plugin.name for plugin in discovery.discover()[0] if plugin.name.startswith(word))
+    elif name in _TAKES_A_RUN or (name == "runs" and rest[0] != "list"):
+        yield from _runs(word)
+
+
+def _runs(beginning: str) -> Iterator[str]:
+    """Yield the directories of finished runs in ./outputs whose path begins so."""
+    for run in runs.find(Path("outputs")):
+        if str(run.folder).startswith(beginning):
+            yield str(run.folder)
+
+
+def _steps(words: list[str]) -> list[str]:
+    chosen = [word for word in words if word.startswith(("pipeline=", "experiment="))]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
+            return [str(step) for step in OmegaConf.select(compose("config", chosen), "steps") or ()]
+    except Exception:  # a line that is not finished yet is seldom right
+        return []
+
+
+def _fitting(words: list[str], key: str) -> set[str] | None:
+    """Objectives that the chosen stage takes: those of its plugin and of no stage's; None where it is not known."""
+    step = key.partition("@")[2].partition(".")[0]
+    typed = f"stage@{step}=" if step else "stage="
+    stage = next((word.removeprefix(typed) for word in words if word.startswith(typed)), None)
+    if stage is None:
+        return None
+    found = set()
+    for path in discovery.named("objective"):
+        beside = {other.stem for other in path.parents[1].glob("stage/*.yaml")}
+        if stage in beside or not beside:
+            found.add(path.stem)
+    return found or None
+
+
+def _by_hydra(line: str) -> list[str]:
+    GlobalHydra.instance().clear()
+    try:
+        path = create_config_search_path(str(discovery.conf_dir()))
+        return list(BashCompletion(ConfigLoaderImpl(path))._query(config_name="config", line=line))
+    except Exception:  # a line that is not finished yet is seldom right
+        return []
