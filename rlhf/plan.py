@@ -81,8 +81,9 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     names = _step_names(root)
     planner = _Planner(root, names, overrides, validate_again)
     last = None if names is None else _last(names, root.get("until"))
-    planner.add(last)
-    compare = planner.comparison()
+    with runs.sources_read_once():
+        planner.add(last)
+        compare = planner.comparison()
     notes = _overrides_without_effect(planner, overrides, repeated)
     for choice in _weights_chosen(planner):
         if choice.problem:
@@ -179,11 +180,12 @@ class _Planner:
             raw["inputs"] |= inputs
             known = checked.key(raw, own, name or "")
             facts = checked.read(known) if len(self.problems) == before else None
+            made = None
             if facts is not None:
                 made = self._step(name, raw, configs.resolve(raw), roles, identities, parents, facts)
                 if not self.validate_again or runs.Run(made.folder).finished:
                     return made
-            return self._validated(name, raw, roles, identities, parents, known, len(self.problems) > before)
+            return self._validated(name, raw, roles, identities, parents, known, len(self.problems) > before, made)
 
     def _validated(
         self,
@@ -194,8 +196,9 @@ class _Planner:
         parents: dict[str, Path],
         known: str,
         broken: bool,
+        made: Step | None,
     ) -> Step:
-        """The step, its config validated, and what was found out remembered under ``known``."""
+        """The step (``made``, where the config passed before), its config validated, remembered under ``known``."""
         from rlhf import adapted_layers, buildable, context, sharing, validation
 
         own = self.raw[name] if name else {}
@@ -209,9 +212,11 @@ class _Planner:
             self.roles[name or stage], self.unread[name or stage] = roles, set()
             folder = self.outputs / stage / f"({name or stage})"
             return Step(name or stage, stage, raw, "", folder, identities, parents, "", own)
-        config = configs.resolve(raw)
-        facts = _facts(config)
-        made = self._step(name, raw, config, roles, identities, parents, facts)
+        facts = None
+        if made is None:
+            config = configs.resolve(raw)
+            facts = _facts(config)
+            made = self._step(name, raw, config, roles, identities, parents, facts)
         sound = True
         for one in (buildable, adapted_layers, sharing, context):
             try:
@@ -219,7 +224,7 @@ class _Planner:
             except UserError as error:
                 self.problems.append(configs.said_of_step(str(error), own, made.name))
                 sound = False
-        if sound:
+        if sound and facts is not None:
             checked.write(known, facts)
         return made
 

@@ -205,12 +205,11 @@ def holds_object(value: Any) -> bool:
 def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
     if annotation in (inspect.Parameter.empty, Any) or holds_object(value):
         return []
-    try:
-        model = create_model("Value", __config__=_FINITE, value=(annotation, ...))
-    except PydanticUserError:
+    model = _value_model(annotation)
+    if model is None:
         return []
     try:
-        checked = model(value=value).value  # type: ignore[attr-defined]
+        checked = model(value=value).value
     except ValidationError as e:
         # A union reports each of its members; the first that is about the value itself says enough.
         messages = list(dict.fromkeys(str(x["msg"]).replace("Input should", "should") for x in e.errors()))
@@ -221,6 +220,20 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
         # pydantic would convert, but the constructor gets the value as it stands.
         return [f"{path}={_show(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]
     return []
+
+
+def _value_model(annotation: Any) -> Any:
+    """The pydantic model of one value of this type; None for a type that pydantic does not know."""
+    key = repr(annotation)  # an Annotated with a Field has no hash
+    if key not in _MODELS or _MODELS[key][0] != annotation:
+        try:
+            _MODELS[key] = annotation, create_model("Value", __config__=_FINITE, value=(annotation, ...))
+        except PydanticUserError:
+            _MODELS[key] = annotation, None
+    return _MODELS[key][1]
+
+
+_MODELS: dict[str, tuple[Any, Any]] = {}  # making one takes milliseconds, and a pipeline checks thousands of values
 
 
 def _scalar(value: Any) -> bool:
