@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlhf import held_out
@@ -26,6 +27,8 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import GoldReward, ModelReward
+
+Positive = Annotated[int, Field(gt=0)]
 
 FORMAT = 2  # of the cached result; a change of what is computed counts it up
 LABELS = {
@@ -132,12 +135,12 @@ def compare(
     text: PromptData | None = None,
     *,
     gold: bool | None = None,
-    count: int = 400,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
+    count: Positive = 400,
+    max_new_tokens: Positive = 32,
+    temperature: Annotated[float, Field(gt=0)] = 1.0,
     seed: int = 0,
     folder: Path | None = None,
-    batch_size: int = 128,
+    batch_size: Positive = 128,
 ) -> Evaluation:
     """Compares two policies on held-out prompts; a result computed before is read from its file.
 

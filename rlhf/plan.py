@@ -139,6 +139,8 @@ class _Planner:
         self.model = next((word[6:] for word in overrides if word.startswith("model=")), "")  # the option, as typed
         self.raw = configs.plain(root)
         self.given = configs.resolve({"inputs": self.raw.get("inputs") or {}})["inputs"]  # at the root
+        if root.get("outputs") == "":  # it would be the working directory
+            raise UserError("outputs=: names no directory; type outputs=DIRECTORY, or leave it out")
         self.outputs = Path(str(root.get("outputs") or "outputs"))
         self.starts_from_weights = names is not None and configs.names_weights(root)
         self.steps: list[Step] = []
@@ -413,6 +415,9 @@ def _overrides_without_effect(
     notes = []
     for typed in overrides:
         key, _, value = typed.lstrip("+").partition("=")
+        if typed.startswith("+") and "@" not in key and _unknown_root(planner, key.partition(".")[0]):
+            planner.problems.append(f"{typed} has no effect: nothing reads {key.partition('.')[0]}; leave it out")
+            continue
         if typed.startswith("~") or "@" in key or value in ("null", ""):
             continue
         first, _, rest = key.partition(".")
@@ -442,6 +447,19 @@ def _overrides_without_effect(
                 instead = ", ".join(f"{name}.{key}" for name in readers_of)
                 planner.problems.append(f"{typed} has no effect: every step sets its own; type one of {instead}")
     return notes
+
+
+def _unknown_root(planner: _Planner, key: str) -> bool:
+    """Whether a key at the root, which a + adds, is nobody's: no group, no step, no object, and named by no value."""
+    from rlhf import validation
+
+    own = planner.raw.get(key)
+    if key in {*validation.root_keys(), *(planner.names or ()), "compare", "repeat", "rounds"}:
+        return False
+    if isinstance(own, dict) and "_target_" in own:
+        return False
+    mention = re.compile(r"\$\{" + re.escape(key) + r"[.}\[]")
+    return not any(isinstance(value, str) and mention.search(value) for _, value in configs.leaves(planner.raw))
 
 
 def _reads(planner: _Planner, name: str) -> str:

@@ -7,6 +7,7 @@ constructors are imported, and they may bring it in.
 
 import dataclasses
 import inspect
+import logging
 import re
 import types
 import typing
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, get_args, get_origin
 
+import hydra.utils
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -124,14 +126,22 @@ def _walk(node: Any, path: str) -> Iterator[str]:
 
 def _load(name: Any) -> Any:
     """The object of a ``_target_``, or why there is none, as text."""
+    if not isinstance(name, str):
+        return f"{name} is no dotted path of a class or function"
+    log = logging.getLogger(hydra.utils.__name__)  # it prints lines of its own
+    silent, log.disabled = log.disabled, True
     try:
         return get_object(name)
-    except Exception as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # SystemExit too: sys.exit(0) in a module would look like success
         # Hydra wraps the reason; a plugin author needs the reason itself.
         root: BaseException = e
         while root.__cause__ is not None:
             root = root.__cause__
         return f"cannot import {name} ({type(root).__name__}: {_first_line(root)})"
+    finally:
+        log.disabled = silent
 
 
 def check_node(
@@ -404,14 +414,18 @@ def _roots(config: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, default in root.items():
         if isinstance(default, int | str) and "${" not in str(default) and key in config:
             yield from _check_value(config[key], type(default), f"{prefix}{key}")
-    known = {str(k) for k in root if k not in ("defaults", "hydra")}
-    known |= discovery.group_names() | {"text", "steps"}
+    known = root_keys() - {"hydra"}
     for key, value in config.items():
         if key in known or isinstance(value, dict) and "_target_" in value:
             continue
         hint = suggest(str(key), known, prefix)
         if hint.startswith(" (did"):
             yield f"{prefix}{key}: unknown option{hint}"
+
+
+def root_keys() -> set[str]:
+    """Return the keys that a config may have at its root: those of config.yaml, and the groups."""
+    return {str(key) for key in _root_config() if key != "defaults"} | discovery.group_names() | {"text", "steps"}
 
 
 @cache

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import __version__, console, discovery, launcher, processes, rounds
-from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.errors import RLHFError, RunFailed, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -160,11 +160,16 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         from rlhf import pipeline
 
         value = pipeline.run(config)
-    except Exception as e:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+    except (Exception, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code:  # an interruption, which has said so
             raise
-        status = report(e, debug, words)
-        leave_result({"status": "failed", "error": explain(e, words)})
+        error = (
+            e if isinstance(e, Exception) else RunFailed("code that the config names called sys.exit(0); not finished")
+        )
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise error from None
+        status = report(error, debug, words)
+        leave_result({"status": "failed", "error": explain(error, words)})
         raise SystemExit(status) from None
     leave_result({"status": "finished", "value": value})
     return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ from rlhf import hub
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, control_tokens, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.errors import UserError, suggest
+from rlhf.errors import RLHFError, UserError, suggest
 from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
@@ -328,10 +329,11 @@ class CausalLM:
             hub.use_cache_if_unreachable()
         try:
             return self._made(read, source, **arguments)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except (RLHFError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # readers of safetensors, pickles, JSON and tokenizers raise what they like
             raise UserError(
-                f"model.path={source}: cannot be read ({reason}); give a model folder, a run folder or a hub id"
+                f"model.path={source}: cannot be read ({_reason(error)}); give a model folder, a run folder or a hub id"
             ) from error
 
     @property
@@ -423,3 +425,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
+
+
+def _reason(error: Exception) -> str:
+    """What a reader of a model's files says, in one line."""
+    text = str(error).strip()
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than config.json says"
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle of something else than tensors"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = lines[0] if lines else ""
+    if said.endswith(":") and len(lines) > 1:  # a heading, and the reason below it
+        said = f"{said} {lines[1]}"
+    return said if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: {said}"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import shutil
+import struct
 import sys
 from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
@@ -79,7 +80,7 @@ def _convert(file: Path, folder: Path) -> None:
             loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path={file}: no GGUF file that transformers can read ({reason})") from error
     # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
@@ -93,5 +94,5 @@ def _convert(file: Path, folder: Path) -> None:
     fresh.save_pretrained(folder)
     try:
         AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
         (folder / TOKENIZER).unlink(missing_ok=True)  # a file of weights alone; the user names a tokenizer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -96,9 +97,15 @@ class ScalarModel(nn.Module):
             self.scale.fill_(stored["scale"])
             self.bias.fill_(stored["bias"])
             self.log_odds = stored.get("log_odds", 1.0)
+        elif (folder.parent / "status.json").is_file():  # a run of ours, which writes it
+            raise UserError(f"{file}: not there, so the scores' scale is unknown; make the reward model again")
         file = folder / SAFETY_HEAD
         if file.is_file():
-            self.add_safety_head().load_state_dict(load_file(file))
+            try:
+                self.add_safety_head().load_state_dict(load_file(file))
+            except (SafetensorError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"{file}: cannot be read ({reason}); make the reward model again") from error
 
     def add_safety_head(self) -> nn.Linear:
         """The auxiliary head of Llama 2 (arXiv 2307.09288, section 3.2.2): logit that a reply is unsafe, from w = 0.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf import build
+from rlhf import build, validation
 from rlhf.cli import main
+from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
@@ -256,3 +258,44 @@ def test_no_objective_takes_a_negative_beta() -> None:
             assert line.startswith("objective.beta=-0.1: should be greater than"), path.stem
             found += 1
     assert found >= 20
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise SystemExit('bye')", "raise GeneratorExit", "1 / 0"])
+def test_plugin_module_that_ends_the_process_is_one_finding(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sys.exit(0) in a module looked like success: exit status 0 and nothing done."""
+    name = f"ends_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = validation._load(f"{name}.Thing")
+    assert isinstance(found, str)
+    assert found.startswith(f"cannot import {name}.Thing (") and "\n" not in found
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "SafetensorError"),
+        (b"x" * 1000, "SafetensorError"),
+        (None, "other shapes than config.json says"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_one_line(
+    content: bytes | None,
+    said: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    if content is None:
+        config = json.loads((tmp_path / "model/config.json").read_text())
+        config["intermediate_size"] += 8
+        (tmp_path / "model/config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / "model/model.safetensors").write_bytes(content)
+    spec = CausalLM(str(tmp_path / "model"), None, None)
+    with pytest.raises(UserError, match=said) as caught:
+        spec.load(NoAdapter(), Precision("32-true"))
+    assert len(str(caught.value).splitlines()) == 1
