@@ -39,7 +39,7 @@ def check(step: Any, earlier: Any = ()) -> None:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, dict):
+    if not isinstance(model, dict) or model.get("_target_") != "rlhf.models.causal_lm.CausalLM":
         return
     own = model.get("architecture")
     if model.get("path") is None and isinstance(own, dict):
