@@ -5,6 +5,7 @@ import io
 import shutil
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
@@ -44,7 +45,10 @@ def converted(source: str) -> str:
                 print(f"  {file.name}: read and dequantised once, into {folder}", flush=True)
                 scratch = folder.with_name(f".{folder.name}.part")
                 shutil.rmtree(scratch, ignore_errors=True)
-                _convert(file, scratch)
+                # torch's modes (fake tensors, a default device) belong to a thread: a thread of its own has none, so
+                # that the weights written are real whatever the caller builds under.
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(_convert, file, scratch).result()
                 gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
     except PermissionError as error:

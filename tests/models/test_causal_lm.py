@@ -1,7 +1,10 @@
 """Where models come from, and how large the named ones are."""
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import AutoTokenizer
 from rlhf import hub
 from rlhf.config import register_resolvers
 from rlhf.errors import UserError
+from rlhf.inspection.shapes import Weightless, without_weights
 from rlhf.models import causal_lm
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
@@ -181,6 +185,21 @@ def test_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     # A second time it comes out of the cache, and 4 bits can be made of it.
     again = spec(path, tokenizer=str(folder)).load(QLoRA(rank=2), FP32)
     assert "dequantised" not in capsys.readouterr().out and again.adapted
+
+
+@pytest.mark.parametrize("mode", [lambda: without_weights(Weightless()), lambda: torch.device("meta"), torch.no_grad])
+def test_gguf_is_converted_outside_the_modes_of_its_caller(
+    mode: Callable[[], AbstractContextManager[Any]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    path, source = tmp_path / "tiny.gguf", spec(folder).load(NoAdapter(), FP32)
+    write_gguf(gguf, source, path)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))  # empty, as on a new machine
+    with mode():
+        assert spec(path, tokenizer=str(folder)).config().vocab_size == source.config.vocab_size
+    loaded = spec(path, tokenizer=str(folder)).load(NoAdapter(), FP32)
+    for name, weight in source.base.state_dict().items():
+        torch.testing.assert_close(loaded.base.state_dict()[name], weight, rtol=0, atol=0)
 
 
 def test_a_file_that_is_no_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
