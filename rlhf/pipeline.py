@@ -32,6 +32,7 @@ from rlhf.plan import Plan, Step, plan
 from rlhf.report import console
 from rlhf.runs import Run
 from rlhf.summary import command, peak_memory, reset_peak_memory, summary
+from rlhf.versions import untested
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 INTERRUPTED = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
@@ -53,6 +54,8 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
     if overrides is None:
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     made = plan(root, overrides)
+    if _main_process() and (line := untested()) is not None:
+        print(line, file=sys.stderr)
     for note in made.notes if _main_process() else ():
         console.say(note, "yellow")
     if _main_process() and (len(made.steps) > 1 or made.skipped):
