@@ -12,9 +12,11 @@ from omegaconf import OmegaConf
 
 from rlhf.config import Plain
 from rlhf.errors import UserError, first_line
-from rlhf.model_config import written
+from rlhf.model_config import file_of, written
 
 # The largest published models have a quarter of this or less; more is a typo, or a file made to exhaust the machine.
+# Keys of config.json that a decoder of one layer is built without.
+_NOT_ITS_SHAPE = ("architectures", "bos_token_id", "eos_token_id", "layer_types", "pad_token_id", "quantization_config")
 SMALL = 2048  # hidden size up to which one layer is built with weights; above it, without
 LIMITS = {
     "num_hidden_layers": 1024,
@@ -45,14 +47,27 @@ def _check_model(model: Any) -> None:
     if model.get("path") is None and isinstance(own, dict):
         _check_limits(own, "model.architecture.")
         # The tokenizer is trained on the data and may come out smaller than asked for; any size shows a misfit.
-        problem = _problem(json.dumps({**own, "vocab_size": 64}, sort_keys=True, default=str))
+        problem = _problem(json.dumps(own, sort_keys=True, default=str), run=True)
         if problem:
             raise UserError(f"model.architecture: transformers cannot build it ({problem}); change its sizes")
     elif model.get("path") is not None:
-        shape = written(model["path"]) or {}
-        _check_limits(shape, f"model.path={model['path']}: config.json has ")
-        if isinstance(shape.get("text_config"), dict):
-            _check_limits(shape["text_config"], f"model.path={model['path']}: config.json has text_config.")
+        _check_folder(f"model.path={model['path']}", model["path"])
+
+
+def _check_folder(name: str, path: Any) -> None:
+    file, shape = file_of(path, "config.json"), written(path)
+    if file is None:  # of the hub, or of a run that is yet to be made
+        return
+    if shape is None:
+        raise UserError(f"{name}: {file} is no JSON object; get the model again")
+    _check_limits(shape, f"{name}: config.json has ")
+    text = shape.get("text_config")
+    if isinstance(text, dict):
+        _check_limits(text, f"{name}: config.json has text_config.")
+    elif "auto_map" not in shape and "model_type" in shape:
+        problem = _problem(json.dumps(shape, sort_keys=True), run=False)
+        if problem:
+            raise UserError(f"{name}: transformers cannot build what config.json says ({problem}); get the model again")
 
 
 def _check_limits(shape: Plain, name: str) -> None:
@@ -63,16 +78,19 @@ def _check_limits(shape: Plain, name: str) -> None:
 
 
 @cache
-def _problem(architecture: str) -> str | None:
-    """Why a decoder of this architecture (JSON) cannot be built or run; None if it can."""
+def _problem(shape: str, run: bool) -> str | None:
+    """Why a decoder of this shape (JSON) cannot be built, or run on two tokens; None if it can or is not known."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    arguments = json.loads(architecture)
+    arguments = {name: value for name, value in json.loads(shape).items() if name not in _NOT_ITS_SHAPE}
+    family = arguments.pop("model_type", "llama")
+    if family not in CONFIG_MAPPING:
+        return None  # of code of its own; architectures typed by hand are checked where they are read
     try:
-        kind = type(AutoConfig.for_model(arguments.pop("model_type", "llama")))
-        config = kind(**{**arguments, "num_hidden_layers": 1})
-        small = config.hidden_size <= SMALL
+        # The vocabulary may come out smaller than asked for; any size shows a misfit.
+        config = CONFIG_MAPPING[family](**{**arguments, "num_hidden_layers": 1, "vocab_size": 64})
+        small = run and getattr(config, "hidden_size", SMALL + 1) <= SMALL
         with torch.device("cpu" if small else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config)
             if small:  # on the meta device transformers looks at values, which are not there

@@ -131,7 +131,8 @@ def _load(name: Any) -> Any:
     log = logging.getLogger(hydra.utils.__name__)  # it prints lines of its own
     silent, log.disabled = log.disabled, True
     try:
-        return get_object(name)
+        found = get_object(name)
+        return found if callable(found) else f"{name} is no class or function"
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit too: sys.exit(0) in a module would look like success
@@ -280,6 +281,8 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
             example = _an_option(group)
             at = f"{group}@{step}.{group}" if step else group
             yield f"stage={name} needs the group {group}; type +{at}={example}"
+        elif isinstance(config.get(group), dict) and "_target_" not in config[group]:
+            yield f"{prefix}{group}: its option has no _target_, the class to build; add it to the YAML file"
     for group, value in config.items():
         is_node = isinstance(value, dict) and "_target_" in value
         if is_node and group not in asked and group not in SHARED and group != "stage":

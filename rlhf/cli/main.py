@@ -21,10 +21,6 @@ from rlhf.errors import RLHFError, RunFailed, UserError, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
-FLAGS = (  # ours and Hydra's
-    *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
-    *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion", "--experimental-rerun"),
-)
 
 
 def main() -> None:
@@ -95,12 +91,9 @@ def dispatch(argv: list[str]) -> int:
         print(complete.query(asked.partition("=")[2], os.environ.get("COMP_LINE", "")))
         return 0
 
-    from rlhf.cli import dry_run
+    from rlhf.cli import dry_run, words
 
-    for word in argv:
-        if word.startswith("--") and word.partition("=")[0] not in FLAGS:
-            hint = suggest(word.partition("=")[0], FLAGS)
-            raise UserError(f"{word}: unknown option{hint if 'did you' in hint else ''}; rlhf --help lists everything")
+    words.check(argv)
     register()
     dry = dry_run.FLAG in argv
     argv = [word for word in argv if word != dry_run.FLAG]

@@ -1,0 +1,38 @@
+"""Words of a command line that Hydra would answer with its usage page or an exception: one line each instead."""
+
+import re
+
+from rlhf.errors import UserError, suggest
+
+FLAGS = (  # ours and Hydra's
+    *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
+    *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion", "--experimental-rerun"),
+)
+SHORT = ("-h", "-m", "-r", "-c", "-p", "-i", "-cd", "-cn", "-cp", "-sc")
+CONFIGS = ("job", "hydra", "all")  # that --cfg shows
+_TAKES_A_WORD = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*(=|$)")
+
+
+def check(argv: list[str]) -> None:
+    """Refuse flags that nobody knows, a config that cannot be shown, and words that are no KEY=VALUE.
+
+    Raises:
+        UserError: one line, with what to type.
+    """
+    given = [word.partition("=")[0] for word in argv]
+    for index, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if word.startswith("-"):
+            if flag not in (*FLAGS, *SHORT):
+                hint = suggest(flag, FLAGS)
+                hint = hint if "did you" in hint else ""
+                raise UserError(f"{word}: unknown option{hint}; rlhf --help lists everything")
+            if flag in ("--cfg", "-c"):
+                shown = value if equals else "".join(argv[index + 1 : index + 2])
+                if shown not in CONFIGS:
+                    raise UserError(f"{flag} {shown}: no such config{suggest(shown, CONFIGS)}; type --cfg job")
+            if flag in ("--package", "-p", "--resolve") and not {"--cfg", "-c"} & set(given):
+                raise UserError(f"{word} is read with --cfg alone; type --cfg job beside it, or leave it out")
+        elif not (index and argv[index - 1] in _TAKES_A_WORD) and not _OVERRIDE.match(word):
+            raise UserError(f"{word}: cannot be read as KEY=VALUE; type, for example, optimizer.lr=1e-4")

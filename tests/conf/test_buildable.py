@@ -1,0 +1,132 @@
+"""Models and Trainers that cannot be built are found while a step is planned."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf import buildable
+from rlhf.cli import words
+from rlhf.errors import UserError
+from rlhf.time_limit import time_limit
+from rlhf.yaml_size import check as check_yaml
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+MODEL = {"_target_": "rlhf.models.causal_lm.CausalLM", "path": None}
+TRAINER = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1}
+
+
+def planned(architecture: dict | None = None, trainer: dict | None = None, path: str | None = None) -> None:
+    config = {"model": {**MODEL, "path": path, "architecture": architecture}, "trainer": trainer}
+    buildable.check(SimpleNamespace(config=config))
+
+
+def test_what_can_be_built_passes() -> None:
+    planned(TINY, TRAINER)
+    planned({**TINY, "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_size": 33}, "model.architecture: transformers cannot build it"),
+        ({"hidden_size": 0}, "model.architecture.hidden_size=0: should be a whole number from 1"),
+        ({"num_key_value_heads": 3}, "model.architecture: transformers cannot build it"),
+        ({"num_hidden_layers": -1}, "model.architecture.num_hidden_layers=-1: should be a whole number"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000: should be a whole number from 1 to 1024"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+        ({"hidden_act": "nosuch"}, "nosuch"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built(changed: dict, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        planned(TINY | changed)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "config.json is no JSON object"),
+        ("", "config.json is no JSON object"),
+        ("[1]", "config.json is no JSON object"),
+        (b"\xff\xfe{", "config.json is no JSON object"),
+        (json.dumps({"model_type": "llama", **TINY, "hidden_act": "nosuch"}), "cannot build what config.json says"),
+        (json.dumps({"model_type": "llama", **TINY, "num_hidden_layers": 10**6}), "config.json has num_hidden_layers="),
+        (json.dumps({"model_type": "llama", **TINY, "pad_token_id": 5000}), None),
+        (json.dumps({"model_type": "of_its_own", "auto_map": {}}), None),
+    ],
+)
+def test_a_config_json_that_cannot_be_built(tmp_path: Path, content: str | bytes, said: str | None) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    if said is None:
+        planned(path=str(tmp_path))
+        return
+    with pytest.raises(UserError) as error:
+        planned(path=str(tmp_path))
+    assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"devices": -1}, "trainer.devices=-1: should be a whole number from 1"),
+        ({"devices": "abc"}, "trainer.devices=abc"),
+        ({"limit_val_batches": -1}, "trainer: Lightning cannot build it"),
+        ({"max_steps": -5}, "trainer: Lightning cannot build it"),
+        ({"accelerator": "nosuch"}, "trainer: Lightning cannot build it"),
+    ],
+)
+def test_a_trainer_that_cannot_be_built(changed: dict, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        planned(None, TRAINER | changed)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--foo",
+        "stage=sft --bar",
+        "-x",
+        "stage=sft =5",
+        "stage=sft @x=1",
+        "stage=sft --package=x",
+        "stage=sft --cfg nosuch",
+    ],
+)
+def test_words_that_are_no_override(line: str) -> None:
+    with pytest.raises(UserError):
+        words.check(line.split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "stage=sft +trainer.profiler=simple ++a.b=1 ~logger -m --cfg job -p optimizer",
+        "stage@align=dpo objective@align.objective=ipo hydra/launcher=rlhf hydra.launcher.n_jobs=2 --multirun --dry-run",
+        "collect_safety_2.rollout.samples=3 data.source=[a,b] -c job",
+    ],
+)
+def test_words_that_hydra_takes(line: str) -> None:
+    words.check(line.split())
+
+
+def test_a_bomb_of_aliases_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [" + ",".join("x" * 9) + "]"]
+    lines += [f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 9) + "]" for i in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    (tmp_path / "fine.yaml").write_text("a: &a [1, 2]\nb: *a\n")
+    (tmp_path / "itself.yaml").write_text("a: &a [*a]\n")
+    check_yaml(tmp_path / "fine.yaml")
+    for name in ("bomb.yaml", "itself.yaml"):
+        with pytest.raises(UserError, match="aliases"):
+            check_yaml(tmp_path / name)
+
+
+def test_what_does_not_end_is_ended() -> None:
+    with pytest.raises(UserError, match="endless"), time_limit(0.05, "endless"):
+        time.sleep(60)
