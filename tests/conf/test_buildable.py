@@ -107,7 +107,7 @@ def test_words_that_are_no_override(line: str) -> None:
     "line",
     [
         "stage=sft +trainer.profiler=simple ++a.b=1 ~logger -m --cfg job -p optimizer",
-        "stage@align=dpo objective@align.objective=ipo hydra/launcher=rlhf hydra.launcher.n_jobs=2 --multirun --dry-run",
+        "stage@align=dpo objective@align.objective=ipo hydra.launcher.n_jobs=2 --multirun --dry-run",
         "collect_safety_2.rollout.samples=3 data.source=[a,b] -c job",
     ],
 )
