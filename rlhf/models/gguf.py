@@ -5,10 +5,14 @@ import io
 import shutil
 import struct
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -47,7 +51,7 @@ def converted(source: str) -> str:
                 shutil.rmtree(scratch, ignore_errors=True)
                 # torch's modes (fake tensors, a default device) belong to a thread: a thread of its own has none, so
                 # that the weights written are real whatever the caller builds under.
-                with ThreadPoolExecutor(1) as thread:
+                with _parsed_once(), ThreadPoolExecutor(1) as thread:
                     thread.submit(_convert, file, scratch).result()
                 gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
@@ -73,6 +77,24 @@ def _digest_now(file: Path) -> str:
 def _digest(file: Path, size: int, changed_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse a GGUF file once while open.
+
+    transformers parses it for the configuration, the weights and the tokenizer, and makes the table of tensor names
+    once per module: together two thirds of the time that SmolLM2's conversion takes.
+    """
+    gguf: Any = import_module("gguf") if find_spec("gguf") else None
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
+    try:
+        for name, function in own.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
 
 
 def _convert(file: Path, folder: Path) -> None:
