@@ -94,6 +94,10 @@ def test_what_is_not_there_is_said():
         data("comparison").load()
     with pytest.raises(UserError, match="data.arithmetic.largest"):
         data(validation=3000, largest=2).load()
+    # With seed 0, 0+0 and 0-0 are held out in the stories without names: one text each.
+    assert len(data(validation=2, largest=0).load().validation) == 2
+    with pytest.raises(UserError, match="numbers up to 0 make 2 held-out problems; type data.validation=2 or less"):
+        data(validation=3, largest=0).load()
     assert set(STORIES) == {"+", "-"} and len({len(stories) for stories in STORIES.values()}) == 1
 
 

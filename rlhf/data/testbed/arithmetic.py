@@ -113,6 +113,11 @@ class Arithmetic:
         """n problems; held-out ones are all different."""
         if not held_out:
             return [self.problem(rng, held_out) for _ in range(n)]
+        if (self.largest + 1) ** 2 < n and (there := self.held_out_texts()) < n:
+            raise UserError(
+                f"data.validation={n}: numbers up to {self.largest} make {there} held-out problems; type "
+                f"data.validation={there} or less, or a larger data.arithmetic.largest"
+            )
         found: dict[str, Problem] = {}
         for _ in range(100 * n):
             problem = self.problem(rng, held_out)
@@ -123,6 +128,23 @@ class Arithmetic:
             f"data.validation={n}: numbers up to {self.largest} make only {len(found)} held-out problems or few more; "
             "type a smaller number, or a larger data.arithmetic.largest"
         )
+
+    def held_out_texts(self) -> int:
+        """Return how many held-out problems differ in text: one story of every sum and difference is held out."""
+        pairs = [(a, b) for a in range(self.largest + 1) for b in range(self.largest + 1)]
+        sums: list[tuple[Literal["+", "-"], int, int]] = [("+", a, b) for a, b in pairs] + [
+            ("-", a, b) for a, b in pairs if a >= b
+        ]
+        texts = {
+            problem.text
+            for operation, a, b in sums
+            for story in range(len(STORIES[operation]))
+            if self.is_held_out(Problem(a, operation, b, story, PEOPLE[0], THINGS[0]))
+            for person in PEOPLE
+            for thing in THINGS
+            for problem in (Problem(a, operation, b, story, person, thing),)
+        }
+        return len(texts)
 
     def prompt(self, problem: Problem) -> Prompt:
         """The problem with its result as reference."""
