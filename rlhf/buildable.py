@@ -92,7 +92,7 @@ def _problem(shape: str, run: bool) -> str | None:
         config = CONFIG_MAPPING[family](**{**arguments, "num_hidden_layers": 1, "vocab_size": 64})
         small = run and getattr(config, "hidden_size", SMALL + 1) <= SMALL
         with torch.device("cpu" if small else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if small:  # on the meta device transformers looks at values, which are not there
                 model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception as error:  # transformers raises whatever its layers do

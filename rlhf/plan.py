@@ -415,8 +415,9 @@ def _overrides_without_effect(
     notes = []
     for typed in overrides:
         key, _, value = typed.lstrip("+").partition("=")
-        if typed.startswith("+") and "@" not in key and _unknown_root(planner, key.partition(".")[0]):
-            planner.problems.append(f"{typed} has no effect: nothing reads {key.partition('.')[0]}; leave it out")
+        root = key.partition(".")[0]
+        if typed.startswith("+") and "@" not in key and root not in repeated and _unknown_root(planner, root):
+            planner.problems.append(f"{typed} has no effect: nothing reads {root}; leave it out")
             continue
         if typed.startswith("~") or "@" in key or value in ("null", ""):
             continue

@@ -23,7 +23,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("collect_safety_9.rollout.samples=3", "collect_safety_9: no such round, rounds=5; type collect_safety_5 or"),
         ("collect_safety_2.rollout.sampels=3", "unknown option (did you mean collect_safety_2.rollout.samples?)"),
         ("collect_safty_2.rollout.samples=3", "collect_safty_2: unknown option (did you mean collect_safety?)"),
-        ("rounds=0", "rounds=0: the number of rounds is a whole number from 1; type rounds=3"),
+        ("rounds=0", "rounds=0: the number of rounds is a whole number from 1 to 100; type rounds=3"),
         ("annotator@collect_safety_2.annotator=rewrd", "no such option (did you mean reward?)"),
         ("collect_safety_2.rollout.samples=1", "collect_safety_2.rollout.samples=1: should be greater than or eq"),
         (
