@@ -5,13 +5,11 @@ Other mathematics (roots, symbols, sets, intervals) goes to math-verify, and onl
 """
 
 import re
-import signal
-import threading
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
+
+from rlhf.time_limit import time_limit
 
 LONGEST = 100  # characters of an answer that is read as mathematics; a policy can write anything
 SECONDS = 2.0  # for one comparison by math-verify, which nothing within these bounds comes near
@@ -185,7 +183,7 @@ def _equal(answer: str, reference: str) -> bool:
     given, wanted = (re.sub(r"(?<!\\)\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text) for text in (answer, reference))
     given, wanted = (re.sub(r"(?<!\\)\bpi\b|π", r"\\pi ", text) for text in (given, wanted))
     try:
-        with _time_limit(SECONDS):
+        with time_limit(SECONDS, "the comparison takes too long"):
             how = [LatexExtractionConfig()]
             one, two = (
                 parse(f"${text}$", how, fallback_mode="no_fallback", parsing_timeout=None) for text in (given, wanted)
@@ -193,26 +191,3 @@ def _equal(answer: str, reference: str) -> bool:
             return bool(one and two) and bool(verify(two, one, timeout_seconds=None))
     except Exception:  # sympy raises whatever it likes on what a policy writes
         return False
-
-
-class _TooSlow(Exception):
-    """Raised where a comparison takes too long."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow after so many seconds; signals reach the main thread alone, elsewhere the bounds have to do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TooSlow
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

@@ -24,7 +24,7 @@ from pydantic.errors import PydanticUserError
 
 from rlhf import config as configs
 from rlhf import discovery, strategies
-from rlhf.errors import RLHFError, UserError, data_keys, suggest
+from rlhf.errors import RLHFError, UserError, data_keys, first_line, suggest
 from rlhf.signatures import groups, parameters
 from rlhf.vocabulary import lacks_template
 
@@ -87,7 +87,7 @@ def _resolve(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
         except RLHFError as e:
             errors.append(f"{prefix}{path}: {e}")
         except OmegaConfBaseException as e:
-            errors.append(f"{prefix}{path}: {_first_line(e)}")
+            errors.append(f"{prefix}{path}: {first_line(e)}")
         return UNRESOLVED
 
     return plain(config, ""), errors
@@ -98,10 +98,6 @@ class _Unresolved:
 
 
 UNRESOLVED = _Unresolved()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -- nodes ----------------------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ def _load(name: Any) -> Any:
         root: BaseException = e
         while root.__cause__ is not None:
             root = root.__cause__
-        return f"cannot import {name} ({type(root).__name__}: {_first_line(root)})"
+        return f"cannot import {name} ({type(root).__name__}: {first_line(root)})"
     finally:
         log.disabled = silent
 
@@ -182,13 +178,13 @@ def check_node(
         try:
             target(**values)
         except (ValueError, TypeError, RLHFError) as e:
-            errors.append(_named(_first_line(e), path))
+            errors.append(_named(first_line(e), path))
     elif not errors and hasattr(target, "check_knobs") and UNRESOLVED not in values.values():
         # For a class that holds more than values: what it can tell from its knobs together, before it is built.
         try:
             target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
-            message = _first_line(e)
+            message = first_line(e)
             if hasattr(target, "digest") and message.startswith("data.source"):
                 errors.append(data_keys(message, path))
             else:

@@ -18,7 +18,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rlhf import discovery
 from rlhf.config import leaves
-from rlhf.errors import RLHFError, os_error_line, suggest
+from rlhf.errors import RLHFError, first_line, os_error_line, suggest
 
 _AT_THE_ROOT = ("pipeline", "experiment", "sweep", "debug")
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
@@ -54,7 +54,7 @@ def explain(error: BaseException, argv: list[str]) -> str:
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             return _no_such_option(link, argv)
         if isinstance(link, OverrideParseException):
-            reason = f"cannot be read as KEY=VALUE ({_first(link)})"
+            reason = f"cannot be read as KEY=VALUE ({first_line(link)})"
             return f"{link.override}: {reason}; quote special characters: 'KEY=\"a,b\"'"
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
@@ -62,7 +62,7 @@ def explain(error: BaseException, argv: list[str]) -> str:
     for link in chain:
         if isinstance(link, ConfigCompositionException) and str(link):
             return _composition(str(link), argv)
-    return _first(error)
+    return first_line(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -75,17 +75,13 @@ def _yaml_error(error: YAMLError) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: not YAML ({error.problem})"
-    return f"not YAML ({_first(error)})"
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"not YAML ({first_line(error)})"
 
 
 def _no_such_option(error: MissingConfigException, argv: list[str]) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     if not group:
-        return _first(error)
+        return first_line(error)
     options = [o for o in error.options or [] if o != "_self_"]
     # The group as it was typed, with @package.
     typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
@@ -118,7 +114,7 @@ def _in_other_groups(option: str, group: str, package: str) -> list[str]:
 
 def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
     key = str(error.full_key or "")
-    reason = _first(error)
+    reason = first_line(error)
     if "is not in struct" in reason:
         parent = error.parent_node
         keys = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
