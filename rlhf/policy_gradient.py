@@ -19,6 +19,7 @@ from rlhf.data.disk import keep
 from rlhf.data.records import Prompt
 from rlhf.data.template import encode_text
 from rlhf.diagnostics import knows_gold, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
+from rlhf.distributed import gather_objects
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
@@ -244,8 +245,9 @@ class RolloutStage(Stage):
         """
         validated = self.held_out if self.trainer.limit_val_batches else []
         for part, prompts in (("train", self.examples), ("validation", validated)):
-            mine = prompts[:START][self.trainer.global_rank :: self.trainer.world_size]
-            if part in self.start or len(mine) < 2 or not knows_gold(mine[0]):
+            prompts = prompts[:START]
+            mine = prompts[self.trainer.global_rank :: self.trainer.world_size]
+            if part in self.start or len(prompts) < 2 * self.trainer.world_size or not knows_gold(prompts[0]):
                 continue
             sampler, size = single(self.rollout), self.batch_size // self.trainer.world_size
             rollouts = [
@@ -256,7 +258,7 @@ class RolloutStage(Stage):
             found = reply_metrics(whole, self.reward(whole).float(), together=True)
             names = ("score", "score_std", "gold", "gold_std", "gold_correlation")
             self.start[part] = {name: found[name].item() for name in names}
-            self.start[part]["count"] = len(mine) * self.trainer.world_size
+            self.start[part]["count"] = len(prompts)
 
     def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
         """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
@@ -413,7 +415,7 @@ class RolloutStage(Stage):
         }
         start = self.start.get("train" if self.trainer.training else "validation")
         if "gold" in metrics and start:
-            count = len(raw) // self.rollout.samples * self.trainer.world_size  # replies to one prompt are no news
+            count = sum(gather_objects(len(raw) // self.rollout.samples))  # replies to one prompt are no news
             metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, start)
             error = proxy_gold_gap_error(metrics, start, count, int(start["count"]))
             metrics["proxy_gold_gap_se"] = raw.new_tensor(error)

@@ -11,9 +11,10 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import get_importer
 from typing import Any
 
 from rlhf.config import leaves, targets
@@ -77,19 +78,34 @@ def _modules(name: str, places: tuple[str, ...]) -> list[tuple[str, Path]]:
         if not below or spec.submodule_search_locations is None:
             break
         module = f"{module}.{below.pop(0)}"
-        spec = PathFinder.find_spec(module, list(spec.submodule_search_locations))
+        spec = _below(module, list(spec.submodule_search_locations))
     return found
+
+
+def _below(module: str, folders: list[str]) -> ModuleSpec | None:
+    """Return where a module of a package lies. Python's own search wants nested folders without __init__.py imported."""
+    parts: list[str] = []
+    for folder in folders:
+        finder = get_importer(folder)
+        spec = None if finder is None else finder.find_spec(module)
+        if spec is not None and spec.loader is not None:
+            return spec
+        parts += [] if spec is None else list(spec.submodule_search_locations or ())
+    whole = ModuleSpec(module, None)
+    whole.submodule_search_locations = parts
+    return whole if parts else None
 
 
 @cache
 def _is_users(path: Path) -> bool:
     """Whether a path belongs neither to Python, nor to an installed package, nor to rlhf."""
-    path = path.absolute()
-    if {"site-packages", "dist-packages"} & set(path.parts):
+    ways = {path.absolute(), path.resolve()}  # a link to an installed package is one
+    if any({"site-packages", "dist-packages"} & set(way.parts) for way in ways):
         return False
     known = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders = [*known, *site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent)]
-    return not any(path.is_relative_to(place) for folder in folders for place in (folder, Path(folder).resolve()))
+    places = [place for folder in folders for place in (folder, Path(folder).resolve())]
+    return not any(way.is_relative_to(place) for way in ways for place in places)
 
 
 @cache

@@ -120,6 +120,7 @@ def dispatch(argv: list[str]) -> int:
     finally:
         launcher.prepare = None
         launcher.finish()
+        HydraConfig.instance().cfg = None  # what runs later in this process was not typed here
     return 0
 
 

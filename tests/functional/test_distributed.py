@@ -141,7 +141,7 @@ def part(batch, pairs: slice):
         first + 1,
         batch.grade[pairs],
         batch.weight[pairs],
-        torch.arange(count),
+        batch.prompt_index[pairs],
         None,
         batch.reference[rows],
         batch.embedding[pairs],

@@ -276,13 +276,13 @@ def test_other_ranks_train_and_write_nothing(typed: Typed, train, monkeypatch) -
     assert train.order == ["sft"] and not find(Path("outputs"))
 
 
-def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeypatch, tmp_path: Path) -> None:
+def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeypatch) -> None:
     """The child is `python -m rlhf.worker FOLDER`: what Lightning repeats for each rank is this step alone."""
     started: list[list[str]] = []
 
     class Child:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            assert env["RLHF_PARENT"] == str(os.getpid()) and env["RLHF_DIRECTORY"] == os.getcwd()
+            assert env["RLHF_PARENT"] == str(os.getpid()) and env["RLHF_DIRECTORY"] == os.getcwd(), env
             started.append(command)
             folder = Path(command[-1])
             (folder / ".result.json").write_text('{"metrics": {"val/loss": 1.0}, "memory": {}}')
