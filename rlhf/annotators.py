@@ -24,7 +24,7 @@ class Annotator(Protocol):
     def __call__(self, rollout: Rollout, samples: int, seed: int) -> list[Comparison]:
         """One comparison for each group of ``samples`` rows; groups without a preference are left out.
 
-        A comparison without ``ended`` gets it from the rollout, by the texts of its responses (``with_ended``).
+        A comparison gets the cluster of its prompt from the rollout, and ``ended`` if it has none (``completed``).
         """
         ...
 
@@ -95,16 +95,19 @@ class RewardAnnotator:
         return TIE if gap <= self.tie else GRADES[sum(gap >= threshold for threshold in self.thresholds)]
 
 
-def with_ended(rollout: Rollout, comparisons: list[Comparison]) -> list[Comparison]:
-    """Mark the responses that were cut off in comparisons of annotators that do not do so themselves.
+def completed(rollout: Rollout, comparisons: list[Comparison]) -> list[Comparison]:
+    """Add what annotators need not know: the cluster of each prompt, and which responses were cut off.
 
-    Of equal responses to one prompt, the first in the rollout is the first in the comparison.
+    Annotators may mark cut responses themselves. Of equal responses to one prompt, the first in the rollout is the
+    first in the comparison.
     """
+    clusters = {prompt.messages: prompt.cluster for prompt in rollout.prompts}
     marks: dict[tuple[tuple[Message, ...], str], list[bool]] = {}
     for prompt, text, ended in zip(rollout.prompts, rollout.texts, rollout.ended.tolist(), strict=True):
         marks.setdefault((prompt.messages, text), []).append(ended)
     done = []
     for comparison in comparisons:
+        comparison = replace(comparison, cluster=comparison.cluster or clusters.get(comparison.prompt, ""))
         if comparison.ended is None:
             rows = [marks.get((comparison.prompt, text)) or [True] for text in comparison.responses]
             comparison = replace(comparison, ended=tuple(row.pop(0) if len(row) > 1 else row[0] for row in rows))

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf.data.records import Prompt
+from rlhf.data.records import Prompt, cluster_of
 from rlhf.data.testbed.gold import gold
 from rlhf.distributed import gather_objects, processes
 from rlhf.errors import UserError
@@ -64,10 +64,15 @@ def proxy_gold_gap(now: Mapping[str, Any], start: Mapping[str, Any]) -> Any:
 
 
 def proxy_gold_gap_error(now: Mapping[str, Any], start: Mapping[str, Any], count: int, start_count: int) -> float:
-    """Return the standard error of ``proxy_gold_gap``, whose two sides go over so many prompts."""
+    """Return the standard error of ``proxy_gold_gap``, whose two sides go over so many clusters of prompts."""
     scales = _scales(start)
     parts = ((now, count), (start, start_count))
     return math.sqrt(sum(_variance_of_gap(x, scales) / max(n, 1) for x, n in parts))
+
+
+def count_clusters(prompts: Sequence[Prompt]) -> int:
+    """Return how many different things the prompts of all processes ask: replies to one are no news of another."""
+    return len(set().union(*gather_objects({cluster_of(prompt) for prompt in prompts})))
 
 
 def _scales(start: Mapping[str, Any]) -> dict[str, float]:

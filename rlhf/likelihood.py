@@ -66,10 +66,13 @@ def of_texts(policy: LanguageModel, documents: Sequence[Text]) -> Likelihood:
 
 
 def of_answers(policy: LanguageModel, dialogues: Sequence[Demonstration]) -> Likelihood:
-    """Of what the assistant says in dialogues, its end of turn included. Longer ones are cut at the context's end."""
+    """Return the likelihood of what the assistant says in dialogues, as it is trained on: end of turn included.
+
+    A last turn that was cut off has none. Dialogues longer than the context are cut at its end.
+    """
     rows, sizes, cut = [], [], 0
     for number, dialogue in enumerate(dialogues):
-        whole = encode_dialogue(policy.tokenizer, dialogue.messages)
+        whole = encode_dialogue(policy.tokenizer, dialogue.messages, ended=dialogue.ended)
         row = Encoded(whole.ids[: policy.context_length], whole.mask[: policy.context_length])
         cut += len(row) < len(whole)
         share = sum(row.mask) / max(1, sum(whole.mask))

@@ -18,8 +18,7 @@ from rlhf.data.data import Split
 from rlhf.data.disk import keep
 from rlhf.data.records import Prompt
 from rlhf.data.template import encode_text
-from rlhf.diagnostics import knows_gold, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
-from rlhf.distributed import gather_objects
+from rlhf.diagnostics import count_clusters, knows_gold, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
@@ -258,7 +257,7 @@ class RolloutStage(Stage):
             found = reply_metrics(whole, self.reward(whole).float(), together=True)
             names = ("score", "score_std", "gold", "gold_std", "gold_correlation")
             self.start[part] = {name: found[name].item() for name in names}
-            self.start[part]["count"] = len(prompts)
+            self.start[part]["clusters"] = count_clusters(whole.prompts)
 
     def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
         """Prompts stay records, which the sampler tokenises; micro-batches are cut from the minibatches."""
@@ -415,9 +414,8 @@ class RolloutStage(Stage):
         }
         start = self.start.get("train" if self.trainer.training else "validation")
         if "gold" in metrics and start:
-            count = sum(gather_objects(len(raw) // self.rollout.samples))  # replies to one prompt are no news
             metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, start)
-            error = proxy_gold_gap_error(metrics, start, count, int(start["count"]))
+            error = proxy_gold_gap_error(metrics, start, count_clusters(rollout.prompts), int(start["clusters"]))
             metrics["proxy_gold_gap_se"] = raw.new_tensor(error)
         return metrics
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
 
-from rlhf.annotators import Annotator, with_ended
+from rlhf.annotators import Annotator, completed
 from rlhf.batch_file import BatchFile
 from rlhf.data.data import Split, cut_responses
 from rlhf.data.records import Comparison, Prompt
@@ -90,7 +90,7 @@ class CollectStage(Stage):
         seed = seed_of(self.seed, "collect" if aspect == "total" else f"collect {aspect}", batch_idx, 0)
         rollout = self.rollout.sample(self.policy, list(batch), seed)
         found = self.annotator(rollout, self.rollout.samples, seed_of(seed, "annotate"))
-        comparisons = with_ended(rollout, found)
+        comparisons = completed(rollout, found)
         self.file.add(
             batch_idx,
             comparisons=[comparison.to_json() for comparison in comparisons],

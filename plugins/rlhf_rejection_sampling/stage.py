@@ -11,7 +11,7 @@ from pydantic import Field
 from rlhf.batch_file import BatchFile
 from rlhf.best_of_k import kl_bound, rollout_of
 from rlhf.data.data import Split
-from rlhf.data.records import Demonstration, Message, Prompt
+from rlhf.data.records import Demonstration, Message, Prompt, cluster_of
 from rlhf.diagnostics import look, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
 from rlhf.errors import UserError
 from rlhf.functional.advantages import sequence_kl
@@ -304,7 +304,8 @@ class RejectionSamplingStage(Supervised):
         now = reply_metrics(after, new) | distance
         if "gold" in now:
             now["proxy_gold_gap"] = proxy_gold_gap(now, was)
-            error = proxy_gold_gap_error(now, was, len(self.judged), len(self.judged))
+            count = len({cluster_of(prompt) for prompt in self.judged})
+            error = proxy_gold_gap_error(now, was, count, count)
             now["proxy_gold_gap_se"] = new.new_tensor(error)
         for metrics in (was, now):
             look(self.trainer, self.name, metrics)

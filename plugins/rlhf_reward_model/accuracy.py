@@ -1,7 +1,7 @@
 """How often the preferred reply scores higher, by grade, and how sure that is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,10 @@ class Accuracy:
     """Share of pairs whose chosen reply scores higher, equal scores counted half."""
 
     accuracy: float
-    standard_error: float | None  # clustered by prompt, since its pairs are hard together; None for one prompt
+    standard_error: float | None  # clustered, since pairs of one question are hard together; None for one cluster
     pairs: int
     prompts: int
+    clusters: int  # different questions: prompts that paraphrase each other are one
 
 
 def accuracies(comparisons: Sequence[EncodedComparison], right: Tensor) -> dict[str, Accuracy]:
@@ -35,19 +36,31 @@ def accuracies(comparisons: Sequence[EncodedComparison], right: Tensor) -> dict[
         right: 1, 0 or 1/2 for every pair of every comparison, in their order, [P].
     """
     rows = [(comparison, grade) for comparison in comparisons for *_, grade in comparison.pairs]
-    numbers: dict[tuple[int, ...], int] = {}
-    prompt = torch.tensor([numbers.setdefault(tuple(comparison.prompt), len(numbers)) for comparison, _ in rows])
+    prompt = numbered([tuple(comparison.prompt) for comparison, _ in rows])
+    cluster = clusters(comparisons)
     share = torch.tensor([1.0 / len(comparison.pairs) for comparison, _ in rows])
     grades = [grade for _, grade in rows]
     right = right.detach().float().cpu()
-    found = {ALL: _accuracy(right, share, prompt)}
+    found = {ALL: _accuracy(right, share, prompt, cluster)}
     for grade in GRADES:
         chosen = torch.tensor([one == grade for one in grades])
         if chosen.any():
-            found[grade] = _accuracy(right[chosen], torch.ones(int(chosen.sum())), prompt[chosen])
+            found[grade] = _accuracy(right[chosen], torch.ones(int(chosen.sum())), prompt[chosen], cluster[chosen])
     return found
 
 
-def _accuracy(right: Tensor, weights: Tensor, prompt: Tensor) -> Accuracy:
-    mean, error = clustered_mean(right, weights, prompt)
-    return Accuracy(mean, None if math.isnan(error) else error, len(right), len(prompt.unique()))
+def clusters(comparisons: Sequence[EncodedComparison]) -> Tensor:
+    """Return for every pair of every comparison the number of its cluster, [P]: the data's, else its prompt's."""
+    return numbered([one.cluster or tuple(one.prompt) for one in comparisons for _ in one.pairs])
+
+
+def numbered(names: Sequence[Hashable]) -> Tensor:
+    """Return a number for each name, equal for equal names, [N]."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def _accuracy(right: Tensor, weights: Tensor, prompt: Tensor, cluster: Tensor) -> Accuracy:
+    mean, error = clustered_mean(right, weights, cluster)
+    of = (len(right), len(prompt.unique()), len(cluster.unique()))
+    return Accuracy(mean, None if math.isnan(error) else error, *of)

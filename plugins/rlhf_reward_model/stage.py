@@ -27,7 +27,7 @@ from rlhf.progress import work_of
 from rlhf.report import diagnostics
 from rlhf.stage import Optimizer, Parts, Schedule, Stage
 from rlhf.supervised import sum_of
-from rlhf_reward_model.accuracy import ALL, Accuracy, accuracies
+from rlhf_reward_model.accuracy import ALL, Accuracy, accuracies, clusters
 
 
 class RewardModelStage(Stage):
@@ -250,7 +250,7 @@ class RewardModelStage(Stage):
         _, chosen, rejected = self.scores_of(self.held_out)
         self.accuracies = accuracies(self.held_out, win_rate(chosen, rejected))
         # Probabilities are those of the loss: gaps in its units, not in the normalised ones.
-        self.calibration = reliability((chosen - rejected) * self.scorer.log_odds)
+        self.calibration = reliability((chosen - rejected) * self.scorer.log_odds, clusters=clusters(self.held_out))
         counts = histogram(chosen, rejected)
         if self.trainer.is_global_zero:
             files = {

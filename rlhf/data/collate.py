@@ -211,8 +211,9 @@ def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
 def packed(documents: Iterable[Encoded], length: int) -> Iterator[Encoded]:
     """Rows of at most `length` tokens with several documents each, in order; positions restart at each document.
 
-    A document is moved to the next row rather than cut, unless it is longer than a row: then it is cut into rows of
-    its own. Attention must be per document: models here read that off the positions.
+    A document is moved to the next row rather than cut, unless it is longer than a row: then it is cut into windows
+    (`Encoded.windows`), which share a token, so that every token but a document's first is a target wherever it is cut.
+    Attention must be per document: models here read that off the positions.
     """
     if length < 2:
         raise UserError(f"rows of length {length} have no target; type a length of 2 or more")
@@ -220,13 +221,12 @@ def packed(documents: Iterable[Encoded], length: int) -> Iterator[Encoded]:
     mask: list[bool] = []
     positions: list[int] = []
     for document in documents:
-        for start in range(0, len(document), length):
-            piece = document.ids[start : start + length]
+        for piece in document.windows(length):
             if ids and len(ids) + len(piece) > length:
                 yield Encoded(ids, mask, positions)
                 ids, mask, positions = [], [], []
-            ids += piece
-            mask += [False, *document.mask[start + 1 : start + length]]  # a first token has no predecessor
+            ids += piece.ids
+            mask += [False, *piece.mask[1:]]  # a first token has no predecessor
             positions += range(len(piece))
     if ids:
         yield Encoded(ids, mask, positions)

@@ -49,6 +49,10 @@ def _string(raw: Raw, *keys: str) -> str:
     raise ValueError(f"{keys[0]}: missing")
 
 
+def _cluster(raw: Raw) -> str:
+    return str(raw.get("cluster") or "")
+
+
 def _tags(raw: Raw) -> tuple[str, ...]:
     tags = raw.get("tags") or ()
     if isinstance(tags, str):
@@ -155,7 +159,7 @@ def _answered(raw: Raw, turns: tuple[Message, ...], field: str) -> Demonstration
     """A dialogue, or a marked reply where the row says whether it is good."""
     good = _mark(raw, "label", "kto_tag")
     if good is None:
-        return Demonstration(turns, _ended(raw))
+        return Demonstration(turns, _ended(raw), _cluster(raw))
     if turns[-1].role != "assistant":
         raise ValueError(f"{field}: a labelled dialogue must end with the assistant")
     return Label(turns[:-1], turns[-1].content, good, _ended(raw))
@@ -165,13 +169,13 @@ def prompt_completion(raw: Raw) -> Demonstration:
     """{"prompt", "completion"}, each a string or messages ("response" and "output" are other names)."""
     field = next((key for key in ("completion", "response", "output") if key in raw), "completion")
     answer = dialogue(raw.get(field), field, alone="assistant")
-    return Demonstration(with_system(raw, (*asked(raw.get("prompt")), *answer)), _ended(raw))
+    return Demonstration(with_system(raw, (*asked(raw.get("prompt")), *answer)), _ended(raw), _cluster(raw))
 
 
 def preference(raw: Raw) -> Comparison:
     """{"prompt", "chosen", "rejected"} as strings, message lists, or whole dialogues.
 
-    Optional: "grade", "scores", and "ended" and "unsafe", which are true or false for each of the two.
+    Optional: "grade", "scores", "cluster", and "ended" and "unsafe", which are true or false for each of the two.
 
     "question", or "instruction" and "input", are other names of a prompt.
     """
@@ -217,13 +221,14 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
         tags=_tags(raw),
         unsafe=_per_response(raw, "unsafe", range(2)),
         ended=_per_response(raw, "ended", range(2)),
+        cluster=_cluster(raw),
     )
 
 
 def ranking(raw: Raw) -> Comparison:
     """{"prompt", "responses": best first}; "ranks" (1 = best, equal ranks are ties) for responses in another order.
 
-    Optional: "grades", "scores", and "ended" and "unsafe", which are true or false for each response.
+    Optional: "grades", "scores", "cluster", and "ended" and "unsafe", which are true or false for each response.
     """
     responses = raw.get("responses") or []
     if not isinstance(responses, list | tuple) or not all(isinstance(response, str) for response in responses):
@@ -249,6 +254,7 @@ def ranking(raw: Raw) -> Comparison:
         tags=_tags(raw),
         unsafe=_per_response(raw, "unsafe", order),
         ended=_per_response(raw, "ended", order),
+        cluster=_cluster(raw),
     )
 
 
@@ -280,7 +286,7 @@ def prompt(raw: Raw) -> Prompt:
         tags=_tags(raw),
         reference=known,
         id=str(raw.get("id", "")),
-        cluster=str(raw.get("cluster") or ""),
+        cluster=_cluster(raw),
     )
 
 
@@ -373,15 +379,15 @@ def convert(record: Record, wanted: str) -> Iterable[Record]:
             last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
             answer = record.messages[last].content
             reference = answer.rpartition("####")[2].strip().replace(",", "") if "####" in answer else None
-            return (Prompt(record.messages[:last], reference=reference),)
+            return (Prompt(record.messages[:last], reference=reference, cluster=record.cluster),)
         if isinstance(record, Comparison):
-            return (Prompt(record.prompt, tags=record.tags),)
+            return (Prompt(record.prompt, tags=record.tags, cluster=record.cluster),)
         if isinstance(record, Label):
             return (Prompt(record.prompt),)
     if isinstance(record, Comparison):
         if wanted == "demonstration":
             best = Message("assistant", record.responses[0])
-            return (Demonstration((*record.prompt, best), record.has_ended(0)),)
+            return (Demonstration((*record.prompt, best), record.has_ended(0), record.cluster),)
         if wanted == "label":
             return labels_of(record)
     if wanted == "demonstration" and isinstance(record, Label):

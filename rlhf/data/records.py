@@ -77,12 +77,13 @@ class Demonstration:
     """A dialogue whose assistant turns are to be imitated.
 
     `ended` is False where the last turn was cut off at a length limit: its end is then no target. What a person wrote
-    is complete.
+    is complete. Demonstrations that answer the same in other words share a `cluster`.
     """
 
     name: ClassVar[RecordName] = "demonstration"
     messages: tuple[Message, ...]
     ended: bool = True
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         if not any(message.role == "assistant" and message.content.strip() for message in self.messages):
@@ -91,11 +92,13 @@ class Demonstration:
             raise ValueError(f"ended: false, but the last turn is of the {self.messages[-1].role}")
 
     def to_json(self) -> Json:
-        return {"messages": _messages_to_json(self.messages), **_ended_to_json(self.ended)}
+        raw = {"messages": _messages_to_json(self.messages), **_ended_to_json(self.ended)}
+        return raw | ({"cluster": self.cluster} if self.cluster else {})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Demonstration":
-        return cls(messages=messages_from_json(raw["messages"]), ended=bool(raw.get("ended", True)))
+        ended = bool(raw.get("ended", True))
+        return cls(messages=messages_from_json(raw["messages"]), ended=ended, cluster=raw.get("cluster", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ class Comparison:
     TIE, or None where nobody said. Empty means None for all. `scores` are optional numbers per response (gold or
     reward-model scores) on any scale, as the annotator saw them. `tags` are the prompt's. `unsafe` is a label per
     response, whether it does harm; None where nobody labelled them (the tags of the prompt are no such label). `ended`
-    is False for each response that was cut off at a length limit; None means that all are complete.
+    is False for each response that was cut off at a length limit; None means that all are complete. `cluster` is the
+    prompt's: comparisons whose prompts ask the same in other words share it.
     """
 
     name: ClassVar[RecordName] = "comparison"
@@ -117,6 +121,7 @@ class Comparison:
     tags: tuple[str, ...] = ()
     unsafe: tuple[bool, ...] | None = None
     ended: tuple[bool, ...] | None = None
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         k = len(self.responses)
@@ -172,6 +177,8 @@ class Comparison:
             raw["unsafe"] = list(self.unsafe)
         if self.ended is not None:
             raw["ended"] = list(self.ended)
+        if self.cluster:
+            raw["cluster"] = self.cluster
         return raw
 
     @classmethod
@@ -190,6 +197,7 @@ class Comparison:
             tags=tuple(raw.get("tags") or ()),
             unsafe=None if unsafe is None else tuple(bool(mark) for mark in unsafe),
             ended=None if ended is None else tuple(bool(mark) for mark in ended),
+            cluster=raw.get("cluster", ""),
         )
 
 
@@ -280,7 +288,8 @@ def cluster_of(record: "Prompt | Text | Demonstration") -> Hashable:
         return record.cluster or record.messages
     if isinstance(record, Text):
         return record.text
-    return record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
+    asked = record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
+    return record.cluster or asked
 
 
 Record = Text | Demonstration | Comparison | Prompt | Label

@@ -65,7 +65,7 @@ class EncodedComparison:
     `pairs` are (better, worse, grade) as in Comparison.pairs(). `reference` is the reference policy's log-probability
     of each response that is in a pair, by its index: computed once, since neither it nor the data changes.
     `embedding` is a vector [E] of the prompt, where an objective asks for one. `unsafe` says of each response whether
-    it does harm; it is empty where no response has such a label.
+    it does harm; it is empty where no response has such a label. `cluster` is the comparison's.
     """
 
     prompt: list[int]
@@ -75,6 +75,7 @@ class EncodedComparison:
     reference: dict[int, float] | None = None
     embedding: Any = None
     unsafe: tuple[bool, ...] = ()
+    cluster: str = ""
 
     @property
     def used(self) -> list[int]:
@@ -471,7 +472,10 @@ def encode_comparison(
     if prompt is None:
         return None, cut
     unsafe = comparison.unsafe or ()
-    return EncodedComparison(prompt, responses, comparison.pairs(), comparison.scores, unsafe=unsafe), cut
+    row = EncodedComparison(
+        prompt, responses, comparison.pairs(), comparison.scores, unsafe=unsafe, cluster=comparison.cluster
+    )
+    return row, cut
 
 
 def encode_label(

@@ -1,10 +1,13 @@
 """Whether a reward model's confidence is right: predicted probability of a preference against how often it held."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf.functional.clusters import clustered_mean
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Bin:
     predicted: float  # mean predicted probability of the pairs in it
     observed: float  # share of them in which the prediction held
     count: int
+    error: float  # standard error of `observed`, clustered; nan for pairs of one cluster
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Reliability:
     pairs: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain containers."""
-        return asdict(self)
+        """Return plain containers; null for an error that is not known."""
+        raw = asdict(self)
+        raw["bins"] = [one | {"error": None if math.isnan(one["error"]) else one["error"]} for one in raw["bins"]]
+        return raw
 
 
-def reliability(gaps: Tensor, bins: int = 10) -> Reliability:
+def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) -> Reliability:
     """Calibration of sigmoid(gap) as the probability that the chosen reply is preferred.
 
     Which reply a record calls chosen is the outcome, not known beforehand: every pair counts in the direction in which
@@ -42,6 +48,7 @@ def reliability(gaps: Tensor, bins: int = 10) -> Reliability:
     Args:
         gaps: r_chosen - r_rejected in the units the loss was trained in (logits), [P].
         bins: Number of equal bins.
+        clusters: Which cluster each pair is of, any integers, [P]; None: every pair is one of its own.
 
     Raises ValueError without pairs.
     """
@@ -50,6 +57,7 @@ def reliability(gaps: Tensor, bins: int = 10) -> Reliability:
     gaps = gaps.detach().double().cpu()
     predicted = torch.sigmoid(gaps.abs())
     held = torch.where(gaps > 0, 1.0, torch.where(gaps < 0, 0.0, 0.5)).double()
+    clusters = torch.arange(len(gaps)) if clusters is None else clusters.cpu()
     width = 0.5 / bins
     index = ((predicted - 0.5) / width).long().clamp(max=bins - 1)
     made, error = [], 0.0
@@ -58,8 +66,9 @@ def reliability(gaps: Tensor, bins: int = 10) -> Reliability:
         count = int(inside.sum())
         if not count:
             continue
-        p, o = predicted[inside].mean().item(), held[inside].mean().item()
-        made.append(Bin(0.5 + number * width, 0.5 + (number + 1) * width, p, o, count))
+        p = predicted[inside].mean().item()
+        o, standard_error = clustered_mean(held[inside], torch.ones(count), clusters[inside])
+        made.append(Bin(0.5 + number * width, 0.5 + (number + 1) * width, p, o, count, standard_error))
         error += count * abs(p - o)
     brier = (held * (1 - predicted).square() + (1 - held) * predicted.square()).mean().item()
     return Reliability(tuple(made), error / len(gaps), brier, len(gaps))

@@ -17,7 +17,7 @@ def calibration(curve: Reliability, path: Path) -> Path:
         axes, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
         axes.plot([0.5, 1], [0.5, 1], color=PALE, linestyle="--", label="perfect")
         predicted, observed = [one.predicted for one in curve.bins], [one.observed for one in curve.bins]
-        errors = [math.sqrt(o * (1 - o) / one.count) for o, one in zip(observed, curve.bins, strict=True)]
+        errors = [0.0 if math.isnan(one.error) else one.error for one in curve.bins]
         axes.errorbar(predicted, observed, yerr=errors, fmt="o-", color=COLOURS[0], markersize=4, label="reward model")
         axes.set(title=f"Calibration: expected error {curve.ece:.3f}, {curve.pairs} pairs", ylabel="share that held")
         axes.set(ylim=(0.0, 1.02))

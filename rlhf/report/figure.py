@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.errors import UserError, suggest
+from rlhf.functional.statistics import estimate
 from rlhf.report import plots
 from rlhf.report.sweep import Comparison, Group, short_names, show
 
@@ -146,8 +147,7 @@ def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) ->
     ys = [math.fsum(way[step][1] for way in ways) / len(ways) for step in shared]
     axes.plot(xs, ys, "o-" if len(xs) == 1 else "-", color=colour, markersize=4, label=group.label)
     if len(ways) > 1:
-        spread = [math.fsum((way[step][1] - mean) ** 2 for way in ways) for step, mean in zip(shared, ys, strict=True)]
-        errors = [math.sqrt(one / (len(ways) - 1) / len(ways)) for one in spread]
+        errors = [estimate([way[step][1] for way in ways]).se for step in shared]
         low, high = [m - e for m, e in zip(ys, errors, strict=True)], [m + e for m, e in zip(ys, errors, strict=True)]
         axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
 

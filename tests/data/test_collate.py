@@ -122,7 +122,11 @@ def test_mismatched_replies_are_the_same_in_every_process_and_after_a_resume():
 def test_packing_keeps_every_token_and_restarts_positions():
     documents = [row(1, 2, 3), row(4, 5), row(6, 7, 8), row(*range(10, 21))]
     rows = pack(documents, 5)
-    assert [item.ids for item in rows] == [[1, 2, 3, 4, 5], [6, 7, 8], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20]]
+    # The windows of a longer document share a token, so that each of 11 to 20 is a target once.
+    windows = [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18], [18, 19, 20]]
+    assert [item.ids for item in rows] == [[1, 2, 3, 4, 5], [6, 7, 8], *windows]
+    targets = [token for item in rows[2:] for token, counts in zip(item.ids, item.mask, strict=True) if counts]
+    assert targets == list(range(11, 21))
     assert rows[0].positions == [0, 1, 2, 0, 1]
     assert rows[0].mask == [False, True, True, False, True]  # no document predicts the next one's first token
     batch = collate(rows, PAD)

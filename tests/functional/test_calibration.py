@@ -21,6 +21,11 @@ def test_by_hand():
     assert found.ece == pytest.approx((4 * 0.05 + 2 * 0.6) / 6)
     assert found.brier == pytest.approx((3 * 0.04 + 0.64 + 2 * 0.36) / 6)
     assert found.pairs == 6
+    assert [one.error for one in found.bins] == pytest.approx([0.0, math.sqrt(4 / 3 * (3 / 16 + 9 / 16)) / 4])
+    # The four pairs are of two questions: 2 - 2 * 3/4 of the first, 1 - 2 * 3/4 of the second.
+    together = reliability(gaps, 5, torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert together.bins[1].error == pytest.approx(math.sqrt(2 * (1 / 4 + 1 / 4)) / 4)
+    assert math.isnan(together.bins[0].error) and together.to_json()["bins"][0]["error"] is None
 
 
 def test_a_calibrated_scorer_has_no_error_and_an_overconfident_one_has():

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlhf.annotators import completed
 from rlhf.data.data import Data, LoadReport, Split
-from rlhf.data.records import Comparison, Message
-from rlhf.data.template import EncodedComparison
+from rlhf.data.formats import FORMATS
+from rlhf.data.records import Comparison, Message, Prompt
+from rlhf.data.template import EncodedComparison, encode_comparison
 from rlhf.data.testbed import Testbed
 from rlhf.errors import UserError
 from rlhf.metrics_file import read_rows
@@ -18,7 +20,7 @@ from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Sampler
+from rlhf.rollout import Rollout, Sampler
 from rlhf.scoring import ModelReward
 from rlhf_reward_model.accuracy import Accuracy, accuracies
 from rlhf_reward_model.objective import Pairwise
@@ -206,11 +208,35 @@ def test_accuracy_of_pairs_of_one_prompt_by_hand():
     second, third = (EncodedComparison([prompt], [[1], [2]], [(0, 1, "slightly")]) for prompt in (7, 8))
     found = accuracies([first, second, third], torch.tensor([1.0, 0.0, 0.0, 1.0]))
     # All: (0.5 + 1) / 3 = 1/2; of prompt 7 there is 0.5 of 2, so 0.5 - 1 = -1/2, of prompt 8 1 - 1/2 = +1/2.
-    assert found["all"] == Accuracy(0.5, pytest.approx(math.sqrt(2 * (0.25 + 0.25)) / 3), 4, 2)
+    assert found["all"] == Accuracy(0.5, pytest.approx(math.sqrt(2 * (0.25 + 0.25)) / 3), 4, 2, 2)
     # "slightly": (0 + 0 + 1) / 3; 0 - 2/3 and 1 - 1/3.
-    assert found["slightly"] == Accuracy(pytest.approx(1 / 3), pytest.approx(math.sqrt(2 * 2 * 4 / 9) / 3), 3, 2)
-    assert found["better"] == Accuracy(1.0, None, 1, 1)
+    assert found["slightly"] == Accuracy(pytest.approx(1 / 3), pytest.approx(math.sqrt(2 * 2 * 4 / 9) / 3), 3, 2, 2)
+    assert found["better"] == Accuracy(1.0, None, 1, 1, 1)
     assert list(found) == ["all", "slightly", "better"]
+
+
+def test_prompts_that_ask_the_same_are_one_cluster_of_an_accuracy():
+    """Three prompts of a pair each, two of which paraphrase each other: residuals 2 - 2 * 2/3 and 0 - 2/3."""
+    rows = [EncodedComparison([p], [[1], [2]], [(0, 1, None)], cluster=c) for p, c in ((7, "x"), (8, "x"), (9, ""))]
+    found = accuracies(rows, torch.tensor([1.0, 1.0, 0.0]))["all"]
+    assert found == Accuracy(pytest.approx(2 / 3), pytest.approx(math.sqrt(2 * (4 / 9 + 4 / 9)) / 3), 3, 3, 2)
+
+
+def test_a_comparison_has_the_cluster_of_its_prompt_from_the_sampler_to_the_tokens(load):
+    held_out = data("comparison", 8, 200).validation
+    prompts = {prompt.messages: prompt.cluster for prompt in data("prompt", 8, 400).validation}
+    known = [record for record in held_out if record.prompt in prompts]
+    assert len(known) > 20 and all(record.cluster == prompts[record.prompt] != "" for record in known)
+    assert len({record.cluster for record in held_out}) < len({record.prompt for record in held_out})
+    assert [Comparison.from_json(record.to_json()) for record in known] == known
+    assert FORMATS["preference"](known[0].to_json() | {"cluster": 7}).cluster == "7"
+    encoded, _ = encode_comparison(load().tokenizer, known[0])
+    assert encoded is not None and encoded.cluster == known[0].cluster
+    asked = Prompt((Message("user", "a"),), cluster="c")
+    row = torch.ones(2, 1)
+    rollout = Rollout([asked] * 2, row.long(), row.bool(), row.long(), row.bool(), row, row[:, 0].bool(), ["x", "y"])
+    found = completed(rollout, [Comparison(asked.messages, ("y", "x"))])
+    assert found == [Comparison(asked.messages, ("y", "x"), ended=(True, True), cluster="c")]
 
 
 # -- calibration -----------------------------------------------------------------------------------------------------

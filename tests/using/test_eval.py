@@ -58,6 +58,9 @@ def test_of_a_dialogue_only_the_answers_count(model: LanguageModel) -> None:
     long = Demonstration((*turns, *(Message("user", "Who? " * 40), Message("assistant", "Anna."))))
     found = of_answers(model, [long])
     assert found.cut == 1 and found.nats[0] == pytest.approx(likely, abs=1e-4)
+    # Of an answer that was cut off the end of turn, which nobody wrote, does not count.
+    whole, cut = (of_answers(model, [Demonstration(turns, ended)]) for ended in (True, False))
+    assert cut.tokens[0] == whole.tokens[0] - 1 and cut.nats[0] < whole.nats[0]
 
 
 def test_the_error_of_perplexity_is_the_jackknifes() -> None:

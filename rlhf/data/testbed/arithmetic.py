@@ -183,7 +183,7 @@ class Arithmetic:
         """Problems with what a demonstrator, now and then careless, wrote."""
         rng = self._rng("demonstration", seed, held_out)
         return [
-            Demonstration((Message("user", problem.text), *self.turns(problem, rng)))
+            Demonstration((Message("user", problem.text), *self.turns(problem, rng)), cluster=problem.expression)
             for problem in self.problems(n, rng, held_out)
         ]
 

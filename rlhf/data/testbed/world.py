@@ -223,7 +223,10 @@ class Testbed:
         """Questions with what a labeller wrote."""
         rng = self._rng("demonstration", seed, held_out)
         return [
-            Demonstration((Message("user", question.text), Message("assistant", self.reply(question, rng))))
+            Demonstration(
+                (Message("user", question.text), Message("assistant", self.reply(question, rng))),
+                cluster=question.cluster,
+            )
             for question in self.questions(n, rng, held_out)
         ]
 
@@ -322,6 +325,7 @@ def label(
         tags=prompt.tags,
         unsafe=tuple(gold(prompt, responses[index]).safety < UNSAFE_BELOW for index in order),
         ended=None if ended is None else tuple(ended[index] for index in order),
+        cluster=prompt.cluster,
     )
 
 
