@@ -6,7 +6,6 @@ that are hard for both cancels.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from rlhf import held_out
 from rlhf.data.records import Prompt, Text, cluster_of
 from rlhf.errors import UserError
+from rlhf.files import read_json, write_text
 from rlhf.functional.statistics import Difference, Estimate, estimate, paired
 from rlhf.likelihood import of_texts
 from rlhf.models.adapters import NoAdapter
@@ -173,15 +173,16 @@ def compare(
     key = _key(before, after, reward_model, gold, asked, *settings)
     cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"
     if cached is not None and cached.is_file():
-        return Evaluation.from_json(json.loads(cached.read_text(encoding="utf-8")))
+        content, reason = read_json(cached)
+        try:
+            return Evaluation.from_json(content)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            print(f"  compare: {cached}: {reason or 'holds no evaluation'}; computed again", flush=True)
     result = _compare(
         before, after, asked, documents, reward_model, gold, max_new_tokens, temperature, seed, batch_size
     )
     if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(result.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, cached)
+        write_text(cached, json.dumps(result.to_json(), indent=1, ensure_ascii=False))
     return result
 
 

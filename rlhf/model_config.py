@@ -1,10 +1,11 @@
 """What the config.json in a model folder says, before anything is loaded. No torch here."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rlhf import run_files
 from rlhf.errors import UserError
+from rlhf.files import read_json
 
 
 def file_of(path: object, name: str) -> Path | None:
@@ -18,17 +19,30 @@ def written(path: object) -> dict[str, Any] | None:
     file = file_of(path, "config.json")
     if file is None:
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+    found, _ = read_json(file)
     return found if isinstance(found, dict) else None
 
 
 def scores(path: object) -> bool | None:
     """Whether a folder holds a reward or value model, by the architecture it names; None where nothing says."""
     names = (written(path) or {}).get("architectures")
-    return any(str(name).endswith("ForSequenceClassification") for name in names) if names else None
+    if not isinstance(names, list) or not names:
+        return None
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
+def score_scale(folder: Path) -> dict[str, float] | None:
+    """Return scale, bias and log_odds of a stored reward model's scores; None where its folder has no rlhf.json.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / "rlhf.json"
+    if not file.is_file():
+        return None
+    fields = {"scale": run_files.finite, "bias": run_files.finite, "log_odds": run_files.optional(run_files.finite)}
+    found = run_files.required(file, fields, "make the reward model again, or copy its folder anew")
+    return {"scale": found["scale"], "bias": found["bias"], "log_odds": found["log_odds"] or 1.0}
 
 
 def no_head(key: str, path: object, instead: str = "inputs.reward_model=RUN, one of stage=reward_model") -> UserError:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import UserError
 from rlhf.files import read_json
 
 Plain = dict[str, Any]
@@ -27,6 +28,13 @@ def number(value: Any) -> float:
     """Return a number, which may be nan or infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("not a number")
+    return value
+
+
+def finite(value: Any) -> float:
+    """Return a finite number."""
+    if not math.isfinite(number(value)):
+        raise ValueError("not a finite number")
     return value
 
 
@@ -138,6 +146,32 @@ def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     if reason is not None:
         return {}, [f"{path}: {reason}"]
     return good(path, content, fields)
+
+
+def required(path: Path, fields: Mapping[str, Check], fix: str) -> Plain:
+    """Return the mapping in a JSON file that has to be there, its fields checked.
+
+    Args:
+        path: The file.
+        fields: Checks of the fields that it must have; one that is `optional` may be missing, and is None then.
+        fix: What to do where the file is damaged, the end of the message.
+
+    Raises:
+        UserError: The file cannot be read, holds no mapping, or lacks a field.
+    """
+    content, reason = read_json(path)
+    if reason is None and not isinstance(content, dict):
+        reason = "holds no mapping"
+    for key, check in fields.items() if reason is None else ():
+        try:
+            content[key] = check(content.get(key))
+        except ValueError as error:
+            reason = f"{key} is {_shown(content[key])}, {error}" if key in content else f"has no {key}"
+            break
+    if reason is not None:
+        raise UserError(f"{path}: {reason}; {fix}")
+    found: Plain = content
+    return found
 
 
 def good(path: Path, content: Any, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:

@@ -1,9 +1,9 @@
 """What tokenizers are told apart by before anything is loaded: one vocabulary, a chat template. No torch here."""
 
-import json
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.files import read_json
 from rlhf.model_config import file_of
 
 OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
@@ -39,9 +39,8 @@ def lacks_template(path: object) -> bool:
     file = file_of(path, "tokenizer_config.json")
     if file is None:
         return False
-    try:
-        own = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    own, _ = read_json(file)
+    if not isinstance(own, dict):
         return False
     beside = any(file.with_name(name).exists() for name in ("chat_template.jinja", "chat_template.json"))
     return not (own.get("chat_template") or beside or file.with_name("additional_chat_templates").is_dir())
@@ -53,9 +52,9 @@ def words(path: object) -> dict[str, int] | None:
     if file is None:
         return None
     try:
-        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    except (ValueError, KeyError, TypeError):
+        vocabulary = read_json(file)[0]["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            return vocabulary
+        return {str(item[0]): index for index, item in enumerate(vocabulary)}
+    except (KeyError, TypeError, IndexError):
         return None
-    if isinstance(vocabulary, dict):
-        return vocabulary
-    return {str(item[0]): index for index, item in enumerate(vocabulary)}

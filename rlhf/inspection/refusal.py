@@ -1,6 +1,5 @@
 """Before a run: does what it trains fit into this machine? Costs nothing where it clearly does."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from omegaconf import OmegaConf
 
 from rlhf.config import Plain
 from rlhf.errors import UserError
+from rlhf.files import read_json
 from rlhf.plan import Step
 from rlhf.runs import Run
 
@@ -55,7 +55,7 @@ def rough_parameters(model: Plain) -> float:
     if path is not None:
         files = [Path(str(path)) / "config.json", Path(str(path)) / "model" / "config.json"]
         file = next((file for file in files if file.is_file()), None)
-        shape = json.loads(file.read_text(encoding="utf-8")) if file else None
+        shape = read_json(file)[0] if file else None
     if not isinstance(shape, dict):
         return 0.0
     try:

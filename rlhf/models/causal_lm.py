@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -30,12 +29,13 @@ from rlhf import hub
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, control_tokens, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.errors import UserError, suggest
 from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import adapters_alone
+from rlhf.models.lineage import ANEW, adapters_alone
 from rlhf.models.precision import Precision
+from rlhf.models.reading import check_loaded, readable
 
 if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
     hf_logging.disable_progress_bar()
@@ -225,7 +225,9 @@ class CausalLM:
         self._check_memory(self.config(), size)
         model = self._read(kind, path, **arguments)
         for one in adapters:
-            model = merged(PeftModel.from_pretrained(model, str(one)), one)
+            with readable(f"model.path={self.path}: adapter {one}", ANEW):
+                on_top = PeftModel.from_pretrained(model, str(one))
+            model = merged(on_top, one)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         return model
@@ -299,11 +301,9 @@ class CausalLM:
     # --- finding ---
 
     def _read(self, kind: Any, source: str, **arguments: Any) -> PreTrainedModel:
-        """``from_pretrained`` that refuses weights it would have to make up."""
+        """``from_pretrained`` that refuses weights it would have to make up or leave out."""
         model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
-        if report["missing_keys"]:
-            some = ", ".join(sorted(report["missing_keys"])[:3])
-            raise UserError(f"model.path={source}: {len(report['missing_keys'])} weights are not there, such as {some}")
+        check_loaded(model, report, f"model.path={source}")
         return model
 
     def _made(self, make: Callable[..., Any], source: Any, **arguments: Any) -> Any:
@@ -327,14 +327,8 @@ class CausalLM:
             raise UserError(f"model.path={source}: no such folder")
         elif not Path(source).is_dir():
             hub.use_cache_if_unreachable()
-        try:
+        with readable(f"model.path={source}"):
             return self._made(read, source, **arguments)
-        except (RLHFError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # readers of safetensors, pickles, JSON and tokenizers raise what they like
-            raise UserError(
-                f"model.path={source}: cannot be read ({_reason(error)}); give a model folder, a run folder or a hub id"
-            ) from error
 
     @property
     def folder(self) -> str | None:
@@ -425,17 +419,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
-
-
-def _reason(error: Exception) -> str:
-    """What a reader of a model's files says, in one line."""
-    text = str(error).strip()
-    if "ignore_mismatched_sizes" in text:
-        return "its weights have other shapes than config.json says"
-    if isinstance(error, pickle.UnpicklingError):
-        return "its weights are a pickle of something else than tensors"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = lines[0] if lines else ""
-    if said.endswith(":") and len(lines) > 1:  # a heading, and the reason below it
-        said = f"{said} {lines[1]}"
-    return said if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: {said}"

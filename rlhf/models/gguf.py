@@ -19,9 +19,10 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cache import cache_folder
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.models import gguf_source
 from rlhf.models.language_model import plain_config
+from rlhf.models.reading import check_loaded
 
 LAYOUT = "1"  # of the folders below; raised when the way they are made changes
 TOKENIZER = "tokenizer_config.json"
@@ -103,12 +104,15 @@ def _convert(file: Path, folder: Path) -> None:
     screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with screen:
-            loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
+            kind: Any = AutoModelForCausalLM
+            loaded, report = kind.from_pretrained(
+                **place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
     except ImportError as error:
         raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
-    except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path={file}: no GGUF file that transformers can read ({reason})") from error
+    except Exception as error:  # the reader unpacks whatever the file holds
+        raise UserError(f"model.path={file}: no GGUF file that transformers can read ({first_line(error)})") from error
+    check_loaded(loaded, report, f"model.path={file}")
     # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(

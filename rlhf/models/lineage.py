@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from rlhf import run_files
 from rlhf.errors import UserError
 
 BASE_FILE = "base.json"
 _WHOLE = 2**30  # bytes; of a larger file evenly spread blocks are read, among them its beginning
+ANEW = "copy the adapter's folder anew"
 _BLOCK, _BLOCKS = 2**16, 2**10
 
 
@@ -77,15 +80,15 @@ def base_of(adapter: Path) -> str:
     """
     file = adapter / BASE_FILE
     if not file.is_file():  # an adapter from elsewhere
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = stored_config(adapter)["base_model_name_or_path"]
         if not base:
             raise UserError(f"{adapter}: the adapter does not say which model it belongs to")
         return str(base)
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    places = [stored["path"], *([str((adapter / stored["relative"]).resolve())] if "relative" in stored else [])]
+    stored = stored_base(adapter)
+    places = [stored["path"], *([str((adapter / stored["relative"]).resolve())] if stored["relative"] else [])]
     changed = None
     for place in dict.fromkeys(places):
-        if Path(place).exists() or "relative" not in stored:
+        if Path(place).exists() or not stored["relative"]:
             now = digest(place)
             if now == stored["digest"] or None in (now, stored["digest"]):
                 return place
@@ -96,6 +99,23 @@ def base_of(adapter: Path) -> str:
             f"weights of digest {stored['digest'][:19]}"
         )
     raise UserError(f"{adapter} was trained on {stored['path']}, which is not there any more: put it back")
+
+
+def stored_base(adapter: Path) -> dict[str, Any]:
+    """Return what `write_base` left beside an adapter; `relative` is None for a base that was no path.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    name = run_files.optional(run_files.text)
+    fields = {"path": run_files.text, "digest": name, "relative": name}
+    return run_files.required(adapter / BASE_FILE, fields, f"{ANEW}, or train it again")
+
+
+def stored_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's adapter_config.json. Raises UserError where it is damaged."""
+    fields = {"base_model_name_or_path": run_files.optional(run_files.text)}
+    return run_files.required(adapter / "adapter_config.json", fields, ANEW)
 
 
 def adapters_alone(path: str) -> tuple[list[Path], str]:

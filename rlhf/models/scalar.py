@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from rlhf import run_files
 from rlhf.errors import UserError
+from rlhf.model_config import score_scale
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, materialize
 from rlhf.models.lineage import adapter_beside
 from rlhf.models.precision import Precision
+from rlhf.models.reading import readable
 
 FP32 = Precision("32-true")
 SAFETY_HEAD = "safety_head.safetensors"
@@ -87,25 +87,19 @@ class ScalarModel(nn.Module):
     def take_heads(self, head: Tensor, folder: Path) -> None:
         """Takes up the head [1, D] of a stored reward model, and its normalisation and safety head from its folder."""
         self.head.weight.data.copy_(head)
-        file = folder / "rlhf.json"
-        if file.is_file():
-            numbers = dict.fromkeys(("scale", "bias", "log_odds"), run_files.number)
-            stored, problems = run_files.read(file, numbers)
-            problems += [f"{file}: has no {name}" for name in ("scale", "bias") if not problems and name not in stored]
-            if problems:
-                raise UserError(f"{problems[0]}; make the reward model again, or copy its folder anew")
+        stored = score_scale(folder)
+        if stored is not None:
             self.scale.fill_(stored["scale"])
             self.bias.fill_(stored["bias"])
-            self.log_odds = stored.get("log_odds", 1.0)
+            self.log_odds = stored["log_odds"]
         elif (folder.parent / "status.json").is_file():  # a run of ours, which writes it
-            raise UserError(f"{file}: not there, so the scores' scale is unknown; make the reward model again")
+            raise UserError(
+                f"{folder / 'rlhf.json'}: not there, so the scores' scale is unknown; make the reward model again"
+            )
         file = folder / SAFETY_HEAD
         if file.is_file():
-            try:
+            with readable(str(file), "make the reward model again"):
                 self.add_safety_head().load_state_dict(load_file(file))
-            except (SafetensorError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"{file}: cannot be read ({reason}); make the reward model again") from error
 
     def add_safety_head(self) -> nn.Linear:
         """The auxiliary head of Llama 2 (arXiv 2307.09288, section 3.2.2): logit that a reply is unsafe, from w = 0.

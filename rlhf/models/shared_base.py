@@ -13,7 +13,6 @@ so sharing changes memory and not the algorithm. The reference is the policy's t
 
 import copy
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +28,9 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import TRAINED, LoRA, tied_projection
 from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import Planned, common_base
+from rlhf.models.lineage import ANEW, Planned, common_base, stored_config
 from rlhf.models.precision import Precision
+from rlhf.models.reading import readable
 from rlhf.models.scalar import ScalarModel
 
 M = TypeVar("M", bound=nn.Module)
@@ -214,11 +214,10 @@ class SharedBase:
         stem = "base_model.model."
         own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
         prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
-        state = {
-            stem + own + key.removeprefix(stem).removeprefix(prefix): value
-            for key, value in load_peft_weights(str(folder), device="cpu").items()
-        }
-        config = LoraConfig.from_pretrained(str(folder))
+        with readable(str(folder), ANEW):
+            weights = load_peft_weights(str(folder), device="cpu")
+            config = LoraConfig.from_pretrained(str(folder))
+        state = {stem + own + key.removeprefix(stem).removeprefix(prefix): value for key, value in weights.items()}
         config.inference_mode = False  # or no graph is made through it
         # It may have been trained on a tree with a projection to the vocabulary and be put on one without, or so.
         config.task_type = self.adapter.config(base).task_type
@@ -269,7 +268,7 @@ def _activate(model: PeftModel, names: list[str]) -> None:
 
 def _stored_lora(folder: Path) -> bool:
     """Whether the adapter at ``folder`` is DoRA. Raises UserError for one that is no LoRA."""
-    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    stored = stored_config(folder)
     if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
         raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
     return bool(stored.get("use_dora"))
@@ -287,7 +286,7 @@ def stored_head(folder: Path) -> Tensor:
         UserError: If there is none, or one of several outputs.
     """
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
+        with readable(f"model.path={file}"), safe_open(file, framework="pt") as content:
             if "score.weight" in content.keys():  # noqa: SIM118  # no mapping
                 head = content.get_tensor("score.weight").float()
                 if len(head) != 1:

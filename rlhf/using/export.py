@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from rlhf import links, runs
 from rlhf.errors import UserError
+from rlhf.model_config import score_scale
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
+from rlhf.models.lineage import stored_base, stored_config
 from rlhf.using import named
 from rlhf.using.named import Named
 
@@ -122,7 +124,7 @@ def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
     _copy(inside, folder, ("*",), (*WEIGHTS, "config.json", "rlhf.json", "README.md"))
     _copy(adapter, folder, ("adapter_config.json", *WEIGHTS))
     file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = stored_config(folder)
     config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     found = Exported("adapter", folder, base, gguf_source.read(Path(base)))
@@ -165,11 +167,11 @@ def _base(model: Named, adapter: Path) -> str:
 def _named_base(model: Named, adapter: Path) -> str | None:
     """The base as the adapter's own files say, else as the run's config does."""
     if (adapter / "base.json").is_file():
-        stored = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
-        beside = adapter / stored.get("relative", "")
-        return str(stored["path"] if Path(stored["path"]).exists() or "relative" not in stored else beside.resolve())
+        stored = stored_base(adapter)
+        beside = adapter / (stored["relative"] or "")
+        return str(stored["path"] if Path(stored["path"]).exists() or not stored["relative"] else beside.resolve())
     if model.run is None:
-        path = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        path = stored_config(adapter)["base_model_name_or_path"]
         return None if path is None else str(path)
     path = (model.run.plain_config.get("model") or {}).get("path")
     return None if path is None else str(named.moved(Path(path), model.run)) if "/" in path else str(path)
@@ -180,20 +182,26 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    from rlhf.models.reading import check_loaded, readable
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    numbers: dict[str, Any] = {"scale": 1.0, "bias": 0.0}
-    if (source / "rlhf.json").is_file():
-        numbers = json.loads((source / "rlhf.json").read_text(encoding="utf-8"))
+    numbers = score_scale(source) or {"scale": 1.0, "bias": 0.0}
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto", trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise UserError(
-            f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it is"
-        ) from error
+    kind: Any = AutoModelForSequenceClassification
+    with readable(str(source)):
+        try:
+            model, report = kind.from_pretrained(
+                source, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it "
+                "is"
+            ) from error
+    check_loaded(model, report, str(source))
     model.score.weight.data.mul_(numbers["scale"])
     model.save_pretrained(folder)
     numbers |= {"scale": 1.0}

@@ -1,5 +1,6 @@
 """Before against after on held-out prompts: exact zeros for the same policy, the KL against its closed form."""
 
+import json
 import math
 
 import pytest
@@ -96,6 +97,10 @@ def test_the_result_is_kept_and_read_again(policies, tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf.evaluation._compare", lambda *_: pytest.fail("computed again"))
     assert compare(before, after, prompts(6), max_new_tokens=4, folder=tmp_path) == first
     monkeypatch.setattr("rlhf.evaluation._compare", lambda *_: first)
+    for damaged in (b'{"before": {', b"[1]", b"\xff\xfe", b"", b'{"before": {}}'):  # a kill, or another version
+        files[0].write_bytes(damaged)
+        assert compare(before, after, prompts(6), max_new_tokens=4, folder=tmp_path) == first
+        assert json.loads(files[0].read_text()) == first.to_json()
     compare(before, after, prompts(6), max_new_tokens=4, seed=1, folder=tmp_path)
     assert len(list(tmp_path.glob("evaluation-*.json"))) == 2
     assert Evaluation.from_json(first.to_json()) == first

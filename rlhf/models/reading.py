@@ -1,0 +1,82 @@
+"""Stored models that are read by libraries: what is wrong with their files, as one line for the user."""
+
+import pickle
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.errors import RLHFError, UserError
+
+MODEL = "give a model folder, a run folder or a hub id"
+
+
+@contextmanager
+def readable(name: str, fix: str = MODEL) -> Iterator[None]:
+    """Context manager: what a reader of stored files raises becomes a UserError.
+
+    Readers of safetensors, pickles, JSON and tokenizers raise what they like. An adapter that PEFT would start anew,
+    since its weights are those of other layers, cannot be read either.
+
+    Args:
+        name: What is read, as it was typed or where it lies.
+        fix: What to do, the end of the message.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is then refused
+            yield
+    except (RLHFError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read ({_reason(error)}); {fix}") from error
+
+
+def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], name: str) -> None:
+    """Refuse a model some of whose weights would be made up, or some of whose layers would be left out.
+
+    Args:
+        model: As it was read.
+        report: Of transformers: names of weights under `missing_keys` and `unexpected_keys`.
+        name: The model, as it was typed.
+
+    Raises:
+        UserError: Weights are missing, or the files hold layers that config.json does not ask for.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{name}: {len(missing)} weights are not there, such as {', '.join(missing[:3])}")
+    kinds = {_kind(key, model) for key in model.state_dict()}
+    # Other weights that are left over belong to other heads, towers or old buffers.
+    more = sorted(key for key in report["unexpected_keys"] if _kind(key, model) in kinds)
+    if more:
+        raise UserError(
+            f"{name}: its weights hold layers that config.json does not ask for, such as {more[0]}; put back the "
+            "config.json that belongs to them"
+        )
+
+
+def _kind(key: str, model: PreTrainedModel) -> str:
+    """The name of a weight without the numbers of its layer, and without the prefix that some checkpoints lack."""
+    return re.sub(r"\.\d+(?=\.)", ".N", key.removeprefix(f"{model.base_model_prefix}."))
+
+
+def _reason(error: Any) -> str:
+    """What a reader of a model's files says, in one line."""
+    text = str(error).strip()
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than config.json says"
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle of something else than tensors"
+    if text.startswith("Found missing adapter keys"):
+        return "its adapter is for other layers than this base has"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = lines[0] if lines else ""
+    if said.endswith(":") and len(lines) > 1:  # a heading, and the reason below it
+        said = f"{said} {lines[1]}"
+    return said if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: {said}"

@@ -1,0 +1,195 @@
+"""Stored models whose files are damaged or do not belong together: one line that names the file, no weight made up."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.errors import UserError
+from rlhf.model_config import scores, written
+from rlhf.models import lineage
+from rlhf.models.adapters import LoRA, NoAdapter
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
+from rlhf.using import export
+from rlhf.using.named import Named
+from rlhf.vocabulary import lacks_template, words
+from tests.models.conftest import FP32, spec
+from tests.models.test_causal_lm import write_gguf
+
+HALF = b'{"base_model_name_or_path": "m", "path": "m'
+
+
+def refusal(read: Callable[[], object], *said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read()
+    line = str(caught.value)
+    assert "\n" not in line and all(part in line for part in said), line
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_layers_that_config_does_not_ask_for_are_not_dropped(layers: int, folder: Path, tmp_path: Path) -> None:
+    """Of 2 layers in the weights the first alone would be read, and saved as if it were the model."""
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 + layers}))
+    read = lambda: spec(tmp_path / "model").load(NoAdapter(), FP32)  # noqa: E731
+    if layers == 1:  # as many as there are
+        assert read().config.num_hidden_layers == 2
+        return
+    refusal(read, f"model.path={tmp_path / 'model'}: its weights hold layers that", "such as model.layers.1.")
+
+
+def test_layers_left_over_in_a_decoder_and_a_reward_model(model: LanguageModel, tmp_path: Path) -> None:
+    ScalarModel(model).save(tmp_path / "scores")
+    config = json.loads((tmp_path / "scores/config.json").read_text())
+    (tmp_path / "scores/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refusal(lambda: ScalarModel.load(tmp_path / "scores"), "layers that config.json does not ask for")
+    source = Named("scores", str(tmp_path / "scores"))
+    (tmp_path / "out").mkdir()
+    refusal(lambda: export._reward_model(Path(source.path), tmp_path / "out"), "layers that config.json does not")
+
+
+def test_weights_of_another_head_are_left_over_as_before(folder: Path, tmp_path: Path) -> None:
+    """A tower or head that the class does not have is no layer of it."""
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tower = {f"vision.layers.{i}.self_attn.q_proj.weight": torch.zeros(2, 2) for i in range(3)}
+    save_file({**load_file(file), **tower, "value.weight": torch.zeros(1)}, file, {"format": "pt"})
+    assert spec(tmp_path / "model").load(NoAdapter(), FP32).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("base.json", HALF, "not JSON"),
+        ("base.json", b"[]", "holds no mapping"),
+        ("base.json", b'{"digest": null}', "has no path"),
+        ("base.json", b'{"path": 5, "digest": null}', "path is 5, not a text"),
+        ("base.json", b"\xff\xfe", "not JSON in UTF-8"),
+        ("adapter_config.json", HALF, "not JSON"),
+        ("adapter_config.json", b"[1]", "holds no mapping"),
+        ("adapter_config.json", b'{"base_model_name_or_path": [1]}', "not a text"),
+    ],
+)
+def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
+    (tmp_path / name).write_bytes(content)
+    file = tmp_path / name
+    refusal(lambda: lineage.base_of(tmp_path), f"{file}: ", said, "copy the adapter's folder anew")
+    refusal(lambda: export._named_base(Named("x", str(tmp_path)), tmp_path), f"{file}: ", said)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.write_bytes(b"x" * 99), "cannot be read (SafetensorError"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "cannot be read (SafetensorError"),
+        (lambda file: file.unlink(), "cannot be read"),
+        (
+            lambda file: save_file({k.replace("layers.0", "layers.7"): v for k, v in load_file(file).items()}, file),
+            "its adapter is for other layers than this base has",
+        ),
+    ],
+    ids=["garbage", "cut", "missing", "other layers"],
+)
+def test_weights_of_an_adapter_that_cannot_be_read(
+    damage: Callable[[Path], object], said: str, folder: Path, tmp_path: Path
+) -> None:
+    spec(folder).load(LoRA(rank=2), FP32).save_adapter(tmp_path / "adapter")
+    damage(tmp_path / "adapter/adapter_model.safetensors")
+    refusal(lambda: spec(tmp_path / "adapter").load(NoAdapter(), FP32), f"{tmp_path / 'adapter'}", said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"scale": 1.0, "bi', "not JSON"),
+        (b"[]", "holds no mapping"),
+        (b'{"scale": 1.0}', "has no bias"),
+        (b'{"scale": "1", "bias": 0.0}', "scale is '1', not a number"),
+        (b'{"scale": NaN, "bias": 0.0}', "scale is nan, not a finite number"),
+        (b'{"scale": 1.0, "bias": 0.0, "log_odds": Infinity}', "log_odds is inf, not a finite number"),
+        (None, "not there, so the scores' scale is unknown"),
+    ],
+)
+def test_a_reward_model_without_its_scale(
+    content: bytes | None, said: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    """In a run of ours the file was written; its scores would be those of scale 1 and bias 0."""
+    stored = ScalarModel(model)
+    stored.save(tmp_path / "model")
+    (tmp_path / "status.json").write_text("{}")
+    file = tmp_path / "model/rlhf.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    loaded = ScalarModel(model)
+    refusal(lambda: loaded.take_heads(stored.head.weight, tmp_path / "model"), f"{file}: {said}", "reward model again")
+    (tmp_path / "status.json").unlink()
+    if content is None:  # a stranger's has no such file, and is what transformers reads
+        loaded.take_heads(stored.head.weight, tmp_path / "model")
+        assert (loaded.scale.item(), loaded.bias.item(), loaded.log_odds) == (1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "empty", "other names", "other width"])
+def test_a_damaged_safety_head_is_named(damage: str, model: LanguageModel, tmp_path: Path) -> None:
+    stored = ScalarModel(model)
+    stored.add_safety_head().weight.data.fill_(0.5)
+    stored.save(tmp_path)
+    file = tmp_path / SAFETY_HEAD
+    whole = file.read_bytes()
+    head = ScalarModel(model)
+    head.take_heads(stored.head.weight, tmp_path)
+    assert head.safety_head is not None and torch.equal(head.safety_head.weight, stored.safety_head.weight)
+    if damage == "other names":
+        save_file({"w": torch.zeros(1, model.hidden_size)}, file)
+    elif damage == "other width":
+        save_file({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, file)
+    else:
+        file.write_bytes({"garbage": os.urandom(99), "cut": whole[:-8], "empty": b""}[damage])
+    refusal(lambda: ScalarModel(model).take_heads(stored.head.weight, tmp_path), f"{file}: cannot be read (")
+
+
+@pytest.mark.parametrize("damage", ["cut", "a tensor missing", "a name cut", "a type unknown"])
+def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    source, path = spec(folder).load(NoAdapter(), FP32), tmp_path / "m.gguf"
+    if damage == "a tensor missing":
+        state = source.base.state_dict()
+        monkeypatch.setattr(
+            type(source.base), "state_dict", lambda _: {k: v for k, v in state.items() if "layers.1.mlp.up" not in k}
+        )
+    write_gguf(gguf, source, path)
+    monkeypatch.undo()
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    whole = path.read_bytes()
+    at = whole.index(b"blk.1.ffn_up") if b"blk.1.ffn_up" in whole else 0
+    changed = {
+        "cut": whole[:-2000],
+        "a tensor missing": whole,
+        "a name cut": whole[:at] + b"\xff\xff" + whole[at + 2 :],
+        "a type unknown": whole[: at + len("blk.1.ffn_up.weight") + 20] + b"\x77" * 4 + whole[at + 43 :],
+    }
+    path.write_bytes(changed[damage])
+    refusal(lambda: spec(path, tokenizer=str(folder)).load(NoAdapter(), FP32), f"model.path={path}: ")
+    assert not list((tmp_path / "cache").rglob("config.json")), "nothing half-read is kept for the next time"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", b"[" * 9999, b"5"])
+def test_looks_at_a_folder_survive_what_its_files_hold(content: bytes, tmp_path: Path) -> None:
+    """What reads them later says what is wrong."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(content)
+    assert written(tmp_path) is None and scores(tmp_path) is None and words(str(tmp_path)) is None
+    assert lacks_template(str(tmp_path)) is False
+    (tmp_path / "config.json").write_text('{"architectures": 5}')
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": [5]}}')
+    assert scores(tmp_path) is None and words(str(tmp_path)) is None
