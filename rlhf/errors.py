@@ -58,6 +58,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shortened(line: str) -> str:
+    """A line whose words of more than 400 letters, such as a value typed by mistake, are cut in the middle."""
+    return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", line)
+
+
 def os_error_line(error: OSError) -> str:
     """An OSError as a line that names the file and the reason."""
     name = error.filename if error.filename is not None else ""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf.errors import UserError, suggest
+from rlhf.importing import contained
 
 
 def load(key: str, name: str) -> Callable[..., Any]:
@@ -24,7 +25,8 @@ def load(key: str, name: str) -> Callable[..., Any]:
             f"{key}={name}: write it as module:function, such as my_module:my_function for my_module.py here"
         )
     try:
-        loaded = importlib.import_module(module)
+        with contained():
+            loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise UserError(
@@ -32,7 +34,7 @@ def load(key: str, name: str) -> Callable[..., Any]:
                 f"{error.name.replace('.', '/')}.py lies, or install its package"
             ) from error
         raise UserError(f"{key}={name}: {module} imports {error.name}, which is not installed") from error
-    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+    except Exception as error:  # whatever a stranger's module raises
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise UserError(f"{key}={name}: importing {module} failed: {type(error).__name__}: {reason}") from error
     found = getattr(loaded, function, None)

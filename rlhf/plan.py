@@ -415,9 +415,8 @@ def _overrides_without_effect(
     notes = []
     for typed in overrides:
         key, _, value = typed.lstrip("+").partition("=")
-        root = key.partition(".")[0]
-        if typed.startswith("+") and "@" not in key and root not in repeated and _unknown_root(planner, root):
-            planner.problems.append(f"{typed} has no effect: nothing reads {root}; leave it out")
+        if typed.startswith("+") and "@" not in key and (nobodys := _read_by_nobody(planner, key, repeated)):
+            planner.problems.append(f"{typed} has no effect: nothing reads {nobodys}; leave it out")
             continue
         if typed.startswith("~") or "@" in key or value in ("null", ""):
             continue
@@ -450,17 +449,26 @@ def _overrides_without_effect(
     return notes
 
 
-def _unknown_root(planner: _Planner, key: str) -> bool:
-    """Whether a key at the root, which a + adds, is nobody's: no group, no step, no object, and named by no value."""
+def _read_by_nobody(planner: _Planner, typed: str, repeated: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the key at the root of a config, a step's or the whole one's, that a + adds and nobody reads.
+
+    It is no group, no step and no object, and no value names it.
+    """
     from rlhf import validation
 
-    own = planner.raw.get(key)
-    if key in {*validation.root_keys(), *(planner.names or ()), "compare", "repeat", "rounds"}:
-        return False
-    if isinstance(own, dict) and "_target_" in own:
-        return False
+    step, _, below = typed.partition(".")
+    if below and (step in repeated or step in (planner.names or ())):  # a step's config is its own root
+        key, path, own = below.partition(".")[0], f"{step}.", planner.raw[repeated.get(step, [step])[0]]
+        known = validation.root_keys()
+    else:
+        key, path, own = step, "", planner.raw
+        known = {*validation.root_keys(), *repeated, *(planner.names or ()), "compare", "repeat", "rounds"}
+    added = own.get(key)
+    if key in known or isinstance(added, dict) and "_target_" in added:
+        return None
     mention = re.compile(r"\$\{" + re.escape(key) + r"[.}\[]")
-    return not any(isinstance(value, str) and mention.search(value) for _, value in configs.leaves(planner.raw))
+    named = any(isinstance(value, str) and mention.search(value) for _, value in configs.leaves(planner.raw))
+    return None if named else f"{path}{key}"
 
 
 def _reads(planner: _Planner, name: str) -> str:

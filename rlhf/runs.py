@@ -52,6 +52,7 @@ _IRRELEVANT_SOURCE = frozenset(
         "errors",
         "evaluation",
         "files",
+        "importing",
         "launcher",
         "likelihood",
         "locks",

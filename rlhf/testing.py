@@ -20,6 +20,7 @@ from rlhf import config as configs
 from rlhf import discovery, objective, validation
 from rlhf.data.records import Comparison, Message, Prompt
 from rlhf.errors import RLHFError, UserError
+from rlhf.importing import contained
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
@@ -190,7 +191,8 @@ def check_plugin(folder: Path) -> Report:
     for path in files:
         option = path.relative_to(folder / "conf").with_suffix("").as_posix()
         try:
-            _check_file(path, option, folder.name, report)
+            with contained():
+                _check_file(path, option, folder.name, report)
         except Exception as e:
             # Whatever its code raises is the finding.
             report.problems.append(f"{option}: {type(e).__name__}: {e}".strip())

@@ -25,6 +25,7 @@ from pydantic.errors import PydanticUserError
 from rlhf import config as configs
 from rlhf import discovery, strategies
 from rlhf.errors import RLHFError, UserError, data_keys, first_line, suggest
+from rlhf.importing import contained
 from rlhf.signatures import groups, parameters
 from rlhf.vocabulary import lacks_template
 
@@ -127,11 +128,10 @@ def _load(name: Any) -> Any:
     log = logging.getLogger(hydra.utils.__name__)  # it prints lines of its own
     silent, log.disabled = log.disabled, True
     try:
-        found = get_object(name)
+        with contained():
+            found = get_object(name)
         return found if callable(found) else f"{name} is no class or function"
-    except KeyboardInterrupt:
-        raise
-    except BaseException as e:  # SystemExit too: sys.exit(0) in a module would look like success
+    except Exception as e:
         # Hydra wraps the reason; a plugin author needs the reason itself.
         root: BaseException = e
         while root.__cause__ is not None:
@@ -185,7 +185,7 @@ def check_node(
             target.check_knobs(**values)
         except (ValueError, RLHFError) as e:
             message = first_line(e)
-            if hasattr(target, "digest") and message.startswith("data.source"):
+            if hasattr(target, "digest") and message.startswith("data."):
                 errors.append(data_keys(message, path))
             else:
                 errors.append(_named(message, path))

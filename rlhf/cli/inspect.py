@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "words", nargs="*", metavar="KEY=VALUE", help="as for a run; step=NAME: a step of a pipeline [its last]"
     )
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="data, batch: how many to print [3]")
-    parser.add_argument("--step", type=int, default=0, metavar="N", help="batch: of this training step, from 0 [0]")
+    options.amount(parser, "--rows", 3, "data, batch: how many to print [3]")
+    options.amount(parser, "--step", 0, "batch: of this training step, from 0 [0]")
     return parser
 
 

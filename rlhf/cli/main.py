@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import __version__, console, discovery, launcher, processes, rounds
-from rlhf.errors import RLHFError, RunFailed, UserError, suggest
+from rlhf.errors import RLHFError, RunFailed, UserError, shortened, suggest
 
 RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -147,7 +147,12 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         if "stage" not in config and "steps" not in config:
             from rlhf.cli.help import usage
 
-            raise UserError(usage(words))
+            removed = " ".join(word for word in words if word.startswith("~"))
+            raise UserError(
+                f"{removed}: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME, or leave it out"
+                if removed
+                else usage(words)
+            )
         if dry_run.requested():
             dry_run.show(config, list(HydraConfig.get().overrides.task))
             return None
@@ -198,7 +203,7 @@ def report(error: BaseException, debug: bool, argv: list[str] | None = None) -> 
     if debug or (os.environ.get(RESULT) and not user_can_fix):
         traceback.print_exception(error)
     head = "config error" if isinstance(error, HydraException | OmegaConfBaseException) else "error"
-    lines = explain(error, argv).splitlines() or [type(error).__name__]
+    lines = [shortened(line) for line in explain(error, argv).splitlines()] or [type(error).__name__]
     if isinstance(error, UserError) and lines[0].startswith("usage:"):
         print("\n".join(lines), file=sys.stderr)
         return 2

@@ -1,10 +1,12 @@
 """Errors of Hydra and OmegaConf as one line that says what to type."""
 
 import re
+import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
+from hydra._internal import config_repository, defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
@@ -28,7 +30,9 @@ def user_fixable(error: BaseException) -> bool:
     """Whether the command line or a YAML file is at fault, and not the program."""
     if isinstance(error, RLHFError):
         return error.exit_code == 2
-    return isinstance(error, HydraException | OmegaConfBaseException | OSError | YAMLError)
+    return (
+        isinstance(error, HydraException | OmegaConfBaseException | OSError | YAMLError) or _endless(error) is not None
+    )
 
 
 def explain(error: BaseException, argv: list[str]) -> str:
@@ -47,6 +51,8 @@ def explain(error: BaseException, argv: list[str]) -> str:
     for link in chain:
         if isinstance(link, YAMLError):
             return f"{_yaml_error(link)}; correct the YAML file"
+    if (endless := _endless(error)) is not None:
+        return endless
     if not user_fixable(error):
         text = str(error).strip()
         return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -69,6 +75,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _endless(error: BaseException) -> str | None:
+    """Return what is wrong with the YAML file at which Hydra reached the recursion limit; None for other errors."""
+    if not isinstance(error, RecursionError):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    included, read = (
+        [
+            str(frame.f_locals[name])
+            for frame in frames
+            if frame.f_code.co_filename == module.__file__ and name in frame.f_locals
+        ]
+        for module, name in ((defaults_list, "path"), (config_repository, "config_path"))
+    )
+    if len(set(included)) < len(included):
+        return f"{included[-1]}.yaml: its defaults list leads back to itself; take the entry out"
+    return f"{read[-1]}.yaml: nested too deeply to be read; correct the YAML file" if read else None
 
 
 def _yaml_error(error: YAMLError) -> str:

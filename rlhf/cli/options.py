@@ -76,6 +76,11 @@ def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help:
     parser.add_argument(flag, type=_whole(1), default=default, metavar="N", help=help)
 
 
+def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
+    """A number of things or a place in an order, from 0."""
+    parser.add_argument(flag, type=_whole(0), default=default, metavar="N", help=help)
+
+
 def _both(parser: argparse.ArgumentParser, flag: str, **knobs: object) -> None:
     parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **knobs)  # type: ignore[arg-type]
 

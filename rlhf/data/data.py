@@ -233,6 +233,8 @@ class Data:
         size = knobs.get("size")
         if knobs.get("source") in (TESTBED, ARITHMETIC) and type(size) is int and size > MOST_MADE_UP:
             raise UserError(f"data.size={size}: at most {MOST_MADE_UP} records are made up; type a smaller data.size")
+        if isinstance(knobs.get("format"), str):
+            find_adapter(knobs["format"])  # a name that is none is wrong whatever the source is
         if not _CHECKED_EARLY.get():
             return
         source = knobs.get("source") or []

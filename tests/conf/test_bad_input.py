@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf import build, validation
+from rlhf import build, functions, validation
 from rlhf.cli import main
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
@@ -260,7 +261,10 @@ def test_no_objective_takes_a_negative_beta() -> None:
     assert found >= 20
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise SystemExit('bye')", "raise GeneratorExit", "1 / 0"])
+ENDS = ["import sys; sys.exit(0)", "raise SystemExit('bye')", "raise GeneratorExit", "raise KeyboardInterrupt", "1 / 0"]
+
+
+@pytest.mark.parametrize("code", ENDS)
 def test_plugin_module_that_ends_the_process_is_one_finding(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +276,18 @@ def test_plugin_module_that_ends_the_process_is_one_finding(
     assert isinstance(found, str)
     assert found.startswith(f"cannot import {name}.Thing (") and "\n" not in found
     assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=f"reward.function={name}:f: importing {name} failed: ") as caught:
+        functions.load("reward.function", f"{name}:f")
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_while_a_plugin_is_imported_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "waits_long.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        validation._load("waits_long.Thing")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

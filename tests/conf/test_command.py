@@ -54,6 +54,11 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ),
         ("pipeline=dpo objective=ipo", "objective=ipo: a pipeline's steps have their own; type objective@"),
         ("pipeline=dpo objective@algin.objective=ipo", "nothing to override there (did you mean objective@align.objec"),
+        ("~stage", "~stage: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME"),
+        ("pipeline=dpo ~steps", "~steps: leaves neither a stage nor a pipeline"),
+        ("inspect batch stage=sft --rows -1", "argument --rows: -1 is less than 0"),
+        ("inspect batch stage=sft --step -1", "argument --step: -1 is less than 0"),
+        (f"{'x' * 120_000}", f"{'x' * 200}...{'x' * 40} no such command"[:240]),
         ("sfft", "sfft: no such command"),
         ("sft", "sft: no such command (did you mean stage=sft?)"),
         ("plugins show nothing_like_it", "nothing_like_it: no such plugin"),
@@ -77,6 +82,25 @@ def test_without_stage_or_pipeline_a_short_page(capsys: pytest.CaptureFixture[st
     for word in ("instructgpt", "reward_model", "plugins", "rlhf --help"):
         assert word in out
     assert len(out.splitlines()) < 15
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("defaults: [mine]\nsource: x\n", "data/mine.yaml: its defaults list leads back to itself; take the entry out"),
+        ("defaults: [other]\n", "data/mine.yaml: its defaults list leads back to itself; take the entry out"),
+        (f"source: {'[' * 3000}{']' * 3000}\n", "data/mine.yaml: nested too deeply to be read; correct the YAML file"),
+    ],
+    ids=["itself", "by way of another", "deep"],
+)
+def test_an_own_option_without_end_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "conf/data").mkdir(parents=True)
+    (tmp_path / "conf/data/mine.yaml").write_text(content)
+    (tmp_path / "conf/data/other.yaml").write_text("defaults: [mine]\n")
+    code, out = typed(capsys, "stage=sft data=mine")
+    assert (code, out.replace("other.yaml", "mine.yaml")) == (2, f"error: {said}\n")
 
 
 def test_wrong_pair_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,6 +223,11 @@ def test_findings_of_all_steps_come_at_once(typed: Typed) -> None:
         ),
         (["pipeline=instructgpt", "inputs.reward_model=org/name"], "type align.inputs.reward_model"),
         (["pipeline=dpo", "+align.inputs.value=org/name"], "stage=dpo reads comparisons, policy"),
+        (
+            ["pipeline=dpo", "+align.nosuch.y=1"],
+            "+align.nosuch.y=1 has no effect: nothing reads align.nosuch",
+        ),
+        (["pipeline=dpo", "+nosuch.y=1"], "+nosuch.y=1 has no effect: nothing reads nosuch; leave it out"),
     ],
 )
 def test_a_value_that_nothing_reads_is_refused(typed: Typed, overrides: list[str], message: str) -> None:

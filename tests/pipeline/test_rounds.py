@@ -144,6 +144,7 @@ def test_compare_means_the_last_round(typed: Typed) -> None:
         (["align.inputs.policy='${previous_round:best}'"], "align reads .*is no step of repeat"),
         (["+collect.inputs.reward_model=org/name"], "collect.inputs.reward_model=org/name has no effect"),
         (["+collect.optimizer.lr=1"], "the stage of collect does not read optimizer"),
+        (["+collect.nosuch=1"], "nothing reads collect.nosuch; leave it out"),
         (["until=collekt"], "until=collekt: no such step"),
     ],
 )
