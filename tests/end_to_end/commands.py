@@ -26,6 +26,7 @@ PRELOAD = [
     "rlhf.evaluation",
     "rlhf.pipeline",
     *(f"{path.parent.name}.stage" for path in sorted((ROOT / "plugins").glob("*/stage.py"))),
+    "tests.end_to_end.frozen",
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
 PATIENCE = 120.0  # seconds until a command that says nothing is taken to hang

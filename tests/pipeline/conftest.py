@@ -47,6 +47,11 @@ class FakeTrain:
         return {"val/loss": 0.25, "reward": 1.5, "headline": 0.25, "tokens_per_second": 100.0}
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(undrawn: None) -> None:
+    """No figures."""
+
+
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     fake = FakeTrain()

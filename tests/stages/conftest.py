@@ -36,6 +36,11 @@ def data(record: str, size: int = 32, validation: int = 8) -> Split:
     return Data(record, "testbed", size, validation, 96).load()
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(undrawn: None) -> None:
+    """No figures."""
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model with its tokenizer; saving it makes every test start from the same weights."""

@@ -237,7 +237,7 @@ def test_cut_picks_are_trained_on_without_an_end(load, tmp_path):
     assert stage.final_metrics()["cut_share"] == pytest.approx(everything.count(False) / len(everything))
 
 
-def test_the_best_are_picked_and_trained_on(load, tmp_path):
+def test_the_best_are_picked_and_trained_on(load, tmp_path, figures):
     stage = stage_on(load)
     fit(stage, tmp_path)
     found = json.loads((tmp_path / "best_of_k.json").read_text())

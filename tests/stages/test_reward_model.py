@@ -242,7 +242,7 @@ def test_a_comparison_has_the_cluster_of_its_prompt_from_the_sampler_to_the_toke
 # -- calibration -----------------------------------------------------------------------------------------------------
 
 
-def test_calibration_and_scores_are_left_as_files(load, tmp_path):
+def test_calibration_and_scores_are_left_as_files(load, tmp_path, figures):
     stage = stage_on(load, data("comparison", 32, 16))
     fit(stage, tmp_path)
     curve = json.loads((tmp_path / "calibration.json").read_text())

@@ -39,19 +39,19 @@ from tests.using.conftest import ADAPTERS, finished, untrained
 Typed = Callable[..., tuple[int, str]]
 
 
-def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the code in README.md leaves, run where the folder lies."""
+def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: int = 64) -> dict[str, Any]:
+    """The names that the code in README.md leaves, run where the folder lies, for a reply of so many tokens."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert "import rlhf" not in code and "from rlhf" not in code
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
     return names
 
 
-def of_the_run(run: Path, question: str) -> Rollout:
+def of_the_run(run: Path, question: str, tokens: int = 64) -> Rollout:
     """The run's own sampler, greedily."""
-    sampler = Sampler(max_new_tokens=64, temperature=0.0)
+    sampler = Sampler(max_new_tokens=tokens, temperature=0.0)
     return sampler.sample(load_policy(run / "model"), [Prompt((Message("user", question),))], seed=0)
 
 
@@ -117,12 +117,12 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
     run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
     base = model.origin
     del model
-    expected = of_the_run(run, "Hello")
+    expected = of_the_run(run, "Hello", tokens=12)
     assert expected.texts[0].isascii() and len(expected.texts[0].split()) > 3
     monkeypatch.chdir(tmp_path)
     for words in (["--to", "alone"], ["--to", "merged", "--merge"]):
         assert main.run(["export", str(run), *words]) == 0
-        names = loaded_as_the_card_says(tmp_path / words[1], monkeypatch)
+        names = loaded_as_the_card_says(tmp_path / words[1], monkeypatch, tokens=12)
         reply, own = names["reply"].tolist(), expected.response_ids[0].tolist()
         names.clear()
         assert reply == own
