@@ -1,8 +1,10 @@
 """A model of 30 thousand weights, a small world, and a trainer for each test."""
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ ARCHITECTURE = {
 }
 
 
+@cache
 def data(record: str, size: int = 32, validation: int = 8) -> Split:
     """A little of the testbed."""
     return Data(record, "testbed", size, validation, 96).load()
@@ -52,14 +55,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@cache
+def _read(folder: Path, lora: bool) -> tuple[LanguageModel, torch.Tensor]:
+    """The model of ``folder``, and the state of torch's generator once it was read."""
+    torch.manual_seed(1)
+    adapter = LoRA(rank=4, alpha=8.0) if lora else NoAdapter()
+    return CausalLM(str(folder), None, None).load(adapter, Precision("32-true")), torch.get_rng_state()
+
+
 @pytest.fixture
 def load(folder: Path) -> Callable[..., LanguageModel]:
-    """The model of ``folder``, with LoRA if asked."""
+    """The model of ``folder``, with LoRA if asked: a copy of its own, and the generator as after reading it."""
 
     def make(lora: bool = False) -> LanguageModel:
-        torch.manual_seed(1)
-        adapter = LoRA(rank=4, alpha=8.0) if lora else NoAdapter()
-        return CausalLM(str(folder), None, None).load(adapter, Precision("32-true"))
+        model, state = _read(folder, lora)
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
 
     return make
 
