@@ -116,8 +116,10 @@ def test_every_option_of_the_shared_groups_passes(composed: Callable[..., DictCo
 
 
 def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> None:
-    register = {stage: composed(f"stage={stage}", "inputs.policy=given") for stage in options("stage")}
+    given = [f"inputs.{role}=given" for role in ROLES]
+    register = {stage: composed(f"stage={stage}", *given) for stage in options("stage")}
     taking = {stage: get_object(c.stage._target_) for stage, c in register.items() if "objective" in c}
+    files = {path.stem: path for path in FILES if group_of(path) == "objective"}
     for option in options("objective"):
         target = next(get_object(t) for o, t in validation.objective_options() if o == option)
         fits = [
@@ -126,7 +128,10 @@ def test_every_objective_fits_a_stage(composed: Callable[..., DictConfig]) -> No
             if issubclass(target, validation._classes(validation.groups(made)["objective"].annotation))
         ]
         assert fits, f"no stage takes objective={option}"
-        validation.check(composed(f"stage={fits[0]}", f"objective={option}", *(f"inputs.{role}=a" for role in ROLES)))
+        config = register[fits[0]].copy()
+        config.objective = OmegaConf.load(files[option])  # none has a defaults list, which Hydra would follow
+        assert "defaults" not in config.objective
+        validation.check(config)
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "pipeline"])
