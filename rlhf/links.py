@@ -13,7 +13,7 @@ def first_out(folder: Path, root: Path) -> Path | None:
     """Return the first file right inside a directory that is outside ``root`` once links are followed, or None."""
     if not folder.is_dir():
         return None
-    if not leads_out(folder, root):  # then only links can
+    if folder == root or not leads_out(folder, root):  # then only links can
         found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
     else:
         found = list(folder.iterdir())

@@ -34,12 +34,19 @@ def _parse(path: Path) -> tuple[list[Row], int]:
     text = path.read_bytes().decode("utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]
     rows: list[Row] = []
-    records = csv.DictReader(io.StringIO(complete))
+    records = csv.reader(io.StringIO(complete))
     lines = 0
     try:
-        for record in records:
+        names = next(records, [])
+        for cells in records:
+            if not cells:  # an empty line
+                continue
             lines += 1
-            row = {name: number for name, cell in record.items() if (number := _number(cell)) is not None}
+            try:
+                row = {name: float(cell) for name, cell in zip(names, cells, strict=False) if cell}
+            except ValueError:
+                numbers = zip(names, map(_number, cells), strict=False)
+                row = {name: number for name, number in numbers if number is not None}
             if math.isfinite(row.get(STEP, math.nan)):
                 rows.append(row)
     except csv.Error:  # a line longer than csv takes
@@ -51,11 +58,13 @@ def read_series(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Columns of a metrics file: name -> (steps, values), only the steps at which the metric was logged."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for row in read_rows(path):
+        step = row.pop(STEP)
         for name, value in row.items():
-            if name != STEP:
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(row[STEP])
-                values.append(value)
+            if name not in series:
+                series[name] = [], []
+            steps, values = series[name]
+            steps.append(step)
+            values.append(value)
     return series
 
 
@@ -136,9 +145,7 @@ def _text(value: float | None) -> str:
     return format(value, ".9g")  # nine digits bring any float32 back unchanged
 
 
-def _number(cell: object) -> float | None:
-    if not isinstance(cell, str) or not cell:
-        return None
+def _number(cell: str) -> float | None:
     try:
         return float(cell)
     except ValueError:

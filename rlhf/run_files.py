@@ -6,7 +6,9 @@ them. So one broken run costs its own numbers and nobody else's. No torch here.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +140,31 @@ EVALUATIONS: dict[str, Check] = {
 }
 
 
+_kept: ContextVar[dict[Path, tuple[Plain, list[str]]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def each_read_once() -> Iterator[None]:
+    """Context manager: files are read when they are first asked for, and not again; for lists and reports."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     """Return the good fields of a JSON file, and one line for whatever is not; a file that is missing is just empty."""
+    kept = _kept.get()
+    if kept is None:
+        return _read(path, fields)
+    if path not in kept:
+        kept[path] = _read(path, fields)
+    content, problems = kept[path]
+    return dict(content), list(problems)
+
+
+def _read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     if not path.exists():
         return {}, []
     content, reason = read_json(path)

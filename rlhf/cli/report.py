@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf import run_files
 from rlhf.cli import options
 from rlhf.console import Screen, clean
 from rlhf.errors import UserError
@@ -18,6 +19,11 @@ from rlhf.errors import UserError
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(list(argv))
+    with run_files.each_read_once():
+        return _report(options)
+
+
+def _report(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Screen(width=240)
     console.print(table)
-    runs = [run for member in comparison.members for run in (member.run, *member.ancestors.values())]
+    # Runs share their ancestors: each is read once.
+    runs = dict.fromkeys(run for member in comparison.members for run in (member.run, *member.ancestors.values()))
     for line in dict.fromkeys(line for run in runs for line in run.problems()):
         console.print(Text(line, style="yellow"))
     if comparison.seeds > 1:

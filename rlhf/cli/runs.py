@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rlhf import manifest
+from rlhf import manifest, run_files
 from rlhf.cli import options
 from rlhf.errors import UserError, suggest
 from rlhf.locks import Locked
@@ -68,6 +68,7 @@ def named(ref: str, outputs: Path) -> Run:
     raise UserError(f"{ref or repr(ref)}: no such run in {outputs}{short or suggest(ref, known)}")
 
 
+@run_files.each_read_once()
 def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
     """Prints a table of runs, oldest first within a stage."""
     rows, problems = [], []

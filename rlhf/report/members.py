@@ -4,13 +4,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
-from omegaconf._utils import get_yaml_loader
 
 from rlhf.errors import UserError
 from rlhf.links import first_out, leads_out
@@ -89,9 +86,9 @@ class Member:
 
         A path into a run says only of which stage that is: what the runs differ in is there under their own names.
         """
-        knobs = {"stage": self.run.stage} | dict(flatten(load_config(self.run)))
+        knobs = {"stage": self.run.stage} | dict(flatten(self.run.plain_config))
         for name, run in self.ancestors.items():
-            knobs.update({f"{name}: {key}": value for key, value in flatten(load_config(run))})
+            knobs.update({f"{name}: {key}": value for key, value in flatten(run.plain_config)})
         return {key: _stage_of(value) for key, value in knobs.items()} | {"stage": self.run.stage}
 
     @cached_property
@@ -209,27 +206,6 @@ def parents(run: Run) -> list[tuple[str, Run]]:
                     found.append((str(role), Run(folder)))
                     break
     return found
-
-
-def load_config(run: Run) -> dict[str, Any]:
-    """The resolved config of a run; empty if it is missing or broken."""
-    path = run.folder / "config.yaml"
-    try:
-        return _loaded(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError, yaml.YAMLError):
-        return run.plain_config  # which says what is wrong with the file, where that is to be said
-
-
-# The YAML of OmegaConf (1e-3 is a number), read by the C library: twenty times as fast.
-_RESOLVERS = {"yaml_implicit_resolvers": get_yaml_loader().yaml_implicit_resolvers}
-_Loader: Any = type("_Loader", (yaml.CSafeLoader,), _RESOLVERS)
-
-
-@cache
-def _loaded(path: Path, changed_ns: int) -> dict[str, Any]:
-    """A config by its file; runs of a sweep share their ancestors. Not to be changed."""
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _stage_of(value: Value) -> Value:

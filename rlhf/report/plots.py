@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -457,6 +458,13 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _svg(figure: Figure) -> str:
+    # savefig would draw the figure once to nowhere for its layout, curves and all.
+    FigureCanvasSVG(figure)
+    figure.set_dpi(FigureCanvasSVG.fixed_dpi)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -1,6 +1,7 @@
 """The comparing report: which runs, what differs, tables, plots, family tree, one HTML page."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from rlhf import run_directory, run_files, yaml_files  # noqa: E402
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.report import plots  # noqa: E402
@@ -230,6 +232,40 @@ def test_plots_are_the_same_bytes_each_time(world):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     assert plots.effects(comparison, ["val/gold"]) == plots.effects(comparison, ["val/gold"])
+
+
+def test_a_plot_is_laid_out_as_savefig_does_it(world):
+    def made():
+        figure, panels = plots.grid(4, height=2.9)
+        for axes in panels:
+            axes.plot([1.0, 2000.0], [0.001, 1e6])
+            axes.set(title="score", xlabel="step", ylabel="gold reward")
+        lines = [line for axes in panels for line in axes.lines]
+        plots.legend(figure, lines, ["beta=0.1", "beta=0.2", "beta=0.3", "beta=0.4"])
+        return figure
+
+    with plots.style():
+        buffer = io.StringIO()
+        made().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        assert buffer.getvalue().endswith(plots._svg(made()))
+
+
+def test_the_files_of_a_report_are_read_once(world, monkeypatch):
+    outputs, sweep = world
+    read = []
+    for module, name in ((yaml_files, "load"), (run_files, "_read")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda path, *rest, real=real: [read.append(path.resolve()), real(path, *rest)][1]
+        )
+    run_directory._load_config.cache_clear()
+    main([str(sweep), "--outputs", str(outputs), "--out", str(outputs / "page")])
+    assert len(list(outputs.glob("ppo/*/config.yaml"))) == 6 and len(read) == len(set(read))
+    assert {path.parent.name for path in read if path.name == "config.yaml"} >= {
+        "aa11aa11aa",
+        "bb22bb22bb",
+        "cc33cc33cc",
+    }
 
 
 def test_effects_of_choices_and_of_two_knobs(tmp_path):
