@@ -83,15 +83,20 @@ def _problem(shape: str, run: bool) -> str | None:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    from rlhf.models.reading import quiet_if_refused
+
     arguments = {name: value for name, value in json.loads(shape).items() if name not in _NOT_ITS_SHAPE}
     family = arguments.pop("model_type", "llama")
+    if not isinstance(family, str):
+        return f"model_type is {family}, not a text"
     if family not in CONFIG_MAPPING:
         return None  # of code of its own; architectures typed by hand are checked where they are read
     try:
         # The vocabulary may come out smaller than asked for; any size shows a misfit.
         config = CONFIG_MAPPING[family](**{**arguments, "num_hidden_layers": 1, "vocab_size": 64})
         small = run and getattr(config, "hidden_size", SMALL + 1) <= SMALL
-        with torch.device("cpu" if small else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        where = torch.device("cpu" if small else "meta")
+        with quiet_if_refused(), where, torch.no_grad(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if small:  # on the meta device transformers looks at values, which are not there
                 model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)

@@ -20,7 +20,8 @@ def contained() -> Iterator[None]:
     """
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    watched = threading.current_thread() is threading.main_thread() and callable(before)
+    here = threading.current_thread() is threading.main_thread()  # the one that Ctrl-C interrupts
+    watched = here and callable(before)  # where it is ignored, none comes
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -34,7 +35,7 @@ def contained() -> Iterator[None]:
     except Exception:
         raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and (came or not watched):
+        if isinstance(error, KeyboardInterrupt) and (came or not here):
             raise
         raise ModuleEnded(f"the module raises {type(error).__name__}{f'({error})' if str(error) else ''}") from error
     finally:

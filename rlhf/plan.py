@@ -18,6 +18,9 @@ from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
 
+NEEDED = ("model", "adapter", "precision", "trainer")  # groups that no stage can do without
+
+
 @dataclass(frozen=True)
 class Step:
     """One run to be made, or found.
@@ -77,6 +80,7 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     Raises:
         UserError: an unknown step, missing inputs, values out of range, an override without effect.
     """
+    _check_kinds(root)
     root, repeated = rounds.expand(root)
     names = _step_names(root)
     planner = _Planner(root, names, overrides, validate_again)
@@ -93,6 +97,18 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     if planner.problems:
         raise UserError("\n".join(dict.fromkeys(planner.problems)))
     return Plan(planner.steps, planner.skipped(last), compare, notes)
+
+
+def _check_kinds(root: DictConfig) -> None:
+    """Refuse a pipeline's own keys that are no list or no mapping."""
+    for key, is_kind, kind in (
+        ("steps", OmegaConf.is_list, "a list of steps"),
+        ("repeat", OmegaConf.is_list, "a list of steps"),
+        ("compare", OmegaConf.is_dict, "a mapping"),
+        ("inputs", OmegaConf.is_dict, "a mapping"),
+    ):
+        if root.get(key) is not None and not is_kind(root.get(key)):
+            raise UserError(f"{key}={root.get(key)}: should be {kind}; leave it out, or take a key below it")
 
 
 def _step_names(root: DictConfig) -> list[str] | None:
@@ -204,6 +220,9 @@ class _Planner:
         from rlhf import adapted_layers, buildable, context, sharing, validation
 
         own = self.raw[name] if name else {}
+        lost = [group for group in NEEDED if not isinstance(raw.get(group), dict)]
+        if lost:
+            raise UserError(f"{lost[0]}: has no value, and every stage needs it; type {lost[0]}=OPTION")
         try:
             validation.check(OmegaConf.create(raw), name or "", own)
         except UserError as error:

@@ -260,7 +260,10 @@ def _show(value: Any) -> str:
 
 def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
     node = config.get("stage")
+    if node is None:  # the data of a comparison, which has no stage
+        return
     if not isinstance(node, dict) or "_target_" not in node:
+        yield f"{prefix}stage: has no _target_, the class of the stage; add it to the YAML file"
         return
     stage = _load(node["_target_"])
     if isinstance(stage, str):
@@ -283,6 +286,11 @@ def _stage(config: dict[str, Any], prefix: str) -> Iterator[str]:
         is_node = isinstance(value, dict) and "_target_" in value
         if is_node and group not in asked and group not in SHARED and group != "stage":
             yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*asked, 'stage'])}"
+    for group in ("callbacks", "logger"):
+        found = config.get(group)
+        for key, value in found.items() if isinstance(found, dict) and "_target_" not in found else ():
+            if value is not None and not (isinstance(value, dict) and "_target_" in value):
+                yield f"{prefix}{group}.{key}={_show(value)}: should be null or have a _target_, the class to build"
     yield from _records(config, stage, name, prefix)
     yield from _template(config, asked)
     yield from _objective(config, asked.get("objective"), name, step)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
-from hydra._internal import config_repository, defaults_list
+from hydra._internal import config_loader_impl, config_repository, defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
@@ -23,6 +23,7 @@ from rlhf.config import leaves
 from rlhf.errors import RLHFError, first_line, os_error_line, suggest
 
 _AT_THE_ROOT = ("pipeline", "experiment", "sweep", "debug")
+_OF_THE_USER = (HydraException, OmegaConfBaseException, OSError, YAMLError)
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
 
 
@@ -30,9 +31,7 @@ def user_fixable(error: BaseException) -> bool:
     """Whether the command line or a YAML file is at fault, and not the program."""
     if isinstance(error, RLHFError):
         return error.exit_code == 2
-    return (
-        isinstance(error, HydraException | OmegaConfBaseException | OSError | YAMLError) or _endless(error) is not None
-    )
+    return isinstance(error, _OF_THE_USER) or _while_composing(error) is not None
 
 
 def explain(error: BaseException, argv: list[str]) -> str:
@@ -51,8 +50,8 @@ def explain(error: BaseException, argv: list[str]) -> str:
     for link in chain:
         if isinstance(link, YAMLError):
             return f"{_yaml_error(link)}; correct the YAML file"
-    if (endless := _endless(error)) is not None:
-        return endless
+    if (composing := _while_composing(error)) is not None:
+        return composing
     if not user_fixable(error):
         text = str(error).strip()
         return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -77,11 +76,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _endless(error: BaseException) -> str | None:
-    """Return what is wrong with the YAML file at which Hydra reached the recursion limit; None for other errors."""
-    if not isinstance(error, RecursionError):
+def _while_composing(error: BaseException) -> str | None:
+    """Return what is wrong with the YAML files, or words, at which Hydra raised an error of Python's own; else None.
+
+    Whatever is raised between our call of Hydra and the first line of a task or a check of ours is the user's to fix.
+    """
+    if isinstance(error, _OF_THE_USER):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [str(frame.f_globals.get("__name__")).partition(".")[0] == "rlhf" for frame in frames]
+    frames = frames[max((index for index, is_own in enumerate(own) if is_own), default=-1) + 1 :]
+    if all(frame.f_code.co_filename != config_loader_impl.__file__ for frame in frames):
+        return None
     included, read = (
         [
             str(frame.f_locals[name])
@@ -90,6 +96,9 @@ def _endless(error: BaseException) -> str | None:
         ]
         for module, name in ((defaults_list, "path"), (config_repository, "config_path"))
     )
+    if not isinstance(error, RecursionError):
+        place = f"{read[-1]}.yaml" if read else "the config"
+        return f"{place}: cannot be read ({first_line(error)}); correct the YAML file, or the word that chooses it"
     if len(set(included)) < len(included):
         return f"{included[-1]}.yaml: its defaults list leads back to itself; take the entry out"
     return f"{read[-1]}.yaml: nested too deeply to be read; correct the YAML file" if read else None

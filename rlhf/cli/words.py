@@ -2,15 +2,19 @@
 
 import re
 
+from rlhf import discovery
 from rlhf.errors import UserError, suggest
 
 FLAGS = (  # ours and Hydra's
     *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
-    *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion", "--experimental-rerun"),
+    *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion"),
 )
 SHORT = ("-h", "-m", "-r", "-c", "-p", "-i", "-cd", "-cn", "-cp", "-sc")
 CONFIGS = ("job", "hydra", "all")  # that --cfg shows
 _TAKES_A_WORD = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+_ALONE = ("--help", "--version", "--dry-run", "--multirun", "--run", "--resolve", "--hydra-help", "-h", "-m", "-r")
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # that --info shows
+_NO_OPTION = re.compile(r"(null|true|false|[-+]?[\d.]+(e[-+]?\d+)?)", re.IGNORECASE)  # read as no text
 _OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*(=|$)")
 
 
@@ -28,6 +32,15 @@ def check(argv: list[str]) -> None:
                 hint = suggest(flag, FLAGS)
                 hint = hint if "did you" in hint else ""
                 raise UserError(f"{word}: unknown option{hint}; rlhf --help lists everything")
+            if flag in _ALONE and equals:
+                raise UserError(f"{word}: takes no value; type {flag}")
+            if flag in ("--info", "-i"):
+                after = "".join(argv[index + 1 : index + 2])
+                shown = value if equals else "" if re.search("[=-]|^$", after) else after
+                if shown and shown not in _INFO:
+                    raise UserError(f"{flag} {shown}: nothing to show{suggest(shown, _INFO)}; type --info config")
+            if flag in ("--shell-completion", "-sc") and not {"install", "uninstall", "query"} & set(given):
+                raise UserError(f"{word}: type it with install=bash, uninstall=bash or query=bash")
             if flag in ("--cfg", "-c"):
                 shown = value if equals else "".join(argv[index + 1 : index + 2])
                 if shown not in CONFIGS:
@@ -36,3 +49,5 @@ def check(argv: list[str]) -> None:
                 raise UserError(f"{word} is read with --cfg alone; type --cfg job beside it, or leave it out")
         elif not (index and argv[index - 1] in _TAKES_A_WORD) and not _OVERRIDE.match(word):
             raise UserError(f"{word}: cannot be read as KEY=VALUE; type, for example, optimizer.lr=1e-4")
+        elif equals and _NO_OPTION.fullmatch(value) and flag.lstrip("+").partition("@")[0] in discovery.group_names():
+            raise UserError(f"{word}: {value} names no option; {flag.lstrip('+')}=OPTION, rlhf --help lists them")

@@ -355,14 +355,14 @@ class CausalLM:
         """Whether ``path`` is a reward or value model, which has a scalar head and no vocabulary projection."""
         if self.path is None:
             return False
-        names = getattr(self.config(), "architectures", None) or []
-        return any(name.endswith("ForSequenceClassification") for name in names)
+        names = getattr(self.config(), "architectures", None)
+        return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
     def _check_memory(self, config: PreTrainedConfig, bytes_per_weight: int) -> None:
         """Refuses weights that this machine cannot hold, before making them."""
         if torch.cuda.is_available():
             return
-        with torch.device("meta"):
+        with readable(f"model.path={self.path}"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         need = sum(parameter.numel() for parameter in model.parameters()) * bytes_per_weight
         have = total_memory()

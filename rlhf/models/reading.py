@@ -1,10 +1,12 @@
 """Stored models that are read by libraries: what is wrong with their files, as one line for the user."""
 
+import logging
 import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def readable(name: str, fix: str = MODEL) -> Iterator[None]:
         fix: What to do, the end of the message.
     """
     try:
-        with warnings.catch_warnings():
+        with quiet_if_refused(), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is then refused
             yield
@@ -35,6 +37,20 @@ def readable(name: str, fix: str = MODEL) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{name}: cannot be read ({_reason(error)}); {fix}") from error
+
+
+@contextmanager
+def quiet_if_refused() -> Iterator[None]:
+    """Context manager: what transformers logs is printed at the end, and not at all where an error is raised."""
+    logger = logging.getLogger("transformers")
+    handlers, kept = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [kept]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in kept.buffer:
+        logger.handle(record)
 
 
 def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], name: str) -> None:

@@ -39,6 +39,7 @@ def test_what_can_be_built_passes() -> None:
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000: should be a whole number from 1 to 1024"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
         ({"hidden_act": "nosuch"}, "nosuch"),
+        ({"model_type": [1]}, "model_type is [1], not a text"),
     ],
 )
 def test_an_architecture_that_cannot_be_built(changed: dict, said: str) -> None:
@@ -57,6 +58,7 @@ def test_an_architecture_that_cannot_be_built(changed: dict, said: str) -> None:
         (json.dumps({"model_type": "llama", **TINY, "hidden_act": "nosuch"}), "cannot build what config.json says"),
         (json.dumps({"model_type": "llama", **TINY, "num_hidden_layers": 10**6}), "config.json has num_hidden_layers="),
         (json.dumps({"model_type": "llama", **TINY, "pad_token_id": 5000}), None),
+        (json.dumps({"model_type": [1], **TINY}), "model_type is [1], not a text"),
         (json.dumps({"model_type": "of_its_own", "auto_map": {}}), None),
     ],
 )

@@ -56,6 +56,19 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("pipeline=dpo objective@algin.objective=ipo", "nothing to override there (did you mean objective@align.objec"),
         ("~stage", "~stage: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME"),
         ("pipeline=dpo ~steps", "~steps: leaves neither a stage nor a pipeline"),
+        (
+            "stage=sft ~trainer inputs.policy=org/name",
+            "trainer: has no value, and every stage needs it; type train",
+        ),
+        ("stage=sft --dry-run=5", "--dry-run=5: takes no value; type --dry-run"),
+        ("stage=sft --info=nosuch", "--info nosuch: nothing to show (one of: all, config,"),
+        ("stage=sft --info nosuch", "--info nosuch: nothing to show (one of: all, config,"),
+        ("--shell-completion nosuch", "--shell-completion: type it with install=bash"),
+        ("stage=sft --experimental-rerun x", "--experimental-rerun: unknown option"),
+        ("stage=sft data=null", "data=null: null names no option; data=OPTION, rlhf --help lists them"),
+        ("stage=sft +callbacks.mine=5 inputs.policy=org/name", "callbacks.mine=5: should be null or have a _target_"),
+        ("pipeline=dpo ++steps=5", "steps=5: should be a list of steps"),
+        ("pipeline=dpo ++compare=5", "compare=5: should be a mapping"),
         ("inspect batch stage=sft --rows -1", "argument --rows: -1 is less than 0"),
         ("inspect batch stage=sft --step -1", "argument --step: -1 is less than 0"),
         (f"{'x' * 120_000}", f"{'x' * 200}...{'x' * 40} no such command"[:240]),
@@ -87,20 +100,25 @@ def test_without_stage_or_pipeline_a_short_page(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("defaults: [mine]\nsource: x\n", "data/mine.yaml: its defaults list leads back to itself; take the entry out"),
-        ("defaults: [other]\n", "data/mine.yaml: its defaults list leads back to itself; take the entry out"),
-        (f"source: {'[' * 3000}{']' * 3000}\n", "data/mine.yaml: nested too deeply to be read; correct the YAML file"),
+        ("defaults: [mine]\nsource: x\n", "its defaults list leads back to itself; take the entry out"),
+        ("defaults: [other]\n", "its defaults list leads back to itself; take the entry out"),
+        ("defaults: 5\n", "cannot be read (Invalid defaults list in 'data/mine', defaults must be a list (got int)); "),
+        (b"\xff\xfe", "cannot be read ('utf-8' codec can't decode byte 0xff in position 0"),
+        ("- 1\n", "cannot be read ("),
+        (f"source: {'[' * 3000}{']' * 3000}\n", "nested too deeply to be read; correct the YAML file"),
     ],
-    ids=["itself", "by way of another", "deep"],
+    ids=["itself", "by way of another", "no defaults list", "not UTF-8", "list", "deep"],
 )
-def test_an_own_option_without_end_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+def test_an_own_option_that_hydra_cannot_read_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | bytes, said: str
 ) -> None:
     (tmp_path / "conf/data").mkdir(parents=True)
-    (tmp_path / "conf/data/mine.yaml").write_text(content)
+    (tmp_path / "conf/data/mine.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     (tmp_path / "conf/data/other.yaml").write_text("defaults: [mine]\n")
-    code, out = typed(capsys, "stage=sft data=mine")
-    assert (code, out.replace("other.yaml", "mine.yaml")) == (2, f"error: {said}\n")
+    code, out = typed(capsys, "stage=sft data=mine data.size=8")
+    place, _, reason = out.partition(": ")[2].partition(": ")
+    assert code == 2 and place in ("data/mine.yaml", "data/other.yaml", "the config") and reason.startswith(said), out
+    assert len(out.splitlines()) == 1
 
 
 def test_wrong_pair_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

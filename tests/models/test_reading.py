@@ -1,6 +1,7 @@
 """Stored models whose files are damaged or do not belong together: one line that names the file, no weight made up."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rlhf.model_config import scores, written
 from rlhf.models import lineage
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.reading import readable
 from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
 from rlhf.using import export
 from rlhf.using.named import Named
@@ -53,6 +55,35 @@ def test_layers_left_over_in_a_decoder_and_a_reward_model(model: LanguageModel, 
     source = Named("scores", str(tmp_path / "scores"))
     (tmp_path / "out").mkdir()
     refusal(lambda: export._reward_model(Path(source.path), tmp_path / "out"), "layers that config.json does not")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
+        ({"model_type": "bert"}, "weights are not there"),
+    ],
+)
+def test_what_transformers_logs_of_a_model_it_refuses_is_not_printed(
+    changed: dict, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | changed))
+    refusal(lambda: spec(tmp_path / "model").load(NoAdapter(), FP32), f"model.path={tmp_path / 'model'}: ", said)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_transformers_logs_of_a_model_that_is_read_is_printed(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers.models")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with readable("model.path=m"):
+            logger.warning("heed this")
+            assert caplog.messages == []
+        assert caplog.messages == ["heed this"]
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 def test_weights_of_another_head_are_left_over_as_before(folder: Path, tmp_path: Path) -> None:
