@@ -12,7 +12,7 @@ from functools import lru_cache
 from rlhf.time_limit import time_limit
 
 LONGEST = 100  # characters of an answer that is read as mathematics; a policy can write anything
-SECONDS = 2.0  # for one comparison by math-verify, which nothing within these bounds comes near
+SECONDS = 2.0  # of CPU time for one comparison by math-verify, which nothing within these bounds comes near
 
 _SIGN = r"[-+]"
 _CURRENCY = "[$€£¥]"
@@ -103,9 +103,25 @@ def _value(body: str) -> Fraction:
     return Fraction(upper) / Fraction(lower or 1) * Fraction(10) ** int(power or 0)
 
 
+_ASIDE = re.compile(
+    r"(?<!\\)\((?:see|cf\.?|page|p\.|pp\.|eqs?\.?|equation|step|line|section|figure|fig\.|table|chapter|example)"
+    r"[^()a-z][^()]*\)",
+    re.IGNORECASE,
+)
+_IN_WORDS = re.compile(r"\s\([a-z][a-z -]+\)$", re.IGNORECASE)  # the number again: 72 (seventy-two)
+
+
 def last_number(text: str) -> str | None:
-    """Return the last number in running text as it stands there, or None. A minus between two numbers is no sign."""
-    text, found, start = clean(text), None, 0
+    """Return the last number in running text as it stands there, or None. A minus between two numbers is no sign.
+
+    A reference in parentheses (`see page 12`) counts only where there is no other number.
+    """
+    text = clean(text)
+    return _last(_ASIDE.sub(" ", text)) or _last(text)
+
+
+def _last(text: str) -> str | None:
+    found, start = None, 0
     while match := _first(text, start):
         found, start = match[0], match.end()
     return found
@@ -136,7 +152,9 @@ def _with_unit(answer: str) -> Fraction | None:
     match = re.match(rf"{_CURRENCY}?{_SIGN}?{_CURRENCY}?{_RUNNING}{_TAIL}", answer, re.IGNORECASE)
     if match is None or len(answer) > LONGEST:
         return None
-    unit = answer[match.end() :]
+    unit = _IN_WORDS.sub("", answer[match.end() :])
+    if not unit:
+        return number(match[0])
     glued = not unit.startswith(" ")
     if not _UNIT.fullmatch(unit) or _NO_UNIT.search(unit) or (glued and not _GLUED.fullmatch(unit.split(" ")[0])):
         return None

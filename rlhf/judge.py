@@ -38,7 +38,7 @@ TEMPLATES = {
 """Templates by name; any text file with the same three fields will do as well."""
 
 OPTIONS = ("A", "B")
-READING = 2  # how answers are read; a change counts it up, so that kept ones of before are asked for again
+READING = 3  # how answers are read; a change counts it up, so that kept ones of before are asked for again
 FEW = 20  # answers before their share of nonsense says anything
 
 Answer = tuple[float | None, str]
@@ -84,7 +84,12 @@ _BETTER = re.compile(
     r"\b([AB])\b((?:(?!\b[AB]\b)[^.;])*?)\b(?:better|best|wins|stronger|superior|preferable|preferred)\b"
 )
 _WORSE = re.compile(r"\b([AB])\b((?:(?!\b[AB]\b)[^.;])*?)\b(?:worse|worst|loses|weaker|inferior)\b")
-_OVER = re.compile(r"\b(?:prefer|choose|chose|pick)\w* (?:\w+ )?([AB])\b|\b([AB])\b over \b[AB]\b")
+_OVER = re.compile(
+    r"\b(?:prefer|choose|chose|pick)\w* (?:\w+ )?([AB])\b|\b([AB])\b (?:over|beats|outperforms) (?:\w+ )?[AB]\b|"
+    r"\b([AB]) ?> ?[AB]\b|\b[AB] ?< ?([AB])\b|"
+    r"(?i:\b(?:answer|verdict|choice|winner)\b\W*(?:is\b\W*)?(?:(?:reply|response|option)\W*)?)"
+    r"\b([AB])\b(?! (?:and|or)\b)"
+)
 _NEGATED = re.compile(r"\b(?:not|never|neither|nor|no)\b|n't\b", re.IGNORECASE)
 _TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally|toss-up|neither)\b", re.IGNORECASE)
 
@@ -98,12 +103,14 @@ def parse(text: str) -> float | None:
     marked = re.findall(r"\[\[(A|B|C)\]\]", text)
     if marked:
         return {"A": 1.0, "B": -1.0, "C": 0.0}[marked[-1]]
+    if text.strip(" \n*.()") in ("a", "b"):
+        text = text.upper()
     text = _ARTICLE.sub(lambda match: match[0].replace("A", "a", 1), text)
     named = set(re.findall(r"\b[AB]\b", text))
     if len(named) < 2 or not _TIE.search(text):
         winners = {match[1] for match in _BETTER.finditer(text) if not _NEGATED.search(match[2])}
         winners |= {"AB"[match[1] == "A"] for match in _WORSE.finditer(text) if not _NEGATED.search(match[2])}
-        winners |= {match[1] or match[2] for match in _OVER.finditer(text)}
+        winners |= {next(filter(None, match.groups())) for match in _OVER.finditer(text)}
         if len(winners) == 1:
             return 1.0 if winners == {"A"} else -1.0
         if len(named) == 1 and not winners:

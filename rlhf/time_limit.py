@@ -12,12 +12,13 @@ from rlhf.errors import UserError
 
 @contextmanager
 def time_limit(seconds: float, problem: str) -> Iterator[None]:
-    """Context manager: raise UserError with ``problem`` if the block takes longer than this many seconds.
+    """Context manager: raise UserError with ``problem`` if the block takes longer than this many seconds of CPU time.
 
-    It uses SIGALRM, so it works in the main thread alone and does nothing in others. A timer that is running already
-    goes on afterwards; one that ends earlier is left to run.
+    Of the clock on the wall it would depend on what else the machine does, and so would a score that it bounds. It uses
+    SIGPROF, so it works in the main thread alone and does nothing in others. A timer that is running already goes on
+    afterwards; one that ends earlier is left to run.
     """
-    outer = signal.getitimer(signal.ITIMER_REAL)[0]
+    outer = signal.getitimer(signal.ITIMER_PROF)[0]
     if threading.current_thread() is not threading.main_thread() or 0 < outer <= seconds:
         yield
         return
@@ -25,12 +26,12 @@ def time_limit(seconds: float, problem: str) -> Iterator[None]:
     def late(number: int, frame: FrameType | None) -> None:
         raise UserError(problem)
 
-    before = signal.signal(signal.SIGALRM, late)
-    started = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    started = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 1e-3) if outer else 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        signal.setitimer(signal.ITIMER_PROF, max(outer - (time.process_time() - started), 1e-3) if outer else 0)

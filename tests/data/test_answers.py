@@ -1,5 +1,6 @@
 """Answers as models write them: a table of pairs, each the same or not."""
 
+import itertools
 import json
 import threading
 import time
@@ -185,6 +186,9 @@ def test_not_the_same(answer: str, reference: str) -> None:
         ("He ate 3 1/2 pies.", Fraction(7, 2)),
         ("Of 24 + 48 = 72\n100 are left", 100),
         ("24\n000", 0),  # a line's end groups nothing
+        ("The answer is 4 (see page 12).", 4),
+        ("It took 2 hours (120 minutes).", 120),
+        ("(see page 12)", 12),
     ],
 )
 def test_the_last_number_of_a_reply(text: str, found: int | Fraction) -> None:
@@ -197,6 +201,7 @@ def test_the_last_number_of_a_reply(text: str, found: int | Fraction) -> None:
     [
         ("#### 72 dollars", "72"),
         ("#### **72**", "72"),
+        ("#### 72 (seventy-two)", "72"),
         ("**#### 72**", "72"),
         ("#### $72.00.", "72"),
         ("#### 1,072", "1072"),
@@ -242,5 +247,17 @@ def test_a_comparison_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPat
     from rlhf import answers
 
     monkeypatch.setattr(answers, "SECONDS", 0.05)
-    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: [None for _ in itertools.count()])
     assert not same(r"\sqrt{49}", "x+7")
+
+
+def test_a_busy_machine_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is of CPU time: of waiting for other processes nothing counts."""
+    import math_verify
+
+    from rlhf import answers
+
+    monkeypatch.setattr(answers, "SECONDS", 0.05)
+    monkeypatch.setattr(math_verify, "parse", lambda text, *_, **__: [text])
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: time.sleep(0.2) is None)
+    assert same(r"\sqrt{50}", "x+8")
