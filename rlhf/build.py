@@ -103,10 +103,13 @@ def seed_of_step(config: DictConfig) -> int:
     """Derive the seed of all random numbers of a run from the command's seed, its stage and its round.
 
     The round says which run of the stage this is in its own lineage, so that the rounds of a pipeline draw numbers of
-    their own, and a stage typed by itself is still the run that a pipeline makes of it. Jobs of a sweep that differ in
-    hyperparameters, here or upstream, draw the same numbers, so that they can be compared in pairs.
+    their own, and a stage typed by itself is still the run that a pipeline makes of it. Steps of one stage side by side
+    (two collections, two reward models) have branches. Jobs of a sweep that differ in hyperparameters, here or
+    upstream, draw the same numbers, so that they can be compared in pairs.
     """
-    return seed_of(config.seed, str(config.stage.name), int(config.get("round", 1)))
+    parts = (int(config.seed), str(config.stage.name), int(config.get("round", 1)))
+    branch = int(config.get("branch", 1))
+    return seed_of(*parts) if branch == 1 else seed_of(*parts, branch)
 
 
 def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:

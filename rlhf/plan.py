@@ -28,7 +28,8 @@ class Step:
     Attributes:
         name: its name in the pipeline; the stage's in a single run.
         stage: the stage's name.
-        config: the resolved config, its own root; `round` in it counts the runs of this stage in its lineage.
+        config: the resolved config, its own root; `round` in it counts the runs of this stage in its lineage, `branch`
+            (from 2 on) tells it from steps of the same stage beside it.
         fingerprint: what it computes, 64 hex letters.
         folder: its run folder, which need not exist yet.
         inputs: role -> the identities of what it reads in that role.
@@ -270,6 +271,8 @@ class _Planner:
                 parents = parents | {self._by_name[needed].fingerprint: self._by_name[needed].folder}
         ancestors = self._ancestors(parents)
         config["round"] = 1 + list(ancestors.values()).count(stage)
+        if (branch := 1 + self._beside(name, stage, ancestors)) > 1:
+            config["branch"] = branch
         planned = {str(folder): identity for identity, folder in parents.items()}
         try:
             fingerprint = runs.fingerprint(config, identities, planned, facts.digests)
@@ -279,6 +282,15 @@ class _Planner:
         folder = self.outputs / stage / fingerprint[: runs.LETTERS]
         own = self.raw[name] if name else {}
         return Step(own_name, stage, config, fingerprint, folder, identities, parents, facts.headline, own)
+
+    def _beside(self, name: str | None, stage: str, ancestors: Mapping[str, str]) -> int:
+        """Count the steps of the same stage that the pipeline lists before this one and that it does not come from."""
+        names = self.names or []
+        if name is None:
+            return 0
+        before = [one for one in names[: names.index(name)] if _stage_name(self.raw[one]) == stage]
+        planned = {one: self._by_name[one].fingerprint for one in before if one in self._by_name}
+        return sum(planned.get(one) not in ancestors for one in before)
 
     def _inputs(
         self, name: str | None, raw: Plain, roles: set[str]

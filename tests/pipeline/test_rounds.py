@@ -8,6 +8,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import rounds
+from rlhf.build import seed_of_step
 from rlhf.errors import UserError
 from rlhf.plan import Plan, plan
 
@@ -84,6 +85,17 @@ def test_a_step_knows_which_run_of_its_stage_it_is(typed: Typed) -> None:
     found = {step.name: step.config["round"] for step in planned(typed, "rounds=3").steps}
     assert [found[f"collect_{n}"] for n in (1, 2, 3)] == [found[f"best_{n}"] for n in (1, 2, 3)] == [1, 2, 3]
     assert [found[name] for name in ("sft", "reward_model_3", "align")] == [1, 1, 1]  # the first of their stages
+
+
+def test_steps_of_one_stage_side_by_side_draw_numbers_of_their_own(typed: Typed) -> None:
+    """The reward models of three rounds do not come from each other: all are the first of their lineage."""
+    models = [planned(typed, "rounds=3", f"until=reward_model_{n}").steps[-1].config for n in (1, 2, 3)]
+    assert [(one["round"], one.get("branch", 1)) for one in models] == [(1, 1), (1, 2), (1, 3)]
+    whole = {step.name: step.config for step in planned(typed, "rounds=3").steps}
+    assert whole["reward_model_3"] == models[2]  # wherever the pipeline stops
+    assert all("branch" not in whole[f"collect_{n}"] for n in (1, 2, 3))  # each comes from the one before
+    seeds = {seed_of_step(OmegaConf.create(config)) for config in (*models[:2], *whole.values())}
+    assert len(seeds) == len(whole) + 2
 
 
 def test_hyperparameters_do_not_change_the_round(typed: Typed) -> None:
