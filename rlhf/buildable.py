@@ -79,11 +79,17 @@ def _check_limits(shape: Plain, name: str) -> None:
 
 @cache
 def _problem(shape: str, run: bool) -> str | None:
+    """Return what `_tried` does, without what transformers logs meanwhile."""
+    from rlhf.models.reading import quiet_if_refused
+
+    with quiet_if_refused(trial=True):
+        return _tried(shape, run)
+
+
+def _tried(shape: str, run: bool) -> str | None:
     """Why a decoder of this shape (JSON) cannot be built, or run on two tokens; None if it can or is not known."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    from rlhf.models.reading import quiet_if_refused
 
     arguments = {name: value for name, value in json.loads(shape).items() if name not in _NOT_ITS_SHAPE}
     family = arguments.pop("model_type", "llama")
@@ -95,8 +101,7 @@ def _problem(shape: str, run: bool) -> str | None:
         # The vocabulary may come out smaller than asked for; any size shows a misfit.
         config = CONFIG_MAPPING[family](**{**arguments, "num_hidden_layers": 1, "vocab_size": 64})
         small = run and getattr(config, "hidden_size", SMALL + 1) <= SMALL
-        where = torch.device("cpu" if small else "meta")
-        with quiet_if_refused(), where, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu" if small else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if small:  # on the meta device transformers looks at values, which are not there
                 model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)

@@ -67,7 +67,10 @@ def conf_dir() -> Path:
 
 def user_conf() -> Path | None:
     """The user's own ./conf, whose options override everyone's; None when absent or when it is this project's."""
-    own = Path("conf").resolve()
+    try:
+        own = Path("conf").resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        raise UserError(f"conf: cannot be read ({error}); remove the link") from error
     return own if own.is_dir() and own != conf_dir() else None
 
 

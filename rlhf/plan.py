@@ -413,7 +413,8 @@ class _Planner:
 
 
 def _stage_name(config: Plain) -> str:
-    return str(config["stage"].get("name") or config["stage"]["_target_"].partition(".")[0].removeprefix("rlhf_"))
+    stage = config["stage"] if isinstance(config["stage"], dict) else {}
+    return str(stage.get("name") or str(stage.get("_target_", "stage")).partition(".")[0].removeprefix("rlhf_"))
 
 
 def _facts(config: Plain) -> checked.Facts:

@@ -124,6 +124,8 @@ class Run:
             stat = path.stat()
         except OSError:
             return {}, []
+        if path.is_fifo():  # reading it would wait for a writer
+            return {}, [f"{path}: is a named pipe and no file"]
         content, problems = _load_config(path, stat.st_size, stat.st_mtime_ns)
         return _copy(content), list(problems)
 

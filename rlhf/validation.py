@@ -33,6 +33,7 @@ from rlhf.vocabulary import lacks_template
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 # No hyperparameter is right at infinity or nan, and both pass bounds such as greater than 0.
 _FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+LARGEST = 3.4e38  # that a float32 holds
 # What Hydra's instantiate reads itself.
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -223,6 +224,8 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
         inner = [".".join(str(part) for part in x["loc"][1:] if isinstance(part, int)) for x in e.errors()]
         where = path + (f"[{inner[0]}]" if inner[0] else "")
         return [f"{where}={_show(value)}: {' or '.join(messages)}"]
+    if isinstance(checked, float) and abs(checked) > LARGEST:
+        return [f"{path}={_show(value)}: is too large for a float32; type a smaller number"]
     if type(checked) is not type(value) and _scalar(checked) and _scalar(value) and not _widened(value, checked):
         # pydantic would convert, but the constructor gets the value as it stands.
         return [f"{path}={_show(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]

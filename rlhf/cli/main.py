@@ -147,10 +147,10 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         if "stage" not in config and "steps" not in config:
             from rlhf.cli.help import usage
 
-            removed = " ".join(word for word in words if word.startswith("~"))
+            chosen = " ".join(word for word in words if word.startswith(("~", "stage=", "pipeline=", "experiment=")))
             raise UserError(
-                f"{removed}: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME, or leave it out"
-                if removed
+                f"{chosen}: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME, or leave it out"
+                if chosen
                 else usage(words)
             )
         if dry_run.requested():

@@ -100,6 +100,8 @@ class LoRA(NoAdapter):
         tied = tied_projection(model)
         names.discard(str(tied))
         instead = f"type adapter.modules=[...] of those it has: {', '.join(sorted(names))}"
+        if not self.modules:
+            raise UserError(f"adapter.modules={self.modules}: names no layer; {instead}")
         for wanted in [self.modules] if isinstance(self.modules, str) else self.modules:
             if wanted == tied:
                 raise UserError(

@@ -35,7 +35,7 @@ from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import ANEW, adapters_alone
 from rlhf.models.precision import Precision
-from rlhf.models.reading import check_loaded, readable
+from rlhf.models.reading import check_loaded, quiet_if_refused, readable
 
 if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
     hf_logging.disable_progress_bar()
@@ -227,7 +227,7 @@ class CausalLM:
         for one in adapters:
             with readable(f"model.path={self.path}: adapter {one}", ANEW):
                 on_top = PeftModel.from_pretrained(model, str(one))
-            model = merged(on_top, one)
+            model = merged(on_top, one).requires_grad_(True)  # PEFT froze what lies below
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         return model
@@ -302,8 +302,9 @@ class CausalLM:
 
     def _read(self, kind: Any, source: str, **arguments: Any) -> PreTrainedModel:
         """``from_pretrained`` that refuses weights it would have to make up or leave out."""
-        model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
-        check_loaded(model, report, f"model.path={source}")
+        with quiet_if_refused():
+            model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
+            check_loaded(model, report, f"model.path={source}")
         return model
 
     def _made(self, make: Callable[..., Any], source: Any, **arguments: Any) -> Any:

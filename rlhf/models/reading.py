@@ -40,8 +40,12 @@ def readable(name: str, fix: str = MODEL) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_if_refused() -> Iterator[None]:
-    """Context manager: what transformers logs is printed at the end, and not at all where an error is raised."""
+def quiet_if_refused(trial: bool = False) -> Iterator[None]:
+    """Context manager: what transformers logs is printed at the end, and not at all where an error is raised.
+
+    Args:
+        trial: Print nothing in any case, since what is built is thrown away.
+    """
     logger = logging.getLogger("transformers")
     handlers, kept = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
     logger.handlers = [kept]
@@ -49,7 +53,7 @@ def quiet_if_refused() -> Iterator[None]:
         yield
     finally:
         logger.handlers = handlers
-    for record in kept.buffer:
+    for record in kept.buffer if not trial else ():
         logger.handle(record)
 
 

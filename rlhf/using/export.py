@@ -201,7 +201,7 @@ def _reward_model(source: Path, folder: Path) -> Exported:
                 f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it "
                 "is"
             ) from error
-    check_loaded(model, report, str(source))
+        check_loaded(model, report, str(source))
     model.score.weight.data.mul_(numbers["scale"])
     model.save_pretrained(folder)
     numbers |= {"scale": 1.0}

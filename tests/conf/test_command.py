@@ -121,6 +121,28 @@ def test_an_own_option_that_hydra_cannot_read_is_one_line(
     assert len(out.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        ("pipeline", "- 1\n", "error: pipeline=mine: leaves neither a stage nor a pipeline; type stage=NAME"),
+        ("stage", "# @package _global_\nstage: abc\n", "error: stage: has no _target_, the class of the stage; add it"),
+    ],
+)
+def test_an_own_stage_or_pipeline_that_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, content: str, said: str
+) -> None:
+    (tmp_path / "conf" / option).mkdir(parents=True)
+    (tmp_path / f"conf/{option}/mine.yaml").write_text(content)
+    code, out = typed(capsys, f"{option}=mine")
+    assert code == 2 and out.startswith(said) and len(out.splitlines()) == 1, out
+
+
+def test_a_conf_directory_that_is_a_loop_of_links(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "conf").symlink_to("conf")
+    code, out = typed(capsys, "stage=sft")
+    assert code == 2 and out.startswith("error: conf: cannot be read (") and len(out.splitlines()) == 1, out
+
+
 def test_wrong_pair_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "stage=sft objective=dpo")
     assert (code, out) == (2, "error: stage=sft does not take objective=dpo; it takes: cross_entropy\n")

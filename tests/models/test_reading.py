@@ -137,6 +137,15 @@ def test_weights_of_an_adapter_that_cannot_be_read(
     refusal(lambda: spec(tmp_path / "adapter").load(NoAdapter(), FP32), f"{tmp_path / 'adapter'}", said)
 
 
+def test_a_model_that_an_adapter_was_merged_into_is_trained_whole(folder: Path, tmp_path: Path) -> None:
+    """PEFT freezes the layers below an adapter; without one of its own, training had no parameter to train."""
+    spec(folder).load(LoRA(rank=2), FP32).save_adapter(tmp_path / "adapter")
+    loaded = spec(tmp_path / "adapter").load(NoAdapter(), FP32)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(UserError, match=r"adapter.modules=\[\]: names no layer; type adapter.modules="):
+        spec(folder).load(LoRA(rank=2, modules=[]), FP32)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -138,6 +138,14 @@ def test_a_lineage_in_a_circle_ends(outputs: Path) -> None:
     assert report.main([str(run.folder), "--out", "page"]) == 0
 
 
+@pytest.mark.parametrize("name", ["status.json", "summary.json", "lineage.json", "config.yaml"])
+def test_a_named_pipe_in_place_of_a_file_is_not_waited_for(outputs: Path, name: str) -> None:
+    run = make(outputs, "dpo", "eeee000000")
+    (run.folder / name).unlink()
+    os.mkfifo(run.folder / name)
+    assert any("is a named pipe" in line for line in run.problems()), run.problems()
+
+
 def test_rows_and_arrays_that_cannot_be_read(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000")
     rows = [b"[1]", b"5", HALF, b"\xff", b'{"prompt": [5], "response": "x"}', b'{"prompt": "Hi?", "response": "Ho."}']
