@@ -83,7 +83,10 @@ def _modules(name: str, places: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 
 def _below(module: str, folders: list[str]) -> ModuleSpec | None:
-    """Return where a module of a package lies. Python's own search wants nested folders without __init__.py imported."""
+    """Return where a module of a package lies.
+
+    Python's own search fails in nested folders without ``__init__.py`` that are not imported.
+    """
     parts: list[str] = []
     for folder in folders:
         finder = get_importer(folder)

@@ -100,10 +100,7 @@ def test_callbacks_of_the_users_own_count_and_built_in_ones_do_not(here: Path) -
 
 def test_classes_in_folders_without_init_and_files_that_do_not_parse(here: Path) -> None:
     assert list(user_code.files(["space.node.Reward"])) == ["space.node"]
-    assert list(user_code.files(["space.far.out"])) == [
-        "space.far.out",
-        "space.node",
-    ]  # no __init__.py, two folders deep
+    assert list(user_code.files(["space.far.out"])) == ["space.far.out", "space.node"]  # two folders deep
     assert list(user_code.files(["broken"])) == ["broken"]
     first = runs.user_sources({"x": {"_target_": "broken.f"}})
     (here / "broken.py").write_text("def g(:\n")
