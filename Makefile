@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed ## install into .venv, run the whole InstructGPT 
 	$(BIN)/rlhf pipeline=instructgpt
 
 test: $(VENV)/.smollm2 ## all tests (CPU; tests for a GPU are skipped without one)
-	RLHF_CACHE=$(abspath $(VENV))/cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	RLHF_CACHE=$(abspath $(VENV))/cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Requirements without their bounds, so that releases newer than those of pyproject.toml are tried, too.
 test-newest: ## all tests against the newest releases, in .venv-newest, made anew

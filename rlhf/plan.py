@@ -17,7 +17,6 @@ from rlhf import config as configs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
 
-
 NEEDED = ("model", "adapter", "precision", "trainer")  # groups that no stage can do without
 
 

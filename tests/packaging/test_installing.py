@@ -9,6 +9,8 @@ import pytest
 
 from .conftest import ROOT, SAMPLE, Environment
 
+pytestmark = pytest.mark.slow  # fresh interpreters, which import torch
+
 BUILT_IN = ["collect", "dpo", "grpo", "ppo", "pretrain", "rejection_sampling", "reward_model", "rloo", "sft"]
 
 
