@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import Done, only, shell
+from tests.end_to_end.commands import Command, Done, only
 from tests.end_to_end.conftest import COMPARE, MODEL, POLICIES
 from tests.end_to_end.test_real_data import path_of
 
@@ -32,10 +32,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def house(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
     """A folder with two rounds of DPO in it."""
     folder = tmp_path_factory.mktemp("house")
-    done = shell(folder, "pipeline=iterative_dpo", *MODEL, *BASE, *ROUNDS, *COMPARE)
+    done = Command(folder, ["pipeline=iterative_dpo", *MODEL, *BASE, *ROUNDS, *COMPARE]).wait()
     assert done.status == 0, done.out + done.err
     assert "plan: pretrain -> sft -> collect_1 -> align_1 -> collect_2 -> align_2;" in done.plan
     return folder
