@@ -1,5 +1,6 @@
 """What can go wrong, sorted by who can mend it. Standard library only."""
 
+import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -45,7 +46,7 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
     Returns " (did you mean PREFIXx?)", " (one of: a, b)", or "" without options. A list longer than 20 is cut.
     """
     known = sorted(set(options))
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    close = get_close_matches(word, known, n=1, cutoff=0.65)
     if close:
         return f" (did you mean {prefix}{close[0]}?)"
     if not known:
@@ -61,6 +62,23 @@ def first_line(error: BaseException) -> str:
 def shortened(line: str) -> str:
     """A line whose words of more than 400 letters, such as a value typed by mistake, are cut in the middle."""
     return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", line)
+
+
+_NUMBER_OF_RUST = re.compile(r"\(os error (\d+)\)$")
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """Return the operating system's error behind that of a library that writes a file; None if there is none.
+
+    On a full disk torch raises a RuntimeError about its archive while it handles the OSError, and safetensors an error
+    whose text ends with the error's number, as Rust writes it.
+    """
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    number = _NUMBER_OF_RUST.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def os_error_line(error: OSError) -> str:

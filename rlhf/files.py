@@ -38,8 +38,8 @@ def sync_folder(folder: Path) -> None:
 def read_json(path: Path) -> tuple[Any, str | None]:
     """Return the content of a JSON file, or None and the reason why it cannot be read."""
     try:
-        if path.is_fifo():  # reading it would wait for a writer
-            return None, "is a named pipe and no file"
+        if path.is_fifo() or path.is_char_device():  # reading it may never end
+            return None, "is a named pipe or a device and no file"
         return json.loads(path.read_bytes().decode("utf-8")), None
     except OSError as error:
         return None, error.strerror or type(error).__name__

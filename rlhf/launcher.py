@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import processes
 from rlhf.errors import RunFailed, UserError
+from rlhf.files import read_json
 from rlhf.metrics_file import distinct_names
 
 RESULT = "RLHF_RESULT"  # names the file in which a job leaves its result
@@ -260,7 +261,8 @@ class RlhfLauncher(Launcher):
         job.seconds = time.monotonic() - job.started
         code = job.process.returncode
         result = job.folder / "result.json"
-        job.result = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        content = read_json(result)[0]
+        job.result = content if isinstance(content, dict) else {}
         job.status = "finished" if code == 0 else "stopped" if code == STOPPED else "failed"
         run = job.result.get("run")
         if run and Path(run).is_dir():

@@ -25,7 +25,7 @@ from rlhf import checkpoint_files, comparison, manifest, processes, runs
 from rlhf.comparison import Comparison
 from rlhf.config import Plain, said_of_step
 from rlhf.console import shell
-from rlhf.errors import RLHFError, RunFailed, UserError, os_error_line
+from rlhf.errors import RLHFError, RunFailed, UserError, os_error, os_error_line
 from rlhf.inspection.refusal import refuse_too_large
 from rlhf.metrics_file import unreadable
 from rlhf.plan import Plan, Step, plan
@@ -168,9 +168,9 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
             (step.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(error, RLHFError) or not isinstance(error, Exception):
             raise
-        if isinstance(error, OSError):
+        if (refused := os_error(error)) is not None:
             raise UserError(
-                f"{step.name}: {os_error_line(error)}; check the path, its permissions and the free space, then type "
+                f"{step.name}: {os_error_line(refused)}; check the path, its permissions and the free space, then type "
                 f"the same command again (traceback in {step.folder / 'error.txt'})"
             ) from error
         lines = str(error).strip().splitlines() or [""]

@@ -12,7 +12,7 @@ from typing import Any
 import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checked, hub, model_options, rounds, runs
+from rlhf import checked, discovery, hub, model_options, rounds, runs
 from rlhf import config as configs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
@@ -126,13 +126,24 @@ def _step_names(root: DictConfig) -> list[str] | None:
         raise UserError(f"steps={names}: a pipeline lists each of its steps once")
     for name in names:
         _refuse_path("steps", name)
+        if root.get(name) is not None and not isinstance(root[name], DictConfig):
+            raise UserError(f"{name}={root[name]}: {name} is a step; type stage@{name}={root[name]}")
+        for group in discovery.group_names() & set(root.get(name) or ()):
+            if isinstance(value := root[name].get(group), str):
+                place = name if group == "stage" else f"{name}.{group}"
+                raise UserError(f"{name}.{group}={value}: {group} is a group of options; type {group}@{place}={value}")
         if not isinstance(root.get(name), DictConfig) or "stage" not in root[name]:
             raise UserError(f"steps names {name}, but there is no such step: add /stage@{name}: STAGE to its defaults")
     return names
 
 
+_NOT_RUNS = ("generations", "reports", "sweeps")  # folders of outputs/ that hold other things
+
+
 def _refuse_path(key: str, name: str) -> None:
     """Refuse a name that is no plain word: it becomes part of paths below the outputs folder, or of their messages."""
+    if name in _NOT_RUNS:
+        raise UserError(f"{key}={name}: outputs/{name} holds no runs; type another name")
     if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
         raise UserError(f"{key}={name}: a name has letters, digits, _ and - alone, since it names a directory")
 

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from rlhf import checkpoint_files, locks, manifest, run_files, yaml_files
+from rlhf import checkpoint_files, locks, manifest, run_files, yaml_files, yaml_size
 from rlhf.config import Plain
+from rlhf.errors import UserError
 from rlhf.files import write_json, write_text
 
 LOCK = ".lock"
@@ -124,8 +125,8 @@ class Run:
             stat = path.stat()
         except OSError:
             return {}, []
-        if path.is_fifo():  # reading it would wait for a writer
-            return {}, [f"{path}: is a named pipe and no file"]
+        if path.is_fifo() or path.is_char_device():  # reading it may never end
+            return {}, [f"{path}: is a named pipe or a device and no file"]
         content, problems = _load_config(path, stat.st_size, stat.st_mtime_ns)
         return _copy(content), list(problems)
 
@@ -194,7 +195,10 @@ class Run:
 @lru_cache(maxsize=4096)  # a report asks for the same config many times
 def _load_config(path: Path, size: int, changed_ns: int) -> tuple[Plain, list[str]]:
     try:
+        yaml_size.check(path)
         content = yaml_files.load(path)
+    except UserError as error:
+        return {}, [str(error)]
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         return {}, [f"{path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"]
     return run_files.good(path, content, run_files.CONFIG)

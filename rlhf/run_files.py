@@ -214,6 +214,8 @@ def good(path: Path, content: Any, fields: Mapping[str, Check]) -> tuple[Plain, 
 
 def rows(path: Path, last: int) -> list[Plain]:
     """Return the mappings among the last lines of a JSON-lines file; empty where there is no such file."""
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        return []
     try:
         lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()[-last:]
     except OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf import console, discovery, pipeline, processes
 from rlhf.config import resolve
-from rlhf.errors import RLHFError
+from rlhf.errors import RLHFError, UserError, os_error, os_error_line
 from rlhf.runs import Run, write_json
 
 
@@ -28,6 +28,15 @@ def main(folder: Path) -> int:
         else:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if (refused := os_error(error)) is None:
+            raise
+        line = f"{os_error_line(refused)}; check the path, its permissions and the free space, then type it again"
+        if _first():
+            write_json(folder / ".result.json", {"error": line, "status": UserError.exit_code})
+        else:
+            print(f"error: {line}", file=sys.stderr)
+        return UserError.exit_code
     # Read only now: the first rank learns its number while it starts the others.
     if _first():
         write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rlhf import discovery, runs
+from rlhf.cli import suggestions
 from rlhf.cli.help import LEADING, subcommands
 
 _VERBS = {
@@ -87,18 +88,11 @@ def _steps(words: list[str]) -> list[str]:
 
 
 def _fitting(words: list[str], key: str) -> set[str] | None:
-    """Objectives that the chosen stage takes: those of its plugin and of no stage's; None where it is not known."""
+    """Objectives that the chosen stage takes; None where it is not known."""
     step = key.partition("@")[2].partition(".")[0]
-    typed = f"stage@{step}=" if step else "stage="
-    stage = next((word.removeprefix(typed) for word in words if word.startswith(typed)), None)
-    if stage is None:
-        return None
-    found = set()
-    for path in discovery.named("objective"):
-        beside = {other.stem for other in path.parents[1].glob("stage/*.yaml")}
-        if stage in beside or not beside:
-            found.add(path.stem)
-    return found or None
+    made = suggestions.chosen(words)
+    config = made.steps.get(step) if step else made.config
+    return None if config is None else suggestions.objectives(config) or None
 
 
 def _by_hydra(line: str) -> list[str]:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf import manifest, run_files
 from rlhf.cli import options
+from rlhf.console import shell
 from rlhf.errors import UserError, suggest
 from rlhf.locks import Locked
 from rlhf.report import console
@@ -127,19 +128,22 @@ def show(run: Run) -> int:
 
 def check(runs: list[Run]) -> int:
     """Compare finished runs with their manifests, hash by hash; return 1 if any differs."""
-    damaged, without = 0, 0
+    damaged, changed, without = 0, [], 0
     for run in runs:
         problems = run.problems()
         if run.status_file.get("status") == "finished":
-            problems += [f"{run.folder / name} {wrong}" for name, wrong in run.damage(thorough=True).items()]
+            damage = run.damage(thorough=True)
+            problems += [f"{run.folder / name} {wrong}" for name, wrong in damage.items()]
+            changed += [run.folder] * bool(damage)
             without += not (run.folder / manifest.FILE).exists()
         for problem in problems:
             console.say(problem, "yellow")
         damaged += bool(problems)
     old = f", {without} of them finished by an older version, without hashes" if without else ""
     print(f"checked {len(runs)} runs{old}: {damaged} damaged")
-    if damaged:
-        print("the command that `rlhf runs show RUN` names computes a damaged run again")
+    if changed:  # sizes alone are compared when a run is used again, so that it has to go
+        print("to compute them again, type their commands (`rlhf runs show RUN`) after:")
+        print(f"  {shell('rlhf', 'runs', 'rm', '--force', *changed)}")
     return 1 if damaged else 0
 
 

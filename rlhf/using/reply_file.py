@@ -33,6 +33,8 @@ class ReplyFile:
     """
 
     def __init__(self, path: Path, settings: Json, samples: int) -> None:
+        if path.is_dir():
+            raise UserError(f"--out {path}: is a folder; name a file")
         self.path, self.settings, self.samples = path, json.loads(json.dumps(settings)), samples
         self.meta = path.with_name(path.name + ".meta.json")
 
@@ -58,8 +60,6 @@ class ReplyFile:
             yield self._open(force)
 
     def _open(self, force: bool) -> int:
-        if self.path.is_dir():
-            raise UserError(f"--out {self.path}: is a folder; name a file")
         if force:
             self.path.unlink(missing_ok=True)  # before the settings of what is to come are written beside it
         if not self.path.exists() or self.path.stat().st_size == 0:

@@ -37,6 +37,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("pipeline=instructgpt until=p", {"until=pretrain"}),
         ("stage=ppo objective=", {"objective=ppo"}),
+        ("stage=gated_ppo objective=", {"objective=ppo"}),
+        ("stage=sft objective=", {"objective=cross_entropy"}),
         ("stage=grpo objective=d", {"objective=dapo", "objective=dr_grpo"}),
         ("stage=dpo objective.bet", {"objective.beta="}),
         ("stage=nosuch objective.", set()),

@@ -278,6 +278,9 @@ def test_a_name_that_leads_elsewhere_is_refused(typed: Typed, name: str) -> None
         OmegaConf.update(config, f"{key}.name", name)
         with pytest.raises(UserError, match=rf"(?s)^{key}\.name={re.escape(name)}: a name has letters, digits"):
             plan(config, words)
+    config = typed("stage=pretrain", "stage.name=sweeps")  # where runs are not looked for
+    with pytest.raises(UserError, match="stage.name=sweeps: outputs/sweeps holds no runs"):
+        plan(config, [])
     config = typed("pipeline=dpo")
     config.steps = [name]
     with pytest.raises(UserError, match=rf"(?s)^steps={re.escape(name)}: a name has letters, digits"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import locks, runs
+from rlhf import locks, run_files, runs
 from rlhf.cli import report
 from rlhf.cli import runs as command
 from rlhf.errors import UserError
@@ -292,3 +292,31 @@ def test_a_finished_run_whose_files_changed_is_damaged(outputs: Path, capsys: py
     assert run.finished
     (run.folder / "manifest.json").write_bytes(HALF)
     assert run.status == "damaged"
+
+
+@pytest.mark.parametrize("name", ["status.json", "summary.json", "lineage.json", "config.yaml", "samples.jsonl"])
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make(Path("outputs"), "sft", "a" * 64)
+    (run.folder / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder / name)
+    assert command.main(["list"]) == 0
+    assert run_files.rows(run.folder / name, 3) == []
+    assert run.problems() == ([] if name == "samples.jsonl" else [f"{run.folder / name}: is a named pipe or a device and no file"])
+
+
+def test_a_config_that_holds_itself_is_no_config(tmp_path: Path) -> None:
+    run = make(tmp_path / "outputs", "sft", "a" * 64)
+    (run.folder / "config.yaml").write_text("a: &a [*a]\n")
+    assert run.plain_config == {}
+    assert "its aliases" in run.problems("config.yaml")[0]
+
+
+def test_check_says_how_a_changed_run_is_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "outputs", "sft", "a" * 64)
+    (run.folder / "picks.jsonl").write_text("12345\n")
+    run.write_manifest()
+    (run.folder / "picks.jsonl").write_text("12346\n")  # of the same size, so that the run counts as finished
+    assert run.status == "finished"
+    assert command.check([run]) == 1
+    assert f"rlhf runs rm --force {run.folder}\n" in capsys.readouterr().out

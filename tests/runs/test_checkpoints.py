@@ -1,6 +1,8 @@
 """Checkpoints are whole or not there; a torn one is recognised, and the newest whole one used."""
 
+import errno
 import os
+import resource
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -8,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from rlhf import checkpoint_files, manifest
 from rlhf.batch_file import BatchFile
 from rlhf.checkpoints import AtomicCheckpointIO, latest
-from rlhf.errors import UserError
+from rlhf.errors import UserError, os_error
 from rlhf.metrics_file import MetricsFile, read_rows, unreadable
 
 
@@ -135,3 +139,21 @@ def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path: Path) -> No
     resumed = MetricsFile(path)
     resumed.write(3, {"loss": 0.125})
     assert [row["loss"] for row in read_rows(path)] == [1, pytest.approx(1 / 3), 0.125] and unreadable(path) == 0
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {"x": torch.zeros(100_000)}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(RuntimeError) as by_torch:
+            AtomicCheckpointIO().save_checkpoint(tensors, tmp_path / "checkpoints" / "step=00000001.ckpt")
+        with pytest.raises(SafetensorError) as by_safetensors:
+            save_file(tensors, tmp_path / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for caught in (by_torch, by_safetensors):
+        found = os_error(caught.value)
+        assert found is not None and found.errno == errno.EFBIG
+    assert os_error(RuntimeError("x (os error 28)")) is None
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -118,3 +118,9 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
             write(path)
     assert path.read_text() == "{}\n"
     assert files.read_json(path)[0] == {}
+
+
+@pytest.mark.parametrize("name", [".", "/", ".."])
+def test_a_folder_is_no_file_of_replies(name: str) -> None:
+    with pytest.raises(UserError, match=r"--out .*: is a folder; name a file"):
+        ReplyFile(Path(name), {}, 1)
