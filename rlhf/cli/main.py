@@ -5,6 +5,7 @@ import locale
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def dispatch(argv: list[str]) -> int:
         print(complete.query(asked.partition("=")[2], os.environ.get("COMP_LINE", "")))
         return 0
 
-    from rlhf.cli import dry_run, words
+    from rlhf.cli import composing, dry_run, words
 
     words.check(argv)
     register()
@@ -115,7 +116,7 @@ def dispatch(argv: list[str]) -> int:
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
     try:
-        with dry_run.switched(dry):
+        with dry_run.switched(dry), nullcontext() if flags else composing.composed_once():
             hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
     finally:
         launcher.prepare = None

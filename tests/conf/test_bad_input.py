@@ -70,7 +70,7 @@ BEFORE_ANY_RUN = [
     ),
     ("stage=sft inputs.policy=policy +trainer.gradient_clip_val=1.0", "type stage.gradient_clip=..."),
     ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
-    ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (did you mean ddp?)"),
+    ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (one of: cpu, ddp, gpu)"),
     # equal answers
     ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
     ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no comparison to train on"),
@@ -289,10 +289,13 @@ def test_plugin_module_that_ends_the_process_is_one_finding(
 def test_ctrl_c_while_a_plugin_is_imported_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "waits_long.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        validation._load("waits_long.Thing")
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            validation._load("waits_long.Thing")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ model: {_target_: rlhf.models.causal_lm.CausalLM, architecture: null, vocab_size
 adapter: {_target_: rlhf.models.adapters.NoAdapter}
 objective: {_target_: rlhf.objective.CrossEntropy}
 data: {_target_: rlhf.data.Data, record: demonstration, source: testbed, size: 8, validation: 0, max_length: 64}
+precision: {_target_: rlhf.models.precision.Precision, trainer: 32-true}
+trainer: {_target_: pytorch_lightning.Trainer, accelerator: cpu}
 optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 1.0}
 scheduler: null
 inputs: {policy: null}

@@ -124,8 +124,8 @@ ALL = {"pretrain", "sft", "collect", "reward_model", "align"}
     ("override", "steps"),
     [
         ("outputs=elsewhere", set()),
-        ("+logger.name=x", set()),
-        ("+callbacks.every=3", set()),
+        ("+logger.csv={_target_:pytorch_lightning.loggers.CSVLogger,save_dir:x}", set()),
+        ("+callbacks.every={_target_:pytorch_lightning.callbacks.Timer}", set()),
         ("compare.count=3", set()),
         ("align.objective.beta=0.5", {"align"}),
         ("align.objective.beta=0.10", set()),

@@ -302,7 +302,9 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path, monkeypatch: p
     os.mkfifo(run.folder / name)
     assert command.main(["list"]) == 0
     assert run_files.rows(run.folder / name, 3) == []
-    assert run.problems() == ([] if name == "samples.jsonl" else [f"{run.folder / name}: is a named pipe or a device and no file"])
+    assert run.problems() == (
+        [] if name == "samples.jsonl" else [f"{run.folder / name}: is a named pipe or a device and no file"]
+    )
 
 
 def test_a_config_that_holds_itself_is_no_config(tmp_path: Path) -> None:
