@@ -105,6 +105,8 @@ def dispatch(argv: list[str]) -> int:
         from rlhf.cli.deferred import deferred
 
         argv = [*deferred(dry_run.prepare_sweep(argv)), "--multirun"]
+    else:
+        dry_run.prepare_sweep([])  # the options of conf/sweep make a sweep without -m
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 
