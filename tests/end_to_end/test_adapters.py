@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.testing import tiny_model
-from tests.end_to_end.commands import Done, runs, status
+from tests.end_to_end.commands import Command, Done, runs, status
 
 SMALL = ["data.size=8", "data.validation=4", "stage.batch_size=8", "stage.epochs=1"]
 
@@ -20,7 +20,7 @@ def test_a_sweep_over_adapters_and_formats(tmp_path: Path, rlhf: Callable[..., D
     jobs = f"hydra.launcher.n_jobs={min(2, os.cpu_count() or 1)}"
     words = ["stage=sft", "model.path=tiny/model", *SMALL, "adapter=lora,qlora", "precision=fp32,bf16"]
     words += ["adapter.rank=2", jobs, "-m"]  # a knob that the default, adapter=none, has not
-    done = rlhf(tmp_path, *words)
+    done = Command(tmp_path, words).wait(patience=280)  # four interpreters, each of which imports torch
     assert done.status == 0, done.out + done.err
     assert "4 of 4 jobs finished" in done.out
     found = runs(tmp_path / "outputs")
