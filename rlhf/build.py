@@ -103,7 +103,7 @@ def seed_of_step(config: DictConfig) -> int:
     """Derive the seed of all random numbers of a run from the command's seed, its stage and its round.
 
     The round says which run of the stage this is in its own lineage, so that the rounds of a pipeline draw numbers of
-    their own, and a stage typed by itself is still the run that a pipeline makes of it. Steps of one stage side by side
+    their own, and a stage run on its own is the run that a pipeline makes of it. Steps of one stage side by side
     (two collections, two reward models) have branches. Jobs of a sweep that differ in hyperparameters, here or
     upstream, draw the same numbers, so that they can be compared in pairs.
     """

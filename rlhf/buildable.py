@@ -79,7 +79,7 @@ def _check_limits(shape: Plain, name: str) -> None:
 
 @cache
 def _problem(shape: str, run: bool) -> str | None:
-    """Return what `_tried` does, without what transformers logs meanwhile."""
+    """Return what `_tried` does; log nothing of transformers meanwhile."""
     from rlhf.models.reading import quiet_if_refused
 
     with quiet_if_refused(trial=True):
@@ -87,7 +87,7 @@ def _problem(shape: str, run: bool) -> str | None:
 
 
 def _tried(shape: str, run: bool) -> str | None:
-    """Why a decoder of this shape (JSON) cannot be built, or run on two tokens; None if it can or is not known."""
+    """Return why a decoder of this shape (JSON) cannot be built, or run on two tokens; None if it can or may."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -1,10 +1,41 @@
 """Cache of what can be made again: models read from GGUF files, streams on their way to training, digests of code."""
 
 import os
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rlhf.errors import UserError
+
+T = TypeVar("T")
+
+
+class Once:
+    """Keep results in memory while ``open``, for a command that asks for the same thing many times."""
+
+    def __init__(self, name: str) -> None:
+        self._kept: ContextVar[dict[Hashable, Any] | None] = ContextVar(name, default=None)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Context manager: each result is made once, and forgotten at the end."""
+        token = self._kept.set({})
+        try:
+            yield
+        finally:
+            self._kept.reset(token)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result kept under a key, made if need be; made each time where nothing is open."""
+        kept = self._kept.get()
+        if kept is None:
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        found: T = kept[key]
+        return found
 
 
 def cache_folder(name: str) -> Path:

@@ -60,7 +60,7 @@ def first_line(error: BaseException) -> str:
 
 
 def shortened(line: str) -> str:
-    """A line whose words of more than 400 letters, such as a value typed by mistake, are cut in the middle."""
+    """Return a line whose words of more than 400 letters, such as a value typed by mistake, are cut in the middle."""
     return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", line)
 
 
@@ -82,8 +82,9 @@ def os_error(error: BaseException) -> OSError | None:
 
 
 def os_error_line(error: OSError) -> str:
-    """An OSError as a line that names the file and the reason."""
+    """Return an OSError as a line that names the file, the reason and what to check."""
     name = error.filename if error.filename is not None else ""
     other = f" -> {error.filename2}" if error.filename2 is not None else ""
     reason = error.strerror or first_line(error)
-    return f"{name}{other}: {reason}" if name else reason
+    said = f"{name}{other}: {reason}" if name else reason
+    return f"{said}; check the path, its permissions and the free space"

@@ -35,11 +35,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def no_file(path: Path) -> str | None:
+    """Return why a path must not be read, which for a pipe or a device may never end; None for any other."""
+    kinds = (path.is_fifo, path.is_char_device, path.is_block_device)
+    return "is a named pipe or a device and no file" if any(kind() for kind in kinds) else None
+
+
 def read_json(path: Path) -> tuple[Any, str | None]:
     """Return the content of a JSON file, or None and the reason why it cannot be read."""
     try:
-        if path.is_fifo() or path.is_char_device():  # reading it may never end
-            return None, "is a named pipe or a device and no file"
+        if reason := no_file(path):
+            return None, reason
         return json.loads(path.read_bytes().decode("utf-8")), None
     except OSError as error:
         return None, error.strerror or type(error).__name__

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf.data.data import Split, asked
 from rlhf.data.records import Record, Text
 from rlhf.data.sources import ARITHMETIC, TESTBED
+from rlhf.errors import first_line
 from rlhf.runs import Run, run_of
 
 FILE = "trained_on.npy"  # in a run folder: 64 bits of the hash of each prompt of its training records, sorted
@@ -66,7 +67,7 @@ def overlaps(prompts: Sequence[Record], learnt: Mapping[str, Path], own: float |
         try:
             count = int(np.isin(keys, np.load(folder / FILE)).sum())
         except (OSError, ValueError, EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             lines.append(
                 f"warning: {folder / FILE} cannot be read ({reason}), so whether held-out prompts were trained on is "
                 "not known"

@@ -1,4 +1,4 @@
-"""Import of code that a config names: whatever its modules raise becomes an ordinary error. Standard library only."""
+"""Import code that a config names: whatever its modules raise becomes an ordinary error. Standard library only."""
 
 import signal
 import threading
@@ -32,10 +32,9 @@ def contained() -> Iterator[None]:
         signal.signal(signal.SIGINT, note)
     try:
         yield
-    except Exception:
-        raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and (came or not here):
+        by_user = isinstance(error, KeyboardInterrupt) and (came or not here)
+        if isinstance(error, Exception) or by_user:
             raise
         raise ModuleEnded(f"the module raises {type(error).__name__}{f'({error})' if str(error) else ''}") from error
     finally:

@@ -170,8 +170,8 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
             raise
         if (refused := os_error(error)) is not None:
             raise UserError(
-                f"{step.name}: {os_error_line(refused)}; check the path, its permissions and the free space, then type "
-                f"the same command again (traceback in {step.folder / 'error.txt'})"
+                f"{step.name}: {os_error_line(refused)}, then type the same command again "
+                f"(traceback in {step.folder / 'error.txt'})"
             ) from error
         lines = str(error).strip().splitlines() or [""]
         raise RunFailed(

@@ -20,8 +20,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rlhf import checkpoint_files, locks, manifest, run_files, yaml_files, yaml_size
 from rlhf.config import Plain
-from rlhf.errors import UserError
-from rlhf.files import write_json, write_text
+from rlhf.errors import UserError, first_line
+from rlhf.files import no_file, write_json, write_text
 
 LOCK = ".lock"
 
@@ -125,8 +125,8 @@ class Run:
             stat = path.stat()
         except OSError:
             return {}, []
-        if path.is_fifo() or path.is_char_device():  # reading it may never end
-            return {}, [f"{path}: is a named pipe or a device and no file"]
+        if reason := no_file(path):
+            return {}, [f"{path}: {reason}"]
         content, problems = _load_config(path, stat.st_size, stat.st_mtime_ns)
         return _copy(content), list(problems)
 
@@ -200,7 +200,7 @@ def _load_config(path: Path, size: int, changed_ns: int) -> tuple[Plain, list[st
     except UserError as error:
         return {}, [str(error)]
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
-        return {}, [f"{path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"]
+        return {}, [f"{path}: {first_line(error)}"]
     return run_files.good(path, content, run_files.CONFIG)
 
 

@@ -6,14 +6,13 @@ them. So one broken run costs its own numbers and nobody else's. No torch here.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.cache import Once
 from rlhf.errors import UserError
-from rlhf.files import read_json
+from rlhf.files import no_file, read_json
 
 Plain = dict[str, Any]
 Check = Callable[[Any], Any]  # returns the value as it is used; raises ValueError("not a ...")
@@ -140,27 +139,13 @@ EVALUATIONS: dict[str, Check] = {
 }
 
 
-_kept: ContextVar[dict[Path, tuple[Plain, list[str]]] | None] = ContextVar("kept", default=None)
-
-
-@contextmanager
-def each_read_once() -> Iterator[None]:
-    """Context manager: files are read when they are first asked for, and not again; for lists and reports."""
-    token = _kept.set({})
-    try:
-        yield
-    finally:
-        _kept.reset(token)
+_once = Once("run_files")
+each_read_once = _once.open  # for lists and reports
 
 
 def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     """Return the good fields of a JSON file, and one line for whatever is not; a file that is missing is just empty."""
-    kept = _kept.get()
-    if kept is None:
-        return _read(path, fields)
-    if path not in kept:
-        kept[path] = _read(path, fields)
-    content, problems = kept[path]
+    content, problems = _once.get(path, lambda: _read(path, fields))
     return dict(content), list(problems)
 
 
@@ -214,7 +199,7 @@ def good(path: Path, content: Any, fields: Mapping[str, Check]) -> tuple[Plain, 
 
 def rows(path: Path, last: int) -> list[Plain]:
     """Return the mappings among the last lines of a JSON-lines file; empty where there is no such file."""
-    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+    if no_file(path):
         return []
     try:
         lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()[-last:]

@@ -8,9 +8,8 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ import hydra.utils
 from omegaconf import OmegaConf
 
 from rlhf import user_code
-from rlhf.cache import recall, remember
+from rlhf.cache import Once, recall, remember
 from rlhf.config import Plain, leaves, targets
 from rlhf.errors import UserError, data_keys, suggest
 from rlhf.files import write_json as write_json
@@ -376,24 +375,11 @@ def package_digest(package: str) -> str | None:
 def source_digest(folder: Path, leave_out: Iterable[str] = ()) -> str:
     """Digest of a package's Python code and chat templates; comments, docstrings and layout of code do not count."""
     left_out = frozenset(leave_out)
-    if (once := _read_once.get()) is not None:
-        if (folder, left_out) not in once:
-            once[folder, left_out] = _source_digest(folder, left_out)
-        return once[folder, left_out]
-    return _source_digest(folder, left_out)
+    return _once.get((folder, left_out), lambda: _source_digest(folder, left_out))
 
 
-_read_once: ContextVar[dict[tuple[Path, frozenset[str]], str] | None] = ContextVar("read_once", default=None)
-
-
-@contextmanager
-def sources_read_once() -> Iterator[None]:
-    """Context manager: the sources of a package are looked at once, for all steps of a plan."""
-    token = _read_once.set({})
-    try:
-        yield
-    finally:
-        _read_once.reset(token)
+_once = Once("sources")
+sources_read_once = _once.open  # for all steps of a plan
 
 
 def _source_digest(folder: Path, left_out: frozenset[str]) -> str:

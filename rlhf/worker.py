@@ -22,21 +22,19 @@ def main(folder: Path) -> int:
     own = Run(folder)
     try:
         metrics, memory = pipeline.train_here(resolve(own.plain_config), folder, bool(own.checkpoints))
-    except RLHFError as error:
-        if _first():  # who started it says it, with the keys of its pipeline
-            write_json(folder / ".result.json", {"error": str(error), "status": error.exit_code})
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        if (refused := os_error(error)) is None:
+        refused = os_error(error)
+        if isinstance(error, RLHFError):
+            line, status = str(error), error.exit_code
+        elif refused is not None:
+            line, status = f"{os_error_line(refused)}, then type it again", UserError.exit_code
+        else:
             raise
-        line = f"{os_error_line(refused)}; check the path, its permissions and the free space, then type it again"
-        if _first():
-            write_json(folder / ".result.json", {"error": line, "status": UserError.exit_code})
+        if _first():  # who started it says it, with the keys of its pipeline
+            write_json(folder / ".result.json", {"error": line, "status": status})
         else:
             print(f"error: {line}", file=sys.stderr)
-        return UserError.exit_code
+        return status
     # Read only now: the first rank learns its number while it starts the others.
     if _first():
         write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})

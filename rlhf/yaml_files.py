@@ -1,4 +1,4 @@
-"""YAML files as plain values, equal to what OmegaConf reads and many times as fast. No torch here."""
+"""Read YAML files as plain values, equal to what OmegaConf reads and many times as fast. No torch here."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def load(path: Path) -> Any:
 
 
 def _is_plain(node: Any, seen: set[int]) -> bool:
-    """Whether OmegaConf would take a value over as it is; an alias is the same object twice, and is not plain."""
+    """Return whether OmegaConf would take a value over as it is; an alias, the same object twice, is not plain."""
     if isinstance(node, dict | list):
         if id(node) in seen:
             return False

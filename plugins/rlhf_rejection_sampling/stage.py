@@ -11,8 +11,8 @@ from pydantic import Field
 from rlhf.batch_file import BatchFile
 from rlhf.best_of_k import kl_bound, rollout_of
 from rlhf.data.data import Split
-from rlhf.data.records import Demonstration, Message, Prompt, cluster_of
-from rlhf.diagnostics import look, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
+from rlhf.data.records import Demonstration, Message, Prompt
+from rlhf.diagnostics import count_clusters, look, proxy_gold_gap, proxy_gold_gap_error, reply_metrics
 from rlhf.errors import UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.scores import missing_end
@@ -304,7 +304,7 @@ class RejectionSamplingStage(Supervised):
         now = reply_metrics(after, new) | distance
         if "gold" in now:
             now["proxy_gold_gap"] = proxy_gold_gap(now, was)
-            count = len({cluster_of(prompt) for prompt in self.judged})
+            count = count_clusters(self.judged)
             error = proxy_gold_gap_error(now, was, count, count)
             now["proxy_gold_gap_se"] = new.new_tensor(error)
         for metrics in (was, now):

@@ -16,12 +16,11 @@ def composed_once() -> Iterator[None]:
     For commands without ``--multirun``. What the config itself makes a sweep, and what cannot be composed, is left to
     Hydra, which composes again.
     """
-    hydras = Hydra.get_mode
     Hydra.get_mode = _mode  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Hydra.get_mode = hydras  # type: ignore[method-assign]
+        Hydra.get_mode = _hydras_mode  # type: ignore[method-assign]
 
 
 _hydras_mode = Hydra.get_mode
@@ -33,7 +32,7 @@ def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
     try:
         config = loader.load_configuration(config_name, overrides, RunMode.RUN)
         mode = config.hydra.mode
-    except Exception:
+    except Exception:  # which Hydra raises again where it composes for the run
         return _hydras_mode(self, config_name, overrides)
     if mode is None:
 

@@ -42,7 +42,7 @@ def explain(error: BaseException, argv: list[str]) -> str:
         if isinstance(link, RLHFError):
             return str(link)
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # a missing option is both
-        return f"{os_error_line(error)}; check the path, its permissions and the free space"
+        return os_error_line(error)
     for link in chain:
         if isinstance(link, YAMLError):
             return f"{_yaml_error(link)}; correct the YAML file"

@@ -77,7 +77,7 @@ def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help:
 
 
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
-    """A number of things or a place in an order, from 0."""
+    """Add an option for a number of things or a place in an order, from 0."""
     parser.add_argument(flag, type=_whole(0), default=default, metavar="N", help=help)
 
 

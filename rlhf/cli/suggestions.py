@@ -1,4 +1,4 @@
-"""What to type instead of an option or a key that is not there: words that compose where they are typed."""
+"""Suggest what to type instead of an option or a key that is not there: words that compose where they are typed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Chosen:
         return {name: self.config[name] for name in names if isinstance(self.config.get(name), DictConfig)}
 
     def at_root(self, group: str) -> bool:
-        """Whether a group is chosen for the whole command, and not for a step of it."""
+        """Return whether a group is chosen for the whole command, and not for a step of it."""
         return isinstance(self.config.get(group), DictConfig) or (group in _BESIDE and bool(self.config))
 
 
@@ -76,7 +76,7 @@ def objectives(config: DictConfig) -> set[str]:
 
 
 def _package(option: Path) -> str:
-    """The package that an option comes with; "" for one of the user's own ./conf."""
+    """Return the package that an option comes with; "" for one of the user's own ./conf."""
     conf = option.parents[1]
     if conf == discovery.conf_dir():
         return "rlhf"
@@ -113,7 +113,7 @@ def _noun(group: str) -> str:
 
 
 def _words(other: str, path: Path, group: str, package: str, made: Chosen) -> str:
-    """The words for an option of another group; "" where the chosen stage or pipeline has no place for it."""
+    """Return the words for an option of another group; "" where the chosen stage or pipeline has no place for it."""
     option, step = f"{other}={path.stem}", package.partition(".")[0]
     if other in WHOLE:
         return option if not step else ""
@@ -162,7 +162,7 @@ def of_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> s
 
 
 def _in_other_options(word: str, above: str, value: str, parent: Any) -> str:
-    """What to type for a key that other options of its group have: `adapter.rank`, with adapter=none."""
+    """Return what to type for a key that other options of its group have: `adapter.rank`, with adapter=none."""
     if not above:
         option = [(group, path) for group in sorted(parent or ()) if (path := _of(str(group), word)) is not None]
         return f"; {word} is {_noun(option[0][0])}: type {option[0][0]}={word}" if option else ""
@@ -215,7 +215,7 @@ def _has(config: DictConfig, path: str) -> bool:
 
 
 def _paths(node: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all values below a node, those of ``hydra`` left out."""
+    """Return the dotted keys of all values below a node, those of ``hydra`` left out."""
     content = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
     assert isinstance(content, dict)
     return [f"{prefix}{path}" for path, _ in leaves({key: inner for key, inner in content.items() if key != "hydra"})]

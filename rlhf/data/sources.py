@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 TESTBED = "testbed"
@@ -163,7 +163,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(path.name, number, without_nulls(raw))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"data.source={path}: a broken parquet file, unreadable after row {number} ({reason}); get it again"
         ) from None
@@ -259,7 +259,7 @@ def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
         # What lies in the cache lies there whole, and cannot be streamed.
         rows = datasets.load_dataset(name, name=subset or None, split=split, streaming=lazily and online)
     except Exception as error:  # the library raises a dozen unrelated types for "not there"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if not online:
             raise UserError(
                 f"data.source={source}: no such file, and the hub is not reachable (nor is this data set in its cache "

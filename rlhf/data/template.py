@@ -12,7 +12,7 @@ import jinja2
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.control_tokens import ControlTokens
 from rlhf.data.records import Comparison, Label, Message
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.time_limit import time_limit
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prom
         raise _no_jinja(error) from None
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = ", ".join(message.role for message in messages) or "(none)"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise Refused(
             f"the chat template cannot write a dialogue of the turns {roles} ({reason}); "
             "type model.chat_template=chatml"

@@ -17,7 +17,7 @@ from rlhf.data.template import (
     render,
     tokenize,
 )
-from rlhf.errors import RLHFError, UserError
+from rlhf.errors import RLHFError, UserError, first_line
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, composed, planned, spec_of
 from rlhf.report import console
@@ -62,7 +62,7 @@ def show(words: Sequence[str], step: str | None) -> None:
         try:
             encoded = encode_dialogue(tokenizer, dialogue)
         except Exception as error:  # templates raise what they like
-            console.say(f"  not supported: {_reason(error)}", "yellow")
+            console.say(f"  not supported: {first_line(error)}", "yellow")
             continue
         present = [True] * len(encoded)
         said.print(tokens.row_text(tokenizer, encoded.ids, present, encoded.mask, None, colour))
@@ -105,7 +105,7 @@ def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
         encode_tool_turn(tokenizer, "7")
         facts["tool's turn"] = "yes"
     except Exception as error:  # templates raise what they like
-        facts["tool's turn"] = f"no: {_reason(error)}"
+        facts["tool's turn"] = f"no: {first_line(error)}"
     return facts
 
 
@@ -148,7 +148,3 @@ def _own_pad(spec: Any) -> str | None:
 
     source = spec.tokenizer or (spec.path if spec.path.endswith(".gguf") else spec._base_path())
     return str(spec._found(AutoTokenizer.from_pretrained, source).pad_token)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, first_line, suggest
 from rlhf.models.precision import Precision
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
@@ -214,7 +214,7 @@ def check_bitsandbytes(quantize: str) -> None:
             found = layer(torch.ones(1, 64, device=device, dtype=torch.float16 if device == "cuda" else torch.float32))
         works, reason = bool(torch.isfinite(found).all()), "it computes numbers that are not finite"
     except Exception as error:  # missing libraries, kernels and drivers all raise types of their own
-        works, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+        works, reason = False, first_line(error)
     if not works:
         raise UserError(
             f"adapter=qlora: bitsandbytes does not run on this machine ({device}: {reason}); type adapter=lora, or "

@@ -1,4 +1,4 @@
-"""Stored models that are read by libraries: what is wrong with their files, as one line for the user."""
+"""Say in one line what is wrong with the files of stored models, which libraries read."""
 
 import logging
 import pickle
@@ -82,12 +82,12 @@ def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], 
 
 
 def _kind(key: str, model: PreTrainedModel) -> str:
-    """The name of a weight without the numbers of its layer, and without the prefix that some checkpoints lack."""
+    """Return the name of a weight without its layer's numbers and the prefix that some checkpoints lack."""
     return re.sub(r"\.\d+(?=\.)", ".N", key.removeprefix(f"{model.base_model_prefix}."))
 
 
 def _reason(error: Any) -> str:
-    """What a reader of a model's files says, in one line."""
+    """Return what a reader of a model's files says, in one line."""
     text = str(error).strip()
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than config.json says"
