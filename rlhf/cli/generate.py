@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where (default: in OUTPUTS/generations)")
     parser.add_argument("--force", action="store_true", help="write over a file that something else has made")
-    options.count(parser, "--samples", 1, "replies per prompt (default: 1)")
+    options.count(parser, "--samples", 1, "replies per prompt (default: 1)", most=100_000)
     options.count(parser, "--limit", None, "only the first N prompts")
     options.chat_template(parser, "a model")
     options.sampling(parser, 1.0, None, "128, or what the longest prompt leaves of the context")

@@ -71,9 +71,9 @@ def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     _both(parser, "--batch-size", type=_whole(1), default=default, metavar="N", help=what)
 
 
-def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str) -> None:
-    """A number of things, at least 1."""
-    parser.add_argument(flag, type=_whole(1), default=default, metavar="N", help=help)
+def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, most: int | None = None) -> None:
+    """A number of things, at least 1 and at most ``most``."""
+    parser.add_argument(flag, type=_whole(1, most), default=default, metavar="N", help=help)
 
 
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
@@ -85,11 +85,13 @@ def _both(parser: argparse.ArgumentParser, flag: str, **knobs: object) -> None:
     parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **knobs)  # type: ignore[arg-type]
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         return value
 
     read.__name__ = "whole number"

@@ -144,6 +144,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt:
     return _rendered(tokenizer, turns, generation_prompt)
 
 
+_RAISED = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
@@ -155,7 +158,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prom
         return str(found[0])
     except jinja2.TemplateSyntaxError as error:
         raise _no_jinja(error) from None
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _RAISED as error:
         roles = ", ".join(message.role for message in messages) or "(none)"
         reason = first_line(error)
         raise Refused(
@@ -199,6 +202,8 @@ def _end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int, st
     """Return the end-of-turn token, its id, and what the template writes between the content and it."""
     mark = "zqxj"
     text = render(tokenizer, [Message("user", "a"), Message("assistant", mark)])
+    if mark not in text:
+        raise UserError("the chat template does not write what the assistant says; type model.chat_template=chatml")
     tail = text[text.rindex(mark) + len(mark) :]
     special = set(tokenizer.all_special_ids) | {
         index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special

@@ -98,18 +98,27 @@ def _parsed_once() -> Iterator[None]:
             setattr(gguf, name, function)
 
 
+def _tensors(file: Path) -> int:
+    """Return the number of tensors in a GGUF file. Raises what the reader raises."""
+    return len(import_module("gguf").GGUFReader(str(file)).tensors)
+
+
 def _convert(file: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # Its progress bar knows no switch; into a file or a pipe it is only noise.
     screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with screen:
+            if not _tensors(file):  # transformers would make a model of its default sizes up
+                raise UserError(f"model.path={file}: this GGUF file holds no weights")
             kind: Any = AutoModelForCausalLM
             loaded, report = kind.from_pretrained(
                 **place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except ImportError as error:
         raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
+    except UserError:
+        raise
     except Exception as error:  # the reader unpacks whatever the file holds
         raise UserError(f"model.path={file}: no GGUF file that transformers can read ({first_line(error)})") from error
     check_loaded(loaded, report, f"model.path={file}")

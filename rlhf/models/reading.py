@@ -66,11 +66,16 @@ def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], 
         name: The model, as it was typed.
 
     Raises:
-        UserError: Weights are missing, or the files hold layers that config.json does not ask for.
+        UserError: Weights are missing, the files hold layers that config.json does not ask for, or generation stops at
+            what is no token.
     """
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{name}: {len(missing)} weights are not there, such as {', '.join(missing[:3])}")
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:  # it would be found when the trained model is saved
+            raise UserError(f"{name}: generation_config.json has eos_token_id={ends!r}, not the number of a token")
     kinds = {_kind(key, model) for key in model.state_dict()}
     # Other weights that are left over belong to other heads, towers or old buffers.
     more = sorted(key for key in report["unexpected_keys"] if _kind(key, model) in kinds)

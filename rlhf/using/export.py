@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf import links, runs
 from rlhf.errors import UserError
-from rlhf.model_config import score_scale
+from rlhf.model_config import score_scale, written
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
 from rlhf.models.lineage import stored_base, stored_config
@@ -101,6 +101,8 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
         assert base is not None
         return _adapter(model, adapter, base, folder)
     if (Path(model.path) / "config.json").is_file():
+        if written(model.path) is None:
+            raise UserError(f"{model.path}/config.json: is no JSON object; get the model again")
         _copy(Path(model.path), folder, ("*",))
         return Exported("model", folder)
     from rlhf.evaluation import load_policy

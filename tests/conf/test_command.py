@@ -69,6 +69,7 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=sft +callbacks.mine=5 inputs.policy=org/name", "callbacks.mine=5: should be null or have a _target_"),
         ("pipeline=dpo ++steps=5", "steps=5: should be a list of steps"),
         ("pipeline=dpo ++compare=5", "compare=5: should be a mapping"),
+        ("generate m --prompts testbed --samples 1000000000000", "--samples: 1000000000000 is more than 100000"),
         ("inspect batch stage=sft --rows -1", "argument --rows: -1 is less than 0"),
         ("inspect batch stage=sft --step -1", "argument --step: -1 is less than 0"),
         (f"{'x' * 120_000}", f"{'x' * 200}...{'x' * 40} no such command"[:240]),

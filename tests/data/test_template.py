@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from rlhf.data import template
@@ -72,6 +74,21 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
             encode_prompt(tokenizer, DIALOGUE[:2])
     finally:
         tokenizer.chat_template = old
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("x", "does not write what the assistant says"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    ],
+)
+def test_template_that_writes_no_answer_or_calls_itself_is_refused(tokenizer, template, said):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    with pytest.raises(UserError, match=said) as caught:
+        end_of_turn_id(own)
+    assert "\n" not in str(caught.value)
 
 
 def test_template_without_end_of_turn_is_refused(tokenizer):

@@ -74,6 +74,24 @@ def test_what_transformers_logs_of_a_model_it_refuses_is_not_printed(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("end", ["x", [1, "x"], True])
+def test_an_end_that_is_no_token_is_found_before_training(end: object, folder: Path, tmp_path: Path) -> None:
+    """It was found when the trained model was saved."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    refusal(lambda: spec(tmp_path / "model").load(NoAdapter(), FP32), "generation_config.json has eos_token_id=")
+
+
+def test_export_copies_no_half_config(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"model_type": "lla')
+    model = Named("m", str(tmp_path / "model"))
+    refusal(
+        lambda: export.export(model, tmp_path / "out", merge=False),
+        f"{tmp_path / 'model'}/config.json: is no JSON object",
+    )
+
+
 def test_what_transformers_logs_of_a_model_that_is_read_is_printed(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("transformers.models")
     caplog.set_level(logging.WARNING, "transformers")  # runs of other tests ask for errors alone
@@ -198,7 +216,7 @@ def test_a_damaged_safety_head_is_named(damage: str, model: LanguageModel, tmp_p
     refusal(lambda: ScalarModel(model).take_heads(stored.head.weight, tmp_path), f"{file}: cannot be read (")
 
 
-@pytest.mark.parametrize("damage", ["cut", "a tensor missing", "a name cut", "a type unknown"])
+@pytest.mark.parametrize("damage", ["cut", "no tensors", "a tensor missing", "a name cut", "a type unknown"])
 def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
@@ -216,6 +234,7 @@ def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, m
     changed = {
         "cut": whole[:-2000],
         "a tensor missing": whole,
+        "no tensors": whole[:8] + bytes(8) + whole[16:],
         "a name cut": whole[:at] + b"\xff\xff" + whole[at + 2 :],
         "a type unknown": whole[: at + len("blk.1.ffn_up.weight") + 20] + b"\x77" * 4 + whole[at + 43 :],
     }
