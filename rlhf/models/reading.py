@@ -43,16 +43,19 @@ def readable(name: str, fix: str = MODEL) -> Iterator[None]:
 def quiet_if_refused(trial: bool = False) -> Iterator[None]:
     """Context manager: what transformers logs is printed at the end, and not at all where an error is raised.
 
+    With CI=true in the environment, transformers hands what it logs to the root logger as well.
+
     Args:
         trial: Print nothing in any case, since what is built is thrown away.
     """
     logger = logging.getLogger("transformers")
-    handlers, kept = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    logger.handlers = [kept]
+    handlers, propagate = logger.handlers, logger.propagate
+    kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    logger.handlers, logger.propagate = [kept], False
     try:
         yield
     finally:
-        logger.handlers = handlers
+        logger.handlers, logger.propagate = handlers, propagate
     for record in kept.buffer if not trial else ():
         logger.handle(record)
 
