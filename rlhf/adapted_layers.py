@@ -1,4 +1,4 @@
-"""``adapter.modules``: whether a step's model has these layers, told while it is planned. No torch at module level.
+"""``adapter.modules`` and ``adapter.rank``: whether a step's model has such layers. No torch at module level.
 
 A step of a pipeline may start from the model of an earlier step that has not run; its layers are those of the model
 that the earlier step starts from.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from rlhf import context
 from rlhf.config import Plain
 from rlhf.errors import UserError
 from rlhf.models.lineage import of_hub
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(step: "Step", earlier: Iterable["Step"]) -> None:
-    """Refuses names of layers that the step's model does not have, or that cannot be adapted.
+    """Refuse names of layers that the step's model does not have or that cannot be adapted, and ranks beyond its size.
 
     A model whose shape is not on this machine is not looked at; loading it tells the same.
 
@@ -32,7 +33,14 @@ def check(step: "Step", earlier: Iterable["Step"]) -> None:
     Raises:
         UserError: One line.
     """
-    names = (step.config.get("adapter") or {}).get("modules", "all-linear")
+    adapter = step.config.get("adapter") or {}
+    names, rank, earlier = adapter.get("modules", "all-linear"), adapter.get("rank"), list(earlier)
+    width = context.size(step.config["model"], earlier, ("hidden_size", "n_embd", "d_model"))
+    if width is not None and type(rank) is int and rank > width:
+        raise UserError(
+            f"adapter.rank={rank}: no update of this model's layers has a rank above {width}, its hidden size; type "
+            f"adapter.rank={min(16, width)}"
+        )
     if names == "all-linear" or Run(step.folder).finished:
         return
     shape = _shape(step.config["model"], {str(one.folder): one for one in earlier}, names)

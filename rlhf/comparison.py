@@ -32,11 +32,18 @@ class Comparison:
     metrics: dict[str, float]
 
 
+def data_digests(node: Plain) -> dict[str, str]:
+    """Return the digests of the data that a comparison reads, by the keys of its nodes.
+
+    Raises:
+        UserError: Data is not there, or cannot be read.
+    """
+    return runs.data_digests({"compare": node}, {}, [f"compare.{name}" for name in ("data", "text") if node.get(name)])
+
+
 def key(node: Plain, fingerprints: Mapping[str, str]) -> str:
     """Return the digest of all that a comparison is computed from: settings, data, runs by role, and the code."""
-    config = {"compare": node}
-    digests = runs.data_digests(config, {}, [f"compare.{name}" for name in ("data", "text") if node.get(name)])
-    content = [node, dict(fingerprints), digests, runs.package_digest("rlhf")]
+    content = [node, dict(fingerprints), data_digests(node), runs.package_digest("rlhf")]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -19,19 +19,24 @@ _KEYS = ("max_position_embeddings", "n_positions")  # what families call it
 
 
 def length(model: Any, steps: Iterable["Step"] = ()) -> int | None:
-    """Most tokens that a model reads; None where that is not known before it is loaded (of the hub, say).
+    """Return the most tokens that a model reads; None where that is not known before it is loaded (of the hub, say).
 
     Args:
         model: What ``conf/model`` says of it, resolved.
         steps: Of the same plan, which may have yet to make it.
     """
+    return size(model, steps, _KEYS)
+
+
+def size(model: Any, steps: Iterable["Step"], keys: Iterable[str]) -> int | None:
+    """Return a whole number of a model's configuration, under the first of these keys that it has; None as `length`."""
     made = {str(step.folder / "model"): step.config.get("model") for step in steps}
     while isinstance(model, dict) and model.get("path") in made:
         model = made.pop(model["path"])
     if not isinstance(model, dict):
         return None
     shape = model.get("architecture") if model.get("path") is None else written(model["path"])
-    found = [shape[key] for key in _KEYS if isinstance(shape, dict) and type(shape.get(key)) is int]
+    found = [shape[key] for key in keys if isinstance(shape, dict) and type(shape.get(key)) is int]
     return found[0] if found else None
 
 

@@ -22,6 +22,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from rlhf.cache import Once
 from rlhf.errors import UserError
 
 ENTRY_POINTS = "rlhf.plugins"
@@ -200,8 +201,12 @@ def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ..
     ]
 
 
+looked_up_once = Once("plugins")
+"""For a command, which asks for its plugins some ten times: while it is open, they are looked for once."""
+
+
 def discover() -> tuple[list[Plugin], list[str]]:
-    """All plugins by name, and what could not be used (one line each).
+    """Return all plugins by name, and what could not be used (one line each).
 
     A local folder wins over the checkout's plugin and over an installed one of the same package name.
 
@@ -209,6 +214,11 @@ def discover() -> tuple[list[Plugin], list[str]]:
         UserError: two plugins, or a plugin and rlhf's own conf, offer the same option; or a local plugin has the name
             of an installed package.
     """
+    plugins, broken = looked_up_once.get((os.getcwd(), os.environ.get("RLHF_PLUGINS")), _discovered)
+    return list(plugins), list(broken)
+
+
+def _discovered() -> tuple[list[Plugin], list[str]]:
     built_in = checkout()
     here = local()
     _serve(built_in | here)

@@ -12,7 +12,7 @@ from typing import Any
 import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checked, discovery, hub, model_options, rounds, runs
+from rlhf import checked, comparison, discovery, hub, model_options, rounds, runs
 from rlhf import config as configs
 from rlhf.config import Plain
 from rlhf.errors import UserError, suggest
@@ -392,11 +392,15 @@ class _Planner:
         made = all(own.get(key) in self._by_name for key in ("before", "after"))
         folders = {step.name: str(step.folder) for step in self.steps}
         known = checked.key({"compare": own}, {"steps": self.names, "folders": folders}, "compare")
-        if checked.read(known) is None:
-            problems = self._problems_of_comparison(own, made)
-            self.problems += problems
-            if not problems:
-                checked.write(known, checked.Facts())
+        problems = [] if checked.read(known) is not None else self._problems_of_comparison(own, made)
+        if not problems and made:
+            try:
+                comparison.data_digests(own)
+            except UserError as error:
+                problems.append(str(error))
+        if not problems:
+            checked.write(known, checked.Facts())
+        self.problems += problems
         return own if made else None
 
     def _problems_of_comparison(self, own: Plain, made: bool) -> list[str]:

@@ -33,7 +33,7 @@ from rlhf.vocabulary import lacks_template
 SHARED = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 # No hyperparameter is right at infinity or nan, and both pass bounds such as greater than 0.
 _FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-LARGEST = 3.4e38  # that a float32 holds
+LARGEST, SMALLEST = 3.4e38, 1.2e-38  # that a float32 holds; what is smaller loses digits, then is 0
 # What Hydra's instantiate reads itself.
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -226,6 +226,8 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[str]:
         return [f"{where}={_show(value)}: {' or '.join(messages)}"]
     if isinstance(checked, float) and abs(checked) > LARGEST:
         return [f"{path}={_show(value)}: is too large for a float32; type a smaller number"]
+    if isinstance(checked, float) and 0 < abs(checked) < SMALLEST:
+        return [f"{path}={_show(value)}: is too small for a float32; type 0 or a larger number"]
     if type(checked) is not type(value) and _scalar(checked) and _scalar(value) and not _widened(value, checked):
         # pydantic would convert, but the constructor gets the value as it stands.
         return [f"{path}={_show(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]

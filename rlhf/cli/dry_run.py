@@ -58,12 +58,12 @@ def prepare_sweep(argv: list[str]) -> list[str]:
     asked, rest = parser.parse_known_args(argv)
     if asked.cfg not in (None, "job"):
         raise UserError(f"--cfg {asked.cfg}: a sweep shows the configs of its jobs; type --cfg job, or leave out -m")
-    show = None if asked.cfg is None else partial(_print_config, package=asked.package, resolve=asked.resolve)
+    show = None if asked.cfg is None else partial(_config_text, package=asked.package, resolve=asked.resolve)
     launcher.prepare = partial(_prepare, show=show)
     return argv if asked.cfg is None else rest
 
 
-def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig], None] | None) -> None:
+def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig], str] | None) -> None:
     """Plan every job; raise UserError for all that is wrong, or end the process where nothing is to be run."""
     problems: dict[str, list[int]] = {}
     for number, (overrides, load) in enumerate(jobs):
@@ -77,8 +77,8 @@ def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig]
             if show is None:
                 made = plan(root, words, validate_again=False)
             if show is not None or requested():
-                print(f"# job {number}: {' '.join(words)}")
-                print("\n".join(describe(made)), flush=True) if show is None else show(root)
+                text = "\n".join(describe(made)) if show is None else show(root)
+                print(f"# job {number}: {' '.join(words)}\n{text}", flush=True)
         except (RLHFError, HydraException, OmegaConfBaseException) as error:
             for line in explain(error, words).splitlines():
                 problems.setdefault(line, []).append(number)
@@ -95,9 +95,11 @@ def _of_jobs(numbers: list[int], count: int) -> str:
     return f" (job{'s' if len(numbers) > 1 else ''} {named}; no job was started)"
 
 
-def _print_config(root: DictConfig, package: str | None, resolve: bool) -> None:
+def _config_text(root: DictConfig, package: str | None, resolve: bool) -> str:
     node = OmegaConf.select(root, package, throw_on_missing=False) if package else root
-    print(OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else node, flush=True)
+    if node is None:
+        raise UserError(f"--package {package}: not in the config; rlhf ... --cfg job shows what is")
+    return OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else str(node)
 
 
 def show(root: DictConfig, overrides: Sequence[str]) -> None:

@@ -118,8 +118,13 @@ def dispatch(argv: list[str]) -> int:
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
     try:
-        with dry_run.switched(dry), nullcontext() if flags else composing.composed_once():
+        once = nullcontext() if flags else composing.composed_once()
+        with discovery.looked_up_once.open(), dry_run.switched(dry), once:
             hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+    except SystemExit as e:
+        if e.code == 1 and {"-c", "--cfg"} & {word.partition("=")[0] for word in argv}:
+            return 2  # nothing ran, and Hydra has said that the config has no such --package
+        raise
     finally:
         launcher.prepare = None
         launcher.finish()

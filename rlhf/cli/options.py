@@ -18,9 +18,8 @@ class Parser(argparse.ArgumentParser):
 
 def outputs(parser: argparse.ArgumentParser) -> None:
     """--outputs: where runs are."""
-    parser.add_argument(
-        "--outputs", type=Path, default=Path("outputs"), help="folder of all results (default: outputs)"
-    )
+    what = "folder of all results (default: outputs)"
+    parser.add_argument("--outputs", type=_folder, default=Path("outputs"), metavar="FOLDER", help=what)
 
 
 def sampling(parser: argparse.ArgumentParser, default: float, max_new_tokens: int | None, said: str = "") -> None:
@@ -83,6 +82,12 @@ def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) 
 
 def _both(parser: argparse.ArgumentParser, flag: str, **knobs: object) -> None:
     parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **knobs)  # type: ignore[arg-type]
+
+
+def _folder(text: str) -> Path:
+    if not text or Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is no folder")
+    return Path(text)
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

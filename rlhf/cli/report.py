@@ -107,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--y", action="append", default=[], metavar="METRIC", help="a panel of the plot (repeatable)")
     parser.add_argument("--along", action="store_true", help="--x and --y over training, not at its end")
     parser.add_argument("--out", type=Path, help="folder for report.html and report.csv")
-    parser.add_argument(
-        "--outputs", type=Path, default=Path("outputs"), help="folder of all results (default: outputs)"
-    )
+    options.outputs(parser)
     return parser
 
 

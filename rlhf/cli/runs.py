@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     removes.add_argument("--yes", action="store_true", help="do not ask")
     removes.add_argument("--force", action="store_true", help="also if other runs were made from them")
     for command in (lists, shows, checks, removes):
-        command.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of all results [outputs]")
+        options.outputs(command)
     args = parser.parse_args(argv)
     if args.command == "list":
         return list_runs(args.outputs, args.stage, args.status)

@@ -35,7 +35,7 @@ from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import ANEW, adapters_alone
 from rlhf.models.precision import Precision
-from rlhf.models.reading import check_loaded, quiet_if_refused, readable
+from rlhf.models.reading import check_index, check_loaded, quiet_if_refused, readable
 
 if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
     hf_logging.disable_progress_bar()
@@ -302,6 +302,7 @@ class CausalLM:
 
     def _read(self, kind: Any, source: str, **arguments: Any) -> PreTrainedModel:
         """``from_pretrained`` that refuses weights it would have to make up or leave out."""
+        check_index(source)
         with quiet_if_refused():
             model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
             check_loaded(model, report, f"model.path={source}")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,11 +92,23 @@ def _parsed_once() -> Iterator[None]:
     own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
     try:
         for name, function in own.items():
-            setattr(gguf, name, cache(function))
+            setattr(gguf, name, cache(_within_file(function) if name == "GGUFReader" else function))
         yield
     finally:
         for name, function in own.items():
             setattr(gguf, name, function)
+
+
+def _within_file(reader: Any) -> Any:
+    """Return a GGUFReader that reads nothing beyond the end of its file, where it would find empty arrays for ever."""
+
+    class Reader(reader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.nbytes:
+                raise ValueError("it ends before what it claims to hold")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    return Reader
 
 
 def _tensors(file: Path) -> int:

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.errors import RLHFError, UserError
+from rlhf.files import read_json
 
 MODEL = "give a model folder, a run folder or a hub id"
 
@@ -87,6 +89,23 @@ def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], 
             f"{name}: its weights hold layers that config.json does not ask for, such as {more[0]}; put back the "
             "config.json that belongs to them"
         )
+
+
+def check_index(source: str) -> None:
+    """Refuse a model folder whose index of weights names files outside it, which transformers would read.
+
+    Args:
+        source: A folder; anything else (a hub id) passes.
+
+    Raises:
+        UserError: One line that names the file.
+    """
+    for file in sorted(Path(source).glob("*.index.json")):
+        content, _ = read_json(file)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        for name in names.values() if isinstance(names, dict) else ():
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{file}: names {name}, which is not inside the model's folder; get the model again")
 
 
 def _kind(key: str, model: PreTrainedModel) -> str:

@@ -194,10 +194,12 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
                 markersize=5.5,
                 label=name,
             )
-            for group, at in zip(shown, x, strict=True):
-                if len(group.members) > 1:  # the single runs behind the mean
-                    single = group.values(metric)
-                    axes.plot([at] * len(single), single, ".", color=COLOURS[i % len(COLOURS)], alpha=0.35, ms=4)
+            # The single runs behind the means.
+            several = [(at, group.values(metric)) for at, group in zip(x, shown, strict=True) if len(group.members) > 1]
+            places = [at for at, values in several for _ in values]
+            single = [value for _, values in several for value in values]
+            if single:
+                axes.plot(places, single, ".", color=COLOURS[i % len(COLOURS)], alpha=0.35, ms=4)
         if numeric:
             scale_of(axes, [float(v) for v in values])  # type: ignore[arg-type]
         if numeric and len(values) <= 8 or not numeric:

@@ -1,5 +1,6 @@
 """Names of adapted layers are checked against the model before anything runs, in a pipeline before its first step."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_what_can_be_adapted_is_planned(composed: Callable[..., DictConfig]) -> 
 def test_a_wrong_name_is_refused_by_then(composed: Callable[..., DictConfig]) -> None:
     (line,) = refused(composed, "stage=sft", "model.path=tied", "adapter=lora", "adapter.modules=[q_prj]")
     assert line.startswith("adapter.modules=q_prj: the model has no such linear layer (did you mean q_proj?)")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("adapter.rank", ["stage=sft", "adapter=lora", "model.path=tied"]),
+        ("align.adapter.rank", ["pipeline=instructgpt", "+adapter@align.adapter=lora"]),
+    ],
+)
+def test_a_rank_beyond_the_layers_is_refused(composed: Callable[..., DictConfig], key: str, words: list[str]) -> None:
+    (line,) = refused(composed, *words, f"{key}=1000000")
+    said = rf"{key}=1000000: no update of .* has a rank above \d+, its hidden size; type {key}=16"
+    assert re.fullmatch(said, line), line
 
 
 def test_a_gguf_file_that_was_read_before(composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ def typed(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
         (f"{TINY} seed=0,1 hydra.launcher.timeout_s=0 -m", ["hydra.launcher.timeout_s=0"]),
         (f"{TINY} seed=0,1 -m --cfg all", ["--cfg all: a sweep shows the configs of its jobs; type --cfg job"]),
         (f"{TINY} stage.epochs=0 --dry-run", ["stage.epochs=0: should be greater than 0"]),
+        (f"{TINY} --cfg job --package nosuch", ["package 'nosuch' not found in config"]),
+        (f"{TINY} --cfg job --package=nosuch", ["package 'nosuch' not found in config"]),
+        (f"{TINY} seed=0 -m --cfg job -p nosuch", ["--package nosuch: not in the config"]),
     ],
 )
 def test_a_sweep_with_a_mistake_starts_no_job(typed, line: str, said: list[str]) -> None:

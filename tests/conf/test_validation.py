@@ -93,6 +93,8 @@ def config(stage: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]
         ({"betta": 1}, "objective.betta: unknown option (did you mean objective.beta?)"),
         ({"beta": -1}, "objective.beta=-1: should be greater than 0"),
         ({"beta": 1e300}, "objective.beta=1e+300: is too large for a float32; type a smaller number"),
+        ({"beta": 1e-320}, "objective.beta=1e-320: is too small for a float32; type 0 or a larger number"),
+        ({"beta": 1e-37}, None),
         ({"beta": None}, "objective.beta=null: should be a valid number"),
         ({"beta": "0.1"}, "objective.beta=0.1: should be of type float, not str"),
         ({"kind": "sigmod"}, "objective.kind=sigmod: should be 'sigmoid' or 'hinge'"),

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,28 @@ def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, m
     path.write_bytes(changed[damage])
     refusal(lambda: spec(path, tokenizer=str(folder)).load(NoAdapter(), FP32), f"model.path={path}: ")
     assert not list((tmp_path / "cache").rglob("config.json")), "nothing half-read is kept for the next time"
+
+
+def test_a_gguf_that_claims_more_than_it_holds_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader would take 2^50 empty values from beyond the end of the file."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    one_array = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QcIIQ", 1, b"a", 9, 0, 2**50)
+    (tmp_path / "m.gguf").write_bytes(one_array + bytes(64))
+    refusal(lambda: spec(tmp_path / "m.gguf").load(NoAdapter(), FP32), "(it ends before what it claims to hold)")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", 5, "sub/../../other.safetensors"])
+def test_an_index_that_names_weights_outside_its_folder_is_refused(name: object, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "other.safetensors")
+    names = load_file(tmp_path / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    refusal(
+        lambda: spec(tmp_path / "model").load(NoAdapter(), FP32),
+        f"model.safetensors.index.json: names {name}, which is not inside the model's folder; get the model again",
+    )
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", b"[" * 9999, b"5"])

@@ -22,7 +22,7 @@ from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation import load_policy
-from rlhf.models import gguf_source, lineage
+from rlhf.models import gguf, gguf_source, lineage
 from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
@@ -45,7 +45,8 @@ def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch, token
     assert "import rlhf" not in code and "from rlhf" not in code
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {}
-    exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
+    with gguf._parsed_once():  # or transformers parses the file for configuration, weights and tokenizer each
+        exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
     return names
 
 
