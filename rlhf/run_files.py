@@ -139,13 +139,13 @@ EVALUATIONS: dict[str, Check] = {
 }
 
 
-_once = Once("run_files")
-each_read_once = _once.open  # for lists and reports
+once = Once("run_files")
+each_read_once = once.open  # for lists and reports
 
 
 def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     """Return the good fields of a JSON file, and one line for whatever is not; a file that is missing is just empty."""
-    content, problems = _once.get(path, lambda: _read(path, fields))
+    content, problems = once.get(path, lambda: _read(path, fields))
     return dict(content), list(problems)
 
 

@@ -88,8 +88,8 @@ def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
             axes.errorbar(
                 [g.mean(x) for g in points],
                 [g.mean(metric) for g in points],
-                xerr=[_bar(g.error(x)) for g in points],
-                yerr=[_bar(g.error(metric)) for g in points],
+                xerr=[plots.bar(g.error(x)) for g in points],
+                yerr=[plots.bar(g.error(metric)) for g in points],
                 fmt="o-",
                 color=colour,
                 capsize=3,
@@ -165,10 +165,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len([name for name in names if name]) > 1:
         plots.legend(figure, handles, names)
-
-
-def _bar(error: float) -> float:
-    return 0.0 if math.isnan(error) else error
 
 
 def _number(value: object) -> float:

@@ -9,6 +9,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from rlhf import run_files
 from rlhf.errors import UserError
 from rlhf.links import first_out, leads_out
 from rlhf.metrics_file import read_series
@@ -86,10 +87,10 @@ class Member:
 
         A path into a run says only of which stage that is: what the runs differ in is there under their own names.
         """
-        knobs = {"stage": self.run.stage} | dict(flatten(self.run.plain_config))
+        knobs = {"stage": self.run.stage} | _knobs(self.run)
         for name, run in self.ancestors.items():
-            knobs.update({f"{name}: {key}": value for key, value in flatten(run.plain_config)})
-        return {key: _stage_of(value) for key, value in knobs.items()} | {"stage": self.run.stage}
+            knobs.update({f"{name}: {key}": value for key, value in _knobs(run).items()})
+        return knobs | {"stage": self.run.stage}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -206,6 +207,12 @@ def parents(run: Run) -> list[tuple[str, Run]]:
                     found.append((str(role), Run(folder)))
                     break
     return found
+
+
+def _knobs(run: Run) -> dict[str, Value]:
+    """Return the config of one run, flat; runs of a sweep share their ancestors."""
+    make = lambda: {key: _stage_of(value) for key, value in flatten(run.plain_config)}  # noqa: E731
+    return run_files.once.get(("knobs", str(run.folder)), make)
 
 
 def _stage_of(value: Value) -> Value:

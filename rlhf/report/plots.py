@@ -187,7 +187,7 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
             axes.errorbar(
                 x,
                 [group.mean(metric) for group in shown],
-                yerr=[0.0 if math.isnan(e := group.error(metric)) else e for group in shown],
+                yerr=[bar(group.error(metric)) for group in shown],
                 fmt="o-" if numeric else "o",
                 color=COLOURS[i % len(COLOURS)],
                 capsize=3,
@@ -218,6 +218,11 @@ def against_knob(comparison: Comparison, x_key: str, metrics: Sequence[str]) -> 
     return figure
 
 
+def bar(error: float) -> float:
+    """Return the length of an error bar: none where the error is not known."""
+    return 0.0 if math.isnan(error) else error
+
+
 def _follows(comparison: Comparison, key: str, from_key: str) -> bool:
     """Whether all groups with the same value of one knob have the same value of another."""
     found: dict[Value, set[Value]] = {}
@@ -242,19 +247,11 @@ def frontier(comparison: Comparison, reward: str, kl: str) -> str:
             series = group.counted[0].series
             if reward in series and kl in series and (way := way_there(series[reward], series[kl])) is not None:
                 axes.plot(*way, color=colours[group.label], alpha=0.35, linewidth=1.1)
-        for group in shown:
-            axes.errorbar(
-                [group.mean(kl)],
-                [group.mean(reward)],
-                xerr=None if math.isnan(e := group.error(kl)) else [e],
-                yerr=None if math.isnan(e := group.error(reward)) else [e],
-                fmt="o",
-                color=colours[group.label],
-                capsize=3,
-                markersize=7,
-                label=group.label,
-                zorder=3,
-            )
+        x, y = [group.mean(kl) for group in shown], [group.mean(reward) for group in shown]
+        own = [colours[group.label] for group in shown]
+        xerr, yerr = ([bar(group.error(name)) for group in shown] for name in (kl, reward))
+        axes.errorbar(x, y, yerr, xerr, fmt="none", ecolor=own, zorder=3)
+        axes.scatter(x, y, s=49, color=own, zorder=3)
         axes.set(title=f"{reward} against {kl}, at the end of training", xlabel=label(kl), ylabel=label(reward))
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         _legend(figure, comparison, colours)
@@ -320,11 +317,12 @@ def _group_curve(axes: Axes, group: Group, metric: str, colour: str) -> None:
         over_seeds = estimate(values)
         means.append(over_seeds.mean)
         errors.append(over_seeds.se)
+    low, high = [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)]
     if points or len(steps) == 1:
-        axes.errorbar(steps, means, errors, fmt="o-", color=colour, markersize=3.5, capsize=2, label=group.label)
+        axes.plot(steps, means, "o-", color=colour, markersize=3.5, label=group.label)
+        axes.vlines(steps, low, high, color=colour)  # errorbar takes five times as long
         return
     axes.plot(steps, means, color=colour, label=group.label)
-    low, high = [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
