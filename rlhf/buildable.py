@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rlhf.config import Plain
 from rlhf.errors import UserError, first_line
 from rlhf.model_config import file_of, written
+from rlhf.models import lineage
 
 # The largest published models have a quarter of this or less; more is a typo, or a file made to exhaust the machine.
 # Keys of config.json that a decoder of one layer is built without.
@@ -56,6 +57,8 @@ def _check_model(model: Any) -> None:
 
 def _check_folder(name: str, path: Any) -> None:
     file, shape = file_of(path, "config.json"), written(path)
+    if (adapter := file_of(path, "adapter_config.json")) is not None:
+        lineage.stored_config(adapter.parent)
     if file is None:  # of the hub, or of a run that is yet to be made
         return
     if shape is None:

@@ -47,6 +47,16 @@ def test_an_architecture_that_cannot_be_built(changed: dict, said: str) -> None:
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ['{"peft_type": "LORA", "base', "[1]", '{"base_model_name_or_path": 5}'])
+@pytest.mark.parametrize("place", ["m", "m/model"])
+def test_a_damaged_adapter_is_named(content: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(place).mkdir(parents=True)
+    Path(place, "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=f"^{place}/adapter_config.json: "):
+        planned(path="m")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
