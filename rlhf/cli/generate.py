@@ -83,6 +83,10 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
     if args.max_new_tokens is None:
         print(f"at most {longest} tokens a reply (context {policy.context_length}; --max-new-tokens sets it)")
     sampler = SeededSampler(longest, args.temperature, args.top_k, args.top_p, args.samples, args.batch_size)
+    if done % sampler.prompts_at_once:
+        # The rest of a batch would be padded otherwise, which changes the last digits of its log-probabilities.
+        done -= done % sampler.prompts_at_once
+        file.keep(done)
     with Meter("generate", len(prompts), "prompt", start=done) as meter:
         for rollout in in_batches(policy, prompts, sampler, args.seed, done):
             file.add(rollout, done)

@@ -23,6 +23,11 @@ class SeededSampler(Sampler):
         self._first = first
         return self.sample(policy, list(prompts), seed)
 
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts of a batch."""
+        return max(1, self.batch_size // self.samples)
+
     def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
         numbers = range(self._first, self._first + rows // self.samples)
         return torch.cat([self._of_prompt(number, columns, seed) for number in numbers])
@@ -36,8 +41,12 @@ class SeededSampler(Sampler):
 def in_batches(
     policy: LanguageModel, prompts: Sequence[Prompt], sampler: SeededSampler, seed: int, start: int = 0
 ) -> Iterator[Rollout]:
-    """Rollouts of as many prompts as the sampler takes at a time, from prompt number ``start`` on."""
-    size = max(1, sampler.batch_size // sampler.samples)
+    """Rollouts of as many prompts as the sampler takes at a time, from prompt number ``start`` on.
+
+    The tokens do not depend on ``start``. The last digits of log-probabilities do, because of padding, unless a batch
+    begins at ``start``.
+    """
+    size = sampler.prompts_at_once
     for first in range(start, len(prompts), size):
         yield sampler.sample_some(policy, prompts[first : first + size], first, seed)
 

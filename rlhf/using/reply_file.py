@@ -73,9 +73,16 @@ class ReplyFile:
         done = whole // self.samples
         if whole < len(lines):
             print(f"{self.path}: line {whole + 1} cannot be read; replies from prompt {done + 1} on are written again")
-        with self.path.open("r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines[: done * self.samples]))
+        self._cut(lines[: done * self.samples])
         return done
+
+    def keep(self, prompts: int) -> None:
+        """Keep the replies to the first ``prompts`` prompts; those that follow are sampled again."""
+        self._cut(self.path.read_bytes().split(b"\n")[: prompts * self.samples])
+
+    def _cut(self, lines: list[bytes]) -> None:
+        with self.path.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
 
     def _is_row(self, line: bytes, number: int) -> bool:
         """Whether a line is the row that belongs there."""
