@@ -20,6 +20,7 @@ from zlib import crc32
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import HalfPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +34,7 @@ from rlhf.data.template import encode_prompt
 from rlhf.distributed import add_up, average_gradients
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.reduction import weighted_mean
+from rlhf.half_weights import HalfWeights
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, check_gradients
@@ -313,6 +315,9 @@ class Stage(pl.LightningModule):
             # pass, of which processes may have different numbers, and ask that each pass reach every parameter.
             self.trainer.strategy.model = self
             self._averages = True
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision):
+            self.trainer.strategy.precision_plugin = HalfWeights(plugin.precision)
         if not self._prepared:
             self._prepared = True
             with self.trainer.precision_plugin.forward_context():

@@ -26,5 +26,5 @@ def sharded(strategy: str) -> str:
     """Return what is wrong with a strategy that cuts weights, gradients or optimizer states up over processes."""
     return (
         f"trainer.strategy={strategy}: weights that are cut up over processes cannot be trained yet (the norm of the "
-        "gradient would be each process's own); type trainer=ddp"
+        "gradient would be each process's own), and a stage knows ddp and single devices alone; type trainer=ddp"
     )

@@ -9,6 +9,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import FSDPStrategy
 
 from rlhf.errors import RunFailed, UserError
+from rlhf.half_weights import HalfWeights
 from rlhf.metrics_file import read_rows
 from rlhf.objective import CrossEntropy
 from rlhf.rollout import Sampler
@@ -18,7 +19,7 @@ from rlhf_sft.stage import SFTStage
 
 from .conftest import adamw, constant, data, fit, weights
 from .knobs import Idle
-from .test_ppo import varied
+from .test_ppo import varied, watched
 
 
 def fp16(scale: float, backoff: float = 0.5) -> MixedPrecision:
@@ -124,6 +125,40 @@ def test_weights_of_16_bits_that_a_learning_rate_cannot_move_are_refused(lr, mov
         with pytest.raises(UserError, match=r"precision=bf16_true with optimizer.lr=1e-05: .*type precision=bf16 "):
             fit(stage, tmp_path, precision="bf16-true", limit_val_batches=0)
         fit(sft(load, adamw), tmp_path / "mixed", precision="bf16-mixed", limit_train_batches=1, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_with_weights_of_16_bits_only_the_weights_are(lora, load, tmp_path):
+    """Uniform numbers, log-probabilities, advantages and weights of examples are those of fp32."""
+    drawn = []
+
+    class Drawing(Sampler):
+        def _noise(self, rows: int, columns: int, seed: int) -> torch.Tensor:
+            drawn.append(super()._noise(rows, columns, seed))
+            return drawn[-1]
+
+    for precision in ("32-true", "bf16-true"):
+        stage = watched(load, sampler=Drawing(10), lora=lora, steps=1)
+        before = weights(stage)
+        metrics = fit(stage, tmp_path / precision, precision=precision, limit_val_batches=0)
+        assert moved(stage, before) > 0
+        ((rollout, scores, experience),) = stage.seen
+        found = (rollout.logp, scores, experience.advantages, experience.returns)
+        assert {values.dtype for values in found} == {torch.float32}
+        assert metrics["learning_rate"] == pytest.approx(1e-3, rel=1e-6)
+    assert {p.dtype for p in stage.policy.parameters()} == {torch.bfloat16}
+    first, second = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_weights_of_examples_are_not_rounded_to_16_bits(load, tmp_path):
+    """Each of three pairs of a prompt weighs 1/3, which 16 bits make 0.33398."""
+    plugin = HalfWeights("bf16-true")
+    batch = {"weight": torch.full((3,), 1 / 3)}
+    assert plugin.convert_input(batch)["weight"] is batch["weight"]
+    with plugin.forward_context():
+        assert torch.zeros(1).dtype == torch.float32
+    assert plugin.convert_module(torch.nn.Linear(2, 2)).weight.dtype == torch.bfloat16
 
 
 def test_a_strategy_that_cuts_weights_up_is_refused_however_it_was_made(load):
