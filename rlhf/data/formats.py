@@ -100,11 +100,23 @@ def _per_response(raw: Raw, field: str, order: Sequence[int]) -> tuple[bool, ...
     return tuple(marks[index] for index in order)
 
 
+def _numbers(raw: Raw, field: str) -> list[float] | None:
+    """Return a field that has a number for each response; None where there is none."""
+    values = raw.get(field)
+    if values is None:
+        return None
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"{field}: expected a number for each response, got {values!r}") from None
+
+
 def _pair_scores(raw: Raw) -> tuple[float, ...] | None:
     for better, worse in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
         if raw.get(better) is not None and raw.get(worse) is not None:
             return (float(raw[better]), float(raw[worse]))
-    return None if raw.get("scores") is None else tuple(float(score) for score in raw["scores"])
+    scores = _numbers(raw, "scores")
+    return None if scores is None else tuple(scores)
 
 
 def text(raw: Raw) -> Text:
@@ -233,10 +245,10 @@ def ranking(raw: Raw) -> Comparison:
     responses = raw.get("responses") or []
     if not isinstance(responses, list | tuple) or not all(isinstance(response, str) for response in responses):
         raise ValueError("responses: expected strings")
-    scores = raw.get("scores")
+    scores = _numbers(raw, "scores")
     order = list(range(len(responses)))
     grades = tuple(raw.get("grades") or ())
-    ranks = raw.get("ranks")
+    ranks = _numbers(raw, "ranks")
     if ranks is not None:
         if len(ranks) != len(responses):
             raise ValueError(f"ranks: {len(ranks)} for {len(responses)} responses")
@@ -250,7 +262,7 @@ def ranking(raw: Raw) -> Comparison:
         prompt=with_system(raw, asked(raw.get("prompt"))),
         responses=tuple(responses[i] for i in order),
         grades=grades,
-        scores=None if scores is None else tuple(float(scores[i]) for i in order),
+        scores=None if scores is None else tuple(scores[i] for i in order),
         tags=_tags(raw),
         unsafe=_per_response(raw, "unsafe", order),
         ended=_per_response(raw, "ended", order),

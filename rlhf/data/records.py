@@ -13,6 +13,9 @@ TIE = "tie"
 
 ROLES = ("system", "user", "assistant", "tool")
 
+LARGEST_SCORE = 1e30
+"""Largest absolute score; differences of larger ones are infinite in float32, which objectives compute in."""
+
 Json = dict[str, Any]
 RecordName = Literal["text", "demonstration", "comparison", "prompt", "label"]
 
@@ -138,6 +141,8 @@ class Comparison:
             raise ValueError(f"{k} responses, but {len(self.scores)} scores")
         if not all(math.isfinite(score) for score in self.scores or ()):
             raise ValueError(f"scores: {list(self.scores or ())} are not all finite numbers")
+        if not all(abs(score) <= LARGEST_SCORE for score in self.scores or ()):
+            raise ValueError(f"scores: {list(self.scores or ())} are not all within {LARGEST_SCORE:g} of 0")
         if self.unsafe is not None and len(self.unsafe) != k:
             raise ValueError(f"{k} responses, but {len(self.unsafe)} marks in unsafe")
         if self.ended is not None and len(self.ended) != k:

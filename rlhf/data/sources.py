@@ -53,6 +53,11 @@ def find_files(source: str, record: str) -> list[Path]:
             raise UserError(
                 f"data.source={source}: this run left no {own.name}; give a run of stage=collect, or a file"
             )
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            raise UserError(
+                f"data.source={source}: a folder that datasets' save_to_disk wrote, which is not read; write the rows "
+                "with Dataset.to_parquet('rows.parquet') and type data.source=rows.parquet"
+            )
         found = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
         if not found:
             raise UserError(f"data.source={source}: no {own.name} and no other data file in this folder")

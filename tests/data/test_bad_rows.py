@@ -3,6 +3,7 @@
 import json
 import math
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -125,6 +126,13 @@ def pair(**fields):
             {"prompt": "Q", "responses": ["a", "b"], "ranks": [1.0, math.nan]},
             "ranks[1]: nan is not a finite number",
         ),
+        ("comparison", pair(scores=[1e39, 1.0]), "scores: [1e+39, 1.0] are not all within 1e+30 of 0"),
+        ("comparison", pair(scores=["a", "b"]), "scores: expected a number for each response, got ['a', 'b']"),
+        (
+            "comparison",
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": ["first", "second"]},
+            "ranks: expected a number for each response, got ['first', 'second']",
+        ),
         ("label", {"prompt": "Q", "response": "a", "label": math.nan}, "label: nan is not a finite number"),
         ("prompt", {"prompt": "Q", "reference": math.inf}, "reference: inf is not a finite number"),
         ("text", {"text": "a", "score": math.nan}, "score: nan is not a finite number"),
@@ -148,6 +156,20 @@ def test_numbers_that_are_none_make_a_row_unusable(tmp_path, record, row, reason
     with pytest.raises(UserError, match="1 of 1 rows are unusable") as found:
         load(path, record)
     assert f"first: a.{kind}, row 1: {reason}" in str(found.value)
+
+
+def test_ranks_that_are_text_are_read_as_numbers(tmp_path):
+    """By their letters "10" comes before "9"."""
+    row = {"prompt": "Q", "responses": ["ten", "nine", "one"], "ranks": ["10", "9", "1"]}
+    (comparison,) = load(lines(tmp_path / "a.jsonl", [row]), "comparison").train
+    assert comparison.responses == ("one", "nine", "ten")
+
+
+def test_a_folder_of_save_to_disk_is_named(tmp_path):
+    """Its descriptions end in .json; they hold no rows."""
+    datasets.Dataset.from_list([pair(), pair()]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"saved: a folder that datasets' save_to_disk wrote.*to_parquet"):
+        load(tmp_path / "saved", "comparison")
 
 
 def test_a_number_too_large_for_a_float_is_infinite(tmp_path):
