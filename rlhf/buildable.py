@@ -10,25 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.config import Plain
 from rlhf.errors import UserError, first_line
-from rlhf.model_config import file_of, written
+from rlhf.model_config import check_file_limits, check_limits, file_of, written
 from rlhf.models import lineage
 
-# The largest published models have a quarter of this or less; more is a typo, or a file made to exhaust the machine.
 # Keys of config.json that a decoder of one layer is built without.
 _NOT_ITS_SHAPE = ("architectures", "bos_token_id", "eos_token_id", "layer_types", "pad_token_id", "quantization_config")
 SMALL = 2048  # hidden size up to which one layer is built with weights; above it, without
-LIMITS = {
-    "num_hidden_layers": 1024,
-    "n_layer": 1024,
-    "hidden_size": 2**18,
-    "intermediate_size": 2**20,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "max_position_embeddings": 2**27,
-    "vocab_size": 2**23,
-}
 
 
 def check(step: Any, earlier: Any = ()) -> None:
@@ -46,7 +34,7 @@ def _check_model(model: Any) -> None:
         return
     own = model.get("architecture")
     if model.get("path") is None and isinstance(own, dict):
-        _check_limits(own, "model.architecture.")
+        check_limits(own, "model.architecture.")
         # The tokenizer is trained on the data and may come out smaller than asked for; any size shows a misfit.
         problem = _problem(json.dumps(own, sort_keys=True, default=str), run=True)
         if problem:
@@ -63,21 +51,11 @@ def _check_folder(name: str, path: Any) -> None:
         return
     if shape is None:
         raise UserError(f"{name}: {file} is no JSON object; get the model again")
-    _check_limits(shape, f"{name}: config.json has ")
-    text = shape.get("text_config")
-    if isinstance(text, dict):
-        _check_limits(text, f"{name}: config.json has text_config.")
-    elif "auto_map" not in shape and "model_type" in shape:
+    check_file_limits(shape, name)
+    if not isinstance(shape.get("text_config"), dict) and "auto_map" not in shape and "model_type" in shape:
         problem = _problem(json.dumps(shape, sort_keys=True), run=False)
         if problem:
             raise UserError(f"{name}: transformers cannot build what config.json says ({problem}); get the model again")
-
-
-def _check_limits(shape: Plain, name: str) -> None:
-    for key, most in LIMITS.items():
-        value = shape.get(key)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise UserError(f"{name}{key}={value}: should be a whole number from 1 to {most}")
 
 
 @cache

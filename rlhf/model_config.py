@@ -4,8 +4,37 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import run_files
+from rlhf.config import Plain
 from rlhf.errors import UserError
 from rlhf.files import read_json
+
+# The largest published models have a quarter of this or less; more is a typo, or a file made to exhaust the machine.
+LIMITS = {
+    "num_hidden_layers": 1024,
+    "n_layer": 1024,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "max_position_embeddings": 2**27,
+    "vocab_size": 2**23,
+}
+
+
+def check_limits(shape: Plain, name: str) -> None:
+    """Raise UserError for sizes that no model has; ``name`` comes before the key in the message."""
+    for key, most in LIMITS.items():
+        value = shape.get(key)
+        for one in value if isinstance(value, list) else () if value is None else (value,):  # a list: one a layer
+            if type(one) is not int or not 1 <= one <= most:
+                raise UserError(f"{name}{key}={one}: should be a whole number from 1 to {most}")
+
+
+def check_file_limits(shape: Plain, name: str) -> None:
+    """Raise UserError for sizes in a config.json that no model has; ``name`` is the model's in the message."""
+    check_limits(shape, f"{name}: config.json has ")
+    if isinstance(shape.get("text_config"), dict):
+        check_limits(shape["text_config"], f"{name}: config.json has text_config.")
 
 
 def file_of(path: object, name: str) -> Path | None:

@@ -1,18 +1,26 @@
-"""Time limit for code that a stranger's file brings, such as a chat template."""
+"""Limits of time and memory for code that a stranger's file brings, such as a chat template."""
 
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from rlhf.errors import UserError
 
 
 @contextmanager
-def time_limit(seconds: float, problem: str) -> Iterator[None]:
-    """Context manager: raise UserError with ``problem`` if the block takes longer than this many seconds of CPU time.
+def time_limit(seconds: float, problem: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Context manager: raise an error if the block takes longer than this many seconds of CPU time.
+
+    Args:
+        seconds: Of CPU time.
+        problem: The error's message.
+        kind: The error's class.
 
     Of the clock on the wall it would depend on what else the machine does, and so would a score that it bounds. It uses
     SIGPROF, so it works in the main thread alone and does nothing in others. A timer that is running already goes on
@@ -24,7 +32,7 @@ def time_limit(seconds: float, problem: str) -> Iterator[None]:
         return
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise UserError(problem)
+        raise kind(problem)
 
     before = signal.signal(signal.SIGPROF, late)
     started = time.process_time()
@@ -35,3 +43,22 @@ def time_limit(seconds: float, problem: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         signal.setitimer(signal.ITIMER_PROF, max(outer - (time.process_time() - started), 1e-3) if outer else 0)
+
+
+@contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Context manager: MemoryError where the process would take this many bytes more than it has.
+
+    It limits the address space of the process: on Linux, and in the main thread alone; elsewhere it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or not sys.platform.startswith("linux"):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    lower = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([taken + size, *lower]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.control_tokens import ControlTokens
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.errors import UserError, first_line
-from rlhf.time_limit import time_limit
+from rlhf.time_limit import memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -107,8 +106,15 @@ class EncodedLabel:
         return len(self.prompt) + len(self.response)
 
 
-RENDER_SECONDS = 20.0  # for one dialogue, which takes milliseconds
+RENDER_SECONDS = 5.0  # for one dialogue, which takes milliseconds
+RENDER_BYTES = 2**30  # for one dialogue, which takes kilobytes
+RENDER_CHARACTERS = 1_000_000  # of one dialogue beside what its turns say
 _ENDLESS = f"the chat template takes longer than {RENDER_SECONDS:g} s for one dialogue; type model.chat_template=chatml"
+_TOO_LARGE = "the chat template makes a text without end of one dialogue; type model.chat_template=chatml"
+
+
+class Unbounded(UserError):
+    """A chat template that takes more time, memory or text than any dialogue needs."""
 
 
 class Refused(UserError):
@@ -152,10 +158,16 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], generation_prom
         raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        with time_limit(RENDER_SECONDS, _ENDLESS):
+        with time_limit(RENDER_SECONDS, _ENDLESS, Unbounded):
             # A list of dialogues, because transformers refuses a single one without turns; templates often write it.
             found = tokenizer.apply_chat_template([turns], tokenize=False, add_generation_prompt=generation_prompt)
-        return str(found[0])
+        text = str(found[0])
+        # A template may write what is said several times, as plain text and as JSON for example.
+        if len(text) > RENDER_CHARACTERS + 100 * sum(len(message.content) for message in messages):
+            raise Unbounded(_TOO_LARGE)
+        return text
+    except MemoryError:
+        raise Unbounded(_TOO_LARGE) from None
     except jinja2.TemplateSyntaxError as error:
         raise _no_jinja(error) from None
     except _RAISED as error:
@@ -181,8 +193,14 @@ def _control_tokens(
     if chat_template:
         turns = [Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
         for dialogue in (turns[:1], turns, [Message("system", "a"), *turns]):
-            with suppress(UserError):  # said where the template is used
-                written += _rendered(tokenizer, dialogue, generation_prompt=True)
+            # The first use of a template: its memory is limited here and not for every row, which would cost time.
+            try:
+                with memory_limit(RENDER_BYTES):
+                    written += _rendered(tokenizer, dialogue, generation_prompt=True)
+            except Unbounded:
+                raise
+            except UserError:  # said where the template is used
+                pass
     return ControlTokens(tokenizer, written)
 
 

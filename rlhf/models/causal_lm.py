@@ -30,6 +30,7 @@ from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.data.template import check_syntax, control_tokens, end_of_turn_id
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
+from rlhf.model_config import check_file_limits, written
 from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
@@ -129,7 +130,13 @@ class CausalLM:
     def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
         """The model's configuration; for random weights with the tokenizer's vocabulary if one is given."""
         if self.path is not None:
-            return self._found(AutoConfig.from_pretrained, self._base_path())
+            base = self._base_path()
+            shape = written(base)
+            if shape is not None:  # before lists as long as the number of layers are made
+                check_file_limits(shape, f"model.path={self.path}")
+            found = self._found(AutoConfig.from_pretrained, base)
+            check_file_limits(found.to_dict(), f"model.path={self.path}")
+            return found
         if self.architecture is None:
             raise UserError("model.path: no weights given; type model.path=FOLDER_OR_HUB_ID or inputs.policy=RUN")
         arguments = _plain(self.architecture)

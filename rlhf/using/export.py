@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf import links, runs
 from rlhf.errors import UserError
-from rlhf.model_config import score_scale, written
+from rlhf.model_config import check_file_limits, score_scale, written
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
 from rlhf.models.lineage import stored_base, stored_config
@@ -191,6 +191,7 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     numbers = score_scale(source) or {"scale": 1.0, "bias": 0.0}
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
     kind: Any = AutoModelForSequenceClassification
+    check_file_limits(written(source) or {}, str(source))
     with readable(str(source)):
         try:
             model, report = kind.from_pretrained(

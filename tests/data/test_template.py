@@ -1,4 +1,5 @@
 import copy
+import resource
 
 import pytest
 
@@ -121,3 +122,33 @@ def test_responses_of_a_comparison_are_never_cut(tokenizer):
 def test_any_string_can_be_encoded(tokenizer):
     for text in ("naïve 中文 🙂", " leading", "tab\tnew\nline", "Mia"):
         assert tokenizer.decode(encode_response(tokenizer, text)[:-1]) == text
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ 'x' * 9999999999 }}",
+        "{{ '%9999999999d' % messages|length }}",
+        "{{ messages[0]['content'].center(9999999999) }}",
+        "{{ (messages * 9999999999)|length }}",
+        "{{ ' ' * 2000000 }}",
+    ],
+)
+def test_a_template_without_end_is_refused_at_its_first_use(tokenizer, monkeypatch, endless):
+    """Not once for every dialogue that is tried to learn the template's own tokens."""
+    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
+    before, used = resource.getrlimit(resource.RLIMIT_AS), []
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = endless
+    render = own.apply_chat_template
+    own.apply_chat_template = lambda *args, **options: used.append(args) or render(*args, **options)
+    with pytest.raises(template.Unbounded, match="type model.chat_template=chatml"):
+        encode_prompt(own, DIALOGUE[:2])
+    assert len(used) == 1 and resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_long_dialogue_has_no_end_too_early(tokenizer):
+    words = "word " * 300_000
+    assert template.render(tokenizer, [Message("user", words)]).count("word") == 300_000

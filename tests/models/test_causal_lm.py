@@ -1,5 +1,6 @@
 """Where models come from, and how large the named ones are."""
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from rlhf import hub
 from rlhf.config import register_resolvers
 from rlhf.errors import UserError
 from rlhf.inspection.shapes import Weightless, without_weights
+from rlhf.model_config import check_file_limits
 from rlhf.models import causal_lm
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
@@ -256,3 +258,24 @@ def test_options_compose_with_and_without_a_policy(name: str, monkeypatch: pytes
         assert alone.path is None
     if name == "llama2_70b":
         assert alone.parameters() == pytest.approx(69e9, rel=0.001)  # on the meta device: no memory
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_hidden_layers": 10**6},
+        {"num_hidden_layers": 10**12},  # a list of so many layer types does not fit into memory
+        {"hidden_size": 10**9},
+        {"text_config": {"num_hidden_layers": 10**6}},
+        {"intermediate_size": [64, 10**9]},
+    ],
+)
+def test_a_config_of_sizes_that_no_model_has_is_refused_wherever_it_is_read(tmp_path: Path, shape: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    spec = CausalLM(path=str(tmp_path), architecture=None, vocab_size=None)
+    with pytest.raises(UserError, match="should be a whole number from 1 to"):
+        spec.config()
+
+
+def test_sizes_of_a_layer_each_are_no_mistake(tmp_path: Path) -> None:
+    check_file_limits({"model_type": "gemma3n_text", "intermediate_size": [8192, 16384]}, "m")
