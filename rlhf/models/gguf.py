@@ -92,7 +92,7 @@ def _parsed_once() -> Iterator[None]:
     own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
     try:
         for name, function in own.items():
-            setattr(gguf, name, cache(_within_file(function) if name == "GGUFReader" else function))
+            setattr(gguf, name, cache(_within_file(function) if isinstance(function, type) else function))
         yield
     finally:
         for name, function in own.items():
