@@ -140,6 +140,10 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
     path = Path(reference)
     if is_run(path):
         return [Run(path)]
+    if (link := first_out(path, path)) is not None and (path / "status.json").is_file():
+        raise UserError(
+            f"{reference}: {link.name} is a link to {link.resolve()}, outside of the run; put the file in its place"
+        )
     if path.is_dir():
         # A sweep links to the runs of its jobs, which lie in the outputs folder that it lies in.
         roots = [outputs, path, *([path.resolve().parents[1]] if path.resolve().parent.name == "sweeps" else [])]

@@ -167,5 +167,5 @@ def test_links_out_of_a_run_or_of_its_outputs_are_not_followed(tmp_path):
         (sweep / name).mkdir(parents=True)
         (sweep / name / "run").symlink_to(target)
     assert [run.folder.resolve() for run in find_runs(sweep, tmp_path / "elsewhere")] == [good.resolve()]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="config.yaml is a link to .*secret, outside of the run"):
         find_runs(bad, outputs)
