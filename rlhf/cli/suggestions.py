@@ -146,6 +146,8 @@ def of_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> s
     root = parent._get_root() if isinstance(parent, DictConfig) else None
     if above and isinstance(root, DictConfig) and isinstance(root.get(word), DictConfig) and _of(word, value):
         return f"; it is the same for all steps: type {word}={value}"
+    if isinstance(root, DictConfig) and "stage" in parent and isinstance(root.get(word), int | float):  # of a step
+        return f"; {word} is for all steps, for this one type +{above}.{word}={value}"
     below = [f"{prefix}{path}" for path in _paths(parent)]
     for paths in (below, _paths(root) if above else []):
         same = sorted((path for path in paths if path.rpartition(".")[2] == word), key=lambda path: path.count("."))

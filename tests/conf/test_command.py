@@ -53,6 +53,10 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
             "objective.clip=1: a pipeline's steps have their own; type align.obje",
         ),
         ("pipeline=dpo objective=ipo", "objective=ipo: a pipeline's steps have their own; type objective@"),
+        (
+            "pipeline=instructgpt stage@align=dpo align.adam_eps=1e-5",
+            "align.adam_eps: unknown option; adam_eps is for all steps, for this one type +align.adam_eps=1e-5",
+        ),
         ("pipeline=dpo objective@algin.objective=ipo", "nothing to override there (did you mean objective@align.objec"),
         ("~stage", "~stage: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME"),
         ("pipeline=dpo ~steps", "~steps: leaves neither a stage nor a pipeline"),
