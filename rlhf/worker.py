@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf import console, discovery, pipeline, processes
 from rlhf.config import resolve
-from rlhf.errors import RLHFError, UserError, os_error, os_error_line
+from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error, os_error_line
 from rlhf.runs import Run, write_json
 
 
@@ -28,6 +28,8 @@ def main(folder: Path) -> int:
             line, status = str(error), error.exit_code
         elif refused is not None:
             line, status = f"{os_error_line(refused)}, then type it again", UserError.exit_code
+        elif left_alone(error):
+            line, status = f"another process ended ({first_line(error)}); it says why", RunFailed.exit_code
         else:
             raise
         if _first():  # who started it says it, with the keys of its pipeline
@@ -39,6 +41,12 @@ def main(folder: Path) -> int:
     if _first():
         write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})
     return 0
+
+
+def left_alone(error: Exception) -> bool:
+    """Return whether an error says no more than that another process is gone, which has said why."""
+    found = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/" in str(error)
+    return isinstance(error, RuntimeError) and found
 
 
 def _first() -> bool:

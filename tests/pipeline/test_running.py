@@ -1,5 +1,6 @@
 """Reuse, resume, retry, locks, and what a run leaves behind."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import checkpoint_files, pipeline, worker
-from rlhf.errors import RunFailed, UserError
+from rlhf.errors import RLHFError, RunFailed, UserError
 from rlhf.runs import Run, find
 
 Typed = Callable[..., DictConfig]
@@ -315,3 +316,43 @@ def test_what_they_say_is_said_once_and_with_its_status(typed: Typed, train, mon
     with pytest.raises(UserError, match="^sft: set sft.data.max_length=4$"):
         go(typed, "pipeline=dpo", "trainer.devices=2")
     assert Run(train.folders["sft"]).status == "failed" and not (train.folders["sft"] / ".result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "mnt/x.ckpt"), UserError, "mnt/x.ckpt: No space left on"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed"),
+            RunFailed,
+            "another process ended",
+        ),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_errors_of_one_process_are_one_line(
+    typed: Typed, train, monkeypatch, capsys, error: Exception, kind: type[RLHFError], said: str, rank: str
+) -> None:
+    """A full disk in a worker, and a worker whose peer ended: no traceback, in the first process nor in others."""
+    statuses = []
+
+    def fail(name: str, folder: Path) -> None:
+        raise error
+
+    class Child:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            self.folder = Path(command[-1])
+
+        def wait(self) -> int:
+            with monkeypatch.context() as own:
+                own.setenv("LOCAL_RANK", rank)
+                statuses.append(worker.main(self.folder))
+            return statuses[0]
+
+    train.then = fail
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=Child))
+    with pytest.raises(kind if rank == "0" else RunFailed, match=said if rank == "0" else "see above"):
+        go(typed, "stage=sft", "trainer.devices=2")
+    assert statuses == [kind.exit_code]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == (rank == "1") and all(said in line for line in lines)
