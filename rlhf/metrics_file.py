@@ -57,14 +57,10 @@ def _parse(path: Path) -> tuple[list[Row], int]:
 def read_series(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Columns of a metrics file: name -> (steps, values), only the steps at which the metric was logged."""
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for row in read_rows(path):
-        step = row.pop(STEP)
-        for name, value in row.items():
-            if name not in series:
-                series[name] = [], []
-            steps, values = series[name]
-            steps.append(step)
-            values.append(value)
+    rows = read_rows(path)
+    for name in dict.fromkeys(name for row in rows for name in row if name != STEP):
+        having = [row for row in rows if name in row]
+        series[name] = [row[STEP] for row in having], [row[name] for row in having]
     return series
 
 

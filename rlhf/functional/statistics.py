@@ -97,9 +97,15 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
     n = len(values)
     if clusters is not None or n < 2:
         return clustered(values, [1.0] * n, range(n) if clusters is None else clusters)
-    mean = math.fsum(values) / n  # as `clustered`, without its bookkeeping: curves ask for every step
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return Estimate(mean, math.sqrt(n / (n - 1) * squares) / n, n, n)
+    return Estimate(*mean_and_error(values), n, n)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard error of two or more independent values: `estimate` for curves, at each step."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    squares = math.fsum([(value - mean) ** 2 for value in values])
+    return mean, math.sqrt(squares / (n - 1) / n)
 
 
 def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:

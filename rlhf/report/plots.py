@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlhf.functional.statistics import estimate
+from rlhf.functional.statistics import mean_and_error
 from rlhf.metrics_file import read_series
 from rlhf.report.members import Series, Value
 from rlhf.report.sweep import Comparison, Group, short_names, show
@@ -311,12 +311,7 @@ def _group_curve(axes: Axes, group: Group, metric: str, colour: str) -> None:
         dict(zip(steps, smooth(values) if len(values) > 20 else values, strict=True)) for steps, values in series
     ]
     steps = sorted(shared)
-    means, errors = [], []
-    for step in steps:
-        values = [one[step] for one in smoothed]
-        over_seeds = estimate(values)
-        means.append(over_seeds.mean)
-        errors.append(over_seeds.se)
+    means, errors = zip(*(mean_and_error([one[step] for one in smoothed]) for step in steps), strict=True)
     low, high = [m - e for m, e in zip(means, errors, strict=True)], [m + e for m, e in zip(means, errors, strict=True)]
     if points or len(steps) == 1:
         axes.plot(steps, means, "o-", color=colour, markersize=3.5, label=group.label)
