@@ -74,15 +74,17 @@ def test_a_wrong_name_is_refused_by_then(composed: Callable[..., DictConfig]) ->
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("step", "key", "words"),
     [
-        ("adapter.rank", ["stage=sft", "adapter=lora", "model.path=tied"]),
-        ("align.adapter.rank", ["pipeline=instructgpt", "+adapter@align.adapter=lora"]),
+        ("", "adapter.rank", ["stage=sft", "adapter=lora", "model.path=tied"]),
+        ("align: ", "align.adapter.rank", ["pipeline=instructgpt", "+adapter@align.adapter=lora"]),
     ],
 )
-def test_a_rank_beyond_the_layers_is_refused(composed: Callable[..., DictConfig], key: str, words: list[str]) -> None:
+def test_a_rank_beyond_the_layers_is_refused(
+    composed: Callable[..., DictConfig], step: str, key: str, words: list[str]
+) -> None:
     (line,) = refused(composed, *words, f"{key}=1000000")
-    said = rf"{key}=1000000: no update of .* has a rank above \d+, its hidden size; type {key}=16"
+    said = rf"{step}{key}=1000000: no update of .* has a rank above \d+, its hidden size; type {key}=16"
     assert re.fullmatch(said, line), line
 
 
