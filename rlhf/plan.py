@@ -392,13 +392,14 @@ class _Planner:
         made = all(own.get(key) in self._by_name for key in ("before", "after"))
         folders = {step.name: str(step.folder) for step in self.steps}
         known = checked.key({"compare": own}, {"steps": self.names, "folders": folders}, "compare")
-        problems = [] if checked.read(known) is not None else self._problems_of_comparison(own, made)
+        new = checked.read(known) is None
+        problems = self._problems_of_comparison(own, made) if new else []
         if not problems and made:
             try:
                 comparison.data_digests(own)
             except UserError as error:
                 problems.append(str(error))
-        if not problems:
+        if not problems and new:
             checked.write(known, checked.Facts())
         self.problems += problems
         return own if made else None

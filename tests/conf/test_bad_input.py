@@ -137,6 +137,7 @@ BEFORE_ANY_RUN = [
         "pipeline=dpo compare.max_new_tokens=512",
         "compare.max_new_tokens=512 leaves no room for a prompt in the context",
     ),
+    ("pipeline=dpo compare.data.source=nosuch.jsonl", "compare.data.source=nosuch.jsonl: no such file"),
     # code and files of the user's own
     (
         "pipeline=instructgpt reward@align.reward=function align.reward.function=os:nothing",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import runs
+from rlhf.cli import main
 from rlhf.cli import runs as command
 from rlhf.errors import UserError
 from rlhf.runs import Run
@@ -170,3 +171,12 @@ def test_rm_refuses_what_is_running_or_unknown(outputs: Path) -> None:
         command.main(["rm", "1234"])
     with pytest.raises(UserError, match="name a run"):
         command.main(["rm"])
+
+
+@pytest.mark.parametrize("words", ["runs list", "runs check", "report", "eval testbed"])
+def test_outputs_of_a_command_is_a_folder(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file held no runs, and an empty word was the working directory."""
+    (tmp_path / "file").touch()
+    for given, said in ((str(tmp_path / "file"), str(tmp_path / "file")), ("", "''")):
+        assert main.run([*words.split(), "--outputs", given]) == 2
+        assert f"argument --outputs: {said} is no folder; type rlhf" in capsys.readouterr().err
