@@ -95,12 +95,15 @@ class MetricsFile:
         if unknown:
             self._rewrite([*read_rows(self.path)[: None if new_row else -1], row], [*self._columns, *unknown])
             return
+        if row == self._row:  # Lightning logs again what was written beside the checkpoint
+            return
         if new_row:
             self._row_start = self.path.stat().st_size
-        with self.path.open("r+b") as file:
+        # Over the old row in one write, and cut after it: a kill in between loses no row.
+        with self.path.open("r+b", buffering=0) as file:
             file.seek(self._row_start)
-            file.truncate()
             file.write(self._line(row))
+            file.truncate()
         self._row = row
 
     def drop_from(self, step: int) -> None:

@@ -1,6 +1,7 @@
 """metrics.csv: rows per step, new columns, kill and resume."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,40 @@ def test_float32_comes_back_unchanged_and_nan_is_kept(path):
 
 def test_no_file_has_no_rows(path):
     assert read_rows(path) == [] and read_series(path) == {}
+
+
+def test_a_row_that_is_logged_again_is_never_missing(tmp_path, monkeypatch):
+    """A kill between cutting the row off and writing it anew left a checkpoint whose row was gone."""
+    file = MetricsFile(tmp_path / "metrics.csv")
+    for step in range(3):
+        file.write(step, {"loss": 1.5})
+    whole, seen = file.path.read_bytes(), []
+    opened = Path.open
+
+    class Watched:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.stream.close()
+
+        def __getattr__(self, name):
+            def call(*given):
+                result = getattr(self.stream, name)(*given)
+                self.stream.flush()
+                with open(file.path, "rb") as now:
+                    seen.append(now.read())
+                return result
+
+            return call
+
+    monkeypatch.setattr(Path, "open", lambda path, *given, **named: Watched(opened(path, *given, **named)))
+    file.write(2, {"loss": 1.5})
+    assert seen == []  # the same row
+    file.write(2, {"loss": 7})
+    monkeypatch.undo()
+    assert len(seen) == 3 and all(content.count(b"\n2,") == 1 for content in seen)
+    assert file.path.read_bytes() == whole.replace(b"2,1.5", b"2,7")
