@@ -35,8 +35,8 @@ def check(step: "Step", earlier: Iterable["Step"]) -> None:
     """
     adapter = step.config.get("adapter") or {}
     names, rank, earlier = adapter.get("modules", "all-linear"), adapter.get("rank"), list(earlier)
-    width = context.size(step.config["model"], earlier, ("hidden_size", "n_embd", "d_model"))
-    if width is not None and type(rank) is int and rank > width:
+    width = None if rank is None else context.size(step.config["model"], earlier, ("hidden_size", "n_embd", "d_model"))
+    if rank is not None and width is not None and rank > width:
         raise UserError(
             f"adapter.rank={rank}: no update of this model's layers has a rank above {width}, its hidden size; type "
             f"adapter.rank={min(16, width)}"

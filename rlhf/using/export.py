@@ -188,10 +188,10 @@ def _reward_model(source: Path, folder: Path) -> Exported:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    check_file_limits(written(source) or {}, str(source))
     numbers = score_scale(source) or {"scale": 1.0, "bias": 0.0}
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
     kind: Any = AutoModelForSequenceClassification
-    check_file_limits(written(source) or {}, str(source))
     with readable(str(source)):
         try:
             model, report = kind.from_pretrained(
