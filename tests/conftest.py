@@ -5,11 +5,13 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal import defaults_list
+from hydra.core.default_element import InputDefault
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -52,6 +54,16 @@ def _parsed_once() -> Iterator[None]:
     OmegaConf.load = staticmethod(copied)  # type: ignore[method-assign]
     yield
     OmegaConf.load = staticmethod(load)  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpolated_if_asked() -> Iterator[None]:
+    """Make Hydra's map of choices, one for every node of the defaults tree, only where a choice refers to another."""
+    make, resolve = defaults_list._create_interpolation_map, InputDefault._resolve_interpolation_impl
+    defaults_list._create_interpolation_map = lambda *arguments: partial(make, *arguments)  # type: ignore[assignment]
+    InputDefault._resolve_interpolation_impl = lambda self, choices, value: resolve(self, choices(), value)  # type: ignore[assignment]
+    yield
+    defaults_list._create_interpolation_map, InputDefault._resolve_interpolation_impl = make, resolve  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.end_to_end.commands import Done, digests, interpreter, only, runs, shell, stages, status
+from tests.end_to_end.commands import PATIENCE, Command, Done, digests, interpreter, only, runs, stages, status
 from tests.end_to_end.conftest import COMPARE, DPO, MODEL, POLICIES, PPO, REWARD
 
 INSTRUCTGPT = ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *COMPARE]
@@ -112,10 +112,10 @@ def test_one_override_swaps_the_algorithm(
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path):
+def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path, start: Callable[..., Command]):
     outputs = home / "outputs"
     before, untouched = runs(outputs), digests(runs(outputs))
-    done = shell(home, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m")
+    done = start(home, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m").wait(2 * PATIENCE)
     assert done.status == 0, done.out + done.err
     new = runs(outputs) - before
     assert stages(new) == ["ppo", "ppo"]

@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from rlhf import policy_gradient
 from rlhf.build import quiet
 from rlhf.data.data import Data, Split
 from rlhf.metrics import loggers
@@ -73,6 +74,18 @@ def load(folder: Path) -> Callable[..., LanguageModel]:
         return copy.deepcopy(model)
 
     return make
+
+
+@pytest.fixture
+def whole_start() -> None:
+    """Measure the start on as many prompts as a run does, where ``_short_start`` would measure it on a few."""
+
+
+@pytest.fixture(autouse=True)
+def _short_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the start of a policy on few prompts: sampling all of them takes as long as training a tiny model."""
+    if "whole_start" not in request.fixturenames:
+        monkeypatch.setattr(policy_gradient, "START", 8)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

@@ -105,6 +105,7 @@ def test_the_options_are_the_class_and_a_null_turns_it_off():
     look(type("T", (), {"callbacks": [], "is_global_zero": True})(), "collect", CALM | {"kl": 1e3})  # nothing to say
 
 
+@pytest.mark.usefixtures("whole_start")
 def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path, capsys):
     """From a model that rambles: 'ended' trips in the first rollout, and not again after a kill."""
 
@@ -127,6 +128,7 @@ def test_ppo_logs_the_signs_and_a_resumed_run_says_nothing_twice(load, tmp_path,
     assert all(signs <= row.keys() for row in rows)
 
 
+@pytest.mark.usefixtures("whole_start")
 def test_the_gap_goes_from_the_policy_before_it_is_trained(load, tmp_path):
     """Measured once on as many prompts as there are, not on the first rollout; worked again from that policy."""
     stage = varied(load)
@@ -186,6 +188,7 @@ def test_the_gap_is_judged_over_several_rollouts_with_its_error(gaps, error, sai
     assert said == ([] if said_at is None else [said_at])
 
 
+@pytest.mark.usefixtures("whole_start")
 def test_held_out_replies_are_described_all_at_once(load, tmp_path, monkeypatch):
     """However they are cut into batches; the spread is that of all replies, not a mean over batches."""
 

@@ -40,7 +40,8 @@ from rlhf_rloo.stage import RLOOStage
 
 from .conftest import constant, data, fit, same, weights
 
-pytestmark = pytest.mark.slow  # two processes, all stages
+# Two processes, all stages; each measures the start on what a run does, in whatever process.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_start")]
 
 
 def sgd(parameters: Any, lr: float = 0.3) -> torch.optim.Optimizer:
