@@ -1,10 +1,10 @@
-"""CPU seconds of what is typed often or on much: a finished pipeline, a report, the list of runs, a stream of text.
+"""Benchmark of the CPU seconds of common commands: a finished pipeline, a report, the list of runs, a text stream.
 
     python benchmarks/commands.py [finished|report|list|stream]...
 
-Seconds are user and system time of one process, the median of three, so that a busy machine matters less. A fixed loop
-of Python is timed beside them: divide by it to compare machines. `report` and `list` read made-up runs with the real
-configs and lineage of a pipeline; `finished` trains a pipeline first (two CPU minutes).
+Seconds are user and system time of one process, the median of three, so that other load on the machine matters less. A
+fixed loop of Python is timed too: divide by it to compare machines. `report` and `list` read synthetic runs with the
+real configs and lineage of a pipeline; `finished` trains a pipeline first (two CPU minutes).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-BETAS, SEEDS, ROWS = 40, 5, 300  # of the report: 200 runs, each with a metrics.csv of so many rows
+BETAS, SEEDS, ROWS = 40, 5, 300  # of the report: 200 runs, each with a metrics.csv of ROWS rows
 LISTED = 2000
 MEGABYTES = 10
 REPEATS = 3
@@ -36,7 +36,7 @@ def cpu_seconds(words: list[str], folder: Path, **environment: str) -> float:
 
 
 def rlhf(*words: str) -> list[str]:
-    """Return the command line of `rlhf`, of this very Python."""
+    """Return the command line of `rlhf`, run by this Python."""
     return [sys.executable, "-m", "rlhf.cli", *words]
 
 
@@ -46,7 +46,7 @@ def median(words: list[str], folder: Path, **environment: str) -> float:
 
 
 def finished(folder: Path) -> float:
-    """Time a finished pipeline that is typed again."""
+    """Measure a finished pipeline that is typed again."""
     words = rlhf("pipeline=instructgpt", "debug=smoke")
     own_cache = str(folder / "cache")
     cpu_seconds(words, folder, RLHF_CACHE=own_cache)
@@ -54,51 +54,55 @@ def finished(folder: Path) -> float:
 
 
 def report(folder: Path) -> float:
-    """Time `rlhf report` of a sweep of PPO over beta and seed."""
+    """Measure `rlhf report` of a sweep of PPO over beta and seed."""
     chosen = [(0.005 * (1 + i), seed) for i in range(BETAS) for seed in range(SEEDS)]
     made_up_sweep(folder, chosen, ROWS)
     return median(rlhf("report", "outputs/ppo"), folder)
 
 
 def listed(folder: Path) -> float:
-    """Time `rlhf runs list`."""
+    """Measure `rlhf runs list`."""
     made_up_sweep(folder, [(0.05, seed) for seed in range(LISTED - 4)], rows=0)
     return median(rlhf("runs", "list"), folder)
 
 
 def made_up_sweep(folder: Path, chosen: list[tuple[float, int]], rows: int) -> None:
-    """Write the runs of a pipeline as if they had been trained: the last one once for each beta and seed.
+    """Write the runs of a pipeline as if they had been trained; the last step has one run for each beta and seed.
 
     Args:
-        rows: of each metrics.csv, a held-out one every tenth.
+        folder: the working directory, below which outputs/ is written.
+        chosen: (beta, seed) of each run of the last step.
+        rows: of each metrics.csv; every tenth has held-out metrics.
     """
-    from rlhf import runs
-    from rlhf.metrics_file import MetricsFile
-    from rlhf.pipeline import _lineage
-    from rlhf.plan import Step, plan
-    from rlhf.run_directory import Run
-    from rlhf.testing import config_of
+    from rlhf.planning.plan import plan
+    from rlhf.planning.step import Step
+    from rlhf.running.pipeline import _lineage
+    from rlhf.runs import run_directory
+    from rlhf.runs.run_directory import Run
+    from rlhf.storage import files
+    from rlhf.storage.metrics_file import MetricsFile
+    from rlhf.testing import compose_config
 
     def write(step: Step, metrics: dict[str, float]) -> None:
         run = Run(step.folder)
         run.begin(step.config, _lineage(step), "rlhf pipeline=instructgpt")
         content = {"stage": step.stage, "headline": step.headline, "metrics": metrics, "wall_s": 93.0}
         content |= {"value": metrics.get(step.headline), "tokens_per_s": 5120.0, "peak_memory_bytes": {"cpu": 7.4e8}}
-        runs.write_json(step.folder / "summary.json", content)
+        files.write_json(step.folder / "summary.json", content)
         run.write_manifest()
-        run.write_status("finished", ended=runs.now())
+        run.write_status("finished", ended=run_directory.now())
 
     typed = os.getcwd()
     os.chdir(folder)
     try:
-        *before, last = plan(config_of("pipeline=instructgpt")).steps
+        *before, last = plan(compose_config("pipeline=instructgpt")).steps
         for step in before:
             write(step, {step.headline: 0.8})
         for beta, seed in chosen:
             fingerprint = "f" + hashlib.sha256(f"{beta} {seed}".encode()).hexdigest()[1:]
             config = json.loads(json.dumps(last.config)) | {"seed": seed}
             config["objective"]["beta"] = beta
-            place = last.folder.with_name(fingerprint[: runs.LETTERS])
+            place = last.folder.with_name(fingerprint[: run_directory.LETTERS])
             place.mkdir(parents=True)
             text, end = training(beta, seed, rows)
             if rows:
@@ -132,8 +136,8 @@ def training(beta: float, seed: int, rows: int) -> tuple[str, dict[str, float]]:
 
 
 def stream(folder: Path) -> float:
-    """Time loading and encoding of 10 MB of text as pretraining does with data.streaming=true."""
-    from rlhf.data.testbed import Testbed
+    """Measure loading and encoding of 10 MB of text as pretraining does with data.streaming=true."""
+    from rlhf.data.testbed.world import Testbed
 
     texts = [document.text for document in Testbed().texts(4000, 0)]
     draw, size = random.Random(0), 0

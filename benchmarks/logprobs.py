@@ -1,4 +1,4 @@
-"""Log-probabilities of counted tokens and their gradient: our chunked projection beside TRL on full logits."""
+"""Benchmark of token log-probabilities and their gradient: our chunked projection against TRL on full logits."""
 
 import resource
 import statistics
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def setting(batch: int = 8, length: int = 256, width: int = 576, vocabulary: int = 49152, counted: float = 0.5):
-    """Hidden states, head and mask of SmolLM2-135M's shape."""
+    """Return hidden states, head, ids and mask of SmolLM2-135M's shape."""
     torch.manual_seed(0)
     hidden = torch.randn(batch, length, width, requires_grad=True)
     head = nn.Linear(width, vocabulary, bias=False)
@@ -21,14 +21,14 @@ def setting(batch: int = 8, length: int = 256, width: int = 576, vocabulary: int
 
 
 def ours(hidden, head, ids, mask):
-    """Only counted positions, in chunks, made again in backward."""
+    """Project only the counted positions, in chunks that the backward pass recomputes."""
     from rlhf.functional.logprobs import token_logprobs
 
     return token_logprobs(hidden[mask], ids[mask], head)[0].sum()
 
 
 def trl(hidden, head, ids, mask):
-    """All logits, then TRL's gather."""
+    """Compute all logits, then TRL's gather."""
     from trl.trainer.utils import selective_log_softmax
 
     return (selective_log_softmax(head(hidden), ids) * mask).sum()
@@ -38,7 +38,7 @@ WAYS = {"ours": ours, "trl": trl}
 
 
 def run(name: str) -> None:
-    """One way in this process: prints seconds (median of 5) and the growth of peak memory in MiB."""
+    """Measure one way in this process; print seconds (median of 5) and peak memory of the process in MiB."""
     inputs = setting()
     WAYS[name](*inputs).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         run(sys.argv[1])
     else:
         rows = {}
-        for name in WAYS:  # a process each: peak memory cannot be reset
+        for name in WAYS:  # one process each, because peak memory cannot be reset
             out = subprocess.run(
                 [sys.executable, __file__, name], check=True, capture_output=True, text=True, encoding="utf-8"
             ).stdout

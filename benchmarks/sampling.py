@@ -1,4 +1,4 @@
-"""K samples per prompt: our sampler beside transformers.generate, the same model, prompts and lengths."""
+"""Benchmark of K samples per prompt: our sampler against transformers.generate, same model, prompts and lengths."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from rlhf.data.data import Data
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 
 ARCHITECTURE = {
     "hidden_size": 256,
@@ -23,12 +23,12 @@ ARCHITECTURE = {
 
 
 def main(prompts: int = 32, samples: int = 4, tokens: int = 48) -> None:
-    """Five rounds in turn; prints medians and their ratio."""
+    """Run both alternately, five times after a warm-up; print the medians and their ratio."""
     torch.manual_seed(0)
     text = Data("text", "testbed", 2000, 0, 128).load()
     policy = CausalLM(None, ARCHITECTURE, 512).load(NoAdapter(), Precision("32-true"), corpus=text.texts).frozen()
     asked = Data("prompt", "testbed", prompts, 8, 128).load().train
-    sampler = Sampler(tokens, samples=samples)
+    sampler = AncestralSampler(tokens, samples=samples)
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     for seed in range(6):
         start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Memory of PPO with LoRA: four models of their own beside one base that policy, reference, value and reward share.
+"""Benchmark of PPO's memory with LoRA: four separate models against one base for policy, reference, value and reward.
 
     python benchmarks/shared_base.py [WIDTH LAYERS]
 
-Both ways run the same rollout and the same updates; each in a process of its own. Peak memory is that of the GPU where
-there is one. Without one it is the process's share of the machine's memory (Pss) beyond what it had before the models
-were loaded: fp32 weights are mapped from their file on the CPU, and a file mapped three times lies in memory once, so
-that two models read from the same folder already share it there.
+Both ways run the same rollout and the same optimizer steps, each in a separate process. Peak memory is that of the GPU
+if there is one. Otherwise it is the process's share of the machine's memory (Pss) minus its value before the models
+were loaded: fp32 weights are memory-mapped on the CPU, and a file mapped three times is in memory once, so that two
+models read from the same directory already share it.
 """
 
 import json
@@ -26,13 +26,13 @@ SMALL = (
     "stage.epochs=1",
     "stage.minibatches=1",
     "stage.micro_batch_size=2",
-    "rollout.batch_size=4",
-    "rollout.max_new_tokens=16",
+    "sampler.batch_size=4",
+    "sampler.max_new_tokens=16",
 )
 
 
 def make(root: Path, width: int, layers: int) -> None:
-    """A Llama of random weights, and a reward model that is a LoRA on it."""
+    """Write a Llama with random weights, and a reward model that is a LoRA on it."""
     import torch
 
     from rlhf.data.data import Data
@@ -59,33 +59,34 @@ def make(root: Path, width: int, layers: int) -> None:
 
 
 class Peak(threading.Thread):
-    """The most memory that this process has had; a page that is mapped several times counts once."""
+    """Thread that records the peak memory of this process; a page that is mapped several times counts once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most = 0
 
     def run(self) -> None:
+        """Sample the memory every 20 ms."""
         while True:
             self.most = max(self.most, self.now())
             time.sleep(0.02)
 
     @staticmethod
     def now() -> int:
-        """Bytes."""
+        """Return the current memory (Pss) in bytes."""
         lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
 
 
 def run(root: Path, shared: str) -> None:
-    """One way in this process: prints the peak, what the weights take, and the score as a check."""
+    """Measure one way in this process; print the peak, the size of the weights, and score and loss as a check."""
     import torch
 
-    from rlhf.build import train
-    from rlhf.testing import config_of
+    from rlhf.running.build import train
+    from rlhf.testing import compose_config
 
     gpu = torch.cuda.is_available()
-    config: Any = config_of(
+    config: Any = compose_config(
         "stage=ppo",
         f"inputs.policy={root / 'sft' / 'model'}",
         f"inputs.reference={root / 'sft' / 'model'}",
@@ -109,7 +110,7 @@ def run(root: Path, shared: str) -> None:
 
 
 def main(width: int = 512, layers: int = 8) -> None:
-    """Prints both ways and their ratio."""
+    """Measure both ways; print them and their ratio."""
     with tempfile.TemporaryDirectory() as name:
         subprocess.run([sys.executable, __file__, "make", name, str(width), str(layers)], check=True)
         found = {}

@@ -1,9 +1,9 @@
-"""Find plugins and put their conf/ folders on Hydra's search path.
+"""Find plugins and add their conf/ directories to Hydra's search path.
 
-A plugin is a Python package with a conf/ folder. It is found in one of three ways: an installed distribution
-names it in the entry-point group ``rlhf.plugins``; it is a folder in ``./plugins`` or in a directory listed in
-``RLHF_PLUGINS``; or it stands in ``plugins/`` of the checkout that this package runs from. No plugin code runs
-here, so a broken plugin breaks only the runs that select it. Hydra and the standard library only.
+A plugin is a Python package with a conf/ directory. It is found in one of three ways: an installed distribution names
+it in the entry-point group ``rlhf.plugins``; it is a directory in ``./plugins`` or in a directory listed in
+``RLHF_PLUGINS``; or it is in ``plugins/`` of the checkout that this package runs from. No plugin code runs here, so a
+broken plugin breaks only the runs that select it. Hydra and the standard library only.
 """
 
 import os
@@ -22,22 +22,22 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from rlhf.cache import Once
 from rlhf.errors import UserError
+from rlhf.storage.cache import Once
 
 ENTRY_POINTS = "rlhf.plugins"
-DIRECTORY = "RLHF_DIRECTORY"  # names the directory in which the command was typed, to the processes that it starts
+DIRECTORY = "RLHF_DIRECTORY"  # environment variable: working directory of the command, for the processes that it starts
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One provider of config options.
+    """Provider of config options.
 
     Attributes:
-        name: what the user calls it: the package without its ``rlhf_`` prefix.
-        package: import name, the same as the folder's.
-        folder: the package folder.
-        origin: where it was found, in words: "checkout", "./plugins", or "NAME VERSION" of a distribution.
+        name: Name that users type: the package without its ``rlhf_`` prefix.
+        package: Import name, the same as the directory's name.
+        folder: The package directory.
+        origin: Where it was found: "checkout", "./plugins", or "NAME VERSION" of a distribution.
     """
 
     name: str
@@ -47,27 +47,32 @@ class Plugin:
 
     @property
     def conf(self) -> Path:
+        """Config directory of the plugin."""
         return self.folder / "conf"
 
     def options(self) -> Iterator[str]:
-        """The config options it offers, as "group/option"."""
+        """Return the config options of the plugin, as "group/option"."""
         return options(self.conf)
 
 
 def options(conf: Path) -> Iterator[str]:
-    """Every YAML below a conf folder as "group/option" (nested groups keep their slashes), sorted."""
+    """Yield every YAML below a conf directory as "group/option" (nested groups keep their slashes), sorted."""
     for path in sorted(conf.rglob("*.yaml")):
         yield path.relative_to(conf).with_suffix("").as_posix()
 
 
 def conf_dir() -> Path:
-    """The shared config tree: beside the package in a checkout, inside it in a wheel."""
+    """Return the shared config tree: beside the package in a checkout, inside it in a wheel."""
     here = Path(__file__).resolve().parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
 def user_conf() -> Path | None:
-    """The user's own ./conf, whose options override everyone's; None when absent or when it is this project's."""
+    """Return the user's own ./conf, whose options override all others; None if absent or if it is this project's.
+
+    Raises:
+        UserError: ./conf cannot be resolved.
+    """
     try:
         own = Path("conf").resolve()
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
@@ -76,18 +81,18 @@ def user_conf() -> Path | None:
 
 
 def conf_folders() -> list[Path]:
-    """Of the user, of rlhf and of plugins, in the order in which Hydra looks into them."""
+    """Return the conf directories of the user, of rlhf and of plugins, in Hydra's search order."""
     own = user_conf()
     return [*([own] if own else []), conf_dir(), *(plugin.conf for plugin in discover()[0])]
 
 
 def group_names() -> set[str]:
-    """The groups of options, those within others left out."""
+    """Return the names of the top-level config groups."""
     return {folder.name for conf in conf_folders() for folder in conf.iterdir() if folder.is_dir()}
 
 
 def named(group: str) -> Iterator[Path]:
-    """The options of a group; of those of one name Hydra takes the first."""
+    """Yield the option files of a group; of several with one name Hydra takes the first."""
     for conf in conf_folders():
         yield from sorted((conf / group).glob("*.yaml"))
 
@@ -97,10 +102,10 @@ def _plugin(folder: Path, origin: str) -> Plugin:
 
 
 def _folders(root: Path, origin: str) -> Iterator[Plugin]:
-    """Plugins that are folders of ``root``; `discover` makes them importable by their folder name."""
+    """Yield the plugins that are subdirectories of ``root``; `discover` makes them importable by directory name."""
     found = [conf.parent for conf in sorted(root.glob("*/conf")) if conf.parent.name.isidentifier()]
     if found and str(root) not in sys.path:
-        # At the end: what lies beside plugins can be imported by them, and hides nothing that is installed.
+        # At the end: plugins can import modules beside them, and these hide no installed package.
         sys.path.append(str(root))
     for folder in found:
         yield _plugin(folder, origin)
@@ -110,7 +115,7 @@ class _Finder:
     """Import hook that finds local plugins, and nothing else, before any installed package."""
 
     def __init__(self) -> None:
-        self.roots: dict[str, str] = {}  # package -> the directory it is in
+        self.roots: dict[str, str] = {}  # package -> parent directory
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -123,21 +128,21 @@ _finder = _Finder()
 
 
 def _serve(plugins: dict[str, Plugin]) -> None:
-    """Make these plugins the ones that are imported by their names, and no earlier ones."""
+    """Make exactly these plugins importable by their package names."""
     _finder.roots = {package: str(plugin.folder.parent) for package, plugin in plugins.items()}
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def refuse_shadows(plugins: dict[str, Plugin], known: set[str]) -> None:
-    """Refuse local plugins that would be imported in place of an installed package which is no plugin.
+    """Raise UserError if a local plugin would hide an installed package that is not a plugin.
 
     Args:
-        plugins: package -> plugin, of local directories.
-        known: Packages of plugins that are installed or built in, of which a local copy is meant to win.
+        plugins: Package -> plugin, of local directories.
+        known: Packages of installed or built-in plugins, which a local copy may replace.
 
     Raises:
-        UserError: a plugin has the name of such a package.
+        UserError: A plugin has the name of such a package.
     """
     installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")]
     for package, plugin in plugins.items():
@@ -152,7 +157,7 @@ def refuse_shadows(plugins: dict[str, Plugin], known: set[str]) -> None:
 
 
 def local() -> dict[str, Plugin]:
-    """Plugins in the directories of RLHF_PLUGINS (default ./plugins): package -> plugin. Earlier ones win."""
+    """Return the plugins in the directories of RLHF_PLUGINS (default ./plugins) by package. Earlier ones win."""
     found: dict[str, Plugin] = {}
     named = os.environ.get("RLHF_PLUGINS")
     directories = [d for d in (named or "plugins").split(os.pathsep) if d]
@@ -163,7 +168,7 @@ def local() -> dict[str, Plugin]:
 
 
 def checkout() -> dict[str, Plugin]:
-    """The built-in plugins of a source checkout, which need no installation."""
+    """Return the built-in plugins of a source checkout by package; they need no installation."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():
         return {}
@@ -171,12 +176,12 @@ def checkout() -> dict[str, Plugin]:
 
 
 def installed() -> tuple[dict[str, Plugin], list[str]]:
-    """Plugins that installed distributions name, and one line for each entry point that leads nowhere."""
+    """Return the plugins of installed distributions, and one line for each unusable entry point."""
     found: dict[str, Plugin] = {}
     broken: list[str] = []
     for name, value, origin in _entry_points(entry_points, tuple(sys.path)):
         top, *below = value.split(".")
-        # Only the top is looked up: find_spec of a dotted name would import its parents.
+        # Look up the top package only: find_spec of a dotted name would import its parents.
         spec = find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
         roots = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(roots[0], *below) if roots else None
@@ -191,9 +196,9 @@ def installed() -> tuple[dict[str, Plugin], list[str]]:
 
 @lru_cache(maxsize=1)
 def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    """Name, package and origin of the entry points, sorted by name; read once per ``sys.path``.
+    """Return name, package and origin of the entry points, sorted by name; read once per ``sys.path``.
 
-    Every check of a config asks for the plugins, and reading the metadata of all installed distributions takes 0.1 s.
+    Every check of a config needs the plugins, and reading the metadata of all installed distributions takes 0.1 s.
     """
     return [
         (p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown distribution")
@@ -201,20 +206,20 @@ def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ..
     ]
 
 
-looked_up_once = Once("plugins")
+lookup_cache = Once("plugins")
 """For a command, which asks for its plugins some ten times: while it is open, they are looked for once."""
 
 
 def discover() -> tuple[list[Plugin], list[str]]:
-    """Return all plugins by name, and what could not be used (one line each).
+    """Return all plugins, sorted by name, and one line for each that cannot be used.
 
-    A local folder wins over the checkout's plugin and over an installed one of the same package name.
+    A local directory wins over the checkout's plugin and over an installed one of the same package name.
 
     Raises:
-        UserError: two plugins, or a plugin and rlhf's own conf, offer the same option; or a local plugin has the name
+        UserError: Two plugins, or a plugin and rlhf's own conf, offer the same option; or a local plugin has the name
             of an installed package.
     """
-    plugins, broken = looked_up_once.get((os.getcwd(), os.environ.get("RLHF_PLUGINS")), _discovered)
+    plugins, broken = lookup_cache.get((os.getcwd(), os.environ.get("RLHF_PLUGINS")), _discovered)
     return list(plugins), list(broken)
 
 
@@ -231,7 +236,7 @@ def _discovered() -> tuple[list[Plugin], list[str]]:
 
 
 def refuse_duplicates(plugins: list[Plugin]) -> None:
-    """Two providers of one option would shadow each other in silence; say so instead."""
+    """Raise UserError if two providers offer one option; one would silently shadow the other."""
     owner = dict.fromkeys(options(conf_dir()), "rlhf itself")
     for plugin in plugins:
         label = f"plugin {plugin.name} ({plugin.origin}: {plugin.folder})"
@@ -245,10 +250,11 @@ def refuse_duplicates(plugins: list[Plugin]) -> None:
 
 
 class PluginSearchPath(SearchPathPlugin):
-    """Plugins behind rlhf's own conf, the user's ./conf in front of it."""
+    """Hydra plugin that appends the conf of plugins to rlhf's own and prepends the user's ./conf."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        # file:// and not pkg://, which would import the plugin to find its folder.
+        """Add the conf directories to Hydra's search path."""
+        # file:// and not pkg://, which would import the plugin to find its directory.
         for plugin in discover()[0]:
             search_path.append(provider=f"plugin {plugin.name}", path=f"file://{plugin.conf}")
         own = user_conf()
@@ -257,10 +263,10 @@ class PluginSearchPath(SearchPathPlugin):
 
 
 def add_working_directory() -> None:
-    """Make modules beside the command importable: functions and classes that a config names.
+    """Make modules in the working directory importable: functions and classes that a config names.
 
-    Behind all that is installed, which they therefore cannot hide. `RLHF_DIRECTORY` names the directory to the
-    processes that a command starts, which may work in another one.
+    They come after all installed packages and therefore cannot hide them. `RLHF_DIRECTORY` names the directory to the
+    processes that a command starts, whose working directory may differ.
     """
     folder = os.environ.get(DIRECTORY) or os.getcwd()
     if folder not in sys.path:
@@ -268,15 +274,15 @@ def add_working_directory() -> None:
 
 
 def register() -> None:
-    """Make every later hydra.main and hydra.initialize of this process see the plugins and the launcher.
+    """Make every later hydra.main and hydra.initialize of this process find the plugins.
 
-    Also called inside the task function: a job that a launcher moved to another process starts without it.
-    May be called any number of times.
+    Also called inside the task function: a job that a launcher moved to another process starts without it. May be
+    called any number of times.
 
     Raises:
-        UserError: two providers offer the same option, or a YAML file of theirs is too large.
+        UserError: Two providers offer the same option, or one of their YAML files is too large.
     """
-    from rlhf import launcher, yaml_size
+    from rlhf.storage import yaml_size
 
     add_working_directory()
     foreign = [user_conf(), *(plugin.conf for plugin in discover()[0] if plugin.origin != "checkout")]
@@ -286,4 +292,3 @@ def register() -> None:
     plugins = Plugins.instance()
     if PluginSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(PluginSearchPath)
-    launcher.register()

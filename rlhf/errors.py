@@ -1,4 +1,4 @@
-"""What can go wrong, sorted by who can mend it. Standard library only."""
+"""Exception hierarchy: `UserError` (the user can fix it, exit 2) and `RunFailed` (exit 1). Standard library only."""
 
 import os
 import re
@@ -7,22 +7,22 @@ from difflib import get_close_matches
 
 
 class RLHFError(Exception):
-    """Base of this package's errors: shown as its message, without a traceback."""
+    """Base class of this package's errors, printed as their message without a traceback."""
 
     exit_code = 1
 
 
 class UserError(RLHFError):
-    """Something the user can fix by typing something else. Exit status 2.
+    """Error that the user can fix by typing something else. Exit status 2.
 
-    The message says what is wrong and what to type; several findings are given one a line.
+    The message states the problem and what to type; several findings are given one per line.
     """
 
     exit_code = 2
 
 
 class RunFailed(RLHFError):
-    """A run that started and did not finish. Exit status 1."""
+    """Failure of a run that had started. Exit status 1."""
 
 
 _DATA_KEY = re.compile(
@@ -30,20 +30,21 @@ _DATA_KEY = re.compile(
 )
 
 
-def data_keys(message: str, path: str) -> str:
-    """A message of a group of data, which calls itself ``data``, with the keys as they stand in the whole config.
+def qualify_data_keys(message: str, path: str) -> str:
+    """Return a message of a data group with its keys ``data.*`` replaced by their keys in the whole config.
 
     Args:
-        message: Of ``rlhf.data.Data``.
-        path: Where the group stands: data, demonstrations, align.data, data.parts.first.
+        message: Message of ``rlhf.data.Data``, which names its own keys ``data.*``.
+        path: Config key of the group: data, demonstrations, align.data, data.parts.first.
     """
     return _DATA_KEY.sub(lambda _: f"{path}.", message)
 
 
 def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
-    """The end of an error line: the likely intended option, else all of them.
+    """Return the end of an error line: the likely intended option, else all options.
 
-    Returns " (did you mean PREFIXx?)", " (one of: a, b)", or "" without options. A list longer than 20 is cut.
+    The result is " (did you mean PREFIXx?)", " (one of: a, b)", or "" without options. A list longer than 20 is
+    truncated.
     """
     known = sorted(set(options))
     close = get_close_matches(word, known, n=1, cutoff=0.65)
@@ -55,12 +56,12 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, its type where it has none."""
+    """Return the first line of an error's text, or its type if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def shortened(line: str) -> str:
-    """Return a line whose words of more than 400 letters, such as a value typed by mistake, are cut in the middle."""
+def shorten(line: str) -> str:
+    """Return a line with the middle of each word of more than 400 letters (a value typed by mistake) cut out."""
     return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", line)
 
 
@@ -68,10 +69,10 @@ _NUMBER_OF_RUST = re.compile(r"\(os error (\d+)\)$")
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """Return the operating system's error behind that of a library that writes a file; None if there is none.
+    """Return the OSError behind the error of a library that writes a file; None if there is none.
 
     On a full disk torch raises a RuntimeError about its archive while it handles the OSError, and safetensors an error
-    whose text ends with the error's number, as Rust writes it.
+    whose text ends with the error's number, as Rust formats it.
     """
     if isinstance(error, OSError):
         return error

@@ -1,27 +1,32 @@
-"""Import code that a config names: whatever its modules raise becomes an ordinary error. Standard library only."""
+"""Import of code that a config names: any exception of its modules becomes an ordinary error. No torch here."""
 
+import importlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+from rlhf.errors import UserError, suggest
 
 
 class ModuleEnded(Exception):
-    """A module tried to end the process while it was imported, by SystemExit or the like."""
+    """Error for a module that tried to end the process during its import, by SystemExit or the like."""
 
 
 @contextmanager
-def contained() -> Iterator[None]:
+def catch_exits() -> Iterator[None]:
     """Context manager around an import: SystemExit, GeneratorExit and the like of a module become `ModuleEnded`.
 
-    sys.exit(0) in a module would look like success, and KeyboardInterrupt like a user's. One that the user's Ctrl-C
-    caused passes: a signal came before it.
+    sys.exit(0) in a module would look like success, and its KeyboardInterrupt like the user's. A KeyboardInterrupt that
+    the user's Ctrl-C caused passes: it is recognized by the signal that precedes it.
     """
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    here = threading.current_thread() is threading.main_thread()  # the one that Ctrl-C interrupts
-    watched = here and callable(before)  # where it is ignored, none comes
+    here = threading.current_thread() is threading.main_thread()  # Ctrl-C interrupts the main thread
+    watched = here and callable(before)  # no signal arrives where it is ignored
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -40,3 +45,40 @@ def contained() -> Iterator[None]:
     finally:
         if watched:
             signal.signal(signal.SIGINT, before)
+
+
+def load_function(key: str, name: str) -> Callable[..., Any]:
+    """Import a function.
+
+    Args:
+        key: Config key that names it, for messages.
+        name: The name, as `module:function` or `package.module:function`.
+
+    Raises:
+        UserError: There is no such module or function, or importing the module fails.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise UserError(
+            f"{key}={name}: write it as module:function, such as my_module:my_function for my_module.py here"
+        )
+    try:
+        with catch_exits():
+            loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            raise UserError(
+                f"{key}={name}: no module {error.name}, neither in {os.getcwd()} nor installed; type the command where "
+                f"{error.name.replace('.', '/')}.py lies, or install its package"
+            ) from error
+        raise UserError(f"{key}={name}: {module} imports {error.name}, which is not installed") from error
+    except Exception as error:  # a foreign module may raise anything
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise UserError(f"{key}={name}: importing {module} failed: {type(error).__name__}: {reason}") from error
+    found = getattr(loaded, function, None)
+    if not callable(found):
+        functions = [word for word, value in vars(loaded).items() if callable(value) and not word.startswith("_")]
+        hint = suggest(function, functions)
+        raise UserError(f"{key}={name}: {loaded.__file__ or module} has no function {function}{hint}")
+    called: Callable[..., Any] = found
+    return called

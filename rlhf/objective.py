@@ -1,11 +1,11 @@
-"""What an objective is, and the one that three stages share (cross-entropy).
+"""Base classes of objectives, and cross-entropy, which three stages share.
 
-An objective is a frozen dataclass: its fields are the YAML's knobs, its `__call__` is the formula. It returns the term
-*inside* the expectation, one number per token, pair, label or sample, and never a mean: the stage averages over
-exactly what counts, so that a batch cut into micro-batches or over processes gives the same loss. Beside it comes a
-dictionary of metrics of the same shape, detached.
+An objective is a frozen dataclass: its fields are the YAML's hyperparameters, its `__call__` is the formula. It returns
+the term *inside* the expectation, one number per token, pair, label or sample, and never a mean: the stage averages
+over exactly the weighted elements, so that splitting a batch into micro-batches or over ranks does not change the loss.
+It also returns a dictionary of metrics of the same shape, detached.
 
-The base class says which stage can use an objective: a stage asks for `PairObjective`, and any subclass will do.
+The base class determines which stages can use an objective: a stage takes `PairObjective`, hence any subclass of it.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,23 @@ import torch
 from torch import Tensor
 
 from rlhf.functional.masking import SumOver
+
+__all__ = [
+    "ContrastObjective",
+    "CrossEntropy",
+    "GroupObjective",
+    "LabelObjective",
+    "Metrics",
+    "Objective",
+    "PairContext",
+    "PairLogps",
+    "PairObjective",
+    "PolicyObjective",
+    "ScoreObjective",
+    "TokenObjective",
+    "require_same_shape",
+    "win_rate",
+]
 
 Metrics = dict[str, Tensor]
 
@@ -28,24 +45,24 @@ def require_same_shape(**tensors: Tensor) -> None:
 
 
 def win_rate(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where `chosen` is larger, 0 where smaller, 1/2 where equal (so an untrained model reads 0.5, not 0)."""
+    """Return 1 where `chosen` is larger, 0 where smaller, 1/2 where equal (an untrained model then has 0.5, not 0)."""
     return 0.5 * (torch.sign(chosen - rejected) + 1.0)
 
 
 class Objective(ABC):
-    """Base of all objectives. Use one of the subclasses below."""
+    """Base class of all objectives. Derive from one of its subclasses below."""
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Metrics]:
-        """Losses and metrics, unreduced, of one shape."""
+        """Return the losses and metrics, unreduced, of one shape."""
 
 
 class TokenObjective(Objective):
-    """A loss per target token; used by pretrain, sft, rejection_sampling and the gamma term of ppo."""
+    """Loss per target token; used by pretrain, sft, rejection_sampling and the pretraining term of ppo."""
 
     @abstractmethod
     def __call__(self, logps: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [B, T] (any shape) from log-probabilities of the target tokens, same shape, in nats."""
+        """Return the losses [B, T] (any shape) from log-probabilities of the target tokens, same shape, in nats."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +84,18 @@ class PairLogps:
 
     @property
     def chosen_mean(self) -> Tensor:
-        """[P] mean log-probability per token of the chosen response."""
+        """Mean log-probability per token of the chosen response, [P]."""
         return self.chosen / self.chosen_length.clamp(min=1)
 
     @property
     def rejected_mean(self) -> Tensor:
-        """[P] mean log-probability per token of the rejected response."""
+        """Mean log-probability per token of the rejected response, [P]."""
         return self.rejected / self.rejected_length.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class PairContext:
-    """What some pair objectives read beside log-probabilities; a stage fills in what `needs_*` asks for."""
+    """Inputs of some pair objectives beside log-probabilities; a stage sets those that `needs_*` requests."""
 
     chosen_score: Tensor | None = None  # [P] numeric score of the chosen response, by the annotator
     rejected_score: Tensor | None = None  # [P]
@@ -87,16 +104,16 @@ class PairContext:
 
 
 class PairObjective(Objective):
-    """A loss per (chosen, rejected) pair; used by dpo."""
+    """Loss per (chosen, rejected) pair; used by dpo."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `reference` is read; without it the stage loads no reference model."""
+        """Whether `reference` is read; if not, the stage loads no reference model."""
         return True
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the comparisons must carry numeric scores (`PairContext.chosen_score`, `rejected_score`)."""
+        """Whether the comparisons must have numeric scores (`PairContext.chosen_score`, `rejected_score`)."""
         return False
 
     @property
@@ -106,36 +123,43 @@ class PairObjective(Objective):
 
     @property
     def couples_pairs(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of the batch; it is then given all of them at once."""
+        """Whether a pair's loss depends on the other pairs of the batch; it then receives all of them at once."""
         return False
 
     @abstractmethod
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [P] and metrics [P]. `reference` may be None exactly when `needs_reference` is False."""
+        """Return the losses [P] and metrics [P]. `reference` may be None exactly when `needs_reference` is False."""
 
 
 class LabelObjective(Objective):
-    """A loss per response that is labelled good or bad on its own; used by dpo and kto."""
+    """Loss per response that is labelled good or bad by itself; used by dpo and kto."""
 
     @staticmethod
     def reference_point(policy: Tensor, reference: Tensor) -> Tensor:
-        """z (scalar): the mean log-ratio of *mismatched* prompt and response pairs [M], at least 0, detached.
+        """Return z (scalar): the mean log-ratio of *mismatched* prompt and response pairs [M], at least 0, detached.
 
-        Mismatched: the response to another prompt. It is given the rows of the whole batch, of all processes.
+        A mismatched response is the response to another prompt. The rows are those of the whole batch, of all ranks.
         """
         return (policy - reference).mean().clamp(min=0).detach()
 
     @abstractmethod
     def __call__(self, policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [N] from summed log-probabilities [N] under both models, labels [N] (bool) and `kl`, a scalar."""
+        """Return the losses [N] and metrics [N].
+
+        Args:
+            policy: Summed log-probabilities under the policy, [N].
+            reference: Summed log-probabilities under the reference, [N].
+            desirable: Labels, [N] (bool).
+            kl: The reference point z, a scalar.
+        """
 
 
 class ContrastObjective(Objective):
-    """A loss that sets the good responses of a batch against its bad ones, of whatever prompts; used by dpo and kto.
+    """Loss that contrasts the good responses of a batch with its bad ones, of any prompts; used by dpo and kto.
 
-    It is given the rows of the whole batch, of all processes.
+    It receives the rows of the whole batch, of all ranks.
     """
 
     @property
@@ -147,29 +171,34 @@ class ContrastObjective(Objective):
     def __call__(
         self, policy: Tensor, reference: Tensor, desirable: Tensor, embedding: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [N] from summed log-probabilities [N] under both models and labels [N] (bool); all 0 where the batch
-        holds one kind alone. `embedding` [N, E] is a vector of each response's prompt.
+        """Return the losses [N] and metrics; all losses are 0 if the batch holds only one kind of response.
+
+        Args:
+            policy: Summed log-probabilities under the policy, [N].
+            reference: Summed log-probabilities under the reference, [N].
+            desirable: Labels, [N] (bool).
+            embedding: Vector of each response's prompt, [N, E].
         """
 
 
 class ScoreObjective(Objective):
-    """A loss per pair of scalar scores; used by reward_model."""
+    """Loss per pair of scalar scores; used by reward_model."""
 
     @property
     def needs_grades(self) -> bool:
-        """Whether the loss depends on `grade`; data without grades cannot serve it."""
+        """Whether the loss depends on `grade`; data without grades is then refused."""
         return False
 
     @abstractmethod
     def __call__(self, chosen: Tensor, rejected: Tensor, grade: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [P] from scores [P]; `grade` [P] (long) is an index into GRADES, -1 where unknown."""
+        """Return the losses [P] from scores [P]; `grade` [P] (long) is an index into GRADES, -1 where unknown."""
 
 
 class PolicyObjective(Objective):
-    """A loss per sampled token, and how advantages come from scores; used by ppo."""
+    """Loss per sampled token, and the estimation of advantages from scores; used by ppo."""
 
-    beta: float  # KL coefficient of the reward, at the start when it adapts
-    gamma: float  # weight of the pretraining loss in the same optimizer step; 0 reads no text
+    beta: float  # KL coefficient of the reward, the initial one when it adapts
+    gamma: float  # pretraining coefficient: weight of the pretraining loss in the same optimizer step; 0: no text
 
     @abstractmethod
     def estimate(
@@ -182,15 +211,20 @@ class PolicyObjective(Objective):
         beta: float | None = None,
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, advantages and returns, [B, R] each, of a whole rollout batch: `score` [B], the rest [B, R].
+        """Return rewards, advantages and returns, [B, R] each, of a whole rollout batch: `score` [B], the rest [B, R].
 
-        `beta` is the current KL coefficient; None means the field's. `sum_over` adds up a tensor over all processes,
-        where each holds a part of the rollout.
+        `beta` is the current KL coefficient; None means the field's. `sum_over` sums a tensor over all ranks, where
+        each holds a part of the rollout.
         """
 
     def next_beta(self, beta: float, kl: float, n: int, total: int | None = None) -> float:
-        """KL coefficient after `n` more sequences, of `total` in the run, whose mean summed KL was `kl` nats; fixed
-        unless overridden.
+        """Return the KL coefficient after `n` more sequences; constant unless overridden.
+
+        Args:
+            beta: Current KL coefficient.
+            kl: Mean summed KL of the `n` sequences, nats.
+            n: Sequences since the last call.
+            total: Sequences in the whole run.
         """
         return beta
 
@@ -205,14 +239,14 @@ class PolicyObjective(Objective):
         returns: Tensor,
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Losses [B, R] and metrics [B, R]; the stage averages both under the response mask."""
+        """Return the losses [B, R] and metrics [B, R]; the stage averages both under the response mask."""
 
 
 class GroupObjective(Objective):
-    """A loss per sampled token whose baseline is the other replies to the same prompt; used by grpo and rloo."""
+    """Loss per sampled token whose baseline is the other responses to the same prompt; used by grpo and rloo."""
 
     beta: float  # KL coefficient
-    gamma: float  # weight of the pretraining loss in the same optimizer step; 0 reads no text
+    gamma: float  # pretraining coefficient: weight of the pretraining loss in the same optimizer step; 0: no text
 
     @abstractmethod
     def advantages(
@@ -224,17 +258,17 @@ class GroupObjective(Objective):
         samples: int,
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Advantages [B] of a whole rollout, and which replies the loss counts [B] (bool).
+        """Return the advantages [B] of a whole rollout, and which responses the loss counts [B] (bool).
 
-        `scores` [B], the rest [B, R]; the `samples` replies to one prompt stand in consecutive rows. `sum_over` adds up
-        a tensor over all processes, where each holds a part of the rollout.
+        `scores` [B], the rest [B, R]; the `samples` responses to one prompt are consecutive rows. `sum_over` sums a
+        tensor over all ranks, where each holds a part of the rollout.
         """
 
     @abstractmethod
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Weight of every token's loss [B, R], and what each reply adds to the divisor of their sum [B].
+        """Return the weight of every token's loss [B, R] and each response's contribution to the loss denominator [B].
 
-        `longest` is the most tokens a reply may have.
+        `longest` is the largest number of tokens in a response.
         """
 
     @abstractmethod
@@ -247,13 +281,16 @@ class GroupObjective(Objective):
         mask: Tensor,
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Losses [B, R] and metrics [B, R], `ratio` and `approx_kl` among them; `advantages` [B], the rest [B, R]."""
+        """Return the losses [B, R] and metrics [B, R], among them `ratio` and `approx_kl`.
+
+        `advantages` [B], the rest [B, R].
+        """
 
 
 @dataclass(frozen=True)
 class CrossEntropy(TokenObjective):
-    """Negative log-likelihood of the target tokens: `-log p(x_t | x_<t)`. No knobs."""
+    """Negative log-likelihood of the target tokens: `-log p(x_t | x_<t)`. No hyperparameters."""
 
     def __call__(self, logps: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses, same shape as `logps`, in nats per token; perplexity is exp of their mean."""
+        """Return the losses, same shape as `logps`, in nats per token; perplexity is exp of their mean."""
         return -logps, {}

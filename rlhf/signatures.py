@@ -1,4 +1,4 @@
-"""What constructors can be given, read off their signatures: groups, knobs, and knobs handed on. No torch here."""
+"""Parameters of constructors, read from their signatures: groups and (inherited) hyperparameters. No torch here."""
 
 import inspect
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """Parameters of a constructor by name, annotations evaluated; None when it has no readable signature."""
+    """Return the parameters of a constructor by name, annotations evaluated; None without a readable signature."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
@@ -15,8 +15,8 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | Non
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, AttributeError, SyntaxError, TypeError):
-        # An annotation in quotes that cannot be evaluated, such as one that names something imported for type checking
-        # only, or a target that has none (functools.partial): those parameters go unchecked.
+        # A quoted annotation that cannot be evaluated (imported for type checking only), or a target without
+        # annotations (functools.partial): its parameters are not checked.
         hints = {}
     return {
         name: p.replace(annotation=hints.get(name, Any if isinstance(p.annotation, str) else p.annotation))
@@ -25,17 +25,17 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | Non
 
 
 def groups(stage: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The config groups that a stage asks for: its positional parameters. Its own knobs are keyword-only."""
+    """Return the config groups of a stage: its positional parameters. Its hyperparameters are keyword-only."""
     found = parameters(stage) or {}
     return {name: p for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
-def signature_of(made: type) -> inspect.Signature:
-    """What a class may be called with.
+def merge_signature(made: type) -> inspect.Signature:
+    """Return the signature that a class may be called with.
 
-    A constructor that ends in ``**knobs`` hands what it does not name to the next one in the method resolution order;
-    its knobs (keyword-only parameters) are then the class's own too, unless the class names them itself, with a default
-    of its own, say.
+    A constructor that ends in ``**hyperparameters`` passes the ones it does not name to the next constructor in the
+    method resolution order. The hyperparameters (keyword-only parameters) of that constructor are then part of the
+    signature, unless the class names them itself, for example with another default.
     """
     return inspect.Signature(_parameters(list(made.__mro__)))
 

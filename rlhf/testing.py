@@ -1,4 +1,4 @@
-"""For tests, those of plugin authors too: a tiny model, a rollout without a model, and the contract as checks."""
+"""Test helpers, also for plugin authors: a tiny model, a rollout without a model, and checks of the plugin contract."""
 
 import os
 import re
@@ -16,18 +16,38 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from rlhf import config as configs
-from rlhf import discovery, objective, validation
+from rlhf import discovery, objective, signatures
+from rlhf.annotator.base import Annotator
 from rlhf.data.records import Comparison, Message, Prompt
 from rlhf.errors import RLHFError, UserError
-from rlhf.importing import contained
+from rlhf.importing import catch_exits
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
-from rlhf.rollout import Rollout
+from rlhf.planning import step_config as configs
+from rlhf.planning.base_classes import describe_missing_base
+from rlhf.planning.validation.config import validate_config
+from rlhf.planning.validation.nodes import RESERVED
+from rlhf.planning.validation.values import holds_object
+from rlhf.reward.base import Reward
+from rlhf.running import launcher
+from rlhf.sampler.base import Sampler
+from rlhf.sampler.rollout import Rollout
+from rlhf.storage.plain import leaves, targets
 
-# Not the reference, which is optional everywhere and refused by objectives without one.
+__all__ = [
+    "Report",
+    "check_annotator",
+    "check_objective",
+    "check_plugin",
+    "check_reward",
+    "check_sampler",
+    "rollout",
+    "tiny_model",
+]
+
+# Without the reference, which is optional everywhere and refused by objectives that do not read it.
 ROLES = (
     "policy",
     "reward_model",
@@ -41,13 +61,16 @@ ROLES = (
 )
 
 
-# Things to test with
+# Base classes of the options of a group; those of objectives and stages are checked where they are used.
+BASES: dict[str, type] = {"reward": Reward, "annotator": Annotator, "sampler": Sampler}
+
+# Test objects
 
 
 def tiny_model(
     texts: tuple[str, ...] = ("What is two plus two?", "Two plus two is four."), seed: int = 0
 ) -> LanguageModel:
-    """A random Llama of some 60k parameters, its byte-level tokenizer trained on ``texts``; fp32 on the CPU."""
+    """Return a random Llama of some 60k parameters with a byte-level tokenizer trained on ``texts``; fp32, CPU."""
     torch.manual_seed(seed)
     architecture = {
         "hidden_size": 32,
@@ -62,37 +85,37 @@ def tiny_model(
     return spec.load(NoAdapter(), Precision("32-true"), lambda: list(texts) * 4)
 
 
-def rollout(prompts: list[str], replies: list[str]) -> Rollout:
-    """A rollout of given texts, one byte per token: for rewards and annotators, which read texts.
+def rollout(prompts: list[str], responses: list[str]) -> Rollout:
+    """Return a rollout of given texts, one token per byte: for rewards and annotators, which read texts.
 
     Args:
         prompts: B questions.
-        replies: B replies; all of them came to their end.
+        responses: B responses; all of them have ended.
     """
-    encoded = [list(reply.encode()) + [0] for reply in replies]
+    encoded = [list(response.encode()) + [0] for response in responses]
     length = max(len(ids) for ids in encoded)
-    response = torch.tensor([ids + [0] * (length - len(ids)) for ids in encoded])
+    response_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in encoded])
     mask = torch.arange(length) < torch.tensor([len(ids) for ids in encoded])[:, None]
     asked = [Prompt(messages=(Message(role="user", content=text),)) for text in prompts]
     return Rollout(
         prompts=asked,
         prompt_ids=torch.ones(len(prompts), 1, dtype=torch.long),
         prompt_mask=torch.ones(len(prompts), 1, dtype=torch.bool),
-        response_ids=response,
+        response_ids=response_ids,
         mask=mask,
         logp=torch.where(mask, -1.0, 0.0),
         ended=torch.ones(len(prompts), dtype=torch.bool),
-        texts=list(replies),
+        texts=list(responses),
     )
 
 
-# What can be said of any YAML file
+# Checks of any YAML file
 
 
 def unexplained_keys(path: Path) -> list[str]:
-    """The lines of a YAML whose key has no comment, on its line, above it, or above the block it stands in.
+    """Return the lines of a YAML whose key has no comment on its line, above it, or above its enclosing block.
 
-    Keys that only hold others explain themselves, and so do `_target_`, defaults lists and `${inputs.ROLE}`.
+    Exempt are keys that only hold others, `_target_`, `_partial_`, defaults lists and `${inputs.ROLE}`.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     found = []
@@ -115,20 +138,20 @@ def _block_explained(lines: list[str], index: int) -> bool:
 
 
 def nodes(path: Path) -> Iterator[tuple[str, dict[str, Any], Callable[..., Any]]]:
-    """The nodes of a YAML that build something: (dotted key, node, constructor)."""
-    for where, node in configs.targets(OmegaConf.to_container(OmegaConf.load(path))):
+    """Yield the nodes of a YAML that build something: (dotted key, node, constructor)."""
+    for where, node in targets(OmegaConf.to_container(OmegaConf.load(path))):
         yield where, node, get_object(node["_target_"])
 
 
 def foreign_keys(path: Path) -> list[str]:
-    """Keys of a YAML that its constructors do not have."""
+    """Return the keys of a YAML that its constructors do not accept."""
     found = []
     for where, node, target in nodes(path):
-        known = validation.parameters(target) or {}
+        known = signatures.parameters(target) or {}
         if any(p.kind is p.VAR_KEYWORD for p in known.values()):
             continue
-        groups = set(validation.groups(target)) if where == "stage" else set()
-        allowed = (set(known) - groups) | {*validation.RESERVED, "defaults"} | ({"name"} if where == "stage" else set())
+        groups = set(signatures.groups(target)) if where == "stage" else set()
+        allowed = (set(known) - groups) | {*RESERVED, "defaults"} | ({"name"} if where == "stage" else set())
         found += [
             f"{path.name}: {where or 'the file'} has {key}, {target.__name__} has not" for key in set(node) - allowed
         ]
@@ -136,30 +159,30 @@ def foreign_keys(path: Path) -> list[str]:
 
 
 def defaults_compared(path: Path) -> Iterator[tuple[str, str, bool, Any, Any]]:
-    """For every value of a YAML that its constructor has a default for: (target, name, same, value, default)."""
+    """Yield, for every YAML value whose constructor has a default: (target, name, same, value, default)."""
     for _, node, target in nodes(path):
-        for name, parameter in (validation.parameters(target) or {}).items():
+        for name, parameter in (signatures.parameters(target) or {}).items():
             value = node.get(name, parameter.empty)
             if value is parameter.empty or parameter.default is parameter.empty:
                 continue
-            computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in configs.leaves(value, "v"))
-            if not computed and not validation.holds_object(value):
+            computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in leaves(value, "v"))
+            if not computed and not holds_object(value):
                 default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
                 yield node["_target_"], name, default == value, value, parameter.default
 
 
-# The contract
+# Checks of the plugin contract
 
 
 @dataclass
 class Report:
-    """What ``check_plugin`` found."""
+    """Result of ``check_plugin``."""
 
     passed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def see(self, what: str, problems: list[str]) -> None:
-        """Record a check: passed when there are no problems."""
+        """Record a check: passed if there are no problems."""
         if problems:
             self.problems += problems
         else:
@@ -167,12 +190,12 @@ class Report:
 
 
 def check_plugin(folder: Path) -> Report:
-    """Whether a plugin keeps its side of the contract: found, explained, composable, and well-behaved when called.
+    """Check a plugin against the contract: it is found, commented, composable, and returns valid values.
 
-    Its code is imported and its objectives, rewards and annotators are called on made-up inputs.
+    Its code is imported, and its objectives, rewards and annotators are called on made-up inputs.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: There is no such directory.
     """
     folder = folder.resolve()
     if not folder.is_dir():
@@ -191,10 +214,10 @@ def check_plugin(folder: Path) -> Report:
     for path in files:
         option = path.relative_to(folder / "conf").with_suffix("").as_posix()
         try:
-            with contained():
+            with catch_exits():
                 _check_file(path, option, folder.name, report)
         except Exception as e:
-            # Whatever its code raises is the finding.
+            # Any exception of the plugin's code is a finding.
             report.problems.append(f"{option}: {type(e).__name__}: {e}".strip())
     return report
 
@@ -214,11 +237,17 @@ def _check_file(path: Path, option: str, package: str, report: Report) -> None:
     different = [
         f"{path.name}: {key} is {value}, its constructor says {default}"
         for target, key, same, value, default in defaults_compared(path)
-        # Options of a constructor from elsewhere exist to set other values.
+        # Options of constructors outside the plugin exist to set other values.
         if not same and target.startswith(f"{package}.")
     ]
     report.see(f"{option}: its values are its constructor's", different)
     for where, _, target in nodes(path):
+        base = BASES.get(group) if where == "" else None
+        if base is not None:
+            missing = describe_missing_base(target, (base,))
+            report.see(f"{option}: derives from {base.__name__}", [f"{option}: {missing}"] if missing else [])
+            if missing:
+                return
         if "__doc__" not in vars(target) or not target.__doc__:
             report.problems.append(f"{target.__name__} has no docstring")
         if where == "":
@@ -232,18 +261,20 @@ def _check_object(path: Path, group: str, option: str, report: Report) -> None:
     if group == "objective":
         report.see(f"{option}: losses are unreduced, finite and have a gradient", check_objective(instantiate(node)))
     elif "${inputs." in text or "???" in text or (isinstance(node, DictConfig) and "defaults" in node):
-        return  # needs something that only a run has
+        return  # needs an input that only a run has
     elif group == "reward":
-        report.see(f"{option}: one finite score per reply", check_reward(instantiate(node)))
+        report.see(f"{option}: one finite score per response", check_reward(instantiate(node)))
     elif group == "annotator":
         report.see(f"{option}: comparisons, the same for the same seed", check_annotator(instantiate(node)))
+    elif group == "sampler":
+        report.see(f"{option}: K responses per prompt, the same for the same seed", check_sampler(instantiate(node)))
     elif group == "data" and Path(str(OmegaConf.select(node, "source"))).is_file():
         split = instantiate(node).load()
         report.see(f"{option}: {len(split.train)} records", [] if split.train else [f"{option}: no usable record"])
 
 
 def check_objective(made: Any) -> list[str]:
-    """Call an objective on made-up inputs of its protocol."""
+    """Call an objective on made-up inputs of its protocol and return the problems."""
     torch.manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -289,7 +320,7 @@ def check_objective(made: Any) -> list[str]:
     if not torch.isfinite(losses).all():
         found.append("losses are not finite on ordinary inputs")
     elif not losses.requires_grad:
-        found.append("losses have no gradient: nothing would be learnt")
+        found.append("losses have no gradient: nothing would be trained")
     else:
         losses.sum().backward()
         if leaf.grad is None or not torch.isfinite(leaf.grad).all() or not leaf.grad.any():
@@ -304,37 +335,56 @@ def check_objective(made: Any) -> list[str]:
 
 
 def check_reward(reward: Any) -> list[str]:
-    """Call a reward on made-up replies."""
-    replies = ["Four.", "Two plus two is four, as far as I know, and I know it well.", "", "I cannot say."]
-    scores = reward(rollout(["What is two plus two?"] * len(replies), replies))
-    if not isinstance(scores, Tensor) or scores.shape != (len(replies),):
+    """Call a reward on made-up responses and return the problems."""
+    responses = ["Four.", "Two plus two is four, as far as I know, and I know it well.", "", "I cannot say."]
+    scores = reward(rollout(["What is two plus two?"] * len(responses), responses))
+    if not isinstance(scores, Tensor) or scores.shape != (len(responses),):
         return [f"scores are {tuple(getattr(scores, 'shape', ()))} of {type(scores).__name__}, expected a tensor [B]"]
     if not scores.is_floating_point() or not torch.isfinite(scores).all():
-        return ["scores must be finite floating-point numbers, for an empty reply too"]
+        return ["scores must be finite floating-point numbers, for an empty response too"]
     return []
 
 
 def check_annotator(annotator: Any) -> list[str]:
-    """Call an annotator on made-up replies, two to a prompt."""
-    replies = ["Four.", "Two plus two is four, as far as I know.", "Same.", "Same.", "", "Some words."]
-    given = rollout(["What is two plus two?"] * len(replies), replies)
+    """Call an annotator on made-up responses, two per prompt, and return the problems."""
+    responses = ["Four.", "Two plus two is four, as far as I know.", "Same.", "Same.", "", "Some words."]
+    given = rollout(["What is two plus two?"] * len(responses), responses)
     made = annotator(given, samples=2, seed=0)
     if not isinstance(made, list) or not all(isinstance(c, Comparison) for c in made):
         return ["expected a list of rlhf.data.records.Comparison"]
     found = [] if annotator(given, samples=2, seed=0) == made else ["the same seed gives other comparisons"]
-    foreign = [c for c in made if not set(c.responses) <= set(replies)]
-    return found + [f"a comparison holds a reply that nobody gave: {c.responses}" for c in foreign[:1]]
+    foreign = [c for c in made if not set(c.responses) <= set(responses)]
+    return found + [f"a comparison holds a response that nobody gave: {c.responses}" for c in foreign[:1]]
+
+
+def check_sampler(sampler: Sampler) -> list[str]:
+    """Sample at most 8 tokens per response to two prompts from a tiny model, and return the problems."""
+    policy = tiny_model()
+    sampler.max_new_tokens = min(sampler.max_new_tokens, 8)
+    prompts = [Prompt((Message("user", text),)) for text in ("What is two plus two?", "What is ice?")]
+    try:
+        first, again = (sampler.sample(policy, list(prompts), seed=0) for _ in range(2))
+    except UserError as e:
+        return [str(e)]
+    rows = len(prompts) * sampler.samples
+    if first.prompts != [prompt for prompt in prompts for _ in range(sampler.samples)]:
+        return [f"expected {rows} rows, {sampler.samples} consecutive ones for each prompt"]
+    shapes = {tuple(x.shape) for x in (first.response_ids, first.mask, first.logp)}
+    found = [] if len(shapes) == 1 and len(first.texts) == rows else ["response_ids, mask and logp differ in shape"]
+    if not torch.isfinite(first.logp).all() or (first.logp > 0).any():
+        found.append("logp must be finite log-probabilities, 0 or less")
+    return found + ([] if first.texts == again.texts else ["the same seed gives other responses"])
 
 
 def _composes(group: str, name: str) -> list[str]:
-    """Compose the option with a stage that reads its group, and run the checks that come before a run."""
+    """Compose the option with a stage that reads its group, run the checks before a run, and return the problems."""
     given = [f"inputs.{role}=given" for role in ROLES]
     problems = []
     for choice in _choices(group, name):
         try:
-            composed = config_of(*choice, *(given if group not in ("pipeline", "experiment") else ()))
+            composed = compose_config(*choice, *(given if group not in ("pipeline", "experiment") else ()))
             if "stage" in composed:
-                validation.check(composed)
+                validate_config(composed)
             return []
         except (RLHFError, HydraException, OmegaConfBaseException) as e:
             problems.append(f"{' '.join(choice)}: {str(e).splitlines()[0]}")
@@ -347,7 +397,7 @@ def _choices(group: str, name: str) -> Iterator[list[str]]:
         return
     for stage in discovered_groups()["stage"]:
         try:
-            base = config_of(f"stage={stage}")
+            base = compose_config(f"stage={stage}")
         except (HydraException, OmegaConfBaseException):
             continue
         if group in base or group in ("debug", "sweep"):
@@ -355,7 +405,7 @@ def _choices(group: str, name: str) -> Iterator[list[str]]:
 
 
 def discovered_groups() -> dict[str, list[str]]:
-    """Group -> its options, from rlhf and all plugins."""
+    """Return group -> options, of rlhf and all plugins."""
     found: dict[str, list[str]] = {}
     for conf in (discovery.conf_dir(), *(p.conf for p in discovery.discover()[0])):
         for option in discovery.options(conf):
@@ -364,9 +414,9 @@ def discovered_groups() -> dict[str, list[str]]:
     return found
 
 
-def config_of(*overrides: str) -> DictConfig:
-    """The config of a command line, composed as `rlhf` does."""
-    discovery.register()
+def compose_config(*overrides: str) -> DictConfig:
+    """Return the config of a command line, composed as `rlhf` does."""
+    launcher.register()
     configs.register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):

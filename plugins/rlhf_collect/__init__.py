@@ -1,1 +1,1 @@
-"""Stage plugin."""
+"""Stage plugin that collects comparisons."""

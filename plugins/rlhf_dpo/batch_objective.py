@@ -1,4 +1,4 @@
-"""Losses of the DPO family that read more of a batch than one pair: relative preference optimisation, and KTO.
+"""Losses of the DPO family that read more than one pair: relative preference optimization, and KTO.
 
 Symbols are those of ``objective``: `u` = log pi(y | x) - log pi_ref(y | x), summed over the response's tokens.
 """
@@ -21,14 +21,14 @@ from rlhf.objective import (
     require_same_shape,
     win_rate,
 )
-from rlhf_dpo.objective import NotNegative, Positive, log_ratios, reward_metrics
+from rlhf_dpo.log_ratios import NotNegative, Positive, log_ratios, reward_metrics
 
 
 def contrasts(chosen: Tensor, rejected: Tensor, context: PairContext | None) -> tuple[Tensor, Tensor]:
-    """`u_c,i - u_r,j` of all chosen i and rejected j [P, P], and which of them count.
+    """Return `u_c,i - u_r,j` of all chosen i and rejected j [P, P], and which of them count [P, P] (bool).
 
-    Within one prompt only the annotated pairs themselves count (i = j): in a ranking the chosen reply of one pair may
-    be worse than the rejected one of another.
+    Within one prompt only the annotated pairs themselves count (i = j): in a ranking the chosen response of one pair
+    may be worse than the rejected one of another.
     """
     own = torch.eye(len(chosen), dtype=torch.bool, device=chosen.device)
     counts = torch.ones_like(own)
@@ -39,7 +39,7 @@ def contrasts(chosen: Tensor, rejected: Tensor, context: PairContext | None) -> 
 
 @dataclass(frozen=True)
 class ByNearness:
-    """What relative preference optimisation knows of prompts: they count by how near they are.
+    """Base class of relative preference optimization, which weights prompts by their similarity.
 
     `nearness` is cos / temperature, whose softmax is that of -(1 - cos) / temperature: the constant drops out.
     """
@@ -51,10 +51,15 @@ class ByNearness:
 
     @property
     def needs_prompt_embedding(self) -> bool:
+        """True: the weights come from embeddings of the prompts."""
         return True
 
     def nearness(self, embedding: Tensor | None) -> Tensor:
-        """[N, N] of N prompts with embeddings [N, E]. Raises ValueError without them."""
+        """Return the scaled cosine similarities [N, N] of N prompts with embeddings [N, E].
+
+        Raises:
+            ValueError: There are no embeddings.
+        """
         if embedding is None:
             raise ValueError("relative preference optimisation needs an embedding of every prompt")
         e = F.normalize(embedding.detach().float(), dim=-1)
@@ -63,22 +68,29 @@ class ByNearness:
 
 @dataclass(frozen=True)
 class Relative(ByNearness, PairObjective):
-    """`mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+    """Relative preference optimization on pairs.
 
-    Relative preference optimisation (Yin et al. 2024, arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each
-    chosen response is set against the rejected responses of all prompts of the batch, near prompts more: the batch is
-    all processes' and all micro-batches', so neither changes the loss, and its size does. `e` [P, E] embeds the
-    prompts: hidden states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
+    `mean_j -log sigmoid(beta * w_ij * (u_c,i - u_r,j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+
+    Yin et al. 2024 (arXiv 2402.10958, paired). Log-ratios are sums over tokens. Each chosen response is contrasted with
+    the rejected responses of all prompts of the batch, similar prompts with more weight. The batch includes all ranks
+    and all micro-batches, so neither changes the loss, but the batch size does. `e` [P, E] embeds the prompts: hidden
+    states of the frozen reference, pooled over the prompt's tokens, or those of `encoder`.
     """
 
     @property
     def couples_pairs(self) -> bool:
+        """True: a pair's loss reads the other pairs of the batch."""
         return True
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [P]; log 2 when policy and reference agree. Raises ValueError without `context.prompt_embedding`."""
+        """Return the losses [P] and metrics [P]; log 2 when policy and reference agree.
+
+        Raises:
+            ValueError: `context.prompt_embedding` is missing.
+        """
         nearness = self.nearness(None if context is None else context.prompt_embedding)
         chosen, rejected = log_ratios(policy, reference)
         differences, counts = contrasts(chosen, rejected, context)
@@ -89,10 +101,12 @@ class Relative(ByNearness, PairObjective):
 
 @dataclass(frozen=True)
 class RelativeDiagonal(PairObjective):
-    """`w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
+    """Relative preference optimization with diagonal weighting.
 
-    Relative preference optimisation with diagonal weighting (Yin et al. 2024, arXiv 2402.10958): no embeddings, all
-    other prompts of the batch count alike. Sums over tokens; the batch is as for `Relative`. w = 1 is DPO.
+    `w * l_ii + (1 - w) * mean_{j != i} l_ij`, l_ij = -log sigmoid(beta * (u_c,i - u_r,j)), w = `own_weight`.
+
+    Yin et al. 2024 (arXiv 2402.10958): no embeddings; all other prompts of the batch have the same weight. Sums over
+    tokens; the batch is as for `Relative`. w = 1 is DPO.
     """
 
     beta: Positive = 0.1
@@ -100,36 +114,44 @@ class RelativeDiagonal(PairObjective):
 
     @property
     def couples_pairs(self) -> bool:
+        """True: a pair's loss reads the other pairs of the batch."""
         return True
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [P]; log 2 when policy and reference agree."""
+        """Return the losses [P] and metrics [P]; log 2 when policy and reference agree."""
         chosen, rejected = log_ratios(policy, reference)
         differences, counts = contrasts(chosen, rejected, context)
         terms = -F.logsigmoid(self.beta * differences)
         own = terms.diagonal()
         others = counts & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
         mean = terms.masked_fill(~others, 0.0).sum(dim=1) / others.sum(dim=1).clamp(min=1)
-        weight = torch.where(others.any(dim=1), self.own_weight, 1.0)  # a pair alone in its batch is all there is
+        weight = torch.where(
+            others.any(dim=1), self.own_weight, 1.0
+        )  # a pair alone in its batch has no others to average
         losses = weight * own + (1 - weight) * mean
         return losses, reward_metrics(policy, self.beta * chosen, self.beta * rejected)
 
 
 @dataclass(frozen=True)
 class RelativeUnpaired(ByNearness, ContrastObjective):
-    """`mean_ij -log sigmoid(beta * w_ij * (u_i - u_j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+    """Relative preference optimization on labelled responses, without pairs.
 
-    Relative preference optimisation without pairs (Yin et al. 2024, arXiv 2402.10958, unpaired): every good response i
-    of the batch against every bad one j, of whatever prompts; the softmax runs over the bad ones. Log-ratios are sums
-    over tokens, and `e` [N, E] embeds the prompts, as for `Relative`.
+    `mean_ij -log sigmoid(beta * w_ij * (u_i - u_j))`, w_i = softmax_j(-(1 - cos(e_i, e_j)) / temperature).
+
+    Yin et al. 2024 (arXiv 2402.10958, unpaired): every good response i of the batch is contrasted with every bad one j,
+    of any prompts; the softmax runs over the bad ones. Log-ratios are sums over tokens, and `e` [N, E] embeds the
+    prompts, as for `Relative`.
     """
 
     def __call__(
         self, policy: Tensor, reference: Tensor, desirable: Tensor, embedding: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [N], whose mean is the mean over all contrasts; 0 without responses of both kinds."""
+        """Return the losses [N], whose mean is the mean over all contrasts, and metrics [N].
+
+        The losses are 0 without responses of both kinds.
+        """
         require_same_shape(policy=policy, reference=reference, desirable=desirable)
         nearness = self.nearness(embedding)
         good = desirable.bool()
@@ -143,7 +165,7 @@ class RelativeUnpaired(ByNearness, ContrastObjective):
 
 
 def _shares(terms: Tensor, good: Tensor, like: Tensor) -> Tensor:
-    """Good-against-bad terms [G, N - G] as a number for each of N responses, of the same mean.
+    """Distribute good-against-bad terms [G, N - G] over the N responses, with the same mean.
 
     Half of every term goes to its good and half to its bad response.
     """
@@ -158,10 +180,13 @@ def _shares(terms: Tensor, good: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KTO(LabelObjective):
-    """`w_d * (1 - sigmoid(beta * (u - z)))` for desirable, `w_u * (1 - sigmoid(beta * (z - u)))` for undesirable ones.
+    """Kahneman-Tversky optimization on single responses with a label.
 
-    Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8) on single responses with a
-    label. Sums over tokens. z is an estimate of KL(pi || pi_ref) that carries no gradient: see `reference_point`.
+    `w_d * (1 - sigmoid(beta * (u - z)))` for desirable, `w_u * (1 - sigmoid(beta * (z - u)))` for undesirable
+    responses.
+
+    Ethayarajh et al. 2024 (arXiv 2402.01306, eq. 7 and 8). Sums over tokens. z is an estimate of KL(pi || pi_ref)
+    without gradient: see `reference_point`.
     """
 
     beta: Positive = 0.1
@@ -169,7 +194,7 @@ class KTO(LabelObjective):
     undesirable_weight: NotNegative = 1.0
 
     def __call__(self, policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [N] from summed log-probabilities [N], labels [N] (bool) and z."""
+        """Return the losses [N] and metrics [N] from summed log-probabilities [N], labels [N] (bool) and z."""
         require_same_shape(policy=policy, reference=reference, desirable=desirable)
         ratio = policy - reference
         good = desirable.bool()

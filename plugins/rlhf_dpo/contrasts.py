@@ -1,4 +1,4 @@
-"""Losses that set good replies against bad ones, of whatever prompts."""
+"""Batch adapter for losses that contrast good with bad responses, of any prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,31 +6,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import LabelBatch, collate_labels
-from rlhf.data.data import Split
-from rlhf.data.template import EncodedLabel
-from rlhf.distributed import gather_rows, processes
+from rlhf.data.collate import LabelBatch, TokenBatch, collate_labels
+from rlhf.data.encoded_rows import EncodedLabel
+from rlhf.data.split import Split
 from rlhf.errors import UserError
+from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics
-from rlhf_dpo.labels import check_labels, labelled_replies
-from rlhf_dpo.pairs import Inputs, inputs, pooling_and_encoder
+from rlhf_dpo.labels import check_labels, labelled_responses
+from rlhf_dpo.pairs import pooling_and_encoder
 
 
 @dataclass(frozen=True)
 class Known:
-    """Losses that were computed over a whole batch, for each of its micro-batches."""
+    """Losses computed over a whole batch, split by micro-batch."""
 
     losses: list[Tensor]  # [N] each, without gradient
     metrics: list[Metrics]
-    slopes: list[Tensor]  # [N] each, gradient of the sum of all losses by the reply's log-probability
+    slopes: list[Tensor]  # [N] each, gradient of the sum of all losses with respect to the log-probability
 
 
 class Contrasts:
-    """How a ``ContrastObjective`` is fed: the log-probabilities of the whole batch, of all processes, at once.
+    """Batch adapter of a ``ContrastObjective``, which reads the log-probabilities of the whole batch, of all ranks.
 
-    As for pairs that are coupled, every micro-batch then runs once more for its gradient, so that its size changes
-    memory and time alone.
+    Gradient caching, as for coupled pairs: every micro-batch runs a second time for its gradient, so that its size
+    changes memory and time alone.
     """
 
     needs_reference = True
@@ -40,57 +40,66 @@ class Contrasts:
 
     @property
     def embedding(self) -> tuple[str, str | None] | None:
-        """Pooling and encoder of the prompts' embeddings, where the objective reads those."""
+        """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
         return pooling_and_encoder(self.objective)
 
     def records(self, data: Split) -> Split:
-        """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
-        return labelled_replies(data)
+        """Return the labelled responses; those of comparisons are labelled by whether they win or lose their pairs."""
+        return labelled_responses(data)
 
     def check_records(self, name: str | None) -> None:
-        """Refuses records that no labels can be made of; None says nothing."""
+        """Raise UserError for a record type without labels; None passes."""
         check_labels(name)
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuses a batch in which there is nothing to set a reply against."""
+        """Raise UserError for a batch too small to hold a contrast."""
         if batch_size < 2:
             raise UserError(
-                f"stage.batch_size={batch_size}: this objective sets the good replies of a batch against its bad ones; "
-                "type stage.batch_size=2 or more"
+                f"stage.batch_size={batch_size}: this objective sets the good responses of a batch against its bad "
+                "ones; type stage.batch_size=2 or more"
             )
 
     def complete(self, examples: Sequence[EncodedLabel], longest: int, training: bool) -> list[EncodedLabel]:
-        """Nothing is missing."""
+        """Return the examples unchanged."""
         return list(examples)
 
     def collate(self, examples: list[EncodedLabel], pad_id: int) -> LabelBatch:
-        """Replies."""
+        """Return a micro-batch of responses as tensors."""
         return collate_labels(examples, pad_id)
 
-    def read(self, part: LabelBatch) -> list[Inputs]:
-        """What the reference reads."""
-        return [inputs(part.tokens)]
+    def read(self, part: LabelBatch) -> list[TokenBatch]:
+        """Return the batches that the reference reads."""
+        return [part.tokens]
 
     def with_reference(self, examples: list[EncodedLabel], logp: list[float]) -> list[EncodedLabel]:
-        """The replies with the reference's log-probabilities."""
+        """Return the examples with the reference's log-probabilities."""
         return [replace(example, reference=value) for example, value in zip(examples, logp, strict=True)]
 
     def weight(self, part: LabelBatch) -> Tensor:
-        """[N] ones: the mean over replies of their shares is the mean over contrasts."""
+        """Return ones [N]: the mean over responses of their shares is the mean over contrasts."""
         return torch.ones(len(part), device=part.desirable.device)
 
     def teaches(self, parts: list[LabelBatch], together: bool = True) -> bool:
-        """Whether the batch, of all processes if ``together``, holds replies of both kinds."""
+        """Return whether the batch, of all ranks if ``together``, holds responses of both kinds."""
         desirable = torch.cat([part.desirable for part in parts])
         good = (gather_rows(desirable.float())[0] if together else desirable.float()) > 0.5
         return bool(good.any()) and not bool(good.all())
 
     def around(self, policy: LanguageModel, parts: list[LabelBatch], together: bool = True) -> Known | None:
-        """All losses of the batch, computed on the replies of all micro-batches and, if ``together``, all processes."""
-        if len(parts) == 1 and not (together and processes() > 1):
-            return None  # one micro-batch has all there is
+        """Compute all losses of the batch, and their gradient by each log-probability (gradient caching).
+
+        Args:
+            policy: The trained model.
+            parts: This rank's micro-batches.
+            together: Whether the batch includes all ranks; every rank must then call this method.
+
+        Returns:
+            The losses by micro-batch; None if one micro-batch holds the whole batch.
+        """
+        if len(parts) == 1 and not (together and world_size() > 1):
+            return None  # one micro-batch is the whole batch
         with torch.no_grad():
-            own = torch.cat([policy.logprobs(*inputs(part.tokens))[0].sum(dim=1) for part in parts])
+            own = torch.cat([policy.logprobs(part.tokens)[0].sum(dim=1) for part in parts])
         reference, desirable, embedding = (
             torch.cat([getattr(part, name) for part in parts]) if getattr(parts[0], name) is not None else None
             for name in ("reference", "desirable", "embedding")
@@ -115,13 +124,13 @@ class Contrasts:
     def losses(
         self, policy: LanguageModel, part: LabelBatch, around: Known | None, index: int
     ) -> tuple[Tensor, Metrics]:
-        """The objective per reply and its metrics, [N] each, of micro-batch number ``index``."""
+        """Return the objective per response and its metrics, [N] each, of micro-batch number ``index``."""
         assert part.reference is not None
-        logp = policy.logprobs(*inputs(part.tokens))[0].sum(dim=1)
+        logp = policy.logprobs(part.tokens)[0].sum(dim=1)
         if around is None:
             losses, metrics = self.objective(logp, part.reference, part.desirable, part.embedding)
         else:
-            # The value is the known loss, the slope that of the whole batch's sum.
+            # The value is the cached loss; the gradient is that of the whole batch's sum.
             slope = around.slopes[index] * logp
             losses, metrics = around.losses[index] + slope - slope.detach(), around.metrics[index]
         return losses, {**metrics, "reference_gap": (logp - part.reference).abs().detach()}

@@ -1,4 +1,4 @@
-"""Vectors of prompts, for objectives that ask how near two prompts are."""
+"""Embeddings of prompts, for objectives that read the similarity of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from rlhf.data.collate import collate_prompts
-from rlhf.data.template import EncodedComparison, EncodedLabel
+from rlhf.data.encoded_rows import EncodedComparison, EncodedLabel
 from rlhf.errors import UserError
 from rlhf.functional.masking import last_index
-from rlhf.models.language_model import LanguageModel, Reference
-from rlhf.stage import chunks
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.reference import Reference
+from rlhf.stage.experience import chunks
 
 E = TypeVar("E", EncodedComparison, EncodedLabel)
 
@@ -27,15 +28,15 @@ def embed_prompts(
     encoder: str | None,
     batch_size: int,
 ) -> list[E]:
-    """The comparisons, or labels, with an embedding [E] of each prompt, on the CPU.
+    """Return the comparisons, or labels, with an embedding [E] of each prompt, on the CPU.
 
     Args:
         examples: Encoded comparisons or labels.
         reference: The frozen model whose last hidden states are pooled.
-        policy: Whose tokens the prompts are in.
+        policy: The model whose tokenizer encoded the prompts.
         pooling: ``mean`` over the prompt's tokens, or its ``last`` one.
-        encoder: Folder or hub id of a model that reads the prompt's text instead; null: the reference.
-        batch_size: Prompts embedded at a time.
+        encoder: Directory or hub id of a model that reads the prompt's text instead; null: the reference.
+        batch_size: Prompts per batch.
     """
     assert reference is not None
     read = _Own(reference.to(policy.device), policy) if encoder is None else _Encoder(encoder, policy)
@@ -49,7 +50,7 @@ def embed_prompts(
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[B, T, E] hidden states and their mask [B, T] -> one vector a row, [B, E]; padding does not count."""
+    """Pool hidden states [B, T, E] under their mask [B, T] to one vector per row, [B, E]; padding is excluded."""
     if pooling == "last":
         return hidden[torch.arange(len(hidden)), last_index(mask)]
     weight = mask.unsqueeze(-1).to(hidden.dtype)
@@ -57,7 +58,7 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 class _Own:
-    """The reference reads the policy's tokens."""
+    """Embedding by the reference, which reads the policy's tokens."""
 
     def __init__(self, reference: Reference, policy: LanguageModel) -> None:
         self.reference, self.policy = reference, policy
@@ -69,7 +70,7 @@ class _Own:
 
 
 class _Encoder:
-    """Another model reads the prompts' text, special tokens of the policy's template left out."""
+    """Embedding by another model, which reads the prompts' text without the template's special tokens."""
 
     def __init__(self, path: str, policy: LanguageModel) -> None:
         try:

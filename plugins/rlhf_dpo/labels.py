@@ -1,4 +1,4 @@
-"""Losses on single replies that are labelled good or bad."""
+"""Batch adapter for losses on single responses that are labelled good or bad."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,23 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import LabelBatch, collate_labels, with_mismatches
-from rlhf.data.data import Split
-from rlhf.data.formats import labels_of
+from rlhf.data.collate import LabelBatch, TokenBatch, add_mismatched_responses, collate_labels
+from rlhf.data.encoded_rows import EncodedLabel
+from rlhf.data.record_conversion import comparison_labels
 from rlhf.data.records import Comparison, Label
-from rlhf.data.template import EncodedLabel
-from rlhf.distributed import gather_rows
+from rlhf.data.split import Split
 from rlhf.errors import UserError
+from rlhf.functional.distributed import gather_rows
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import LabelObjective, Metrics
-from rlhf_dpo.pairs import Inputs, inputs
 
 
 class Labels:
-    """How a ``LabelObjective`` is fed.
+    """Batch adapter of a ``LabelObjective``.
 
-    Its reference point z is one number for the whole batch: the mean log-ratio of replies to *other* prompts, over all
-    micro-batches and all processes, without gradient. Which other prompt is fixed with the data.
+    Its reference point z is one number for the whole batch: the mean log-ratio of responses to *other* prompts, over
+    all micro-batches and all ranks, without gradient. The choice of the other prompt is fixed with the data.
     """
 
     needs_reference = True
@@ -33,38 +32,42 @@ class Labels:
         self.objective = objective
 
     def records(self, data: Split) -> Split:
-        """The labelled replies; those of comparisons are labelled by whether they win or lose their pairs."""
-        return labelled_replies(data)
+        """Return the labelled responses; those of comparisons are labelled by whether they win or lose their pairs."""
+        return labelled_responses(data)
 
     def check_records(self, name: str | None) -> None:
-        """Refuses records that no labels can be made of; None says nothing."""
+        """Raise UserError for a record type without labels; None passes."""
         check_labels(name)
 
     def check_batch(self, batch_size: int) -> None:
-        """Any batch will do: the mismatched replies come from the whole data set."""
+        """Accept any batch size: the mismatched responses come from the whole data set."""
 
     def complete(self, examples: Sequence[EncodedLabel], longest: int, training: bool) -> list[EncodedLabel]:
-        """Gives each reply's prompt the reply to another prompt; what is trained on needs some."""
-        done = with_mismatches(examples, longest)
+        """Add to each prompt the response to another prompt (mismatched).
+
+        Raises:
+            UserError: No training example has a mismatched response.
+        """
+        done = add_mismatched_responses(examples, longest)
         if training and all(label.mismatched is None for label in done):
             raise UserError(
-                "the KL estimate of this objective reads replies to other prompts, and all of these answer the same "
-                "one (or none fits data.max_length with another prompt): give replies to several prompts"
+                "the KL estimate of this objective reads responses to other prompts, and all of these answer the same "
+                "one (or none fits data.max_length with another prompt): give responses to several prompts"
             )
         return done
 
     def collate(self, examples: list[EncodedLabel], pad_id: int) -> LabelBatch:
-        """Replies, and mismatched replies."""
+        """Return a micro-batch of responses and mismatched responses as tensors."""
         return collate_labels(examples, pad_id)
 
-    def read(self, part: LabelBatch) -> list[Inputs]:
-        """What the reference reads."""
-        return [inputs(part.tokens), *([] if part.mismatched is None else [inputs(part.mismatched)])]
+    def read(self, part: LabelBatch) -> list[TokenBatch]:
+        """Return the batches that the reference reads."""
+        return [part.tokens, *([] if part.mismatched is None else [part.mismatched])]
 
     def with_reference(
         self, examples: list[EncodedLabel], logp: list[float], mismatched: Sequence[float] = ()
     ) -> list[EncodedLabel]:
-        """The replies with the reference's log-probabilities."""
+        """Return the examples with the reference's log-probabilities, of mismatched responses too."""
         rest = iter(mismatched)
         return [
             replace(
@@ -76,20 +79,26 @@ class Labels:
         ]
 
     def weight(self, part: LabelBatch) -> Tensor:
-        """[B] ones: every reply counts the same."""
+        """Return ones [B]: every response has the same weight."""
         return torch.ones(len(part), device=part.desirable.device)
 
     def teaches(self, parts: list[LabelBatch], together: bool = True) -> bool:
-        """Every batch does."""
+        """Return True: every batch has a gradient."""
         return True
 
     @torch.no_grad()
     def around(self, policy: LanguageModel, parts: list[LabelBatch], together: bool = True) -> Tensor:
-        """z (scalar) of the whole batch, of all processes if ``together``; 0 where there is no mismatched reply."""
+        """Return z (scalar) of the whole batch; 0 if it has no mismatched response.
+
+        Args:
+            policy: The trained model.
+            parts: This rank's micro-batches.
+            together: Whether the batch includes all ranks; every rank must then call this method.
+        """
         own, reference = [], []
         for part in parts:
             if part.mismatched is not None and part.mismatched_reference is not None:
-                own.append(policy.logprobs(*inputs(part.mismatched))[0].sum(dim=1))
+                own.append(policy.logprobs(part.mismatched)[0].sum(dim=1))
                 reference.append(part.mismatched_reference)
         nothing = parts[0].desirable.new_zeros(0, dtype=torch.float32)
         logp, ref_logp = torch.cat([nothing, *own]), torch.cat([nothing, *reference])
@@ -98,20 +107,24 @@ class Labels:
         return self.objective.reference_point(logp, ref_logp) if len(logp) else logp.new_zeros(())
 
     def losses(self, policy: LanguageModel, part: LabelBatch, around: Tensor, index: int) -> tuple[Tensor, Metrics]:
-        """The objective per reply and its metrics, [B] each."""
+        """Return the objective per response and its metrics, [B] each."""
         assert part.reference is not None
-        logp = policy.logprobs(*inputs(part.tokens))[0].sum(dim=1)
+        logp = policy.logprobs(part.tokens)[0].sum(dim=1)
         losses, metrics = self.objective(logp, part.reference, part.desirable, around)
         return losses, {**metrics, "reference_gap": (logp - part.reference).abs().detach()}
 
 
-def labelled_replies(data: Split) -> Split:
-    """Labels, of comparisons too. Raises UserError for other records, and where all are of one kind."""
+def labelled_responses(data: Split) -> Split:
+    """Return the data as labels; comparisons are converted.
+
+    Raises:
+        UserError: The data holds other records, or all training labels are equal.
+    """
     train, validation = _labelled(data.train, data), _labelled(data.validation, data)
     kinds = {label.desirable for label in train}
     if len(kinds) == 1:
         what = "good" if kinds.pop() else "bad"
-        raise UserError(f"data.source={data.data.source}: all replies are {what}; this objective needs both kinds")
+        raise UserError(f"data.source={data.data.source}: all responses are {what}; this objective needs both kinds")
     return replace(data, train=train, validation=validation)
 
 
@@ -121,15 +134,15 @@ def _labelled(records: Sequence[Any], data: Split) -> list[Label]:
         if isinstance(record, Label):
             found.append(record)
         elif isinstance(record, Comparison):
-            found += labels_of(record)
+            found += comparison_labels(record)
         else:
             check_labels(record.name)
     return found
 
 
 def check_labels(name: str | None) -> None:
-    """Refuses records that no labels can be made of; None says nothing."""
+    """Raise UserError for a record type without labels; None passes."""
     if name not in (None, "label", "comparison"):
         raise UserError(
-            f"this objective reads labelled replies, and the data holds {name}s: type data=labels or data=comparisons"
+            f"this objective reads labelled responses, and the data holds {name}s: type data=labels or data=comparisons"
         )

@@ -1,4 +1,4 @@
-"""Losses on pairs of replies to one prompt."""
+"""Batch adapter for losses on pairs of responses to one prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,34 +8,34 @@ import torch
 from torch import Tensor
 
 from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
-from rlhf.data.data import Split
+from rlhf.data.encoded_rows import EncodedComparison
 from rlhf.data.records import Comparison
-from rlhf.data.template import EncodedComparison
-from rlhf.distributed import gather_rows, processes
+from rlhf.data.split import Split
 from rlhf.errors import UserError
+from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 T = TypeVar("T", PairLogps, PairContext)
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """Losses that were computed over a whole batch, for each of its micro-batches."""
+    """Losses computed over a whole batch, split by micro-batch."""
 
     losses: list[Tensor]  # [P] each, without gradient
     metrics: list[Metrics]
-    by_chosen: list[Tensor]  # [P] each, gradient of the weighted sum of all losses by the pair's log-probabilities
+    by_chosen: list[Tensor]  # [P] each, gradient of the weighted sum of losses by the chosen log-probability
     by_rejected: list[Tensor]
 
 
 class Pairs:
-    """How a ``PairObjective`` is fed.
+    """Batch adapter of a ``PairObjective``.
 
-    Most losses look at one pair at a time. Those that do not (``couples_pairs``) are computed on the log-probabilities
-    of the whole batch, of all processes; every micro-batch then runs once more, now for its gradient, with the known
-    derivative by its log-probabilities. So a micro-batch changes memory and time, and not the gradient.
+    Most losses read one pair at a time. Those that do not (``couples_pairs``) use gradient caching (GradCache): they
+    are computed on the log-probabilities of the whole batch, of all ranks; every micro-batch then runs a second time
+    for its gradient, with the cached derivative by its log-probabilities. The size of a micro-batch changes memory and
+    time, not the gradient.
     """
 
     def __init__(self, objective: PairObjective) -> None:
@@ -44,11 +44,15 @@ class Pairs:
 
     @property
     def embedding(self) -> tuple[str, str | None] | None:
-        """Pooling and encoder of the prompts' embeddings, where the objective reads those."""
+        """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
         return pooling_and_encoder(self.objective)
 
     def records(self, data: Split) -> Split:
-        """The comparisons; refuses other records, and ones without the scores that the objective reads."""
+        """Return the comparisons.
+
+        Raises:
+            UserError: There are other records, or comparisons lack the scores that the objective reads.
+        """
         everything = [*data.train, *data.validation]
         other = next((record for record in everything if not isinstance(record, Comparison)), None)
         if other is not None:
@@ -56,21 +60,21 @@ class Pairs:
         without = sum(record.scores is None for record in everything)
         if self.objective.needs_scores and without:
             raise UserError(
-                f"this objective reads a numeric score of every reply, and {without} of {len(everything)} comparisons "
-                "have none: give comparisons of stage=collect, or type objective=dpo"
+                f"this objective reads a numeric score of every response, and {without} of {len(everything)} "
+                "comparisons have none: give comparisons of stage=collect, or type objective=dpo"
             )
         return data
 
     def check_records(self, name: str | None) -> None:
-        """Refuses records that hold no pairs; None says nothing."""
+        """Raise UserError for a record type without pairs; None passes."""
         if name not in (None, "comparison"):
             instead = " or objective=kto" if name == "label" else ""
             raise UserError(
-                f"this objective reads pairs of replies, and the data holds {name}s: type data=comparisons{instead}"
+                f"this objective reads pairs of responses, and the data holds {name}s: type data=comparisons{instead}"
             )
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuses a batch in which there is nothing to set a pair against."""
+        """Raise UserError for a batch too small for a loss that couples pairs."""
         if self.objective.couples_pairs and batch_size < 2:
             raise UserError(
                 f"stage.batch_size={batch_size}: this objective sets the prompts of a batch against each other; "
@@ -78,40 +82,43 @@ class Pairs:
             )
 
     def complete(self, examples: Sequence[EncodedComparison], longest: int, training: bool) -> list[EncodedComparison]:
-        """Nothing is missing."""
+        """Return the examples unchanged."""
         return list(examples)
 
     def collate(self, examples: list[EncodedComparison], pad_id: int) -> PairBatch:
-        """Every reply once, and the pairs among them."""
+        """Return a micro-batch: every response once, and the pairs among them."""
         return collate_comparisons(examples, pad_id)
 
-    def read(self, part: PairBatch) -> list[Inputs]:
-        """What the reference reads."""
-        return [inputs(part.tokens)]
+    def read(self, part: PairBatch) -> list[TokenBatch]:
+        """Return the batches that the reference reads."""
+        return [part.tokens]
 
     def with_reference(self, examples: list[EncodedComparison], logp: list[float]) -> list[EncodedComparison]:
-        """The comparisons with the reference's log-probability of each reply."""
+        """Return the comparisons with the reference's log-probability of each response."""
         rest = iter(logp)
         return [replace(example, reference={row: next(rest) for row in example.used}) for example in examples]
 
     def weight(self, part: PairBatch) -> Tensor:
-        """[P] 1 / the number of pairs of its prompt."""
+        """Return the weight of each pair [P]: 1 / the number of pairs of its prompt."""
         return part.weight
 
     def teaches(self, parts: list[PairBatch], together: bool = True) -> bool:
-        """Every batch does."""
+        """Return True: every batch has a gradient."""
         return True
 
     def around(self, policy: LanguageModel, parts: list[PairBatch], together: bool = True) -> Coupled | None:
-        """For losses that couple pairs: all of them, computed over the whole batch.
+        """Compute the losses of coupled pairs over the whole batch, and their gradients (gradient caching).
 
         Args:
-            policy: The model that is trained.
-            parts: This process's micro-batches.
-            together: Whether the batch is that of all processes; every one of them must then call this.
+            policy: The trained model.
+            parts: This rank's micro-batches.
+            together: Whether the batch includes all ranks; every rank must then call this method.
+
+        Returns:
+            The losses by micro-batch; None if the loss couples no pairs or one micro-batch holds the whole batch.
         """
-        if not self.objective.couples_pairs or (len(parts) == 1 and not (together and processes() > 1)):
-            return None  # one micro-batch has all there is
+        if not self.objective.couples_pairs or (len(parts) == 1 and not (together and world_size() > 1)):
+            return None  # one micro-batch is the whole batch
         with torch.no_grad():
             logps = [pair_logps(policy, part) for part in parts]
         whole = _joined(logps)
@@ -141,13 +148,14 @@ class Pairs:
     def losses(
         self, policy: LanguageModel, part: PairBatch, around: Coupled | None, index: int
     ) -> tuple[Tensor, Metrics]:
-        """The objective per pair and its metrics, [P] each, of micro-batch number ``index``."""
+        """Return the objective per pair and its metrics, [P] each, of micro-batch number ``index``."""
         logps = pair_logps(policy, part)
         reference = _reference(part)
         if around is None:
             losses, metrics = self.objective(logps, reference, self._context([part]))
         else:
-            # The value is the known loss, the slope that of the whole batch's sum; the weight is put on again later.
+            # The value is the cached loss; the gradient is that of the whole batch's sum, whose weight is applied again
+            # later.
             slope = around.by_chosen[index] * logps.chosen + around.by_rejected[index] * logps.rejected
             losses = around.losses[index] + (slope - slope.detach()) / part.weight
             metrics = around.metrics[index]
@@ -157,7 +165,7 @@ class Pairs:
         return losses, metrics
 
     def _context(self, parts: list[PairBatch]) -> PairContext:
-        """What is known of the pairs besides log-probabilities."""
+        """Return the inputs of the objective beside log-probabilities."""
         scored = all(part.scores is not None for part in parts)
         embedded = all(part.embedding is not None for part in parts)
         return PairContext(
@@ -169,25 +177,20 @@ class Pairs:
 
 
 def pooling_and_encoder(objective: PairObjective | ContrastObjective) -> tuple[str, str | None] | None:
-    """Of the prompts' embeddings, where the objective reads those."""
+    """Return pooling and encoder of the prompts' embeddings; None if the objective reads none."""
     if not objective.needs_prompt_embedding:
         return None
     return getattr(objective, "pooling", "mean"), getattr(objective, "encoder", None)
 
 
-def inputs(tokens: TokenBatch) -> Inputs:
-    """What a model reads."""
-    return tokens.ids, tokens.attention_mask, tokens.position_ids, tokens.loss_mask
-
-
 def pair_logps(policy: LanguageModel, part: PairBatch) -> PairLogps:
-    """Log-probabilities of the pairs of a micro-batch, every reply read once."""
-    logp, _ = policy.logprobs(*inputs(part.tokens))
+    """Return the log-probabilities of the pairs of a micro-batch, each response passed once through the model."""
+    logp, _ = policy.logprobs(part.tokens)
     return _paired(logp.sum(dim=1), part)
 
 
 def _paired(logp: Tensor, part: PairBatch) -> PairLogps:
-    """Log-probabilities of replies [R] as those of pairs [P]."""
+    """Return log-probabilities of responses [R] as those of pairs [P]."""
     lengths = part.tokens.loss_mask.sum(dim=1)
     return PairLogps(logp[part.chosen], logp[part.rejected], lengths[part.chosen], lengths[part.rejected])
 
@@ -201,7 +204,7 @@ def _joined(logps: Sequence[PairLogps]) -> PairLogps:
 
 
 def _gathered(values: T) -> T:
-    """A dataclass of rows with those of all processes."""
+    """Return a dataclass of rows with the rows of all ranks."""
     rows = {field.name: getattr(values, field.name) for field in fields(values)}  # type: ignore[arg-type]
     gathered: Any = {name: None if row is None else gather_rows(row)[0] for name, row in rows.items()}
     return type(values)(**gathered)

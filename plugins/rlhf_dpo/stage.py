@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its family: the policy learns from comparisons without a reward model."""
+"""Direct preference optimization and related losses: the policy learns from comparisons without a reward model."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -6,16 +6,20 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from rlhf.data.data import Split
+from rlhf.callbacks.progress import work_of
 from rlhf.data.records import Prompt
+from rlhf.data.split import Split
 from rlhf.errors import RunFailed, UserError
-from rlhf.models.language_model import LanguageModel, Reference
-from rlhf.models.roles import reference_of
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.reference import Reference
+from rlhf.models.roles import load_reference
+from rlhf.models.vocabulary import check_vocabulary
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
-from rlhf.progress import work_of
-from rlhf.stage import Optimizer, Parts, Schedule, Stage, chunks
-from rlhf.supervised import sum_of
-from rlhf.vocabulary import check_vocabulary
+from rlhf.stage.base import Stage
+from rlhf.stage.batch_order import Parts
+from rlhf.stage.experience import chunks
+from rlhf.stage.supervised import sum_scalars
+from rlhf.stage.update import Optimizer, Schedule
 from rlhf_dpo.contrasts import Contrasts
 from rlhf_dpo.embedding import embed_prompts
 from rlhf_dpo.labels import Labels
@@ -23,23 +27,23 @@ from rlhf_dpo.pairs import Pairs
 
 
 class DPOStage(Stage):
-    """Any loss on pairs of replies (``PairObjective``) or on labelled ones (``LabelObjective``, ``ContrastObjective``).
+    """Stage for losses on pairs (``PairObjective``) or labelled responses (``LabelObjective``, ``ContrastObjective``).
 
-    Reference log-probabilities and embeddings are computed once, before training, from the very tokens that are
-    trained on; the reference is then dropped.
+    Reference log-probabilities and embeddings are computed once, before training, from exactly the tokens that are
+    trained on; the reference is then freed.
 
     Args:
-        batch_size: Prompts per update (labelled replies, for a loss on those).
-        micro_batch_size: Of these per forward pass, null: all.
+        batch_size: Prompts per update (labelled responses, for a loss on those).
+        micro_batch_size: The same, per forward pass; null: all.
         gradient_clip: Largest gradient norm, null: none.
-        epochs: Times each comparison is seen.
-        reference: Model that log-ratios are measured against, null: the policy as it starts.
+        epochs: Passes over the comparisons.
+        reference: Model that log-ratios are measured against, null: the initial policy.
     """
 
-    telling = ("loss", "accuracy", "val/accuracy")
+    progress_metrics = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
-    keeps_reference = False  # it reads the data once
-    models_beside = {"reference": False}
+    keeps_reference = False  # it reads the data once and is then freed
+    auxiliary_models = {"reference": False}
 
     def __init__(
         self,
@@ -64,16 +68,16 @@ class DPOStage(Stage):
             gradient_clip=gradient_clip,
         )
         self.check_parts(objective=objective, batch_size=batch_size, reference=reference)
-        self.kind = kind_of(objective)
+        self.kind = select_adapter(objective)
         self.data, self.epochs = self.kind.records(data), epochs
         self.policy.disable_dropout()
         self.starts_at_reference = self.kind.needs_reference and reference is None
         self.reference: Reference | None = None
         if self.kind.needs_reference:
-            self.reference = reference_of(model, reference)
+            self.reference = load_reference(model, reference)
 
     def roles(self) -> dict[str, Any]:
-        """The reference too, which is there until it has read the data."""
+        """Return the policy, and the reference until it is freed."""
         return super().roles() | ({} if self.reference is None else {"reference": self.reference})
 
     @classmethod
@@ -87,19 +91,19 @@ class DPOStage(Stage):
         record: str | None = None,
         **parts: Any,
     ) -> None:
-        """As ``Stage.check_parts``."""
+        """Validate as ``Stage.check_parts``; also the record type and the reference against the objective."""
         super().check_parts(batch_size=batch_size, **parts)
         check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
         if objective is None:
             return
-        kind = kind_of(objective)
+        kind = select_adapter(objective)
         kind.check_records(record)
         kind.check_batch(batch_size)
         if reference is not None and not kind.needs_reference:
             raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
 
     def read_examples(self) -> None:
-        """Tokenises the data."""
+        """Tokenize the data and build the batch sampler."""
         self.encode(self.data, self.policy.tokenizer)
         self.check_lengths()
         longest = min(self.policy.context_length, self.data.data.max_length)
@@ -108,7 +112,7 @@ class DPOStage(Stage):
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def prepare(self) -> None:
-        """Reads the data and lets the reference read each reply once."""
+        """Read the data, and cache prompt embeddings and reference log-probabilities."""
         self.read_examples()
         if self.kind.embedding is not None:
             pooling, encoder = self.kind.embedding
@@ -118,38 +122,41 @@ class DPOStage(Stage):
             self.reference.to(self.device)
             self.examples = self.with_reference(self.examples)
             self.held_out = self.with_reference(self.held_out)
-            self.reference = None  # all it has to say is written down; a copy of the model is free again
+            self.reference = None  # its log-probabilities are cached; free the model
 
     def check_lengths(self) -> None:
-        """Refuses rows that the model's context cannot hold."""
+        """Raise UserError if a row exceeds the model's context."""
         longest = max(len(example) for example in [*self.examples, *self.held_out])
         context = self.policy.context_length
         if longest > context:
             raise UserError(
-                f"the longest prompt and reply have {longest} tokens, the model's context holds {context}: "
+                f"the longest prompt and response have {longest} tokens, the model's context holds {context}: "
                 f"type data.max_length={context}"
             )
 
     def with_reference(self, examples: Sequence[Any]) -> list[Any]:
-        """The examples with the reference's log-probability of every reply."""
+        """Return the examples with the reference's log-probability of every response."""
         assert self.reference is not None
         done: list[Any] = []
         with work_of(self, "reference", len(examples), "row") as meter:
             for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
                 chosen = list(examples[rows])
                 part = self.collate(chosen).to(self.device)
-                logp = [self.reference.logprobs(*inputs).sum(dim=1).tolist() for inputs in self.kind.read(part)]
+                logp = [self.reference.logprobs(tokens).sum(dim=1).tolist() for tokens in self.kind.read(part)]
                 done += self.kind.with_reference(chosen, *logp)
                 meter.advance(len(chosen))
         return done
 
     def collate(self, examples: list[Any]) -> Any:
-        """A micro-batch of examples as tensors."""
+        """Return a micro-batch of examples as tensors."""
         return self.kind.collate(examples, self.policy.pad_id)
 
     def training_step(self, batch: Parts[Any], batch_idx: int) -> None:
-        """Pairs: mean over prompts of the mean over their pairs of the objective; labels: mean over replies."""
-        total = self.total(sum_of(self.kind.weight(part).sum() for part in batch))
+        """Make one optimizer step on the mean of the objective.
+
+        Pairs: mean over prompts of the mean over their pairs; labels: mean over responses.
+        """
+        total = self.loss_denominator(sum_scalars(self.kind.weight(part).sum() for part in batch))
         around = self.kind.around(self.policy, list(batch))
         for index, part in enumerate(batch):
             losses, metrics = self.kind.losses(self.policy, part, around, index)
@@ -157,11 +164,15 @@ class DPOStage(Stage):
                 self.check_start(metrics["reference_gap"])
             self.backward_mean(losses, self.kind.weight(part), total, metrics)
             self.count(len(part.tokens), part.tokens.attention_mask.sum())
-        # Where there was nothing to compare, momentum alone must not move the policy.
+        # Without anything to compare, momentum alone must not move the policy.
         self.record(self.step(frozen=None if self.kind.teaches(list(batch)) else self.policy))
 
     def check_start(self, gap: torch.Tensor) -> None:
-        """At step 0 policy and reference are the same model, so every log-ratio is 0 and DPO's loss is log 2."""
+        """Raise RunFailed if policy and reference differ at step 0.
+
+        They are the same model there, so every log-ratio is 0 and DPO's loss is log 2. Checked in exact arithmetic
+        only.
+        """
         if self.trainer.precision in ("32-true", "64-true") and gap.max() > 1e-2:
             raise RunFailed(
                 f"policy and reference differ by {gap.max():.2g} nats before the first update, though the reference is "
@@ -169,12 +180,12 @@ class DPOStage(Stage):
             )
 
     def prompts_to_show(self) -> list[Prompt]:
-        """Prompts of held-out comparisons."""
+        """Return the prompts of held-out comparisons."""
         return [Prompt(record.prompt, getattr(record, "tags", ())) for record in self.data.validation]
 
     @torch.no_grad()
     def validation_step(self, batch: Parts[Any], batch_idx: int) -> None:
-        """The same on held-out comparisons; what a loss reads of the batch around is this process's batch."""
+        """Log loss and metrics on held-out comparisons; the batch that a loss reads is this rank's batch."""
         if not self.kind.teaches(list(batch), together=False):
             return
         around = self.kind.around(self.policy, list(batch), together=False)
@@ -184,8 +195,8 @@ class DPOStage(Stage):
                 self.log_mean(f"val/{name}", values, self.kind.weight(part))
 
 
-def kind_of(objective: PairObjective | LabelObjective | ContrastObjective) -> Any:
-    """What knows the examples and batches of an objective; what passes through the stage is of one kind throughout."""
+def select_adapter(objective: PairObjective | LabelObjective | ContrastObjective) -> Any:
+    """Select the batch adapter (pairs, labels or batch-wise contrasts) for an objective."""
     if isinstance(objective, LabelObjective):
         return Labels(objective)
     return Contrasts(objective) if isinstance(objective, ContrastObjective) else Pairs(objective)

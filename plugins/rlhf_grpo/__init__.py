@@ -1,1 +1,1 @@
-"""Group relative policy optimisation: advantages from the other replies to the same prompt, no critic."""
+"""Group relative policy optimization: advantages from the other responses to the same prompt, no critic."""

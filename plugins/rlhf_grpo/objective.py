@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: the loss, and the normalisations in which its variants differ."""
+"""Group relative policy optimization: the loss, and the normalizations in which its variants differ."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,26 +8,20 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import sequence_kl
-from rlhf.functional.groups import (
-    LengthNormalization,
-    Scale,
-    clipped_surrogate,
-    group_advantages,
-    has_spread,
-    length_weights,
-)
+from rlhf.functional.groups import LengthNormalization, Scale, group_advantages, has_spread, length_weights
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import SumOver, masked_mean
-from rlhf.functional.ratio import capped_exp, clip_removes
+from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
 @dataclass(frozen=True)
 class GRPO(GroupObjective):
-    """`max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) + beta KL`, per sampled token (arXiv 2402.03300, eq. 3).
+    """GRPO loss per sampled token: `max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) + beta KL`.
 
-    `A = (r - mean) / (std + 1e-4)` over the replies to one prompt, the same for every token of a reply. With
-    `kl_in="reward"` the KL of the reply, less its group's mean, is taken off: `A - beta (KL - mean KL)`.
+    DeepSeekMath (arXiv 2402.03300, eq. 3). `A = (r - mean) / (std + 1e-4)` over the responses to one prompt, the same
+    for every token of a response. With `kl_in="reward"` the KL of the response minus its group's mean is subtracted
+    from the advantage: `A - beta (KL - mean KL)`.
     """
 
     beta: Annotated[float, Field(ge=0)] = 0.04
@@ -49,11 +43,11 @@ class GRPO(GroupObjective):
         samples: int,
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Advantages [B], and which replies count [B]: all, or those of groups whose scores differ."""
+        """Return the advantages [B], and which responses count [B]: all, or those of groups whose scores differ."""
         advantages = group_advantages(scores, samples, self.scale, sum_over)
         if self.kl_in == "reward":
-            # Taken off after scaling, as the loss would: a deviation of scores and KL would blow up the KL's noise to
-            # advantages of 1 in a group whose scores are equal.
+            # Subtracted after scaling, as the KL in the loss is: scaling by a deviation of scores and KL together would
+            # amplify the KL's noise to advantages of 1 in a group whose scores are equal.
             kl = sequence_kl(logp, ref_logp, mask)
             advantages = advantages - self.beta * group_advantages(kl, samples, "none")
         spread = has_spread(scores, samples)
@@ -61,7 +55,7 @@ class GRPO(GroupObjective):
         return advantages, keep
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """As `rlhf.functional.groups.length_weights`."""
+        """Return token weights [B, R] and divisors [B], as `rlhf.functional.groups.length_weights`."""
         return length_weights(mask, self.length_normalization, longest)
 
     def __call__(
@@ -73,24 +67,24 @@ class GRPO(GroupObjective):
         mask: Tensor,
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Losses [B, R] and metrics [B, R]; `advantages` [B]."""
+        """Return the losses [B, R] and metrics [B, R]; `advantages` [B]."""
         require_same_shape(logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
         require_same_shape(advantages=advantages, rows=mask[:, 0])
         log_ratio = logp - old_logp
-        if self.importance == "sequence":  # GSPO: the geometric mean of a reply's ratios, for all its tokens
+        if self.importance == "sequence":  # GSPO: the geometric mean of a response's ratios, for all its tokens
             log_ratio = masked_mean(log_ratio, mask, 1).unsqueeze(1).expand_as(logp)
         spread_out = advantages.unsqueeze(1).expand_as(logp)
         policy_loss = clipped_surrogate(log_ratio, spread_out, self.clip_low, self.clip_high)
         kl = k3(logp, ref_logp)
         losses = policy_loss + self.beta * kl if self.kl_in == "loss" else policy_loss
 
-        ratio = capped_exp(log_ratio.detach())
+        ratio = capped_ratio(log_ratio.detach())
         metrics = {
             "policy_loss": policy_loss,
             "kl_loss": kl,
             "ratio": ratio,
-            "approx_kl": 0.5 * (logp - old_logp).square(),  # of the update so far, not of the reference
-            "clip_fraction": clip_removes(ratio, spread_out, self.clip_low, self.clip_high).to(ratio.dtype),
+            "approx_kl": 0.5 * (logp - old_logp).square(),  # from the sampling policy, not from the reference
+            "clip_fraction": is_gradient_clipped(ratio, spread_out, self.clip_low, self.clip_high).to(ratio.dtype),
         }
         if entropy is not None:
             metrics["entropy"] = entropy
@@ -99,7 +93,10 @@ class GRPO(GroupObjective):
 
 @dataclass(frozen=True)
 class DrGRPO(GRPO):
-    """GRPO done right (Liu et al. 2025, arXiv 2503.20783): no division by the group's spread or the reply's length."""
+    """GRPO without division by the group's spread or the response's length.
+
+    "GRPO done right", Liu et al. 2025 (arXiv 2503.20783).
+    """
 
     beta: Annotated[float, Field(ge=0)] = 0.0
     scale: Scale = "none"
@@ -108,7 +105,10 @@ class DrGRPO(GRPO):
 
 @dataclass(frozen=True)
 class DAPO(GRPO):
-    """DAPO (Yu et al. 2025, arXiv 2503.14476): higher upper clip, mean over tokens, no groups without spread, no KL."""
+    """DAPO: higher upper clip bound, mean over tokens, no groups without spread, no KL.
+
+    Yu et al. 2025 (arXiv 2503.14476).
+    """
 
     beta: Annotated[float, Field(ge=0)] = 0.0
     clip_high: Annotated[float, Field(gt=0)] = 0.28
@@ -118,7 +118,10 @@ class DAPO(GRPO):
 
 @dataclass(frozen=True)
 class GSPO(GRPO):
-    """Group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071): one ratio per reply, tight clipping."""
+    """Group sequence policy optimization: one importance ratio per response, narrow clipping.
+
+    Zheng et al. 2025 (arXiv 2507.18071).
+    """
 
     beta: Annotated[float, Field(ge=0)] = 0.0
     clip_low: Annotated[float, Field(gt=0, le=1)] = 3e-4

@@ -1,28 +1,32 @@
-"""Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300), Dr. GRPO, DAPO and GSPO by their objectives.
+"""Group relative policy optimization (DeepSeekMath, arXiv 2402.03300); Dr. GRPO, DAPO and GSPO by their objectives.
 
-1. Sample K replies to each prompt from the policy.
-2. Score each reply.
-3. The advantage of a reply is its score against those of the other replies to the prompt; all its tokens get it.
+1. Sample K responses to each prompt from the policy.
+2. Score each response.
+3. The advantage of a response is its score relative to the other responses to the prompt, the same for all its tokens.
 4. Clipped updates over the rollout, each one optimizer step on L_GRPO + gamma * L_pretraining.
 """
 
-from rlhf.critic_free import GroupStage, Replies
 from rlhf.data.records import Prompt
-from rlhf.stage import Parts
+from rlhf.stage.batch_order import Parts
+from rlhf.stage.experience import Experience
+from rlhf.stage.group_stage import GroupStage
 
 
 class GRPOStage(GroupStage):
-    """Group relative policy optimisation."""
+    """Stage of group relative policy optimization."""
 
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
-        """One rollout and the updates on it."""
-        rollout = self.rollout.sample(self.policy, list(batch), seed=self.step_seed("sample"))
-        rollout = self.refilled(rollout)
+        """Sample one rollout and make the updates on it."""
+        rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("sample"))
+        rollout = self.resample_groups(rollout)
         raw, scores = self.scores(rollout)
         logp, ref_logp = self.log_probabilities(rollout)
         advantages, keep = self.objective.advantages(
-            scores, logp, ref_logp, rollout.mask, self.rollout.samples, self.sum_over_processes
+            scores, logp, ref_logp, rollout.mask, self.sampler.samples, self.sum_over_ranks
         )
-        experience = Replies.of(rollout, logp, ref_logp, advantages, keep)
-        metrics = self.updates(experience, self.kl(experience))
+        experience = Experience(rollout.tokens, rollout.mask, logp, ref_logp, advantages, keep=keep)
+        metrics = []
+        if self.is_within_kl_budget(self.kl(experience)):
+            for minibatch, first in self.draw_minibatches(experience):
+                metrics.append(self.update(minibatch, first))
         self.report(rollout, raw, scores, experience, metrics)

@@ -1,1 +1,1 @@
-"""Proximal policy optimisation of a language model against a reward."""
+"""Proximal policy optimization of a language model against a reward."""

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation for language models: the loss and the knobs of its estimates."""
+"""Proximal policy optimization for language models: the loss and the hyperparameters of its estimates."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,20 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import gae, shaped_rewards
-from rlhf.functional.groups import clipped_surrogate
 from rlhf.functional.kl import KLEstimator, adaptive_beta
 from rlhf.functional.masking import SumOver, masked_whiten
-from rlhf.functional.ratio import capped_exp, clip_removes
+from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
 from rlhf.objective import Metrics, PolicyObjective, require_same_shape
 
 
-def clipped_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """`max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip))`, any shape (arXiv 1707.06347, eq. 7, negated)."""
-    return clipped_surrogate(logp - old_logp, advantages, clip, clip)
-
-
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """`max((V - R)^2, (clamp(V, V_old +- clip) - R)^2) / 2`, any shape; plain squared error when `clip` is None."""
+    """Return `max((V - R)^2, (clamp(V, V_old +- clip) - R)^2) / 2`, any shape; `(V - R)^2 / 2` if `clip` is None."""
     errors = (values - returns).square()
     if clip is not None:
         clipped = torch.clamp(values, old_values - clip, old_values + clip)
@@ -31,11 +25,11 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 @dataclass(frozen=True)
 class PPO(PolicyObjective):
-    """`max(-A ratio, -A clip(ratio)) + c_v * value loss - c_e * entropy`, per sampled token.
+    """PPO loss per sampled token: `max(-A ratio, -A clip(ratio)) + c_v * value loss - c_e * entropy`.
 
     Schulman et al. 2017 (arXiv 1707.06347, eq. 7 and 9) with the clipped value loss of openai/lm-human-preferences.
-    `estimate` makes rewards, advantages and returns of a rollout (InstructGPT, arXiv 2203.02155, eq. 2); its `gamma`
-    term is the stage's: one optimizer step on `loss + gamma * cross-entropy on pretraining text`.
+    `estimate` computes rewards, advantages and returns of a rollout (InstructGPT, arXiv 2203.02155, eq. 2). The stage
+    adds the `gamma` term: one optimizer step on `loss + gamma * cross-entropy on pretraining text`.
     """
 
     beta: Annotated[float, Field(ge=0)] = 0.05
@@ -68,11 +62,11 @@ class PPO(PolicyObjective):
         beta: float | None = None,
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, whitened advantages and returns, each [B, R], of one whole rollout batch.
+        """Return rewards, whitened advantages and returns, each [B, R], of one whole rollout batch.
 
         `score` [B]; the rest [B, R]. `beta` is the current coefficient when it adapts, else the field's. Returns come
-        from the advantages before whitening. Whitening is over the parts of all processes where `sum_over` adds a
-        tensor up over them.
+        from the advantages before whitening. With `sum_over`, which sums a tensor over all ranks, whitening covers the
+        parts of all ranks.
         """
         require_same_shape(logp=logp, ref_logp=ref_logp, values=values, mask=mask)
         beta = self.beta if beta is None else beta
@@ -83,10 +77,10 @@ class PPO(PolicyObjective):
         return rewards, masked_whiten(advantages, mask, sum_over=sum_over), returns
 
     def next_beta(self, beta: float, kl: float, n: int, total: int | None = None) -> float:
-        """KL coefficient after `n` of `total` sequences whose mean summed KL was `kl` nats; fixed without `kl_target`.
+        """Return the KL coefficient after `n` of `total` sequences; constant without `kl_target`.
 
-        Without `kl_horizon` it follows over a twentieth of the run: 10000 sequences, as lm-human-preferences has it,
-        would hardly move it in a short one.
+        `kl` is the mean summed KL of the `n` sequences, nats. Without `kl_horizon` the horizon is a twentieth of the
+        run: the 10000 sequences of lm-human-preferences would hardly change beta in a short run.
         """
         if self.kl_target is None:
             return beta
@@ -103,11 +97,14 @@ class PPO(PolicyObjective):
         returns: Tensor,
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Losses [B, R] and metrics [B, R]. `entropy` [B, R] in nats; required when `entropy_coefficient` > 0."""
+        """Return the losses [B, R] and metrics [B, R].
+
+        `entropy` [B, R] in nats is required when `entropy_coefficient` > 0.
+        """
         require_same_shape(
             logp=logp, old_logp=old_logp, advantages=advantages, values=values, old_values=old_values, returns=returns
         )
-        policy_loss = clipped_policy_loss(logp, old_logp, advantages, self.clip)
+        policy_loss = clipped_surrogate(logp - old_logp, advantages, self.clip, self.clip)
         value_loss = clipped_value_loss(values, old_values, returns, self.value_clip)
         losses = policy_loss + self.value_coefficient * value_loss
         if self.entropy_coefficient:
@@ -116,14 +113,14 @@ class PPO(PolicyObjective):
             losses = losses - self.entropy_coefficient * entropy
 
         log_ratio = (logp - old_logp).detach()
-        ratio = capped_exp(log_ratio)
+        ratio = capped_ratio(log_ratio)
         metrics = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "ratio": ratio,
-            "ratio_variance": (ratio - 1.0).square(),  # about 1, its mean under the policy that sampled
-            "approx_kl": 0.5 * log_ratio.square(),  # of the update so far, not of the reference
-            "clip_fraction": clip_removes(ratio, advantages, self.clip, self.clip).to(ratio.dtype),
+            "ratio_variance": (ratio - 1.0).square(),  # around 1, the ratio's mean under the sampling policy
+            "approx_kl": 0.5 * log_ratio.square(),  # from the sampling policy, not from the reference
+            "clip_fraction": is_gradient_clipped(ratio, advantages, self.clip, self.clip).to(ratio.dtype),
         }
         if self.value_clip is not None:
             metrics["value_clip_fraction"] = ((values - old_values).abs() > self.value_clip).to(ratio.dtype)

@@ -4,21 +4,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf.data.data import Split
+from rlhf.data.split import Split
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
-from rlhf.stage import Optimizer, Schedule
-from rlhf.supervised import Supervised
+from rlhf.stage.supervised import Supervised
+from rlhf.stage.update import Optimizer, Schedule
 
 
 class PretrainStage(Supervised):
-    """Documents packed into rows of ``context`` tokens; a document never sees its neighbour.
+    """Stage of pretraining on documents packed into rows of ``context`` tokens; a document attends only to itself.
 
     Args:
         batch_size: Rows per update.
         micro_batch_size: Rows per forward pass, null: all.
         gradient_clip: Largest gradient norm, null: none.
-        epochs: Times the text is read.
+        epochs: Passes over the text.
         context: Tokens in a row.
     """
 

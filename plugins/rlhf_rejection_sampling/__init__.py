@@ -1,1 +1,1 @@
-"""Stage plugin."""
+"""Stage plugin of rejection sampling fine-tuning."""

@@ -1,4 +1,4 @@
-"""Which replies are picked, and the files that say so."""
+"""Selection of responses, and the files of selected ones (picks)."""
 
 import json
 from collections.abc import Sequence
@@ -9,82 +9,85 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.best_of_k import expected_best, kl_bound, log_law
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
+from rlhf.sampler.best_of_k import expected_best, fit_log_law, kl_bound
 
 Selection = Literal["best_per_prompt", "top_overall", "random_per_prompt", "random_overall"]
 
 
 @dataclass
 class Candidate:
-    """A reply that may be picked."""
+    """Response that may be selected."""
 
     prompt: Prompt
-    reply: str
+    response: str
     ended: bool
     temperature: float | None  # None: a pick of an earlier round
     score: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the candidate as plain JSON values, a line of picks.jsonl."""
         return {
             **self.prompt.to_json(),
-            "reply": self.reply,
+            "response": self.response,
             "ended": self.ended,
             "score": self.score,
             "temperature": self.temperature,
         }
 
 
-def key_of(prompt: Prompt) -> str:
-    """What makes two prompts the same: what is asked."""
+def prompt_key(prompt: Prompt) -> str:
+    """Return the identity of a prompt: the roles and contents of its messages."""
     return "\x1f".join(f"{message.role}:{message.content}" for message in prompt.messages)
 
 
 def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: int) -> list[Candidate]:
-    """The picks, in the order of the prompts.
+    """Select responses and return them in the order of the prompts.
 
     Args:
-        candidates: All replies, scored; those to one prompt need not stand together.
-        select: The rule; the two with one pick per prompt take no ``count``.
-        count: Picks of all.
-        seed: Of the rules that draw, and of the choice among replies of equal score.
+        candidates: All responses, scored; those to one prompt need not be adjacent.
+        select: The rule; the two with one pick per prompt do not use ``count``.
+        count: Number of picks.
+        seed: Seed of the rules that draw at random, and of the choice among responses of equal score.
     """
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, int] = {}
     for candidate in candidates:
-        places.setdefault(key_of(candidate.prompt), len(places))
+        places.setdefault(prompt_key(candidate.prompt), len(places))
     if select.endswith("_per_prompt"):
         groups: list[list[Candidate]] = [[] for _ in places]
         for candidate in candidates:
-            groups[places[key_of(candidate.prompt)]].append(candidate)
+            groups[places[prompt_key(candidate.prompt)]].append(candidate)
         if select == "best_per_prompt":
             shuffled = ([group[i] for i in torch.randperm(len(group), generator=generator)] for group in groups)
             return [max(group, key=lambda candidate: candidate.score) for group in shuffled]
         draws = torch.rand(len(groups), generator=generator).tolist()
         return [group[int(draw * len(group))] for draw, group in zip(draws, groups, strict=True)]
-    # The same reply to the same prompt counts once, or the easiest prompts would fill the list.
-    distinct = list({(key_of(c.prompt), c.reply, c.ended): c for c in reversed(candidates)}.values())[::-1]
+    # Equal responses to the same prompt count once; otherwise the easiest prompts would fill the list.
+    distinct = list({(prompt_key(c.prompt), c.response, c.ended): c for c in reversed(candidates)}.values())[::-1]
     chosen = [distinct[row] for row in torch.randperm(len(distinct), generator=generator).tolist()]
     if select == "top_overall":
         chosen.sort(key=lambda candidate: -candidate.score)
     chosen = chosen[:count]
-    return sorted(chosen, key=lambda candidate: places[key_of(candidate.prompt)])
+    return sorted(chosen, key=lambda candidate: places[prompt_key(candidate.prompt)])
 
 
-def worth(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> dict[str, Any]:
-    """What the best of k replies and the picks are worth, as ``best_of_k.json`` has it.
+def best_of_k_statistics(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the gains of the best of k responses and of the picks, the content of ``best_of_k.json``.
 
     Args:
-        scores: Of the K replies to each of N prompts, [N, K].
+        scores: Scores of the K responses to each of N prompts, [N, K].
         spread: The temperature of each of the K.
-        picks: What was chosen.
+        picks: The selected responses.
     """
     best = expected_best(scores)
     gains = {k: value - best[1] for k, value in best.items()}
-    slope, explained = log_law(gains)
+    slope, explained = fit_log_law(gains)
     winners = scores == scores.amax(dim=1, keepdim=True)
-    won = (winners / winners.sum(dim=1, keepdim=True)).mean(dim=0).tolist()  # best replies of equal score share it
+    won = (
+        (winners / winners.sum(dim=1, keepdim=True)).mean(dim=0).tolist()
+    )  # best responses of equal score share the win
     temperatures = {
         f"{value:g}": {
             "reward_mean": scores[:, [k for k, t in enumerate(spread) if t == value]].mean().item(),
@@ -109,7 +112,7 @@ def worth(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> di
 
 
 def write_picks(path: Path, picks: Sequence[Candidate]) -> None:
-    """One JSON line each; the file is whole or not there."""
+    """Write the picks as JSON lines; the file is complete or absent."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in picks)
@@ -117,7 +120,11 @@ def write_picks(path: Path, picks: Sequence[Candidate]) -> None:
 
 
 def read_picks(source: str) -> list[Candidate]:
-    """The picks of a run, or of a picks.jsonl. Raises UserError where there are none."""
+    """Return the picks of a run, or of a picks.jsonl.
+
+    Raises:
+        UserError: There are none, or a line is invalid.
+    """
     path = Path(source)
     path = path / "picks.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -127,7 +134,7 @@ def read_picks(source: str) -> list[Candidate]:
         try:
             raw = json.loads(line)
             found.append(
-                Candidate(Prompt.from_json(raw), raw["reply"], bool(raw.get("ended", True)), raw.get("temperature"))
+                Candidate(Prompt.from_json(raw), raw["response"], bool(raw.get("ended", True)), raw.get("temperature"))
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"inputs.picks={source}: line {number} is no pick ({error!r})") from error

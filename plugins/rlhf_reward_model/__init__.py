@@ -1,1 +1,1 @@
-"""Reward model trained on comparisons."""
+"""Stage plugin of a reward model trained on comparisons."""

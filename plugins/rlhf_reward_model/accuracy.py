@@ -1,4 +1,4 @@
-"""How often the preferred reply scores higher, by grade, and how sure that is."""
+"""Accuracy of a reward model on pairs, by grade, with standard errors."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf.data.encoded_rows import EncodedComparison
 from rlhf.data.records import GRADES
-from rlhf.data.template import EncodedComparison
 from rlhf.functional.clusters import clustered_mean
 
 ALL = "all"  # pairs of every grade, and those without one
@@ -16,23 +16,23 @@ ALL = "all"  # pairs of every grade, and those without one
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of pairs whose chosen reply scores higher, equal scores counted half."""
+    """Share of pairs whose chosen response scores higher, equal scores counted half."""
 
     accuracy: float
-    standard_error: float | None  # clustered, since pairs of one question are hard together; None for one cluster
+    standard_error: float | None  # clustered, as pairs of one question are correlated; None for one cluster
     pairs: int
     prompts: int
-    clusters: int  # different questions: prompts that paraphrase each other are one
+    clusters: int  # different questions; paraphrased prompts are one
 
 
 def accuracies(comparisons: Sequence[EncodedComparison], right: Tensor) -> dict[str, Accuracy]:
-    """Accuracy of all pairs and of those of each grade that occurs.
+    """Return the accuracy of all pairs and of those of each grade that occurs.
 
     Over all, a pair weighs 1 / the number of pairs of its comparison, as in ``val/accuracy``; within a grade 1, as in
     ``val/accuracy/GRADE``.
 
     Args:
-        comparisons: What was compared.
+        comparisons: The comparisons.
         right: 1, 0 or 1/2 for every pair of every comparison, in their order, [P].
     """
     rows = [(comparison, grade) for comparison in comparisons for *_, grade in comparison.pairs]
@@ -50,7 +50,7 @@ def accuracies(comparisons: Sequence[EncodedComparison], right: Tensor) -> dict[
 
 
 def clusters(comparisons: Sequence[EncodedComparison]) -> Tensor:
-    """Return for every pair of every comparison the number of its cluster, [P]: the data's, else its prompt's."""
+    """Return the cluster number of every pair of every comparison, [P]: from the data's cluster, else the prompt."""
     return numbered([one.cluster or tuple(one.prompt) for one in comparisons for _ in one.pairs])
 
 

@@ -24,11 +24,11 @@ MARGINS: dict[str, dict[Grade, float]] = {
 
 @dataclass(frozen=True)
 class Pairwise(ScoreObjective):
-    """`-log sigmoid(r_c - r_r - m(grade)) + centering * (r_c + r_r)^2`.
+    """Pairwise ranking loss: `-log sigmoid(r_c - r_r - m(grade)) + centering * (r_c + r_r)^2`.
 
     InstructGPT (arXiv 2203.02155, eq. 1) with the margin of Llama 2 (arXiv 2307.09288, eq. 2) and the centering term of
-    Eisenstein et al. 2023 (arXiv 2312.09244). `margin` is a named table or one of your own by grade; a grade that
-    the table lacks, and a pair of unknown grade, have margin 0.
+    Eisenstein et al. 2023 (arXiv 2312.09244). `margin` is a named table or a custom one by grade; a grade that the
+    table lacks, and a pair of unknown grade, have margin 0.
     """
 
     margin: Literal["none", "small", "large"] | dict[Grade, Annotated[float, Field(ge=0)]] = "none"
@@ -42,10 +42,15 @@ class Pairwise(ScoreObjective):
 
     @property
     def needs_grades(self) -> bool:
+        """Whether any margin is not 0."""
         return any(self.margins)
 
     def __call__(self, chosen: Tensor, rejected: Tensor, grade: Tensor) -> tuple[Tensor, Metrics]:
-        """Losses [P] from scores [P]. Raises ValueError when the shapes differ."""
+        """Return the losses [P] and metrics [P] from scores [P].
+
+        Raises:
+            ValueError: The shapes differ.
+        """
         require_same_shape(chosen=chosen, rejected=rejected, grade=grade)
         gap = chosen.float() - rejected.float()
         # The last entry is the margin of grade -1 (unknown).

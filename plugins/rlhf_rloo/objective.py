@@ -8,25 +8,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.functional.advantages import sequence_kl
-from rlhf.functional.groups import (
-    EPSILON,
-    clipped_surrogate,
-    deviation,
-    has_spread,
-    leave_one_out,
-    length_weights,
-)
+from rlhf.functional.groups import EPSILON, deviation, has_spread, leave_one_out, length_weights
 from rlhf.functional.masking import SumOver, masked_sum
-from rlhf.functional.ratio import capped_exp, clip_removes
+from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
 from rlhf.objective import GroupObjective, Metrics, require_same_shape
 
 
 @dataclass(frozen=True)
 class RLOO(GroupObjective):
-    """`max(-A ratio, -A clip(ratio))` per reply, `A = R - mean of the other replies' R` (arXiv 2402.14740).
+    """RLOO loss per response: `max(-A ratio, -A clip(ratio))`, `A = R - mean of the other responses' R`.
 
-    A reply is one action: its ratio is that of whole sequences, and the KL is part of its reward `R`. At ratio 1 the
-    gradient is REINFORCE's, `-A grad log pi(reply)`.
+    Ahmadian et al. 2024 (arXiv 2402.14740). A response is one action: its importance ratio is that of the whole
+    sequence, and the KL is part of its reward `R`. At ratio 1 the gradient is REINFORCE's, `-A grad log pi(response)`.
     """
 
     beta: Annotated[float, Field(ge=0)] = 0.05
@@ -44,19 +37,22 @@ class RLOO(GroupObjective):
         samples: int,
         sum_over: SumOver | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Advantages [B] of rewards with the KL in them; every reply counts."""
+        """Return the advantages [B] of rewards that include the KL penalty; every response counts."""
         rewards = scores - self.beta * sequence_kl(logp, ref_logp, mask)
         advantages = leave_one_out(rewards, samples)
         if self.normalize:
             spread = has_spread(scores, samples).sum()
-            # No mean to take off: leave-one-out advantages sum to 0 within a group. Where no scores differ there is
-            # only the noise of the KL, which must not be scaled to 1.
+            # No mean is subtracted: leave-one-out advantages sum to 0 within a group. If no scores differ, only the
+            # noise of the KL remains, which must not be scaled to 1.
             if (spread if sum_over is None else sum_over(spread)) > 0:
                 advantages = advantages / (deviation(advantages, sum_over) + EPSILON)
         return advantages, torch.ones_like(scores, dtype=torch.bool)
 
     def weights(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Each reply's loss, which stands at every token of it, counts once."""
+        """Return token weights [B, R] and divisors [B] under which each response's loss counts once.
+
+        The loss of a response is repeated at all its tokens.
+        """
         return length_weights(mask, "sequence", longest)
 
     def __call__(
@@ -68,17 +64,17 @@ class RLOO(GroupObjective):
         mask: Tensor,
         entropy: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """The loss of each reply at all its tokens [B, R], and metrics [B, R]; `advantages` [B]."""
+        """Return the loss of each response, repeated at all its tokens [B, R], and metrics [B, R]; `advantages` [B]."""
         require_same_shape(logp=logp, old_logp=old_logp, mask=mask)
         require_same_shape(advantages=advantages, rows=mask[:, 0])
         log_ratio = masked_sum(logp - old_logp, mask, 1)
         losses = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high).unsqueeze(1).expand_as(logp)
-        ratio = capped_exp(log_ratio.detach())
-        removed = clip_removes(ratio, advantages, self.clip_low, self.clip_high)
+        ratio = capped_ratio(log_ratio.detach())
+        removed = is_gradient_clipped(ratio, advantages, self.clip_low, self.clip_high)
         metrics = {
             "policy_loss": losses,
             "ratio": ratio.unsqueeze(1).expand_as(logp),
-            "approx_kl": 0.5 * (logp - old_logp).square(),  # of the update so far, not of the reference
+            "approx_kl": 0.5 * (logp - old_logp).square(),  # from the sampling policy, not from the reference
             "clip_fraction": removed.to(logp.dtype).unsqueeze(1).expand_as(logp),
         }
         if entropy is not None:

@@ -1,1 +1,1 @@
-"""Stage plugin."""
+"""Stage plugin of supervised fine-tuning."""

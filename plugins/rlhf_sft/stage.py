@@ -1,26 +1,26 @@
-"""Supervised fine-tuning: next-token prediction on what the assistant says, and only on that."""
+"""Supervised fine-tuning: next-token prediction on the assistant's turns, and only on those."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from rlhf.data.data import Split
 from rlhf.data.records import Prompt
+from rlhf.data.split import Split
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import TokenObjective
-from rlhf.stage import Optimizer, Schedule
-from rlhf.supervised import Supervised
+from rlhf.stage.supervised import Supervised
+from rlhf.stage.update import Optimizer, Schedule
 
 
 class SFTStage(Supervised):
-    """Loss on the assistant's tokens and the end-of-turn token after them; prompts are read, not learnt.
+    """Stage with a loss on the assistant's tokens and the end-of-turn token after them, not on prompts.
 
     Args:
         batch_size: Dialogues (or packed rows) per update.
         micro_batch_size: Rows per forward pass, null: all.
         gradient_clip: Largest gradient norm, null: none.
-        epochs: Times each demonstration is seen.
-        packing: Tokens in a row of several dialogues; null: one dialogue a row, padded.
+        epochs: Passes over the demonstrations.
+        packing: Tokens in a row of several dialogues; null: one dialogue per row, padded.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SFTStage(Supervised):
         )
 
     def prompts_to_show(self) -> list[Prompt]:
-        """What comes before the last answer of held-out demonstrations."""
+        """Return the prompts of the last responses of held-out demonstrations."""
         dialogues = [record.messages for record in self.data.validation]
         return [
             Prompt(messages[:-1]) for messages in dialogues if len(messages) > 1 and messages[-1].role == "assistant"

@@ -1,5 +1,5 @@
-"""The commands. `rlhf.cli.main` holds the entry of `rlhf`.
+"""Command-line interface: `rlhf.cli.main` is the entry point of `rlhf`.
 
-A module here is a sub-command of its name when it has ``def main(argv: list[str]) -> int | None`` (None: status 0).
-The first line of its docstring is its help.
+A module of this package is the sub-command of its name if it has ``def main(argv: list[str]) -> int | None`` (None:
+status 0). The first line of its docstring is its help text.
 """

@@ -1,4 +1,4 @@
-"""`python -m rlhf.cli` is `rlhf`."""
+"""Entry point of `python -m rlhf.cli`, which is the same as `rlhf`."""
 
 from rlhf.cli.main import main
 

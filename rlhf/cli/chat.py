@@ -1,7 +1,7 @@
-"""Talk with a policy: rlhf chat RUN.
+"""Chat with a policy: rlhf chat RUN.
 
-Replies are written as they are sampled, through the model's own chat template. When the input is no terminal, every
-line of it is a turn and every reply a line (line breaks in a reply are kept).
+Responses are printed while they are sampled, and prompts use the model's own chat template. If standard input is not a
+terminal, every line of it is a user turn (line breaks within a response are kept).
 """
 
 import argparse
@@ -19,14 +19,14 @@ COMMANDS = "/reset forgets the dialogue, /system TEXT starts over with a system 
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
     from rlhf.using import named
 
     found = named.policy(args.run, args.outputs)
     from rlhf.data.records import Message
-    from rlhf.evaluation import load_policy
-    from rlhf.rollout import Sampler
+    from rlhf.evaluation.compare import load_policy
+    from rlhf.sampler.ancestral import AncestralSampler
     from rlhf.using import templates
     from rlhf.using.chat import Chat
 
@@ -34,23 +34,23 @@ def main(argv: list[str]) -> int:
     for note in given.notes:
         print(f"({note})", file=sys.stderr)
     template = given.of(found.path)
-    sampler = Sampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    sampler = AncestralSampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     with templates.as_typed(template is not None):
         policy = load_policy(found.path, template)
     chat = Chat(policy, sampler, args.system, args.seed, template is not None)
-    chat.encoded([*chat.messages, Message("user", "a")])  # a template that cannot write this says so now
+    chat.encoded([*chat.messages, Message("user", "a")])  # raises now for a template that cannot render a dialogue
     if sys.stdin.isatty():
         print(f"{found.label}, context of {policy.context_length} tokens. {COMMANDS}.")
     talk(chat, sys.stdin.isatty())
     if sys.stdin.isatty():
         too = ["--chat-template", args.chat_template] if args.chat_template else []
         following = shell("rlhf", "generate", args.run, "--prompts", "FILE", *too)
-        print(f"next: {following}    # replies to a file of prompts")
+        print(f"next: {following}    # responses to a file of prompts")
     return 0
 
 
 def talk(chat: "Chat", interactive: bool) -> None:
-    """Reads turns until the end of the input or /quit."""
+    """Read and process turns until the end of the input or /quit."""
     while (line := _read(interactive)) is not None:
         text = line.strip()
         if not text:
@@ -67,7 +67,7 @@ def talk(chat: "Chat", interactive: bool) -> None:
         except UserError as error:
             print(f"({error})", file=sys.stderr, flush=True)
             continue
-        except KeyboardInterrupt:  # of a long reply; the turn is not kept
+        except KeyboardInterrupt:  # stops a long response; the turn is dropped
             print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
             continue
         if chat.cut:
@@ -98,7 +98,9 @@ def _command(chat: "Chat", text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    parser.add_argument(
+        "run", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id"
+    )
     parser.add_argument("--system", help="system message at the start (default: none, or the template's own)")
     options.chat_template(parser, "a model")
     options.sampling(parser, 0.7, 256)

@@ -1,4 +1,4 @@
-"""Tab completion: Hydra's, and what it does not know: commands, runs, steps of a pipeline, and objectives by stage."""
+"""Tab completion: Hydra's, plus commands, runs, steps of a pipeline, and the objectives that a stage takes."""
 
 import re
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from rlhf import discovery, runs
+from rlhf import discovery
 from rlhf.cli import suggestions
 from rlhf.cli.help import LEADING, subcommands
+from rlhf.runs import run_directory
 
 _VERBS = {
     "inspect": ("data", "batch", "template", "plan"),
@@ -25,18 +26,18 @@ _READS_A_RUN = re.compile(r"(?:\w+\.)*(?:inputs\.\w+|source)=")
 
 
 def query(shell: str, line: str) -> str:
-    """Return the words that may come next, as the shell's completion script takes them.
+    """Return the possible next words, in the format of the shell's completion script.
 
     Args:
         shell: bash, zsh or fish.
-        line: The command line so far, the program's name first.
+        line: The command line so far, starting with the program's name.
     """
     found = sorted(dict.fromkeys(candidates(line.partition(" ")[2])))
     return ("\n" if shell == "fish" else " ").join(found)
 
 
 def candidates(line: str) -> Iterator[str]:
-    """Yield the words that may stand at the end of a command line, which is given without the program's name."""
+    """Yield the possible completions of a command line, which is given without the program's name."""
     words = line.split()
     word = "" if not line or line.endswith(" ") else words.pop()
     known = subcommands()
@@ -71,8 +72,8 @@ def _of_command(words: list[str], word: str) -> Iterator[str]:
 
 
 def _runs(beginning: str) -> Iterator[str]:
-    """Yield the directories of finished runs in ./outputs whose path begins so."""
-    for run in runs.find(Path("outputs")):
+    """Yield the directories of finished runs in ./outputs whose path starts with ``beginning``."""
+    for run in run_directory.find(Path("outputs")):
         if str(run.folder).startswith(beginning):
             yield str(run.folder)
 
@@ -83,12 +84,12 @@ def _steps(words: list[str]) -> list[str]:
     try:
         with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
             return [str(step) for step in OmegaConf.select(compose("config", chosen), "steps") or ()]
-    except Exception:  # a line that is not finished yet is seldom right
+    except Exception:  # an unfinished line rarely composes
         return []
 
 
 def _fitting(words: list[str], key: str) -> set[str] | None:
-    """Objectives that the chosen stage takes; None where it is not known."""
+    """Return the objectives that the chosen stage takes; None if that is unknown."""
     step = key.partition("@")[2].partition(".")[0]
     made = suggestions.chosen(words)
     config = made.steps.get(step) if step else made.config
@@ -100,5 +101,5 @@ def _by_hydra(line: str) -> list[str]:
     try:
         path = create_config_search_path(str(discovery.conf_dir()))
         return list(BashCompletion(ConfigLoaderImpl(path))._query(config_name="config", line=line))
-    except Exception:  # a line that is not finished yet is seldom right
+    except Exception:  # an unfinished line rarely composes
         return []

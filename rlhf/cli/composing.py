@@ -1,4 +1,4 @@
-"""Compose the config of a command once. Hydra composes it twice: first for its mode, single run or sweep."""
+"""Patch that composes the config of a command once; Hydra composes it twice, first to find its mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 
 @contextmanager
 def composed_once() -> Iterator[None]:
-    """Context manager: a single run uses the config that Hydra composed to find out that it is one.
+    """Context manager: a single run reuses the config that Hydra composed to find the mode.
 
-    For commands without ``--multirun``. What the config itself makes a sweep, and what cannot be composed, is left to
-    Hydra, which composes again.
+    For commands without ``--multirun``. A config that makes itself a sweep, or that cannot be composed, is left to
+    Hydra, which composes it again.
     """
     Hydra.get_mode = _mode  # type: ignore[method-assign]
     try:
@@ -27,18 +27,18 @@ _hydras_mode = Hydra.get_mode
 
 
 def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    """Return the mode that the config sets; keep the config for the run that follows if it sets none."""
+    """Return the mode that the config sets; if it sets none, keep the config for the run that follows."""
     loader: Any = self.config_loader
     try:
         config = loader.load_configuration(config_name, overrides, RunMode.RUN)
         mode = config.hydra.mode
-    except Exception:  # which Hydra raises again where it composes for the run
+    except Exception:  # Hydra raises it again when it composes for the run
         return _hydras_mode(self, config_name, overrides)
     if mode is None:
 
         def composed(*_: Any, **__: Any) -> DictConfig:
-            del loader.load_configuration  # this once
-            # What Hydra adds to the overrides of a run whose config sets no mode.
+            del loader.load_configuration  # restores the method after one use
+            # Hydra makes the same additions for a run whose config sets no mode.
             config.hydra.mode = RunMode.RUN
             config.hydra.overrides.hydra.append("hydra.mode=RUN")
             return config

@@ -1,7 +1,7 @@
-"""What a sweep leaves to its jobs.
+"""Rewrite of overrides that only some jobs of a sweep accept, so that Hydra can compose the sweep.
 
-Hydra composes the command line once without what is swept, and refuses there what only a swept option brings:
-``adapter.rank=4`` beside ``adapter=lora,qlora``, ``reward=gold`` beside ``stage=grpo,rloo``.
+Hydra composes the command line once without the swept values, and then rejects overrides that only a swept option
+makes valid: ``adapter.rank=4`` with ``adapter=lora,qlora``, ``reward=gold`` with ``stage=grpo,rloo``.
 """
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,20 +11,20 @@ from omegaconf import OmegaConf
 
 from rlhf import discovery
 
-WHOLE = ("stage", "pipeline", "experiment")  # their options bring groups at the root
+WHOLE = ("stage", "pipeline", "experiment")  # their options add groups at the root
 
 
 def deferred(words: list[str]) -> list[str]:
-    """The command line of a sweep, with what may depend on a swept option of a group marked as the jobs' own.
+    """Return the command line of a sweep, with overrides that may depend on a swept option deferred to the jobs.
 
-    ``adapter.rank=4`` becomes ``++adapter.rank=4``, which Hydra adds where it is not; whether an option takes it is
-    checked in each job. ``reward=gold`` becomes a sweep over one option, ``reward=choice(gold)``.
+    ``adapter.rank=4`` becomes ``++adapter.rank=4``, which Hydra adds if the key is missing; each job then checks
+    whether its option has the key. ``reward=gold`` becomes a sweep over one option, ``reward=choice(gold)``.
     """
     parser = OverridesParser.create()
     try:
         overrides = [None if word.startswith("-") else parser.parse_override(word) for word in words]
     except HydraException:
-        return words  # what is wrong with them Hydra says itself
+        return words  # Hydra reports the syntax error itself
     groups = discovery.group_names()
     swept = [_place(x) for x in overrides if x and x.is_sweep_override() and x.key_or_group.split("/")[0] in groups]
     if not swept:
@@ -45,7 +45,7 @@ def deferred(words: list[str]) -> list[str]:
 
 
 def _place(override: Override) -> str:
-    """Where in the config an override is: of a group its package."""
+    """Return the place of an override in the config; for a group, its package."""
     return override.package or override.key_or_group.replace("/", ".")
 
 
@@ -54,7 +54,7 @@ def _below(place: str, swept: list[str]) -> bool:
 
 
 def _always() -> set[str]:
-    """Keys and groups that every config has."""
+    """Return the keys and groups that every config has."""
     root = OmegaConf.load(discovery.conf_dir() / "config.yaml")
     chosen = {str(key) for entry in root.defaults if OmegaConf.is_dict(entry) for key in entry}
     return chosen | {str(key) for key in root}

@@ -1,4 +1,4 @@
-"""Plans without runs: validate every job of a sweep before the first one starts, and show what a command would do."""
+"""Plans without runs: validate every job of a sweep before the first one starts, and print what a command would do."""
 
 import argparse
 import copy
@@ -13,26 +13,27 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import launcher
 from rlhf.cli.messages import explain
 from rlhf.errors import RLHFError, UserError
-from rlhf.plan import Plan, plan
-from rlhf.runs import Run
+from rlhf.planning.plan import plan
+from rlhf.planning.step import Plan
+from rlhf.running import launcher
+from rlhf.runs.run_directory import Run
 
 FLAG = "--dry-run"
-SWITCH = "RLHF_DRY_RUN"  # an environment variable, so that launchers that start processes pass it on
+SWITCH = "RLHF_DRY_RUN"  # an environment variable, because launchers pass these on to the processes that they start
 
 Load = Callable[[], DictConfig]
 
 
 def requested() -> bool:
-    """Return whether nothing is to be run."""
+    """Return whether the command is a dry run."""
     return os.environ.get(SWITCH) == "1"
 
 
 @contextmanager
 def switched(on: bool) -> Iterator[None]:
-    """Context manager: plan without running, if ``on``."""
+    """Context manager: make commands dry runs if ``on``."""
     before = os.environ.get(SWITCH)
     if on:
         os.environ[SWITCH] = "1"
@@ -44,12 +45,13 @@ def switched(on: bool) -> Iterator[None]:
 
 
 def prepare_sweep(argv: list[str]) -> list[str]:
-    """Make the launcher validate all jobs before it starts one. Returns the command line without ``--cfg``.
+    """Make the launcher validate all jobs before it starts one; return the command line without ``--cfg``.
 
-    Hydra's own ``--cfg`` composes a single config and refuses swept values; under ``-m`` it shows every job's.
+    Hydra's own ``--cfg`` composes a single config and rejects swept values; with ``-m`` ours prints the config of every
+    job.
 
     Raises:
-        UserError: for another config than the job's.
+        UserError: ``--cfg`` with another value than ``job``.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="rlhf")
     parser.add_argument("-c", "--cfg")
@@ -64,7 +66,7 @@ def prepare_sweep(argv: list[str]) -> list[str]:
 
 
 def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig], str] | None) -> None:
-    """Plan every job; raise UserError for all that is wrong, or end the process where nothing is to be run."""
+    """Plan every job; raise UserError with all problems, or end the process if this is a dry run."""
     problems: dict[str, list[int]] = {}
     for number, (overrides, load) in enumerate(jobs):
         words = list(filter_overrides(overrides))
@@ -106,13 +108,13 @@ def show(root: DictConfig, overrides: Sequence[str]) -> None:
     """Print what a single run or a pipeline would do.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: for the same reasons as the run itself.
     """
     print("\n".join(describe(plan(root, overrides))), flush=True)
 
 
 def describe(made: Plan) -> Iterator[str]:
-    """Yield one line for every step of a plan: its run directory, and whether it is reused, resumed or trained."""
+    """Yield the notes of a plan and one line for each step: its run directory, and if it is reused, resumed or run."""
     yield from made.notes
     for name, reason in made.skipped.items():
         yield f"{name}: {reason}"

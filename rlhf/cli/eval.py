@@ -1,7 +1,7 @@
 """Measure policies on the same prompts: rlhf eval RUN... gives reward, win rate, KL, length, perplexity.
 
-Every number has its standard error; all policies answer the same prompts from the same random numbers, so differences
-are paired. The table is printed, and each run's part of it goes to eval.json in its folder.
+Every number has its standard error; all policies respond to the same prompts with the same random numbers, so
+differences are paired. The table is printed, and each run's part of it is added to eval.json in its directory.
 """
 
 import argparse
@@ -14,24 +14,24 @@ from rlhf.console import shell
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf.evaluation.measuring import Measured, Task
     from rlhf.using.eval_file import Result
-    from rlhf.using.measuring import Measured, Task
     from rlhf.using.named import Named
     from rlhf.using.templates import Given
 
-TESTBED_REPLY = 32  # tokens; as conf/rollout/sample
-REPLY = 128
+TESTBED_RESPONSE = 32  # tokens, the default of conf/sampler/sample
+RESPONSE = 128
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import held_out
-    from rlhf.report import console
+    from rlhf import console
+    from rlhf.data import contamination
     from rlhf.using import eval_file, named
     from rlhf.using.given_data import load_documents, load_prompts
 
-    # All that can be wrong with what was typed is found before torch is imported.
+    # All arguments are checked before torch is imported.
     policies = [named.policy(ref, args.outputs) for ref in args.runs]
     against = named.policy(args.against, args.outputs, "--against") if args.against else None
     scorer = named.reward_model(args.reward_model, args.outputs) if args.reward_model else None
@@ -45,9 +45,11 @@ def main(argv: list[str]) -> int:
     if judge is not None and against is None:
         raise UserError("--judge compares two policies: type --against RUN to say with which")
     if against is not None and not (gold or scorer or judge):
-        raise UserError("--against: nothing says which reply is better; type --reward-model RUN or --judge MODEL")
+        raise UserError("--against: nothing says which response is better; type --reward-model RUN or --judge MODEL")
     prompts = load_prompts(source, world, args.limit)
-    for line in held_out.of_models(prompts, [one.path for one in (*policies, against, scorer) if one is not None]):
+    for line in contamination.check_models(
+        prompts, [one.path for one in (*policies, against, scorer) if one is not None]
+    ):
         told = line.replace("held-out prompts", "prompts").partition("; ")[0]
         console.say(f"{told}; type --prompts FILE with prompts that it has not seen", "yellow")
     texts = load_documents("text", args.text, world, args.limit, "--text") if args.text else []
@@ -56,13 +58,13 @@ def main(argv: list[str]) -> int:
         if args.demonstrations
         else []
     )
+    from rlhf.evaluation.measuring import Task
     from rlhf.using import templates
-    from rlhf.using.measuring import Task
 
     given = templates.given([*policies, *([against] if against else [])], args.chat_template)
     for note in given.notes:
         console.say(note, "yellow")
-    longest = args.max_new_tokens or (TESTBED_REPLY if gold else REPLY)
+    longest = args.max_new_tokens or (TESTBED_RESPONSE if gold else RESPONSE)
     task = Task(prompts, texts, dialogues, longest, args.temperature, args.seed, args.batch_size)  # type: ignore[arg-type]
     everyone = [*policies, *([against] if against and against.path not in [p.path for p in policies] else [])]
     with templates.as_typed(bool(args.chat_template)):
@@ -93,12 +95,12 @@ def main(argv: list[str]) -> int:
         eval_file.add(file, mine | {"baseline": baseline.name}, result)
         print(file)
     needs = given.of(policies[-1].path)
-    console.next_commands(_next(args, everyone, against, ["--chat-template", needs] if needs else []))
+    console.print_next_commands(_next(args, everyone, against, ["--chat-template", needs] if needs else []))
     return 0
 
 
 def _references(ref: str | None, policies: "list[Named]", outputs: Path) -> dict[str, str]:
-    """Policy's path -> path of the model its KL is measured against; those without one are left out."""
+    """Return policy's path -> path of the model that its KL is measured against; policies without one are left out."""
     from rlhf.using import named
 
     if ref == "none":
@@ -117,16 +119,18 @@ def _measure(
     task: "Task",
     given: "Given",
 ) -> "list[Measured]":
-    """Every policy's replies with all metrics of them but wins. One model is in memory at a time."""
+    """Return every policy's responses with all metrics except wins. Only one model is in memory at a time."""
     from rlhf.errors import UserError
-    from rlhf.scoring import GoldReward, ModelReward, make_ready
-    from rlhf.using.measuring import add_kl, add_scores, device, measure
+    from rlhf.evaluation.measuring import add_kl, add_scores, device, measure
+    from rlhf.reward.base import make_ready
+    from rlhf.reward.gold import GoldReward
+    from rlhf.reward.model import ModelReward
 
     measured = [measure(one.label, one.path, task, given.of(one.path)) for one in everyone]
     for reference in dict.fromkeys(references.values()) if task.temperature > 0 else ():
         try:
             add_kl([one for one in measured if references.get(one.path) == reference], reference, task)
-        except UserError as error:  # the lineage names a model that is gone: the rest is worth having
+        except UserError as error:  # the lineage names a model that is missing; the other metrics do not need it
             for one in measured:
                 if references.get(one.path) == reference:
                     one.notes.append(f"no KL: {error}; --reference MODEL names another")
@@ -134,7 +138,7 @@ def _measure(
         if one.path not in references:
             one.notes.append("no KL: no model is known that it started from; --reference MODEL names one")
         elif task.temperature == 0:
-            one.notes.append("no KL: at temperature 0 replies are not samples of the policy")
+            one.notes.append("no KL: at temperature 0 responses are not samples of the policy")
     if gold:
         add_scores(measured, "gold", GoldReward(), {"safe": lambda p: not p.unsafe, "unsafe": lambda p: p.unsafe})
     if scorer is not None:
@@ -147,8 +151,8 @@ def _measure(
 def _wins(
     measured: "list[Measured]", baseline: "Measured", judge: "Named | None", args: argparse.Namespace, task: "Task"
 ) -> None:
-    """Win rates of all others against the baseline, by everything that can tell."""
-    from rlhf.using.wins import Judge, by_scores
+    """Add the win rates of the other policies against the baseline, by gold reward, reward model and judge."""
+    from rlhf.evaluation.wins import Judge, by_scores
 
     asked = Judge(judge.path, args.judge_template, args.outputs / "judge", args.batch_size) if judge else None
     for one in measured:
@@ -172,11 +176,11 @@ def _result(one: "Measured", baseline: "Measured") -> "Result":
     differences = {}
     if one is not baseline:
         shared = [name for name in metrics if name in baseline.values and name != "kl"]
-        if one.vocabulary != baseline.vocabulary:  # a token of one is no token of the other
+        if one.vocabulary != baseline.vocabulary:  # perplexities per token are not comparable between vocabularies
             shared = [name for name in shared if not name.startswith("perplexity")]
         differences = {name: paired(baseline.values[name], one.values[name], one.clusters(name)) for name in shared}
     prompts = [prompt for rollout in one.rollouts for prompt in rollout.prompts][:3]
-    samples = [{"prompt": p.messages[-1].content, "reply": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
+    samples = [{"prompt": p.messages[-1].content, "response": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
     return Result(one.name, metrics, differences, one.notes, samples)
 
 
@@ -218,13 +222,13 @@ def _next(
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf eval", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    add("runs", nargs="+", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id")
     add("--prompts", metavar="FILE", help="what is asked, in any format of rlhf's data (default: testbed's held-out "
         "prompts where a run's lineage is the testbed)")  # fmt: skip
     options.count(parser, "--limit", 400, "prompts and documents used, the first ones (default: 400)")
     add("--against", metavar="RUN", help="policy that the others are compared with: win rates and paired differences")
-    add("--reward-model", "--reward_model", metavar="RUN", help="reward model that scores the replies")
-    add("--judge", metavar="MODEL", help="language model that is shown both replies, in both orders")
+    add("--reward-model", "--reward_model", metavar="RUN", help="reward model that scores the responses")
+    add("--judge", metavar="MODEL", help="language model that is shown both responses, in both orders")
     add("--judge-template", metavar="T", default="instruction", help="short, instruction, or a text file with "
         "{prompt}, {first} and {second} (default: instruction)")  # fmt: skip
     add("--reference", metavar="MODEL", help="what KL is measured against, none for no KL (default: what each run "
@@ -232,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", metavar="FILE", help="plain text whose perplexity is measured; testbed for its held-out text")
     add("--demonstrations", metavar="FILE", help="dialogues; perplexity of what the assistant says in them")
     options.chat_template(parser, "those of the policies")
-    options.longest(parser, None, f"{TESTBED_REPLY} on the testbed, else {REPLY}")
+    options.longest(parser, None, f"{TESTBED_RESPONSE} on the testbed, else {RESPONSE}")
     options.temperature(parser, 1.0)
     options.seed(parser)
     options.batch_size(parser, 64)

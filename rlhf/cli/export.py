@@ -1,6 +1,6 @@
-"""Take a model elsewhere: rlhf export RUN --to FOLDER writes a Hugging Face folder with a model card.
+"""Export a model: rlhf export RUN --to FOLDER writes a Hugging Face folder with a model card.
 
-Plain transformers (for an adapter: peft) load it and generate the same greedy tokens.
+Plain transformers (for an adapter: peft) loads it and generates the same greedy tokens.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from rlhf.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf.report import console
-    from rlhf.summary import command
+    from rlhf import console
+    from rlhf.models.vocabulary import lacks_template
+    from rlhf.running.summary import command
     from rlhf.using import named
     from rlhf.using.export import export
     from rlhf.using.model_card import card
-    from rlhf.vocabulary import lacks_template
 
     model = named.model(args.run, args.outputs)
     if named.scalar(model.path) and lacks_template(model.path):
@@ -49,14 +49,14 @@ def main(argv: list[str]) -> int:
         following = [
             (shell("rlhf", "eval", "RUN", "--reward-model", found.folder), "score a policy with what was exported")
         ]
-    console.next_commands(following)
+    console.print_next_commands(following)
     return 0
 
 
 def _end_id(folder: Path) -> int:
     from transformers import AutoTokenizer
 
-    from rlhf.data.template import end_of_turn_id
+    from rlhf.data.end_tokens import end_of_turn_id
 
     return end_of_turn_id(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 

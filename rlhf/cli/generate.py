@@ -1,6 +1,6 @@
-"""Answer a file of prompts: rlhf generate RUN --prompts FILE writes JSON lines.
+"""Generate responses to a file of prompts: rlhf generate RUN --prompts FILE writes JSON lines.
 
-The same command goes on with a file that was interrupted. Replies do not depend on the batch size.
+The same command resumes a file that was interrupted. Responses do not depend on the batch size.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from rlhf.console import shell
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
-    from rlhf import runs
-    from rlhf.report import console
+    from rlhf import console
+    from rlhf.runs import fingerprint
     from rlhf.using import named
     from rlhf.using.given_data import load_prompts
-    from rlhf.using.reply_file import ReplyFile, digest
+    from rlhf.using.response_file import ResponseFile, digest
 
     found = named.policy(args.run, args.outputs)
     world = named.testbed(found.run) if found.run is not None else None
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     model = Path(found.path)
     settings: dict[str, Any] = {
         "run": str(found.run.folder) if found.run else None,
-        "model": runs.identity(model) if model.exists() else found.path,
+        "model": fingerprint.identity(model) if model.exists() else found.path,
         "prompts": args.prompts,
         "prompts_sha256": digest(prompts),
         "count": len(prompts),
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         settings["chat_template"] = templates.identity(args.chat_template)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     default = args.outputs / "generations" / f"{found.slug}-{Path(args.prompts).name.split('.')[0]}-{key}.jsonl"
-    file = ReplyFile(args.out or default, settings, args.samples)
+    file = ResponseFile(args.out or default, settings, args.samples)
     with file.writing(args.force) as done:
         if done == len(prompts):
             console.say(f"{file.path} is complete; --force writes it anew")
@@ -61,34 +61,34 @@ def main(argv: list[str]) -> int:
     tokens = sum(row["tokens"] for row in rows) / len(rows)
     likely = sum(row["logprob"] for row in rows) / len(rows)
     console.say(
-        f"{len(rows)} replies to {len(prompts)} prompts: {tokens:.1f} tokens on average, {100 * ended:.0f}% came to "
+        f"{len(rows)} responses to {len(prompts)} prompts: {tokens:.1f} tokens on average, {100 * ended:.0f}% came to "
         f"their end, mean log-probability {likely:.2f}"
     )
     console.say(f"\n{file.path}\n{file.meta}")
     too = ["--chat-template", args.chat_template] if args.chat_template else []
     measure = shell("rlhf", "eval", args.run, "--prompts", args.prompts, *too)
     talk = shell("rlhf", "chat", args.run, *too)
-    console.next_commands([(measure, "measure them: length, KL, reward, wins"), (talk, "talk with it")])
+    console.print_next_commands([(measure, "measure them: length, KL, reward, wins"), (talk, "talk with it")])
     return 0
 
 
 def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.Namespace) -> None:
-    """Samples and writes what is still missing."""
-    from rlhf.evaluation import load_policy
-    from rlhf.progress import Meter
-    from rlhf.using.generation import SeededSampler, in_batches, room
+    """Sample and write the missing responses."""
+    from rlhf.callbacks.progress import Meter
+    from rlhf.evaluation.compare import load_policy
+    from rlhf.sampler.generation import SeededSampler, generate_batches, room
 
     policy = load_policy(path, args.chat_template)
     longest = room(policy, prompts, args.max_new_tokens)
     if args.max_new_tokens is None:
-        print(f"at most {longest} tokens a reply (context {policy.context_length}; --max-new-tokens sets it)")
+        print(f"at most {longest} tokens a response (context {policy.context_length}; --max-new-tokens sets it)")
     sampler = SeededSampler(longest, args.temperature, args.top_k, args.top_p, args.samples, args.batch_size)
     if done % sampler.prompts_at_once:
-        # The rest of a batch would be padded otherwise, which changes the last digits of its log-probabilities.
+        # A partial batch would be padded differently, which changes the last digits of its log-probabilities.
         done -= done % sampler.prompts_at_once
         file.keep(done)
     with Meter("generate", len(prompts), "prompt", start=done) as meter:
-        for rollout in in_batches(policy, prompts, sampler, args.seed, done):
+        for rollout in generate_batches(policy, prompts, sampler, args.seed, done):
             file.add(rollout, done)
             count = len(rollout.texts) // args.samples
             done += count
@@ -99,7 +99,9 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf generate", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("run", metavar="RUN", help="run folder, fingerprint prefix, model folder, GGUF file or hub id")
+    parser.add_argument(
+        "run", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id"
+    )
     parser.add_argument(
         "--prompts",
         required=True,
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where (default: in OUTPUTS/generations)")
     parser.add_argument("--force", action="store_true", help="write over a file that something else has made")
-    options.count(parser, "--samples", 1, "replies per prompt (default: 1)", most=100_000)
+    options.count(parser, "--samples", 1, "responses per prompt (default: 1)", most=100_000)
     options.count(parser, "--limit", None, "only the first N prompts")
     options.chat_template(parser, "a model")
     options.sampling(parser, 1.0, None, "128, or what the longest prompt leaves of the context")

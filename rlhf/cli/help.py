@@ -1,4 +1,4 @@
-"""What can be typed, and where it comes from. Read from the conf folders; no plugin is imported."""
+"""Help pages: commands, options and their providers. Reads the conf directories and imports no plugin."""
 
 import ast
 import shutil
@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from rlhf import __version__, discovery
 
-# Groups shown first, each with what it chooses.
+# Groups listed first, each with a description of its options.
 LEADING = {
     "stage": "one algorithm",
     "pipeline": "several stages in order, each fed by the ones before",
@@ -22,7 +22,7 @@ HIDDEN = ("hydra",)
 
 
 def options() -> dict[str, dict[str, str]]:
-    """Group -> option -> provider, for all groups; the user's ./conf first, as it overrides."""
+    """Return group -> option -> provider, for all groups; the user's ./conf has priority over the others."""
     providers = [(discovery.conf_dir(), "rlhf")]
     providers += [(p.conf, p.name) for p in discovery.discover()[0]]
     own = discovery.user_conf()
@@ -38,7 +38,7 @@ def options() -> dict[str, dict[str, str]]:
 
 
 def subcommands() -> dict[str, str]:
-    """Sub-command -> first line of its module's docstring, read without importing it."""
+    """Return sub-command -> first line of its module's docstring, read without importing the module."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def subcommands() -> dict[str, str]:
 
 
 def front() -> str:
-    """The page of `rlhf --help`."""
+    """Return the page of `rlhf --help`."""
     everything = options()
     stages, pipelines = list(everything.get("stage", {})), list(everything.get("pipeline", {}))
     stage, pipeline = _pick(stages, "sft", "STAGE"), _pick(pipelines, "instructgpt", "PIPELINE")
@@ -59,7 +59,7 @@ def front() -> str:
         f"  rlhf pipeline={pipeline}                    run a pipeline; finished steps are reused",
         f"  rlhf stage={stage} optimizer.lr=1e-4              run one stage with a changed value",
         f"  rlhf stage={stage} seed=0,1,2 -m                  sweep: every combination of comma-separated values",
-        f"  rlhf stage={stage} --help                         every knob of a stage, with its meaning",
+        f"  rlhf stage={stage} --help                         every hyperparameter of a stage, with its meaning",
         "  rlhf ... --cfg job                           print the config and run nothing",
         "  rlhf ... --dry-run                           validate, print what would run, and run nothing",
         "",
@@ -78,10 +78,10 @@ def front() -> str:
 
 
 def _names(names: dict[str, str]) -> list[str]:
-    """Options wrapped to the screen, each with its provider unless that is rlhf itself."""
+    """Return the options wrapped to the terminal's width, each with its provider unless that is rlhf itself."""
     words = [name if provider == "rlhf" else f"{name} [{provider}]" for name, provider in names.items()]
     width = max(60, shutil.get_terminal_size().columns - 2)
-    # A no-break space keeps an option and its provider on one line.
+    # A no-break space keeps an option and its provider on the same line.
     text = ", ".join(word.replace(" ", "\u00a0") for word in words)
     wrapped = textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     return [line.replace("\u00a0", " ") for line in wrapped]
@@ -92,7 +92,7 @@ def _pick(names: list[str], wanted: str, fallback: str) -> str:
 
 
 def usage(words: list[str] | None = None) -> str:
-    """The short page for a command line that names neither a stage nor a pipeline."""
+    """Return the short page for a command line that names neither a stage nor a pipeline."""
     everything = options()
     lines = ["usage: rlhf stage=STAGE | pipeline=PIPELINE | COMMAND   [KEY=VALUE ...] [-m]", ""]
     if words:
@@ -105,7 +105,7 @@ def usage(words: list[str] | None = None) -> str:
 
 
 def chosen(overrides: list[str]) -> str:
-    """The page of `rlhf OVERRIDES --help`: every knob of the options that these choose, with its comments."""
+    """Return the page of `rlhf OVERRIDES --help`: the commented YAML of every option that the overrides choose."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
         config = compose("config", overrides=[o for o in overrides if "," not in o], return_hydra_config=True)

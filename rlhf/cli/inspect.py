@@ -1,4 +1,4 @@
-"""Look before training: rlhf inspect data | batch | template | plan KEY=VALUE... (as for a run).
+"""Inspect a config before training: rlhf inspect data | batch | template | plan KEY=VALUE... (as for a run).
 
 rlhf inspect data stage=sft data=alpaca data.source=FILE     records: read, dropped and why, lengths
 rlhf inspect batch stage=sft --step 3 --rows 2               a batch as the stage sees it: tokens, mask, positions
@@ -17,7 +17,7 @@ PAGES = ("data", "batch", "template", "plan")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the sub-command and returns its exit status."""
+    """Run the sub-command; return its exit status."""
     parser = _parser()
     options, unknown = parser.parse_known_args(list(argv))
     if options.page not in PAGES:

@@ -1,4 +1,4 @@
-"""The entry of the command `rlhf`: help, sub-commands, and otherwise Hydra. No torch is imported here."""
+"""Entry point of the command `rlhf`: help, sub-commands, and otherwise Hydra. This module imports no torch."""
 
 import json
 import locale
@@ -17,24 +17,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import __version__, console, discovery, launcher, processes, rounds
-from rlhf.errors import RLHFError, RunFailed, UserError, shortened, suggest
+from rlhf import __version__, console, discovery
+from rlhf.errors import RLHFError, RunFailed, UserError, shorten, suggest
+from rlhf.planning import rounds
+from rlhf.running import launcher, processes
 
-RESULT = "RLHF_RESULT"  # names the file in which a job of a sweep leaves its result
+RESULT = "RLHF_RESULT"  # environment variable: file to which a job of a sweep writes its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
-    """Run one command line and exit with its status: 0 done, 1 a run failed, 2 the user can fix it."""
-    _speak_utf8()
+    """Run one command line and exit with its status: 0 success, 1 a run failed, 2 the user can fix it."""
+    _ensure_utf8()
     sys.exit(run(sys.argv[1:]))
 
 
-def _speak_utf8() -> None:
-    """Start anew in Python's UTF-8 mode where the locale has another encoding.
+def _ensure_utf8() -> None:
+    """Restart in Python's UTF-8 mode if the locale has another encoding.
 
-    Arguments and names of files would be read in that encoding, and libraries would open their files in it; what is
-    UTF-8 elsewhere ends in a UnicodeDecodeError. Processes started from here inherit the mode.
+    Otherwise arguments and file names would be read in that encoding, and libraries would open their files in it; UTF-8
+    content would raise UnicodeDecodeError. Child processes inherit the mode.
     """
     encodings = {locale.getpreferredencoding(False).lower(), sys.getfilesystemencoding().lower()}
     if not sys.flags.utf8_mode and encodings - {"utf-8", "utf8"}:
@@ -44,8 +46,8 @@ def _speak_utf8() -> None:
 
 @console.screen()
 def run(argv: list[str]) -> int:
-    """As `main`, with the arguments given and the exit status returned."""
-    # Hydra prints its own errors and exits unless this is set; it is taken back before any job starts.
+    """Run the given arguments as `main` does; return the exit status."""
+    # Hydra prints its own errors and exits unless HYDRA_FULL_ERROR is set; it is restored before any job starts.
     debug = os.environ.get(FULL_ERROR)
     try:
         processes.end_with_parent()
@@ -66,13 +68,14 @@ def run(argv: list[str]) -> int:
 
 
 def dispatch(argv: list[str]) -> int:
+    """Print help, run a sub-command, or compose and run an experiment with Hydra; return the exit status."""
     from rlhf.cli import help as pages
 
     discovery.add_working_directory()
     if "--help" in argv or "-h" in argv:
         if not argv[0].startswith("-") and "=" not in argv[0]:
             return subcommand(argv)
-        discovery.register()
+        launcher.register()
         overrides = [word for word in argv if "=" in word]
         print(pages.chosen(overrides) if overrides else pages.front())
         return 0
@@ -98,15 +101,15 @@ def dispatch(argv: list[str]) -> int:
     register()
     dry = dry_run.FLAG in argv
     argv = [word for word in argv if word != dry_run.FLAG]
-    # Hydra takes words after -m for a second list of overrides, and refuses them.
+    # Hydra parses words after -m as a second list of overrides, and rejects them.
     flags = {"-m", "--multirun"} & set(argv)
-    argv = rounds.typed([word for word in argv if word not in flags])
+    argv = rounds.mark_round_overrides([word for word in argv if word not in flags])
     if flags:
         from rlhf.cli.deferred import deferred
 
         argv = [*deferred(dry_run.prepare_sweep(argv)), "--multirun"]
     else:
-        dry_run.prepare_sweep([])  # the options of conf/sweep make a sweep without -m
+        dry_run.prepare_sweep([])  # the options of conf/sweep start a sweep without -m
     user_debug = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
 
@@ -114,39 +117,39 @@ def dispatch(argv: list[str]) -> int:
         _restore(user_debug)
         return run_task(config, user_debug == "1", argv)
 
-    # Not used as a decorator: pickling launchers find the task by its name.
+    # Not used as a decorator: launchers that pickle the task look it up by its name.
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
     try:
         once = nullcontext() if flags else composing.composed_once()
-        with discovery.looked_up_once.open(), dry_run.switched(dry), once:
+        with discovery.lookup_cache.open(), dry_run.switched(dry), once:
             hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
     except SystemExit as e:
         if e.code == 1 and {"-c", "--cfg"} & {word.partition("=")[0] for word in argv}:
-            return 2  # nothing ran, and Hydra has said that the config has no such --package
+            return 2  # nothing ran: Hydra has reported that the config has no such --package
         raise
     finally:
         launcher.prepare = None
         launcher.finish()
-        HydraConfig.instance().cfg = None  # what runs later in this process was not typed here
+        HydraConfig.instance().cfg = None  # a later run in this process must not see this config
     return 0
 
 
 def register() -> None:
-    """Everything a config needs before it is composed: plugins, launcher, resolvers."""
-    discovery.register()
-    from rlhf import config
+    """Register everything that composing a config needs: plugins, launcher, resolvers."""
+    launcher.register()
+    from rlhf.planning import step_config as config
 
     config.register_resolvers()
 
 
 def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = None) -> float | None:
-    """One job: a stage or a pipeline. Returns its headline metric, for sweepers.
+    """Run one job, a stage or a pipeline; return its headline metric, for sweepers.
 
-    Errors end the process here, so that Hydra adds nothing to what is printed; in a sweep that runs its jobs
-    in this very process (a launcher other than ours) they are raised instead and cost that job only.
+    Errors end the process here, so that Hydra adds nothing to the output. In a sweep that runs its jobs in this process
+    (a third-party launcher) they are raised instead, so that only that job fails.
     """
-    # Again, because a launcher may have moved the job to a process that never saw main.
+    # Repeated, because a launcher may run the job in a process that did not call main.
     from rlhf.cli import dry_run
 
     register()
@@ -164,11 +167,11 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         if dry_run.requested():
             dry_run.show(config, list(HydraConfig.get().overrides.task))
             return None
-        from rlhf import pipeline
+        from rlhf.running import pipeline
 
         value = pipeline.run(config)
     except (Exception, SystemExit) as e:
-        if isinstance(e, SystemExit) and e.code:  # an interruption, which has said so
+        if isinstance(e, SystemExit) and e.code:  # an interruption, already reported
             raise
         error = (
             e if isinstance(e, Exception) else RunFailed("code that the config names called sys.exit(0); not finished")
@@ -176,20 +179,25 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise error from None
         status = report(error, debug, words)
-        leave_result({"status": "failed", "error": explain(error, words)})
+        write_result({"status": "failed", "error": explain(error, words)})
         raise SystemExit(status) from None
-    leave_result({"status": "finished", "value": value})
+    write_result({"status": "finished", "value": value})
     return value
 
 
-def leave_result(result: dict[str, Any]) -> None:
-    """Tell the launcher how this job ended, unless the pipeline has already told it more."""
+def write_result(result: dict[str, Any]) -> None:
+    """Write the result of this job for the launcher, unless the pipeline has already written a more detailed one."""
     path = os.environ.get(RESULT)
     if path and not Path(path).exists():
         Path(path).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def subcommand(argv: list[str]) -> int:
+    """Import and run a sub-command; return its exit status.
+
+    Raises:
+        UserError: there is no such command.
+    """
     from rlhf.cli.help import subcommands
 
     name = argv[0]
@@ -202,16 +210,16 @@ def subcommand(argv: list[str]) -> int:
 
 
 def report(error: BaseException, debug: bool, argv: list[str] | None = None) -> int:
-    """Print an error as one line (several findings: several lines) and return the exit status.
+    """Print an error as one line (several problems: several lines) and return the exit status.
 
-    A traceback precedes it where it helps: when HYDRA_FULL_ERROR=1, and, for what the user cannot fix,
-    in a sweep, where the screen is a log file.
+    A traceback precedes it if HYDRA_FULL_ERROR=1, and, for errors that the user cannot fix, in a sweep, whose terminal
+    output goes to a log file.
     """
     user_can_fix = status_of(error) == 2
     if debug or (os.environ.get(RESULT) and not user_can_fix):
         traceback.print_exception(error)
     head = "config error" if isinstance(error, HydraException | OmegaConfBaseException) else "error"
-    lines = [shortened(line) for line in explain(error, argv).splitlines()] or [type(error).__name__]
+    lines = [shorten(line) for line in explain(error, argv).splitlines()] or [type(error).__name__]
     if isinstance(error, UserError) and lines[0].startswith("usage:"):
         print("\n".join(lines), file=sys.stderr)
         return 2
@@ -223,6 +231,7 @@ def report(error: BaseException, debug: bool, argv: list[str] | None = None) -> 
 
 
 def status_of(error: BaseException) -> int:
+    """Return the exit status of an error: its own for an `RLHFError`, otherwise 2 if the user can fix it, 1 if not."""
     from rlhf.cli.messages import user_fixable
 
     if isinstance(error, RLHFError):
@@ -231,6 +240,7 @@ def status_of(error: BaseException) -> int:
 
 
 def explain(error: BaseException, argv: list[str] | None = None) -> str:
+    """Return an error as text, one line for each problem (`rlhf.cli.messages.explain`, imported late)."""
     from rlhf.cli.messages import explain as words
 
     return words(error, argv or [])

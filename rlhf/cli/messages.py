@@ -24,24 +24,25 @@ _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
 
 
 def user_fixable(error: BaseException) -> bool:
-    """Whether the command line or a YAML file is at fault, and not the program."""
+    """Return whether the command line or a YAML file caused the error, and not the program."""
     if isinstance(error, RLHFError):
         return error.exit_code == 2
     return isinstance(error, _OF_THE_USER) or _while_composing(error) is not None
 
 
 def explain(error: BaseException, argv: list[str]) -> str:
-    """What went wrong, in one line for each finding.
+    """Return an error as text, one line for each problem.
 
     Args:
-        error: What was raised.
-        argv: The command line, where the words that are wrong stand.
+        error: The exception.
+        argv: The command line, which contains the words at fault.
     """
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, RLHFError):
             return str(link)
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a missing option is both
+    # Hydra's error for a missing option is also an OSError.
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
         return os_error_line(error)
     for link in chain:
         if isinstance(link, YAMLError):
@@ -73,9 +74,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _while_composing(error: BaseException) -> str | None:
-    """Return what is wrong with the YAML files, or words, at which Hydra raised an error of Python's own; else None.
+    """Return a message for a plain Python error raised by Hydra while it composed the config; None for other errors.
 
-    Whatever is raised between our call of Hydra and the first line of a task or a check of ours is the user's to fix.
+    An error raised between our call of Hydra and the first frame of our own code is caused by YAML files or arguments.
     """
     if isinstance(error, _OF_THE_USER):
         return None
@@ -112,7 +113,7 @@ def _no_such_option(error: MissingConfigException, argv: list[str]) -> str:
     if not group:
         return first_line(error)
     options = [o for o in error.options or [] if o != "_self_"]
-    # The group as it was typed, with @package.
+    # The group as typed, with its @package.
     typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
     package = typed.partition("@")[2]
     other = [] if option in options else suggestions.elsewhere(option, group, package, argv)
@@ -130,7 +131,7 @@ def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
         above, _, word = key.rpartition(".")
         if above:
             value = next((w.partition("=")[2] for w in argv if w.lstrip("+~").startswith(f"{key}=")), "...")
-            return f"{key}: unknown option{suggestions.of_key(word, keys, parent, above, value)}"
+            return f"{key}: unknown option{suggestions.suggest_key(word, keys, parent, above, value)}"
         return _unknown_root(key, keys, argv, parent)
     if isinstance(error, InterpolationResolutionError) and not key:
         return reason
@@ -138,7 +139,7 @@ def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
 
 
 def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = None) -> str:
-    """A key at the root that the chosen stage or pipeline does not have."""
+    """Return the message for a root key that the chosen stage or pipeline does not have."""
     word = next((w for w in argv if w.lstrip("+~").split("=")[0].split(".")[0] == key), key)
     if instead := suggestions.of_root_key(key, word, suggestions.chosen(argv)):
         return f"{word}: a pipeline's steps have their own; type {instead}"
@@ -148,7 +149,7 @@ def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = Non
             return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
         return f"{key}: {chosen} has no such group{suggest(key, keys)}"
     known = sorted({*keys, *discovery.group_names()} - {"hydra"})
-    return f"{key}: unknown option{suggestions.of_key(key, known, root, '', word.partition('=')[2])}"
+    return f"{key}: unknown option{suggestions.suggest_key(key, known, root, '', word.partition('=')[2])}"
 
 
 def _composition(text: str, argv: list[str]) -> str:

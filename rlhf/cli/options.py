@@ -1,4 +1,4 @@
-"""Options that several commands share, each with one name and one meaning."""
+"""Command-line options shared by several commands, each with the same name and meaning everywhere."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from rlhf.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose mistakes are one line and exit status 2, without the usage page."""
+    """ArgumentParser whose errors are one line with exit status 2, without the usage page."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage and ending the process."""
@@ -17,13 +17,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def outputs(parser: argparse.ArgumentParser) -> None:
-    """--outputs: where runs are."""
+    """Add --outputs, the directory of all runs."""
     what = "folder of all results (default: outputs)"
     parser.add_argument("--outputs", type=_folder, default=Path("outputs"), metavar="FOLDER", help=what)
 
 
 def sampling(parser: argparse.ArgumentParser, default: float, max_new_tokens: int | None, said: str = "") -> None:
-    """How replies are sampled. The names are those of transformers' generation config, with - or _ in them."""
+    """Add the options of sampling, named as in transformers' generation config, spelled with - or _."""
     longest(parser, max_new_tokens, said)
     temperature(parser, default)
     _both(parser, "--top-k", type=_whole(0), default=0, metavar="K", help="only the K likeliest tokens (default: all)")
@@ -39,24 +39,24 @@ def sampling(parser: argparse.ArgumentParser, default: float, max_new_tokens: in
 
 
 def longest(parser: argparse.ArgumentParser, default: int | None, said: str = "") -> None:
-    """--max-new-tokens: of a reply."""
-    what = f"longest reply, tokens (default: {default or said})"
+    """Add --max-new-tokens, the maximum length of a response in tokens."""
+    what = f"longest response, tokens (default: {default or said})"
     _both(parser, "--max-new-tokens", type=_whole(1), default=default, metavar="N", help=what)
 
 
 def temperature(parser: argparse.ArgumentParser, default: float) -> None:
-    """--temperature: of sampling."""
+    """Add --temperature, the sampling temperature."""
     what = f"divides the logits, 0 takes the likeliest token (default: {default})"
     parser.add_argument("--temperature", type=_number(0), default=default, metavar="T", help=what)
 
 
 def seed(parser: argparse.ArgumentParser) -> None:
-    """--seed: of sampling."""
+    """Add --seed, the seed of sampling."""
     parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the sampling (default: 0)")
 
 
 def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
-    """--chat-template: for models without one."""
+    """Add --chat-template, the template for models that have none."""
     what = (
         f"chat template for {whose} whose tokenizer has none: plain, chatml, llama2, llama3, zephyr or a Jinja file, "
         "as model.chat_template in training; one that a model came with is never replaced"
@@ -65,23 +65,23 @@ def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
 
 
 def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
-    """--batch-size: bounds memory, changes no reply."""
-    what = f"replies sampled or scored at a time; bounds memory (default: {default})"
+    """Add --batch-size, which bounds memory and changes no response."""
+    what = f"responses sampled or scored at a time; bounds memory (default: {default})"
     _both(parser, "--batch-size", type=_whole(1), default=default, metavar="N", help=what)
 
 
 def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, most: int | None = None) -> None:
-    """A number of things, at least 1 and at most ``most``."""
+    """Add an option for a number of items, at least 1 and at most ``most``."""
     parser.add_argument(flag, type=_whole(1, most), default=default, metavar="N", help=help)
 
 
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
-    """Add an option for a number of things or a place in an order, from 0."""
+    """Add an option for a number of items or an index, at least 0."""
     parser.add_argument(flag, type=_whole(0), default=default, metavar="N", help=help)
 
 
-def _both(parser: argparse.ArgumentParser, flag: str, **knobs: object) -> None:
-    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **knobs)  # type: ignore[arg-type]
+def _both(parser: argparse.ArgumentParser, flag: str, **hyperparameters: object) -> None:
+    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **hyperparameters)  # type: ignore[arg-type]
 
 
 def _folder(text: str) -> Path:

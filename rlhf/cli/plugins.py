@@ -1,4 +1,4 @@
-"""Plugins: list, show NAME, new NAME --kind KIND, check FOLDER."""
+"""List, show, create and check plugins: rlhf plugins list | show NAME | new NAME --kind KIND | check FOLDER."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from rlhf.errors import UserError, suggest
 
 
 def main(argv: list[str]) -> int:
-    """`rlhf plugins ...`; the exit status is 1 when `check` finds something."""
+    """Run `rlhf plugins ...`; return the exit status, which is 1 if `check` finds a problem."""
     parser = options.Parser("rlhf plugins", description="What extends rlhf, and your own extensions.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="every plugin, where it is from, what it offers (the default)")
-    show = actions.add_parser("show", help="the options of one plugin, with their knobs")
+    show = actions.add_parser("show", help="the options of one plugin, with their hyperparameters")
     show.add_argument("name")
     new = actions.add_parser("new", help="write a plugin that runs at once, to be changed into yours")
     new.add_argument("name")

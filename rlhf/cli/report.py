@@ -1,7 +1,7 @@
 """Compare runs: `rlhf report FOLDER...` prints one table and writes report.html and report.csv.
 
-A FOLDER is a run folder, a sweep folder, any folder of runs, or the first letters of a fingerprint; without one it is
-the newest sweep.
+A FOLDER is a run directory, a sweep directory, any directory of runs, or the first letters of a fingerprint; by default
+it is the newest sweep.
 """
 
 import argparse
@@ -10,16 +10,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf import run_files
 from rlhf.cli import options
 from rlhf.console import Screen, clean
 from rlhf.errors import UserError
+from rlhf.runs import run_files
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(list(argv))
-    with run_files.each_read_once():
+    with run_files.cache_reads():
         return _report(options)
 
 
@@ -37,37 +37,37 @@ def _report(options: argparse.Namespace) -> int:
             raise UserError(f"no sweep in {options.outputs}; type rlhf report RUN... (rlhf runs list shows the runs)")
         references = [str(sweep)]
     comparison = compare_runs(references, options.outputs, options.metric)
-    telling, costs = comparison.telling(6), comparison.costs()
+    shown, costs = comparison.main_metrics(6), comparison.costs()
     short = short_names(comparison.varying)
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ["run", *(short[key] for key in comparison.varying), *telling, *(COSTS[name] for name in costs)]:
-        table.add_column(column, overflow="fold", justify="right" if column in (*telling, *costs) else "left")
-    best_one = comparison.best(telling[0]) if telling else None
+    for column in ["run", *(short[key] for key in comparison.varying), *shown, *(COSTS[name] for name in costs)]:
+        table.add_column(column, overflow="fold", justify="right" if column in (*shown, *costs) else "left")
+    best_one = comparison.best(shown[0]) if shown else None
     for group in comparison.groups:
         names = [m.name if m.finished else f"{m.name} ({m.status})" for m in group.members]
         cells = [Text(clean(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"))]
-        cells += [Text(clean(show(group.knobs.get(key)))) for key in comparison.varying]
-        for metric in [*telling, *costs]:
-            best = group is best_one and metric == telling[0]
+        cells += [Text(clean(show(group.hyperparameters.get(key)))) for key in comparison.varying]
+        for metric in [*shown, *costs]:
+            best = group is best_one and metric == shown[0]
             cells.append(Text(cell(group, metric), style="bold green" if best else ""))
         table.add_row(*cells)
     console = Screen()
     if not console.is_terminal:
         console = Screen(width=240)
     console.print(table)
-    # Runs share their ancestors: each is read once.
+    # Runs share ancestors: dict.fromkeys reads each once.
     runs = dict.fromkeys(run for member in comparison.members for run in (member.run, *member.ancestors.values()))
     for line in dict.fromkeys(line for run in runs for line in run.problems()):
         console.print(Text(line, style="yellow"))
     if comparison.seeds > 1:
         console.print(comparison.error_note, style="dim")
 
-    for line in comparison.left_out(telling):
+    for line in comparison.left_out(shown):
         console.print(clean(line), style="yellow")
     every = {name for member in comparison.members for name in member.metrics} - set(COSTS)
-    if every - set(telling):
-        console.print(f"{len(telling)} of {len(every)} metrics, all are in report.csv (--metric NAME)", style="dim")
+    if every - set(shown):
+        console.print(f"{len(shown)} of {len(every)} metrics, all are in report.csv (--metric NAME)", style="dim")
 
     from rlhf.report.html import failures, write_report
 
@@ -88,7 +88,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _place(references: Sequence[str], outputs: Path) -> Path:
-    """A sweep's own folder; otherwise a new folder of reports."""
+    """Return a single sweep's own directory; otherwise a new directory below outputs/reports."""
     from rlhf.report.members import is_run
 
     only = Path(references[0])
@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
     parser.add_argument("--title", help="heading of the page")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw --y against --x (.png, .svg or .pdf)")
-    parser.add_argument("--x", default="step", metavar="NAME", help="a swept knob, a metric, or step (default)")
+    parser.add_argument(
+        "--x", default="step", metavar="NAME", help="a swept hyperparameter, a metric, or step (default)"
+    )
     parser.add_argument("--y", action="append", default=[], metavar="METRIC", help="a panel of the plot (repeatable)")
     parser.add_argument("--along", action="store_true", help="--x and --y over training, not at its end")
     parser.add_argument("--out", type=Path, help="folder for report.html and report.csv")

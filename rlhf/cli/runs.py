@@ -8,33 +8,37 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rlhf import manifest, run_files
+from rlhf import console
 from rlhf.cli import options
 from rlhf.console import shell
 from rlhf.errors import UserError, suggest
-from rlhf.locks import Locked
-from rlhf.report import console
-from rlhf.runs import Run, beginning_with, find, is_run_folder, remove
+from rlhf.planning.references import find_runs_by_prefix
+from rlhf.runs import run_files
+from rlhf.runs.run_directory import Run, find, is_run_directory, remove
+from rlhf.storage import manifest
+from rlhf.storage.locks import Locked
 
 STATUSES = ("finished", "running", "killed", "stopped", "failed", "damaged")
-REMOVED = ".removed-"  # begins the name of a run folder that is being deleted
+REMOVED = ".removed-"  # name prefix of a run directory that is being deleted
 
 
 def main(argv: list[str]) -> int:
-    """Runs the sub-command and returns its exit status."""
+    """Run the sub-command; return its exit status."""
     parser = options.Parser(prog="rlhf runs", description="What lies in the outputs folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|check|rm")
     lists = commands.add_parser("list", help="every run: status, main metric, time, folder")
     lists.add_argument("--stage", help="only runs of this stage")
     lists.add_argument("--status", choices=STATUSES, help="only runs in this state")
     shows = commands.add_parser("show", help="one run: what it is, where it comes from, what came out")
-    shows.add_argument("run", metavar="RUN", help="run folder, or the first letters of its fingerprint")
+    shows.add_argument("run", metavar="RUN", help="run directory, or the first letters of its fingerprint")
     checks = commands.add_parser("check", help="compare the files of finished runs with the hashes of their manifests")
     checks.add_argument(
-        "runs", nargs="*", metavar="RUN", help="run folder, or the first letters of its fingerprint [all]"
+        "runs", nargs="*", metavar="RUN", help="run directory, or the first letters of its fingerprint [all]"
     )
     removes = commands.add_parser("rm", help="remove runs; those that others were made from only with --force")
-    removes.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or the first letters of its fingerprint")
+    removes.add_argument(
+        "runs", nargs="*", metavar="RUN", help="run directory, or the first letters of its fingerprint"
+    )
     removes.add_argument("--unfinished", action="store_true", help="also every failed, killed or stopped run")
     removes.add_argument("--yes", action="store_true", help="do not ask")
     removes.add_argument("--force", action="store_true", help="also if other runs were made from them")
@@ -51,15 +55,15 @@ def main(argv: list[str]) -> int:
 
 
 def named(ref: str, outputs: Path) -> Run:
-    """Return the one run that a folder, the beginning of its path, or the first letters of a fingerprint mean.
+    """Return the one run that a directory, the beginning of its path, or the first letters of a fingerprint select.
 
     Raises:
-        UserError: none or several are meant.
+        UserError: no run or more than one is selected.
     """
     path = Path(ref)
     if ref and (path / "status.json").exists():
         return Run(path)
-    found = beginning_with(path, outputs) if ref.strip() else []
+    found = find_runs_by_prefix(path, outputs) if ref.strip() else []
     if len(found) == 1:
         return found[0]
     if found:
@@ -69,9 +73,9 @@ def named(ref: str, outputs: Path) -> Run:
     raise UserError(f"{ref or repr(ref)}: no such run in {outputs}{short or suggest(ref, known)}")
 
 
-@run_files.each_read_once()
+@run_files.cache_reads()
 def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
-    """Prints a table of runs, oldest first within a stage."""
+    """Print a table of runs, oldest first within a stage; return the exit status."""
     rows, problems = [], []
     for run in find(outputs):
         state = run.status
@@ -96,7 +100,7 @@ def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
 
 
 def show(run: Run) -> int:
-    """Prints what a run is, its inputs and ancestors, its metrics and its config."""
+    """Print a run's status, inputs, ancestors, metrics and config; return the exit status."""
     status, summary, lineage = run.status_file, run.summary, run.lineage
     facts = [
         ("folder", str(run.folder)),
@@ -127,7 +131,7 @@ def show(run: Run) -> int:
 
 
 def check(runs: list[Run]) -> int:
-    """Compare finished runs with their manifests, hash by hash; return 1 if any differs."""
+    """Compare finished runs with the hashes in their manifests; return 1 if any differs, else 0."""
     damaged, changed, without = 0, [], 0
     for run in runs:
         problems = run.problems()
@@ -141,17 +145,18 @@ def check(runs: list[Run]) -> int:
         damaged += bool(problems)
     old = f", {without} of them finished by an older version, without hashes" if without else ""
     print(f"checked {len(runs)} runs{old}: {damaged} damaged")
-    if changed:  # sizes alone are compared when a run is used again, so that it has to go
+    if changed:  # reuse compares only sizes, so a run with changed content has to be removed
         print("to compute them again, type their commands (`rlhf runs show RUN`) after:")
         print(f"  {shell('rlhf', 'runs', 'rm', '--force', *changed)}")
     return 1 if damaged else 0
 
 
 def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, force: bool) -> int:
-    """Remove run folders after asking.
+    """Remove run directories after confirmation; return the exit status.
 
     Raises:
-        UserError: nothing is named, it is no run below `outputs`, it is being computed, or others were made from it.
+        UserError: no run is named, a name is no run below `outputs`, a run is being computed, or others were made from
+            it.
     """
     everything = find(outputs)
     chosen = [named(ref, outputs) for ref in refs]
@@ -159,9 +164,9 @@ def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, for
         chosen += [run for run in everything if run.status in ("failed", "killed", "stopped")]
     chosen = list({run.folder.absolute(): run for run in chosen}.values())
     for run in chosen:
-        if not is_run_folder(run.folder, outputs):
+        if not is_run_directory(run.folder, outputs):
             raise UserError(
-                f"{run.folder}: not a run folder in {outputs}; name {outputs}/STAGE/FINGERPRINT as rlhf runs list "
+                f"{run.folder}: not a run directory in {outputs}; name {outputs}/STAGE/FINGERPRINT as rlhf runs list "
                 "shows it, or type --outputs for those of another folder"
             )
     if not chosen:
@@ -198,14 +203,14 @@ def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, for
 
 
 def delete(run: Run) -> None:
-    """Remove a run whose lock is held: renamed first, so that a kill in between leaves no half run in its place."""
+    """Remove a run whose lock is held; rename it first, so that a kill leaves no partial run in its place."""
     away = run.folder.with_name(f"{REMOVED}{run.folder.name}.{os.getpid()}")
     run.folder.rename(away)
     _remove_all(away)
 
 
 def sweep_out(outputs: Path) -> int:
-    """Remove what earlier commands, killed in between, have left of removed runs; return of how many."""
+    """Remove the remains of runs whose removal was killed in earlier commands; return their number."""
     left = [path for path in outputs.glob(f"*/{REMOVED}*") if not path.parent.is_symlink()]
     for path in left:
         _remove_all(path)
@@ -213,7 +218,7 @@ def sweep_out(outputs: Path) -> int:
 
 
 def _remove_all(folder: Path) -> None:
-    """Remove a folder from which another process may be removing files, too."""
+    """Remove a directory from which another process may be removing files at the same time."""
     while folder.exists():
         with suppress(FileNotFoundError):
             remove(folder)

@@ -1,4 +1,4 @@
-"""Write the files of a new plugin that runs at once."""
+"""Generator of a new plugin's files; the plugin runs unchanged."""
 
 import keyword
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def kinds() -> list[str]:
-    """What a plugin can be made for: the folders of templates."""
+    """Return the kinds of plugin that can be generated: the directories of templates."""
     return sorted(path.name for path in TEMPLATES.iterdir() if path.is_dir())
 
 
@@ -20,10 +20,10 @@ def write(name: str, kind: str, parent: Path) -> tuple[Path, str]:
     """Write the plugin ``parent/name``.
 
     Returns:
-        Its folder, and commands that use it.
+        Its directory, and commands that use it.
 
     Raises:
-        UserError: the name cannot be a package's, or is taken.
+        UserError: the name is not a valid package name, or is taken.
     """
     if kind not in kinds():
         raise UserError(f"--kind {kind}: no such kind{suggest(kind, kinds())}")

@@ -1,4 +1,4 @@
-"""Suggest what to type instead of an option or a key that is not there: words that compose where they are typed."""
+"""Suggestions for an unknown option or key: words that compose at the place where they are typed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,21 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import discovery
-from rlhf.config import leaves
 from rlhf.errors import suggest
+from rlhf.storage.plain import leaves
 
-WHOLE = ("stage", "pipeline", "experiment")  # groups whose options make a config that can be run
-_BESIDE = ("debug", "sweep")  # groups at the root that every stage and pipeline takes
-_ALIKE = 0.8  # how close a key in another place must be; one in the same place may be farther
+WHOLE = ("stage", "pipeline", "experiment")  # groups whose options make a config runnable
+_BESIDE = ("debug", "sweep")  # root groups that every stage and pipeline accepts
+_ALIKE = 0.8  # minimum similarity of a key elsewhere in the config; the limit is lower for a key in the same place
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The stage or pipeline of a command line, composed without its other words.
+    """Stage or pipeline of a command line, composed without the other words.
 
     Attributes:
-        config: The config; empty where none is chosen.
-        stages: The option of the group stage, by step; that of a single stage under "".
+        config: The config; empty if none is chosen.
+        stages: Step -> its option of the group stage; a single stage has the key "".
     """
 
     config: DictConfig = field(default_factory=lambda: OmegaConf.create({}))
@@ -36,17 +36,17 @@ class Chosen:
 
     @property
     def steps(self) -> dict[str, DictConfig]:
-        """The steps of a pipeline with their configs, in its order; empty for a single stage."""
+        """Return the steps of a pipeline with their configs, in order; empty for a single stage."""
         names = [str(name) for name in self.config.get("steps") or []]
         return {name: self.config[name] for name in names if isinstance(self.config.get(name), DictConfig)}
 
     def at_root(self, group: str) -> bool:
-        """Return whether a group is chosen for the whole command, and not for a step of it."""
+        """Return whether a group is chosen for the whole command, and not for one of its steps."""
         return isinstance(self.config.get(group), DictConfig) or (group in _BESIDE and bool(self.config))
 
 
 def chosen(argv: list[str]) -> Chosen:
-    """Compose the stage or pipeline that a command line names; as far as that goes where a word in it is wrong."""
+    """Compose the stage or pipeline that a command line names, without its swapped stages if these do not compose."""
     whole = [word for word in argv if word.startswith(tuple(f"{group}=" for group in WHOLE)) and "," not in word]
     swapped = [word for word in argv if word.startswith("stage@") and "," not in word]
     for words in ([*whole, *swapped], whole):
@@ -64,7 +64,7 @@ def chosen(argv: list[str]) -> Chosen:
 
 
 def objectives(config: DictConfig) -> set[str]:
-    """Return the objectives that a stage takes: those beside its own, and those of plugins that have no stage.
+    """Return the objectives that a stage takes: those of its plugin, and those of plugins without a stage.
 
     Args:
         config: Config of the stage; without an objective the result is empty.
@@ -76,7 +76,7 @@ def objectives(config: DictConfig) -> set[str]:
 
 
 def _package(option: Path) -> str:
-    """Return the package that an option comes with; "" for one of the user's own ./conf."""
+    """Return the package that provides an option; "" for one of the user's own ./conf."""
     conf = option.parents[1]
     if conf == discovery.conf_dir():
         return "rlhf"
@@ -84,7 +84,7 @@ def _package(option: Path) -> str:
 
 
 def fitting(group: str, package: str, names: list[str], argv: list[str]) -> list[str]:
-    """Return those options of a group that the stage at a place takes; all where that is not known."""
+    """Return the options of a group that the stage at this place takes; all options if that is unknown."""
     if group != "objective":
         return names
     made = chosen(argv)
@@ -93,12 +93,12 @@ def fitting(group: str, package: str, names: list[str], argv: list[str]) -> list
 
 
 def elsewhere(option: str, group: str, package: str, argv: list[str]) -> list[str]:
-    """Return what to type for an option that other groups have: `an objective: type stage=dpo objective=ipo`."""
+    """Return suggestions for an option that other groups have: `an objective: type stage=dpo objective=ipo`."""
     made = chosen([word for word in argv if not word.startswith((f"{group}=", f"{group}@"))])
     homes = {
         other: path for other in sorted(discovery.group_names() - {group, "hydra"}) if (path := _of(other, option))
     }
-    if "stage" in homes:  # which brings the objective of its name
+    if "stage" in homes:  # a stage brings the objective of its name
         homes.pop("objective", None)
     typed = {other: _words(other, path, group, package, made) for other, path in homes.items()}
     return [f"{_noun(other)}: type {words}" for other, words in typed.items() if words]
@@ -113,7 +113,7 @@ def _noun(group: str) -> str:
 
 
 def _words(other: str, path: Path, group: str, package: str, made: Chosen) -> str:
-    """Return the words for an option of another group; "" where the chosen stage or pipeline has no place for it."""
+    """Return the words that choose an option of another group; "" if the chosen stage or pipeline cannot take it."""
     option, step = f"{other}={path.stem}", package.partition(".")[0]
     if other in WHOLE:
         return option if not step else ""
@@ -132,21 +132,22 @@ def _words(other: str, path: Path, group: str, package: str, made: Chosen) -> st
     return f"stage={(stage if other == 'objective' else '') or 'NAME'} {option}{' -m' if other == 'sweep' else ''}"
 
 
-def of_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> str:
-    """Return the end of a message about a key that is not there, such as ` (did you mean optimizer.lr?)`.
+def suggest_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> str:
+    """Return the end of a message about an unknown key, such as ` (did you mean optimizer.lr?)`.
 
     Args:
-        word: The key, without what is before its last dot.
-        keys: Those that are known in the same place.
+        word: The key, without the part before its last dot.
+        keys: The known keys in the same place.
         parent: The node of that place.
-        above: Its dotted key, "" for the root.
-        value: What was typed for it.
+        above: The node's dotted key, "" for the root.
+        value: The value typed for the key.
     """
     prefix = f"{above}." if above else ""
     root = parent._get_root() if isinstance(parent, DictConfig) else None
     if above and isinstance(root, DictConfig) and isinstance(root.get(word), DictConfig) and _of(word, value):
         return f"; it is the same for all steps: type {word}={value}"
-    if isinstance(root, DictConfig) and "stage" in parent and isinstance(root.get(word), int | float):  # of a step
+    # A parent that holds a stage is a step of a pipeline.
+    if isinstance(root, DictConfig) and "stage" in parent and isinstance(root.get(word), int | float):
         return f"; {word} is for all steps, for this one type +{above}.{word}={value}"
     below = [f"{prefix}{path}" for path in _paths(parent)]
     for paths in (below, _paths(root) if above else []):
@@ -156,7 +157,7 @@ def of_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> s
     if other := _in_other_options(word, above, value, parent):
         return other
     names = dict.fromkeys(path.rpartition(".")[2] for path in below)
-    initials = "".join(part[:1] for part in word.split("_")) if "_" in word else word  # learning_rate: lr
+    initials = "".join(part[:1] for part in word.split("_")) if "_" in word else word  # learning_rate -> lr
     close = get_close_matches(word, names, n=1, cutoff=_ALIKE) or [name for name in names if name == initials]
     if close and close[0] not in keys:
         return f" (did you mean {min(below, key=lambda path: (path.rpartition('.')[2] != close[0], path.count('.')))}?)"
@@ -164,7 +165,7 @@ def of_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> s
 
 
 def _in_other_options(word: str, above: str, value: str, parent: Any) -> str:
-    """Return what to type for a key that other options of its group have: `adapter.rank`, with adapter=none."""
+    """Return the suggestion for a key that other options of its group have: `adapter.rank`, with adapter=none."""
     if not above:
         option = [(group, path) for group in sorted(parent or ()) if (path := _of(str(group), word)) is not None]
         return f"; {word} is {_noun(option[0][0])}: type {option[0][0]}={word}" if option else ""
@@ -188,11 +189,11 @@ def _top_keys(path: Path) -> set[str]:
 
 
 def of_root_key(key: str, word: str, made: Chosen) -> str:
-    """Return what to type for a key that the steps of a pipeline have and its root has not; "" if none has it.
+    """Return the suggestion for a key that steps of a pipeline have but its root has not; "" if no step has it.
 
     Args:
-        key: The unknown key, without what follows its first dot.
-        word: The whole word as it was typed.
+        key: The unknown key, without the part after its first dot.
+        word: The whole word as typed.
         made: The pipeline.
     """
     typed, _, value = word.lstrip("+~").partition("=")
@@ -217,7 +218,7 @@ def _has(config: DictConfig, path: str) -> bool:
 
 
 def _paths(node: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys of all values below a node, those of ``hydra`` left out."""
+    """Return the dotted keys of all values below a node, except those of ``hydra``."""
     content = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
     assert isinstance(content, dict)
     return [f"{prefix}{path}" for path, _ in leaves({key: inner for key, inner in content.items() if key != "hydra"})]

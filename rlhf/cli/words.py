@@ -1,25 +1,26 @@
-"""Words of a command line that Hydra would answer with its usage page or an exception: one line each instead."""
+"""Checks of command-line words that Hydra would reject with its usage page or a traceback: one line each instead."""
 
 import re
 
 from rlhf import discovery
 from rlhf.errors import UserError, suggest
 
-FLAGS = (  # ours and Hydra's
+FLAGS = (  # our own and Hydra's
     *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
     *("--config-dir", "--config-name", "--config-path", "--hydra-help", "--shell-completion"),
 )
 SHORT = ("-h", "-m", "-r", "-c", "-p", "-i", "-cd", "-cn", "-cp", "-sc")
-CONFIGS = ("job", "hydra", "all")  # that --cfg shows
+CONFIGS = ("job", "hydra", "all")  # values of --cfg
 _TAKES_A_WORD = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 _ALONE = ("--help", "--version", "--dry-run", "--multirun", "--run", "--resolve", "--hydra-help", "-h", "-m", "-r")
-_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # that --info shows
-_NO_OPTION = re.compile(r"(null|true|false|[-+]?[\d.]+(e[-+]?\d+)?)", re.IGNORECASE)  # read as no text
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # values of --info
+# YAML reads these values as null, booleans or numbers, not as text.
+_NO_OPTION = re.compile(r"(null|true|false|[-+]?[\d.]+(e[-+]?\d+)?)", re.IGNORECASE)
 _OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*(=|$)")
 
 
 def check(argv: list[str]) -> None:
-    """Refuse flags that nobody knows, a config that cannot be shown, and words that are no KEY=VALUE.
+    """Raise for unknown flags, for a config that cannot be shown, and for words that are not KEY=VALUE.
 
     Raises:
         UserError: one line, with what to type.

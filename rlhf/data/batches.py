@@ -1,4 +1,4 @@
-"""Which records are in batch i: a function of (seed, i) and nothing else."""
+"""Batch sampler whose batch i is a function of (seed, i) alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,18 +9,21 @@ from rlhf.errors import UserError
 
 
 class Batches(Sampler[list[int]]):
-    """Batch sampler without state: batch i is the same whether or not batches 0..i-1 were ever drawn.
+    """Stateless batch sampler: batch i is the same whether or not batches 0..i-1 were drawn.
 
-    Epoch e visits the records in an order drawn from (seed, e); the records left over at the end of an epoch that do
-    not fill a batch are dropped (another order drops others). An exact resume is `start=<batches already done>`.
+    Epoch e visits the records in an order drawn from (seed, e). Records left over at the end of an epoch that do not
+    fill a batch are dropped (another order drops others). An exact resume is `start=<batches already done>`.
 
-    Arguments:
-        records: number of records, or their lengths; lengths group records of like length into a batch, so that
-            little is padded (groups are drawn inside windows of 16 batches, the order of batches is random).
-        batch_size: records per batch over all ranks.
-        steps, epochs: give one; how many batches there are in all, counted from 0 (not from `start`).
-        start: batches to skip.
-        rank, world_size: each rank gets its own batch_size / world_size records of every batch.
+    Args:
+        records: Number of records, or their lengths; lengths give length-grouped batches with little padding (groups
+            are drawn inside windows of 16 batches, the order of batches is random).
+        batch_size: Records per batch over all ranks.
+        seed: Seed of the orders.
+        steps: Number of batches in total, counted from 0 (not from `start`); give either `steps` or `epochs`.
+        epochs: Number of epochs in total, counted as `steps`.
+        start: Number of batches to skip.
+        rank: Rank of this process.
+        world_size: Number of ranks; each gets its own batch_size / world_size records of every batch.
     """
 
     WINDOW = 16
@@ -52,7 +55,10 @@ class Batches(Sampler[list[int]]):
         self.steps = steps if steps is not None else max(1, round((epochs or 0.0) * self.per_epoch))
 
     def __len__(self) -> int:
-        """Batches of the whole run, those before `start` included: Lightning counts a resumed epoch from its start."""
+        """Return the number of batches of the whole run, those before `start` included.
+
+        Lightning counts a resumed epoch from its start.
+        """
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -65,7 +71,7 @@ class Batches(Sampler[list[int]]):
             yield order[first : first + self.batch_size][self.rank :: self.world_size].tolist()
 
     def _order(self, epoch: int) -> torch.Tensor:
-        """Records in the order of epoch e, cut to whole batches: [per_epoch * batch_size] long."""
+        """Return the records in the order of an epoch, truncated to whole batches: [per_epoch * batch_size] long."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(self.n, generator=generator)[: self.per_epoch * self.batch_size]
         if self.lengths is None:
@@ -77,7 +83,7 @@ class Batches(Sampler[list[int]]):
 
 
 def mix_seed(*parts: int) -> int:
-    """One 63-bit seed out of several integers, far apart for neighbouring ones (splitmix64)."""
+    """Return a 63-bit seed from several integers; neighbouring integers give distant seeds (splitmix64)."""
     state = 0
     for part in parts:
         state = (state + (part & (2**64 - 1)) + 0x9E3779B97F4A7C15) % 2**64

@@ -1,4 +1,4 @@
-"""Chat templates by name: the Jinja files beside this module. Each says where it is from."""
+"""Chat templates by name: Jinja files in the directory ``templates``, each with its source."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,23 @@ FOLDER = Path(__file__).parent / "templates"
 
 
 def _read(path: Path) -> str:
-    """The template without the comment that says where it is from, which need not go into every saved model."""
+    """Return a template without the comment on its source, which saved models need not contain."""
     return re.sub(r"\{#.*?#\}\s*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL).strip()
 
 
+# Name, as in model.chat_template=NAME, to Jinja text.
 TEMPLATES: dict[str, str] = {path.stem: _read(path) for path in sorted(FOLDER.glob("*.jinja"))}
-"""Name, as in model.chat_template=NAME, to Jinja text."""
 
+# Special tokens that a template writes and that a tokenizer may lack. The others write its eos and bos tokens.
 TOKENS: dict[str, tuple[str, ...]] = {
     "plain": ("<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-"""Special tokens that a template writes and that a tokenizer may lack. The others write its eos and bos tokens."""
+
+# Template of tokenizers trained here: `<|user|>..<|end|><|assistant|>..<|end|>`, without newlines or a default system
+# message.
+CHAT_TEMPLATE = TEMPLATES["plain"]
+
+# ChatML without a default system message.
+CHATML_TEMPLATE = TEMPLATES["chatml"]

@@ -1,4 +1,4 @@
-"""Tokens to tensors. B rows, T tokens, P pairs, R unique responses (one row each)."""
+"""Collation of tokens to tensors. Shapes: B rows, T tokens, P pairs, R unique responses (one row each)."""
 
 import hashlib
 from array import array
@@ -11,65 +11,90 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from rlhf.data.encoded_rows import Encoded, EncodedComparison, EncodedLabel
 from rlhf.data.records import GRADES
-from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
 from rlhf.errors import UserError
 
 
-class Movable:
-    """`.to(device)` for frozen dataclasses of tensors; nested ones and None are taken along."""
+class TensorDataclass:
+    """Mixin with `.to(device)` for frozen dataclasses of tensors, nested ones included."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy with all tensors on ``device``; other fields are unchanged."""
         moved = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 value = value.to(device, non_blocking=non_blocking)
-            elif isinstance(value, Movable):
+            elif isinstance(value, TensorDataclass):
                 value = value.to(device, non_blocking)
             moved[field.name] = value
         return type(self)(**moved)
 
 
 @dataclass(frozen=True)
-class TokenBatch(Movable):
-    """Rows of tokens. All masks: True = counts."""
+class TokenBatch(TensorDataclass):
+    """Rows of tokens. In all masks True selects a token."""
 
     ids: Tensor  # [B, T] long
     attention_mask: Tensor  # [B, T] bool, False on padding
-    loss_mask: Tensor  # [B, T] bool, True where ids[b, t] is a target that counts; never at a document's first token
+    loss_mask: Tensor  # [B, T] bool, True where ids[b, t] is a target; never at a document's first token
     position_ids: Tensor  # [B, T] long, from 0 at each document's first token; 0 on padding
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> "TokenBatch":
+        """Build a batch of unpacked rows.
+
+        Args:
+            ids: Token ids, [B, T] long.
+            attention_mask: 1 on tokens, 0 on padding on either side, [B, T].
+            loss_mask: 1 on the target tokens, [B, T]; None selects none.
+            position_ids: Positions in the row, [B, T] long; None counts the attended tokens.
+        """
+        mask = attention_mask.bool()
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return cls(ids, mask, torch.zeros_like(mask) if loss_mask is None else loss_mask.bool(), position_ids)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def __getitem__(self, rows: Tensor | slice) -> "TokenBatch":
+        return TokenBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 @dataclass(frozen=True)
-class PairBatch(Movable):
-    """Comparisons with each response as one row, however many pairs it is in."""
+class PairBatch(TensorDataclass):
+    """Comparisons, with each response as one row however many pairs it is in."""
 
     tokens: TokenBatch  # R rows of prompt + response, loss_mask on the response
     chosen: Tensor  # [P] long, row of the better response
     rejected: Tensor  # [P] long, row of the worse response
     grade: Tensor  # [P] long, index into GRADES, -1 where unknown
-    weight: Tensor  # [P] float, 1 / number of pairs of its prompt: they sum to the number of prompts
-    prompt_index: Tensor  # [P] long, the same for pairs of the same prompt, in whatever record, batch or process
+    weight: Tensor  # [P] float, 1 / number of pairs of its comparison: they sum to the number of comparisons
+    prompt_index: Tensor  # [P] long, equal for pairs of the same prompt, across records, batches and ranks
     scores: Tensor | None  # [R] float, or None unless every response has one
     reference: Tensor | None = None  # [R] float, reference log-probability of each response, or None
     embedding: Tensor | None = None  # [P, E] float, a vector of each pair's prompt, or None
-    unsafe: Tensor | None = None  # [R] long, 1 where a response does harm, 0 where not, -1 where nobody labelled it
+    unsafe: Tensor | None = None  # [R] long, 1 where a response does harm, 0 where not, -1 where unlabelled
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
 
 
 @dataclass(frozen=True)
-class LabelBatch(Movable):
-    """Unpaired answers."""
+class LabelBatch(TensorDataclass):
+    """Unpaired responses."""
 
     tokens: TokenBatch  # B rows of prompt + response, loss_mask on the response
     desirable: Tensor  # [B] bool
-    mismatched: TokenBatch | None  # M <= B rows of a prompt + the response to another one, None where there is none
+    mismatched: TokenBatch | None  # M <= B rows of a prompt + the response to another one, None if there are none
     reference: Tensor | None = None  # [B] float, reference log-probability of each response, or None
     mismatched_reference: Tensor | None = None  # [M] float
     embedding: Tensor | None = None  # [B, E] float, a vector of each prompt, or None
@@ -79,7 +104,13 @@ class LabelBatch(Movable):
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> TokenBatch:
-    """Pad rows to the longest of them. Masks come from positions, never from comparing ids with pad_id."""
+    """Pad rows to the longest of them.
+
+    Masks come from positions, never from a comparison of ids with pad_id.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
     if not rows:
         raise ValueError("collate: no rows")
     length = max(len(row) for row in rows)
@@ -95,13 +126,13 @@ def collate(rows: Sequence[Encoded], pad_id: int, side: Literal["left", "right"]
         attention_mask[index, place] = True
         positions = torch.arange(n) if row.positions is None else torch.tensor(row.positions, dtype=torch.long)
         position_ids[index, place] = positions
-        # Nothing of its own document precedes a first token, so nothing can predict it.
+        # No token of its own document precedes a first token, so none can predict it.
         loss_mask[index, place] = torch.tensor(row.mask, dtype=torch.bool) & (positions > 0)
     return TokenBatch(ids, attention_mask, loss_mask, position_ids)
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Prompts for generation: padded at the left, so that every row ends where its response begins."""
+    """Pad prompts for generation on the left, so that every row ends where its response begins."""
     return collate([Encoded(list(ids), [False] * len(ids)) for ids in prompts], pad_id, side="left")
 
 
@@ -110,7 +141,11 @@ def _row(prompt: list[int], response: list[int]) -> Encoded:
 
 
 def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -> PairBatch:
-    """All pairs of every comparison, over rows of unique responses (InstructGPT, 2203.02155, section 3.5)."""
+    """Collate all pairs of every comparison over rows of unique responses (InstructGPT, 2203.02155, section 3.5).
+
+    Raises:
+        UserError: If the comparisons have no pair.
+    """
     rows: list[Encoded] = []
     pairs: list[tuple[int, int, int, float, int]] = []
     scores: list[float] = []
@@ -118,7 +153,7 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     embeddings: list[Tensor] = []
     unsafe: list[int] = []
     for item in comparisons:
-        prompt = number_of(item.prompt)
+        prompt = prompt_hash(item.prompt)
         place = {response: len(rows) + offset for offset, response in enumerate(item.used)}
         rows += [_row(item.prompt, item.responses[response]) for response in item.used]
         if item.scores is not None:
@@ -148,17 +183,18 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     )
 
 
-def number_of(prompt: Sequence[int]) -> int:
-    """Return a number that follows from the prompt's tokens alone: 63 bits of their hash.
+def prompt_hash(prompt: Sequence[int]) -> int:
+    """Return a number that depends on the prompt's tokens alone: 63 bits of their hash.
 
-    Numbers by record would make the same prompt in two records two prompts, and the response of one a rival of itself.
+    With numbers by record, one prompt in two records would count as two prompts, and the response of one record would
+    become a negative of itself.
     """
     tokens = array("q", prompt).tobytes()
     return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 1
 
 
 def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
-    """Unpaired answers, and the prompts of those that have one with a response to another prompt."""
+    """Collate unpaired responses, and the prompts of those that have a mismatched response with that response."""
     others = [(label.prompt, label.mismatched) for label in labels if label.mismatched is not None]
     reference = [label.reference for label in labels if label.reference is not None]
     mismatched = [label.mismatched_reference for label in labels if label.mismatched_reference is not None]
@@ -173,14 +209,22 @@ def collate_labels(labels: Sequence[EncodedLabel], pad_id: int) -> LabelBatch:
     )
 
 
-def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 64, seed: int = 0) -> list[EncodedLabel]:
-    """Every label with the response of a row drawn at random among those that answer another prompt.
+def add_mismatched_responses(
+    labels: Sequence[EncodedLabel], longest: int, tries: int = 64, seed: int = 0
+) -> list[EncodedLabel]:
+    """Return the labels, each with the response of a random row that has another prompt as its mismatched response.
 
-    At random, since the KL estimate is an expectation over all replies (2402.01306), and data has an order: a
-    comparison's replies stand best first. Drawn from (seed, row) alone, once for the whole data set rather than within
-    a batch, so that neither micro-batches nor processes nor a resume change the estimate, and the reference reads it
-    once. A row keeps None where none of `tries` rows drawn (all of them, if there are no more) answers another prompt
-    and fits `longest` tokens.
+    The choice is random because the KL estimate is an expectation over all responses (2402.01306), and because data are
+    ordered: a comparison's responses are best first. It is drawn from (seed, row) alone, once for the whole data set
+    rather than within a batch. So neither micro-batches nor ranks nor a resume change the estimate, and the reference
+    model evaluates each mismatched response once. A label keeps None if none of `tries` rows drawn (all rows, if there
+    are no more) has another prompt and fits `longest` tokens.
+
+    Args:
+        labels: Encoded labels of the whole data set.
+        longest: Most tokens of prompt and mismatched response together.
+        tries: Most rows drawn for each label.
+        seed: Seed of the draws.
     """
     done = []
     for index, label in enumerate(labels):
@@ -195,7 +239,7 @@ def with_mismatches(labels: Sequence[EncodedLabel], longest: int, tries: int = 6
 
 
 def _shuffled(n: int, rng: Random) -> Iterator[int]:
-    """0 to n - 1 in random order, of which only what is read is drawn (Fisher and Yates)."""
+    """Yield 0 to n - 1 in random order, drawing only as far as it is read (Fisher and Yates)."""
     moved: dict[int, int] = {}
     for place in range(n):
         drawn = rng.randrange(place, n)
@@ -204,16 +248,20 @@ def _shuffled(n: int, rng: Random) -> Iterator[int]:
 
 
 def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
-    """As `packed`, in a list."""
+    """Return the rows of `packed` as a list."""
     return list(packed(documents, length))
 
 
 def packed(documents: Iterable[Encoded], length: int) -> Iterator[Encoded]:
-    """Rows of at most `length` tokens with several documents each, in order; positions restart at each document.
+    """Yield rows of at most `length` tokens with several documents each, in order, for padding-free batches.
 
-    A document is moved to the next row rather than cut, unless it is longer than a row: then it is cut into windows
-    (`Encoded.windows`), which share a token, so that every token but a document's first is a target wherever it is cut.
-    Attention must be per document: models here read that off the positions.
+    Positions restart at each document. A document is moved to the next row rather than cut, unless it is longer than a
+    row. Then it is cut into windows (`Encoded.windows`) that share a token, so that every token but a document's first
+    is a target wherever it is cut. Attention must be per document: the models of this project derive it from the
+    positions.
+
+    Raises:
+        UserError: For a length below 2, at which no row has a target.
     """
     if length < 2:
         raise UserError(f"rows of length {length} have no target; type a length of 2 or more")

@@ -1,4 +1,7 @@
-"""Lists that lie on disk: what streaming puts in the place of lists in memory. Order, length and items are the same."""
+"""Sequences on disk, which replace lists in memory when data are streamed.
+
+Order, length and items are the same as those of lists.
+"""
 
 import pickle
 import tempfile
@@ -7,26 +10,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from os import pread
 from typing import Any, TypeVar, overload
 
-from rlhf.cache import cache_folder
+from rlhf.storage.cache import cache_folder
 
 T = TypeVar("T")
 
 
 class OnDisk(Sequence[T]):
-    """A sequence whose items are read when asked for."""
+    """Sequence whose items are read on access."""
 
 
 class DiskList(OnDisk[T]):
-    """Items in a file without a name, which is gone with the process; 16 bytes of memory for each.
+    """Items in an unnamed file that is deleted with the process; 16 bytes of memory per item.
 
-    The file lies in the cache folder (RLHF_CACHE), not in the folder for temporary files, which is memory on many
-    machines.
+    The file is in the cache directory (RLHF_CACHE), not in the directory for temporary files, which is in memory on
+    many machines.
     """
 
     def __init__(self, items: Iterable[T]) -> None:
         self._file = tempfile.TemporaryFile(dir=cache_folder("streams"))  # noqa: SIM115  # closed with the list
         self._ends = array("Q", [0])
-        self.lengths = array("Q")  # len() of each item, 0 for items without
+        self.lengths = array("Q")  # len() of each item, 0 for items without a length
         for item in items:
             content = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
             self._file.write(content)
@@ -51,7 +54,7 @@ class DiskList(OnDisk[T]):
 
 
 class View(OnDisk[T]):
-    """Some items of another sequence, in an order of their own; none is copied."""
+    """Selected items of another sequence in a given order, without a copy."""
 
     def __init__(self, items: Sequence[T], places: Sequence[int]) -> None:
         self._items, self._places = items, places
@@ -73,7 +76,7 @@ class View(OnDisk[T]):
 
 
 class Chain(OnDisk[T]):
-    """Several sequences one after the other; none is copied."""
+    """Concatenation of several sequences, without a copy."""
 
     def __init__(self, parts: Sequence[Sequence[T]]) -> None:
         self._parts = list(parts)
@@ -96,11 +99,11 @@ class Chain(OnDisk[T]):
         raise IndexError(index)
 
 
-def keep(items: Iterable[T], like: Sequence[Any]) -> Sequence[T]:
-    """The items in a list: on disk where `like` is, else in memory."""
+def store_like(items: Iterable[T], like: Sequence[Any]) -> Sequence[T]:
+    """Return the items as a sequence: on disk if `like` is, else in memory."""
     return DiskList(items) if isinstance(like, OnDisk) else list(items)
 
 
 def lengths(items: Sequence[Any]) -> Sequence[int]:
-    """len() of each item, without reading what lies on disk."""
+    """Return len() of each item, without reading items on disk."""
     return items.lengths if isinstance(items, DiskList) else [len(item) for item in items]

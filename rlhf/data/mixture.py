@@ -1,4 +1,4 @@
-"""Several sources as one, mixed by weights."""
+"""Weighted mixture of several sources."""
 
 import hashlib
 import json
@@ -8,23 +8,25 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlhf.data.data import Data, LoadReport, Split
+from rlhf.data.data import Data
 from rlhf.data.disk import Chain, View
+from rlhf.data.load_report import LoadReport
 from rlhf.data.records import Record
+from rlhf.data.split import Split
 from rlhf.errors import UserError, suggest
 
 
 class Mixture(Data):
-    """Takes the place of a Data: records of one type from several parts, in a random order drawn from the seed.
+    """Data that mix records of one type from several parts, in a random order drawn from the seed.
 
-    It streams if one of its parts does.
+    A mixture streams if one of its parts does.
 
-    Arguments:
-        parts: the sources, by name; all of one record type. max_length and the like are the first part's.
-        weights: how much of the training records comes from each part, by name; only their ratios count.
-        size: records to train on; a part smaller than its share is gone through again in another order. None: each
-            record of the first part once, and of the others what their weights ask for.
-        seed: of the draws.
+    Args:
+        parts: Sources by name, all of one record type. max_length and similar options are the first part's.
+        weights: Relative share of each part in the training records, by name.
+        size: Number of training records; a part smaller than its share is repeated in another order. None: each record
+            of the first part once, and as many of the others as their weights require.
+        seed: Seed of the draws.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Mixture(Data):
         seed: int = 0,
     ) -> None:
         self.parts, self.weights, self.count = dict(parts), dict(weights), size
-        self.check_knobs(parts, weights)
+        self.check_hyperparameters(parts, weights)
         kinds = {part.record for part in self.parts.values()}
         if len(kinds) != 1:
             raise UserError(
@@ -54,8 +56,12 @@ class Mixture(Data):
         )
 
     @staticmethod
-    def check_knobs(parts: Mapping[str, Any], weights: Mapping[str, float], **_: Any) -> None:  # type: ignore[override]
-        """What can be told from the names alone. Raises UserError for parts and weights of different names."""
+    def check_hyperparameters(parts: Mapping[str, Any], weights: Mapping[str, float], **_: Any) -> None:  # type: ignore[override]
+        """Validate the names alone.
+
+        Raises:
+            UserError: If parts and weights have different names.
+        """
         for name in weights:
             if name not in parts:
                 raise UserError(f"data.weights.{name}: no such part{suggest(name, parts, 'data.weights.')}")
@@ -64,21 +70,21 @@ class Mixture(Data):
                 raise UserError(f"data.parts.{name} has no weight; type data.weights.{name}=1")
 
     def digest(self) -> str:
-        """sha256 over the parts' digests."""
+        """Return the sha256 of the parts' digests."""
         parts = {name: part.digest() for name, part in self.parts.items()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def place(self, record: Record) -> str:
-        """As of a Data, in whichever part has the record."""
+        """Return the place of a record as ``Data.place``, from the first part that has it."""
         return next((found for part in self.parts.values() if (found := part.place(record))), "")
 
     def load(self) -> Split:
-        """`size` training records by weight; all that any part holds out is held out."""
+        """Load `size` training records by weight; everything that any part holds out is held out."""
         total = sum(self.weights.values())
         rng = random.Random(f"mixture/{self.seed}")
         report = LoadReport(source=self.source)
         parts: list[Sequence[Any]] = []
-        places: list[int] = []  # in all parts, one after the other
+        places: list[int] = []  # indices into the concatenation of all parts
         validation: list[Sequence[Any]] = []
         count = self.count
         for name, part in self.parts.items():

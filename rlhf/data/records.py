@@ -1,20 +1,37 @@
-"""The record types every data format ends in, and their JSON-lines forms."""
+"""Record types, the result of every data format, and their JSON-lines forms."""
 
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-GRADES = ("negligible", "slightly", "better", "significantly")
-"""How much the first response of a pair is better, weakest first; Llama 2 (2307.09288), section 3.2.1."""
+__all__ = [
+    "Comparison",
+    "Demonstration",
+    "GRADES",
+    "Label",
+    "Message",
+    "Prompt",
+    "RECORDS",
+    "ROLES",
+    "Record",
+    "RecordName",
+    "TIE",
+    "Text",
+    "cluster_key",
+]
 
+
+# How much the first response of a pair is better, weakest first; Llama 2 (2307.09288), section 3.2.1.
+GRADES = ("negligible", "slightly", "better", "significantly")
+
+# Grade of a pair whose responses are equally good: it makes no training pair.
 TIE = "tie"
-"""Grade of a pair whose responses are equally good: it makes no training pair."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
+# Largest absolute score; differences of larger ones are infinite in float32, which objectives compute in.
 LARGEST_SCORE = 1e30
-"""Largest absolute score; differences of larger ones are infinite in float32, which objectives compute in."""
 
 Json = dict[str, Any]
 RecordName = Literal["text", "demonstration", "comparison", "prompt", "label"]
@@ -32,15 +49,17 @@ class Message:
             raise ValueError(f"role is {self.role!r}, expected one of {', '.join(ROLES)}")
 
     def to_json(self) -> Json:
+        """Return the role/content dict."""
         return {"role": self.role, "content": self.content}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Message":
+        """Build a message from a role/content dict."""
         return cls(role=raw["role"], content=raw["content"])
 
 
 def messages_from_json(raw: object) -> tuple[Message, ...]:
-    """A list of role/content dicts, or one string (a single user turn)."""
+    """Return messages from a list of role/content dicts, or from one string (a single user turn)."""
     if isinstance(raw, str):
         return (Message("user", raw),)
     if not isinstance(raw, list | tuple):
@@ -53,34 +72,36 @@ def _messages_to_json(messages: tuple[Message, ...]) -> list[Json]:
 
 
 def _ended_to_json(ended: bool) -> Json:
-    """Return the field of a response that was cut off; complete ones, the usual case, have none."""
+    """Return the JSON field of a truncated response; complete ones, the usual case, have none."""
     return {} if ended else {"ended": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document for pretraining and for the pretraining term of PPO."""
+    """Document for pretraining and for the pretraining term of PPO."""
 
     name: ClassVar[RecordName] = "text"
     text: str
 
-    def __reduce__(self) -> tuple[Any, ...]:  # cheaper than field by field, which streaming would notice
+    def __reduce__(self) -> tuple[Any, ...]:  # pickling field by field would slow streaming down
         return Text, (self.text,)
 
     def to_json(self) -> Json:
+        """Return the JSON-lines form."""
         return {"text": self.text}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Text":
+        """Build a text from its JSON-lines form."""
         return cls(text=raw["text"])
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A dialogue whose assistant turns are to be imitated.
+    """Dialogue whose assistant turns are imitated.
 
-    `ended` is False where the last turn was cut off at a length limit: its end is then no target. What a person wrote
-    is complete. Demonstrations that answer the same in other words share a `cluster`.
+    `ended` is False if the last turn was truncated at a length limit: its end is then no target. Text written by a
+    person is complete. Demonstrations whose prompts ask the same in other words share a `cluster`.
     """
 
     name: ClassVar[RecordName] = "demonstration"
@@ -95,11 +116,13 @@ class Demonstration:
             raise ValueError(f"ended: false, but the last turn is of the {self.messages[-1].role}")
 
     def to_json(self) -> Json:
+        """Return the JSON-lines form; default values are omitted."""
         raw = {"messages": _messages_to_json(self.messages), **_ended_to_json(self.ended)}
         return raw | ({"cluster": self.cluster} if self.cluster else {})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Demonstration":
+        """Build a demonstration from its JSON-lines form."""
         ended = bool(raw.get("ended", True))
         return cls(messages=messages_from_json(raw["messages"]), ended=ended, cluster=raw.get("cluster", ""))
 
@@ -108,12 +131,12 @@ class Demonstration:
 class Comparison:
     """K >= 2 responses to one prompt, best first; K = 2 is the usual chosen/rejected pair.
 
-    `grades` has one entry per pair (i, j), i < j, in the order (0,1), (0,2), ..., (1,2), ...: a name from GRADES,
-    TIE, or None where nobody said. Empty means None for all. `scores` are optional numbers per response (gold or
-    reward-model scores) on any scale, as the annotator saw them. `tags` are the prompt's. `unsafe` is a label per
-    response, whether it does harm; None where nobody labelled them (the tags of the prompt are no such label). `ended`
-    is False for each response that was cut off at a length limit; None means that all are complete. `cluster` is the
-    prompt's: comparisons whose prompts ask the same in other words share it.
+    `grades` has one entry per pair (i, j), i < j, in the order (0,1), (0,2), ..., (1,2), ...: a name from GRADES, TIE,
+    or None if unknown. Empty means None for all. `scores` are optional numbers per response (gold or reward-model
+    scores) on any scale, as the annotator saw them. `tags` are the prompt's. `unsafe` marks for each response whether
+    it does harm; None if unlabelled (the tags of the prompt are no such label). `ended` is False for each response that
+    was truncated at a length limit; None means that all are complete. `cluster` is the prompt's: comparisons whose
+    prompts ask the same in other words share it.
     """
 
     name: ClassVar[RecordName] = "comparison"
@@ -149,22 +172,23 @@ class Comparison:
             raise ValueError(f"{k} responses, but {len(self.ended)} marks in ended")
 
     def has_ended(self, index: int) -> bool:
-        """Return whether a response is complete, rather than cut off at a length limit."""
+        """Return whether a response is complete, rather than truncated at a length limit."""
         return self.ended is None or self.ended[index]
 
     def pairs(self) -> list[tuple[int, int, str | None]]:
-        """(index of the better, index of the worse, grade), ties and pairs of identical texts left out."""
+        """Return (index of the better, index of the worse, grade) per pair, without ties and pairs of equal texts."""
         k = len(self.responses)
         indices = [(i, j) for i in range(k) for j in range(i + 1, k)]
         grades = self.grades or (None,) * len(indices)
         return [
             (i, j, grade)
             for (i, j), grade in zip(indices, grades, strict=True)
-            # A pair of equal texts has nothing to learn from and puts a floor of log 2 under the loss.
+            # A pair of equal texts has no gradient and keeps its loss at log 2.
             if grade != TIE and self.responses[i] != self.responses[j]
         ]
 
     def to_json(self) -> Json:
+        """Return the JSON-lines form: chosen/rejected for K = 2, else a list of responses; defaults are omitted."""
         raw: Json = {"prompt": _messages_to_json(self.prompt)}
         if len(self.responses) == 2:
             raw |= {"chosen": self.responses[0], "rejected": self.responses[1]}
@@ -188,6 +212,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Comparison":
+        """Build a comparison from its JSON-lines form."""
         if "responses" in raw:
             responses, grades = tuple(raw["responses"]), tuple(raw.get("grades") or ())
         else:
@@ -208,9 +233,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy is asked in rollout stages. `tags` may hold "unsafe"; `reference` is a known answer, if any.
+    """Prompt of a policy in rollout stages.
 
-    Prompts that ask the same in other words share a `cluster`, which errors of means go by.
+    `tags` may contain "unsafe"; `reference` is a known answer, if any. Prompts that ask the same in other words share a
+    `cluster`, by which standard errors of means are clustered.
     """
 
     name: ClassVar[RecordName] = "prompt"
@@ -228,10 +254,11 @@ class Prompt:
 
     @property
     def unsafe(self) -> bool:
-        """Whether the prompt asks for something a safe policy refuses."""
+        """Whether the prompt asks for something that a safe policy refuses."""
         return "unsafe" in self.tags
 
     def to_json(self) -> Json:
+        """Return the JSON-lines form; default values are omitted."""
         raw: Json = {"prompt": _messages_to_json(self.messages)}
         if self.tags:
             raw["tags"] = list(self.tags)
@@ -245,6 +272,7 @@ class Prompt:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Prompt":
+        """Build a prompt from its JSON-lines form."""
         return cls(
             messages=messages_from_json(raw["prompt"]),
             tags=tuple(raw.get("tags") or ()),
@@ -256,9 +284,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One response with a good/bad mark and no partner; what KTO (2402.01306) trains on.
+    """One response marked as good or bad, without a partner, as used by KTO (2402.01306).
 
-    `ended` is False where the response was cut off at a length limit.
+    `ended` is False if the response was truncated at a length limit.
     """
 
     name: ClassVar[RecordName] = "label"
@@ -274,11 +302,13 @@ class Label:
             raise ValueError("a label needs a response that is not empty")
 
     def to_json(self) -> Json:
+        """Return the JSON-lines form; default values are omitted."""
         raw: Json = {"prompt": _messages_to_json(self.prompt), "response": self.response, "desirable": self.desirable}
         return raw | _ended_to_json(self.ended)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Label":
+        """Build a label from its JSON-lines form."""
         return cls(
             prompt=messages_from_json(raw["prompt"]),
             response=raw["response"],
@@ -287,14 +317,35 @@ class Label:
         )
 
 
-def cluster_of(record: "Prompt | Text | Demonstration") -> Hashable:
-    """Return what equal or paraphrased records share: the cluster that the data name, else what is asked or written."""
+def cluster_key(record: "Prompt | Text | Demonstration") -> Hashable:
+    """Return a value that equal or paraphrased records share.
+
+    It is the cluster that the data name, else the prompt, or the text of a text record.
+    """
     if isinstance(record, Prompt):
         return record.cluster or record.messages
     if isinstance(record, Text):
         return record.text
     asked = record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
     return record.cluster or asked
+
+
+def prompt_text(record: "Record") -> str:
+    """Return the prompt of a record as one string: all turns before its (last) response; a text as a whole."""
+    if isinstance(record, Text):
+        return record.text
+    if isinstance(record, Demonstration):
+        last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+        return "\x1f".join(message.content for message in record.messages[:last])
+    turns = record.messages if isinstance(record, Prompt) else record.prompt
+    return "\x1f".join(message.content for message in turns)
+
+
+def count_truncated(record: "Record") -> int:
+    """Return the number of a record's responses that were truncated at a length limit."""
+    if isinstance(record, Comparison):
+        return 0 if record.ended is None else record.ended.count(False)
+    return int(not getattr(record, "ended", True))
 
 
 Record = Text | Demonstration | Comparison | Prompt | Label

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and globs, folders of runs, Hugging Face data sets."""
+"""Data sources: local files and globs, run directories, Hugging Face data sets."""
 
 import codecs
 import glob
@@ -23,7 +23,7 @@ ARITHMETIC = "arithmetic"  # the testbed's word problems
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One raw row: where it is (file, row from 1) and what it holds, or why it could not be read."""
+    """Raw row: its location (file, row from 1) and its content, or the reason why it could not be read."""
 
     file: str
     row: int
@@ -32,10 +32,13 @@ class Row:
 
 
 def find_files(source: str, record: str) -> list[Path]:
-    """The local files that a source names: a file, a glob, or a folder; empty where it is not local.
+    """Return the local files of a source: a file, a glob or a directory; empty if the source is not local.
 
-    Of a folder (such as a run's), RECORDs.jsonl is read if it is there, else every data file directly in it.
-    Raises UserError for what looks like a path but is not there.
+    Of a directory (such as a run's), RECORDs.jsonl or comparisons.jsonl is used if present (for texts neither), else
+    all data files directly in it.
+
+    Raises:
+        UserError: For a source that looks like a path but does not exist or cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -79,7 +82,7 @@ def find_files(source: str, record: str) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how to read a file, "" where none does."""
+    """Return the suffix that determines how a file is read, "" if it cannot be read."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
 
@@ -94,9 +97,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def read_files(files: list[Path]) -> Iterator[Row]:
-    """Rows of local files, lazily where the format allows; a line that cannot be read becomes a row with an error.
+    """Yield the rows of local files, lazily where the format allows.
 
-    Raises UserError for a file that is broken as a whole.
+    A line that cannot be read becomes a row with an error.
+
+    Raises:
+        UserError: For a file that is broken as a whole.
     """
     for path in files:
         number = 0
@@ -126,7 +132,7 @@ def _read(path: Path) -> Iterator[Row]:
     else:
         with _open(path) as lines:
             first = next((line for line in lines if line.strip()), b"")
-        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):  # a list under the name of JSON lines
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):  # a JSON list in a file named as JSON lines
             yield from _read_json(path)
             return
         with _open(path) as lines:
@@ -149,7 +155,7 @@ def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row]:
 
 
 def _half_character(raw: Any) -> str | None:
-    """What is wrong with a row that holds half of a surrogate pair, which no tokenizer reads; None if it does not."""
+    """Return the error of a row with an unpaired surrogate, which no tokenizer accepts; else None."""
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -175,7 +181,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of rows, or an object that holds one list; or JSON lines, which often bear this name."""
+    """Yield the rows of a list, of an object that contains one list, or of JSON lines, which often have this suffix."""
     with _open(path) as binary:
         content = binary.read()
     if not content.strip():
@@ -188,17 +194,17 @@ def _read_json(path: Path) -> Iterator[Row]:
             return
         other = ", or name it .jsonl if it has one object a line" if _kind(path) == ".json" else ""
         raise UserError(
-            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); mend the file{other}"
+            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); fix the file{other}"
         ) from None
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.source={path}: not JSON that can be read ({error}); mend the file") from None
+        raise UserError(f"data.source={path}: not JSON that can be read ({error}); fix the file") from None
     if isinstance(rows, dict) and (
         {"messages", "conversations"} & set(rows) or not any(isinstance(value, list) for value in rows.values())
     ):
         rows = [rows]  # a row, not a list of them
-    if isinstance(rows, dict):  # {"data": [...]} and its like
+    if isinstance(rows, dict):  # for example {"data": [...]}
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise UserError(f"data.source={path}: expected a list of rows, or an object that holds one list")
@@ -218,7 +224,7 @@ def _is_json_object(line: bytes) -> bool:
 
 
 def _read_text(path: Path) -> Iterator[Row]:
-    """Plain text: documents parted by empty lines if there are any, else one a line."""
+    """Yield documents of plain text: separated by empty lines if there are any, else one per line."""
     with _text(path) as stream:
         pieces = iter(lambda: stream.read(2**20), "")
         last = ""
@@ -242,7 +248,7 @@ def _text(path: Path) -> Iterator[IO[str]]:
 
 
 def _parted(stream: IO[str]) -> Iterator[str]:
-    """`stream.read().split("\\n\\n")`, a piece at a time."""
+    r"""Yield the parts of `stream.read().split('\n\n')`, reading one chunk at a time."""
     rest = ""
     for piece in iter(lambda: stream.read(2**20), ""):
         *whole, rest = (rest + piece).split("\n\n")
@@ -251,8 +257,12 @@ def _parted(stream: IO[str]) -> Iterator[str]:
 
 
 def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
-    """Rows of a Hugging Face data set (ID or ID:SUBSET), from the hub or from its local cache. Raises UserError."""
-    from rlhf import hub
+    """Yield rows of a Hugging Face data set (ID or ID:SUBSET), from the hub or from its local cache.
+
+    Raises:
+        UserError: If the data set cannot be loaded, or if the hub is not reachable and the cache lacks it.
+    """
+    from rlhf.storage import hub
 
     online = hub.use_cache_if_unreachable()
     import datasets
@@ -261,9 +271,9 @@ def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
         datasets.config.HF_HUB_OFFLINE = True
     name, _, subset = source.partition(":")
     try:
-        # What lies in the cache lies there whole, and cannot be streamed.
+        # A cached data set is complete and cannot be streamed.
         rows = datasets.load_dataset(name, name=subset or None, split=split, streaming=lazily and online)
-    except Exception as error:  # the library raises a dozen unrelated types for "not there"
+    except Exception as error:  # the library raises a dozen unrelated types for a missing data set
         reason = first_line(error)
         if not online:
             raise UserError(
@@ -280,8 +290,8 @@ def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
 def without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a row of an Arrow table without the null fields of its structs, at any depth; columns keep theirs.
 
-    Arrow gives the structs of a column one type, so every struct has the fields of all rows, and those that its row
-    never had are null: arguments of other tools' calls, properties of other schemas.
+    Arrow gives the structs of a column one type, so every struct has the fields of all rows. Fields that its row never
+    had are null: arguments of other tools' calls, properties of other schemas.
     """
     return {name: _without_nulls(value) for name, value in raw.items()}
 
@@ -293,7 +303,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def check_numbers(value: Any, field: str = "") -> None:
-    """Raise ValueError, naming the field, where a row holds NaN or an infinite number at any depth."""
+    """Raise ValueError, naming the field, if a row contains NaN or an infinite number at any depth."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{field}: {value} is not a finite number")
@@ -308,7 +318,7 @@ def check_numbers(value: Any, field: str = "") -> None:
 
 
 def digest_files(files: list[Path]) -> str:
-    """sha256 of the contents of files, whatever their names."""
+    """Return the sha256 of the contents of files, independent of their names."""
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:

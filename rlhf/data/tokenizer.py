@@ -1,9 +1,10 @@
-"""A byte-level BPE tokenizer trained on the corpus, for models that start from random weights."""
+"""Byte-level BPE tokenizer trained on the corpus, for models that start from random weights."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rlhf.data.template import CHAT_TEMPLATE, END_OF_TEXT
+from rlhf.data.chat_templates import CHAT_TEMPLATE
+from rlhf.data.end_tokens import END_OF_TEXT
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,10 +14,17 @@ SPECIALS = ("<|pad|>", END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Byte-level BPE of exactly the text given: any string can be encoded, whatever was in the corpus.
+    """Train a byte-level BPE tokenizer, which can encode any string, whatever the corpus contained.
 
-    vocab_size counts the 6 special tokens and the 256 bytes; a small corpus may give fewer.
-    pad is a token of its own, end-of-sequence is the end of a turn (`<|end|>`).
+    The padding token is separate, and end-of-sequence is the end of a turn (`<|end|>`).
+
+    Args:
+        texts: Training corpus.
+        vocab_size: Size of the vocabulary, the 6 special tokens and the 256 bytes included; a small corpus may give
+            fewer.
+
+    Raises:
+        UserError: For a vocab_size below these 262.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

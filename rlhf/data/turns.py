@@ -1,4 +1,4 @@
-"""Turns of a dialogue in the many ways files write them: roles, typed content, tool calls, transcripts."""
+"""Dialogue turns in the formats that occur in files: roles, typed content, tool calls, transcripts."""
 
 import json
 import re
@@ -27,7 +27,7 @@ _ROLES = {
     "ipython": "tool",
 }
 _REASONING, _CALL = "<think>\n{}\n</think>", "<tool_call>\n{}\n</tool_call>"
-_PARTS = {  # type of a part of the content -> how it is written
+_PARTS = {  # type of a content part -> its text form
     "text": "{}",
     "input_text": "{}",
     "output_text": "{}",
@@ -40,12 +40,15 @@ _FIRST_TURN = re.compile(r"\s*(Human|Assistant):")
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a string is an HH transcript; one without its leading empty line counts if it has two turns."""
+    """Return whether a string is an HH transcript.
+
+    Without the leading empty line it needs two turns to be one.
+    """
     return bool(_TURN.match(text) or (_FIRST_TURN.match(text) and _TURN.search(text, 1)))
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
-    """Turns of an HH transcript (`\\n\\nHuman: ... \\n\\nAssistant: ...`); turns of one speaker in a row are joined."""
+    r"""Parse an HH transcript (`\n\nHuman: ... \n\nAssistant: ...`); consecutive turns of one speaker are joined."""
     if _FIRST_TURN.match(text):
         text = f"\n\n{text.lstrip()}"
     head, *parts = _TURN.split(text)
@@ -62,14 +65,14 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
 
 
 def _written_call(call: object) -> str:
-    """A tool call in the usual tags, arguments that are JSON in a string (OpenAI's way) as the object they are."""
+    """Return a tool call in the usual tags; arguments that are a JSON string (OpenAI's format) become an object."""
     if isinstance(call, Mapping):
         call = call.get("function", call)
     if not isinstance(call, Mapping):
         raise ValueError(f"tool_calls: expected objects, got {type(call).__name__}")
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        with suppress(ValueError):  # what a model wrote is not always JSON, and then stays as it is
+        with suppress(ValueError):  # a model's arguments are not always valid JSON; others are left unchanged
             call = {**call, "arguments": json.loads(arguments or "{}")}
     return _CALL.replace("{}", json.dumps(call, ensure_ascii=False))
 
@@ -91,10 +94,10 @@ def _written_part(part: object) -> str:
 
 
 def _content(message: Raw) -> str:
-    """What a message says as one string; typed parts (text, reasoning, tool calls) in the usual tags."""
+    """Return a message's content as one string; typed parts (text, reasoning, tool calls) in the usual tags."""
     content = message.get("content", message.get("value"))
     calls = list(message.get("tool_calls") or ())
-    if message.get("function_call"):  # before there were several
+    if message.get("function_call"):  # older form of a single call
         calls.append(message["function_call"])
     if content is None and not calls:
         raise ValueError("content: missing")
@@ -109,8 +112,13 @@ def _content(message: Raw) -> str:
     return "\n".join([*parts, *map(_written_call, calls)])
 
 
-def message(raw: object) -> Message:
-    """One turn from {"role" or "from", "content" or "value"}."""
+def parse_message(raw: object) -> Message:
+    """Convert {"role" or "from", "content" or "value"} to a message.
+
+    Raises:
+        ValueError: For an unknown role, content that cannot be converted, or an assistant turn with a weight other than
+            1.
+    """
     if not isinstance(raw, Mapping):
         raise ValueError(f"expected a message with role and content, got {type(raw).__name__}")
     role = raw.get("role", raw.get("from"))
@@ -122,29 +130,41 @@ def message(raw: object) -> Message:
     return Message(known, _content(raw))
 
 
-def dialogue(raw: object, field: str, alone: str = "user") -> tuple[Message, ...]:
-    """Messages from a list of them, one of them, an HH transcript, or a plain string (one turn of role `alone`)."""
+def parse_dialogue(raw: object, field: str, alone: str = "user") -> tuple[Message, ...]:
+    """Convert a list of messages, one message, an HH transcript or a plain string to messages.
+
+    Args:
+        raw: The value to convert.
+        field: Name of its field, for the error.
+        alone: Role of a plain string, which becomes one turn.
+
+    Raises:
+        ValueError: If the value cannot be converted.
+    """
     try:
         if isinstance(raw, str):
             return parse_transcript(raw) if is_transcript(raw) else (Message(alone, raw),)
         if isinstance(raw, Mapping):
-            return (message(raw),)
+            return (parse_message(raw),)
         if isinstance(raw, list | tuple) and raw:
-            return tuple(message(turn) for turn in raw)
+            return tuple(parse_message(turn) for turn in raw)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
     raise ValueError(f"{field}: expected a string or messages, got {'nothing' if not raw else type(raw).__name__}")
 
 
-def asked(raw: object, field: str = "prompt") -> tuple[Message, ...]:
-    """A prompt: as ``dialogue``, without the empty `\\n\\nAssistant:` that transcripts of prompts often end with."""
-    turns = dialogue(raw, field)
+def parse_prompt(raw: object, field: str = "prompt") -> tuple[Message, ...]:
+    r"""Convert a prompt as ``parse_dialogue``, without a trailing empty `\n\nAssistant:`.
+
+    Transcripts of prompts often end with one.
+    """
+    turns = parse_dialogue(raw, field)
     open_end = len(turns) > 1 and isinstance(raw, str) and turns[-1].role == "assistant" and not turns[-1].content
     return turns[:-1] if open_end else turns
 
 
 def with_system(raw: Raw, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """`system` and `tools` fields put in front, tools in the <tools> form most chat models know."""
+    """Prepend the `system` and `tools` fields, tools in the <tools> form that most chat models know."""
     system = raw.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(f"system: expected a string, got {type(system).__name__}")
@@ -160,6 +180,6 @@ def with_system(raw: Raw, messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """(the leading system messages, the rest)."""
+    """Return the leading system messages, and the rest."""
     count = next((i for i, turn in enumerate(messages) if turn.role != "system"), len(messages))
     return messages[:count], messages[count:]

@@ -1,1 +1,1 @@
-"""Pure tensor functions: torch and nothing else. Import them from their modules."""
+"""Pure tensor functions that need torch alone; import them from their modules."""

@@ -1,4 +1,4 @@
-"""Whether a reward model's confidence is right: predicted probability of a preference against how often it held."""
+"""Calibration of a reward model: predicted probability of a preference against its observed frequency."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,45 +12,46 @@ from rlhf.functional.clusters import clustered_mean
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted probability lies in [low, high)."""
+    """Pairs whose predicted probability is in [low, high)."""
 
     low: float
     high: float
-    predicted: float  # mean predicted probability of the pairs in it
-    observed: float  # share of them in which the prediction held
+    predicted: float  # mean predicted probability of the pairs in the bin
+    observed: float  # share of these pairs in which the prediction held
     count: int
     error: float  # standard error of `observed`, clustered; nan for pairs of one cluster
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """The calibration curve of a pairwise scorer; bins without pairs are left out."""
+    """Calibration curve of a pairwise scorer; bins without pairs are omitted."""
 
     bins: tuple[Bin, ...]
-    ece: float  # expected calibration error: mean of |predicted - observed|, bins weighed by their pairs
-    brier: float  # mean squared error of the predicted probability; 0.25 for a scorer that knows nothing
+    ece: float  # expected calibration error: mean of |predicted - observed|, weighted by pairs per bin
+    brier: float  # mean squared error of the predicted probability; 0.25 for an uninformative scorer
     pairs: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain containers; null for an error that is not known."""
+        """Return plain containers, in which an undefined standard error (nan) is null."""
         raw = asdict(self)
         raw["bins"] = [one | {"error": None if math.isnan(one["error"]) else one["error"]} for one in raw["bins"]]
         return raw
 
 
 def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) -> Reliability:
-    """Calibration of sigmoid(gap) as the probability that the chosen reply is preferred.
+    """Compute the calibration of sigmoid(gap) as the probability that the chosen response is preferred.
 
-    Which reply a record calls chosen is the outcome, not known beforehand: every pair counts in the direction in which
-    the scorer predicts it, p = sigmoid(|gap|) in [0.5, 1], and held if gap > 0 (a half if gap = 0). So bins span
-    [0.5, 1]; a curve over [0, 1] would be this one and its mirror image.
+    Which response a record calls chosen is the outcome and is not known beforehand. Therefore every pair counts in the
+    direction that the scorer predicts, p = sigmoid(|gap|) in [0.5, 1], and the prediction held if gap > 0 (counted as
+    one half if gap = 0). Bins span [0.5, 1]; a curve over [0, 1] would be this one and its mirror image.
 
     Args:
-        gaps: r_chosen - r_rejected in the units the loss was trained in (logits), [P].
-        bins: Number of equal bins.
-        clusters: Which cluster each pair is of, any integers, [P]; None: every pair is one of its own.
+        gaps: r_chosen - r_rejected in the units of the training loss (logits), [P].
+        bins: Number of bins of equal width.
+        clusters: Cluster index of each pair, any integers, [P]; None: every pair is its own cluster.
 
-    Raises ValueError without pairs.
+    Raises:
+        ValueError: If there are no pairs.
     """
     if not len(gaps):
         raise ValueError("reliability: no pairs")
@@ -75,7 +76,7 @@ def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) ->
 
 
 def histogram(chosen: Tensor, rejected: Tensor, bins: int = 40) -> dict[str, list[float]]:
-    """Counts of the scores of chosen and of rejected replies over common bins: edges [bins+1], counts [bins]."""
+    """Return histograms of chosen and rejected scores over common bins: edges [bins+1], counts [bins] each."""
     both = torch.cat([chosen, rejected]).detach().double().cpu()
     low, high = both.min().item(), both.max().item()
     high = high if high > low else low + 1.0

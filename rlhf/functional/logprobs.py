@@ -1,8 +1,9 @@
-"""Log-probabilities of given tokens without ever holding a logit for every position. Shapes: N rows, D hidden, V vocab.
+"""Chunked log-probabilities of given tokens. Shapes: N rows, D hidden, V vocabulary.
 
-The vocabulary is where the cost of a language model's loss is: [batch, length, V] logits and their gradient dwarf the
-rest of the memory. Here rows go through the output layer in chunks; a chunk's logits are dropped after its forward and
-made again in its backward. Numbers are those of the plain `log_softmax` on all rows, in fp32.
+Most of the memory of a language model's loss is at the vocabulary: [batch, length, V] logits and their gradient are
+much larger than everything else. Here rows pass the output layer in chunks; the logits of a chunk are dropped after its
+forward and recomputed in its backward, so logits never exist for every position at once. The results equal those of
+plain `log_softmax` on all rows, in fp32.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which stays in a CPU core's cache
-MIN_CHUNK_ROWS = 256  # with a large vocabulary fewer rows would read the whole output matrix for too little work
+CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which fits into a CPU core's cache
+MIN_CHUNK_ROWS = 256  # with a large vocabulary, fewer rows would read the whole output matrix for too little work
 
 
 def token_logprobs(
@@ -24,12 +25,22 @@ def token_logprobs(
     chunk_elements: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability [N] of each target under `softmax(head(hidden) / temperature)`, and the entropy [N] if asked.
+    """Return the log-probability [N] of each target under `softmax(head(hidden) / temperature)`.
 
-    `hidden` [N, D]: only the positions that count, picked by the caller. `targets` [N] long. `head` maps [n, D] to
-    logits [n, V]; a plain `nn.Linear` takes a faster path with the same numbers. `chunk_elements` bounds n * V per
-    chunk; by default it is 2**19 (at least 256 rows). Results are fp32, differentiable once in `hidden` and in the
-    head's parameters. Raises ValueError for a temperature that is not positive or shapes that do not fit.
+    Args:
+        hidden: Hidden states of the scored positions only, selected by the caller, [N, D].
+        targets: Token ids, [N] long.
+        head: Maps [n, D] to logits [n, V]; a plain `nn.Linear` takes a faster path with the same results.
+        temperature: Divides the logits.
+        chunk_elements: Bound on n * V per chunk; the default is 2**19 (and at least 256 rows).
+        entropy: Whether to compute the entropy as well.
+
+    Returns:
+        Log-probabilities [N] and entropies [N] (None unless `entropy`), fp32, differentiable once in `hidden` and in
+        the parameters of the head.
+
+    Raises:
+        ValueError: For a temperature that is not positive, or for inconsistent shapes.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden must be [N, D] and targets [N]: {tuple(hidden.shape)}, {tuple(targets.shape)}")
@@ -37,7 +48,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be positive: {temperature}")
     rows = hidden.shape[0]
     if rows == 0:
-        empty = hidden.sum(-1).float()  # keeps the graph, so that backward still works on a batch where nothing counts
+        empty = hidden.sum(-1).float()  # keeps the graph, so that backward works on a batch without targets
         return empty, empty if entropy else None
     linear = head if isinstance(head, nn.Linear) and _is_plain(head) else None
     vocabulary = linear.out_features if linear is not None else _vocabulary(hidden, head)
@@ -67,13 +78,13 @@ def token_logprobs(
 
 
 def _of_logits(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies [n] of fp32 logits [n, V]."""
+    """Return log-probabilities and entropies [n] of fp32 logits [n, V]."""
     log_normaliser = logits.logsumexp(-1)
     logps = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normaliser
     if not entropy:
         return logps, None
     probabilities = torch.exp(logits - log_normaliser.unsqueeze(-1))
-    # -inf logits (forbidden tokens) have probability 0 and must not make 0 * inf
+    # -inf logits (forbidden tokens) have probability 0; without the fill, 0 * inf would give nan
     expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(-1)
     return logps, log_normaliser - expected
 
@@ -84,7 +95,7 @@ def _vocabulary(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Whether calling `head` is no more than `x @ weight.T + bias`: not a subclass, no hooks, not sharded."""
+    """Return whether calling `head` is exactly `x @ weight.T + bias`: no subclass, no hooks, not sharded."""
     return (
         type(head) is nn.Linear
         and type(head.weight) in (nn.Parameter, Tensor)
@@ -109,10 +120,11 @@ def _linear(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """The same for `logits = hidden @ weight.T + bias`, with a backward written out.
+    """Autograd function for `logits = hidden @ weight.T + bias` with an explicit backward.
 
-    d logp / d logits = onehot - p, d entropy / d logits = -p * (log p + entropy). When only `hidden` wants a gradient
-    (a frozen head, as with LoRA), d logp / d hidden [N, D] is kept from the forward and backward has no projection.
+    d logp / d logits = onehot - p, d entropy / d logits = -p * (log p + entropy). If only `hidden` needs a gradient (a
+    frozen head, as with LoRA) and no entropy is computed, d logp / d hidden [N, D] is saved in the forward, and the
+    backward needs no projection.
     """
 
     @staticmethod
@@ -148,6 +160,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        """Return fp32 logits [n, V] of hidden states [n, D], divided by the temperature."""
         logits = nn.functional.linear(hidden, weight, bias).float()
         return logits if temperature == 1.0 else logits / temperature
 
@@ -163,7 +176,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Summed over chunks in fp32, whatever the weights are kept in
+        # Summed over chunks in fp32, whatever the dtype of the weights
         by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         by_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if wants_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk_rows):

@@ -1,4 +1,4 @@
-"""What may be done to the scores of replies before they become rewards. All take scores [B]."""
+"""Transformations of response scores [B] before they become rewards."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from rlhf.functional.masking import SumOver
 
-MissingEnd = Literal["replace", "subtract", "none"]
+MissingEOS = Literal["replace", "subtract", "none"]
 ScoreScale = Literal["none", "batch", "running"]
 
-SPREAD = 1e-6  # scores whose deviation is no more than this are equal
+SPREAD = 1e-6  # scores whose deviation is no more than this count as equal
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of numbers seen so far, as plain floats that a checkpoint can hold."""
+    """Count, mean and sum of squared deviations of the numbers seen so far, as floats for a checkpoint."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -28,7 +28,10 @@ class Moments:
         return (self.squares / (self.count - 1)) ** 0.5 if self.count > 1 else 0.0
 
     def updated(self, scores: Tensor, sum_over: SumOver | None = None) -> "Moments":
-        """These and `scores` together (Chan et al. 1979), in float64; `sum_over` adds up over all processes."""
+        """Return the moments after `scores` [N] as well, in float64 (Chan et al. 1979).
+
+        `sum_over` sums a tensor over all ranks.
+        """
         combined = sum_over or (lambda part: part)
         scores = scores.detach().double()
         count = float(combined(scores.new_tensor(len(scores))))
@@ -42,19 +45,20 @@ class Moments:
         )
 
     def normalize(self, scores: Tensor) -> Tensor:
-        """`(scores - mean) / sqrt(var + 1e-8)`: mean 0 and deviation 1 for the numbers these are the moments of.
+        """Return `(scores - mean) / sqrt(var + 1e-8)`.
 
-        Without two different numbers there is no deviation to divide by: then only the mean is taken off.
+        The result has mean 0 and deviation 1 for the numbers that these moments describe. Where all of these are equal
+        there is no deviation to divide by, and only the mean is subtracted.
         """
         scale = (self.std**2 + 1e-8) ** -0.5 if self.std > SPREAD else 1.0
         return (scores - self.mean) * scale
 
 
-def missing_end(scores: Tensor, ended: Tensor, penalty: float, how: MissingEnd) -> Tensor:
+def missing_eos(scores: Tensor, ended: Tensor, penalty: float, how: MissingEOS) -> Tensor:
     """Return scores [B] in which responses without EOS (`ended` [B] false) get the missing-EOS penalty.
 
-    "replace" makes the score `-penalty` whatever the reward said (Huang et al. 2024, arXiv 2403.17031: -1); "subtract"
-    takes `penalty` off (TRL's missing_eos_penalty); "none" leaves the scores as they are.
+    "replace" sets the score to `-penalty` whatever the reward gave (Huang et al. 2024, arXiv 2403.17031: -1);
+    "subtract" subtracts `penalty` (TRL's missing_eos_penalty); "none" leaves the scores unchanged.
     """
     if how == "none":
         return scores

@@ -1,7 +1,7 @@
-"""Means, paired differences and their errors, for everything that reports one. No torch here.
+"""Means, paired differences and their standard errors, for everything that reports one. No torch here.
 
-Observations that repeat or paraphrase each other are one cluster: errors are those of cluster totals (Cochran 1977,
-eq. 6.13; Miller 2024, arXiv 2411.00640, eq. 4), intervals use Student's t with one degree of freedom fewer than
+Observations that repeat or paraphrase each other form one cluster. Standard errors are those of cluster totals (Cochran
+1977, eq. 6.13; Miller 2024, arXiv 2411.00640, eq. 4); intervals use Student's t with one degree of freedom fewer than
 clusters.
 """
 
@@ -10,13 +10,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-LEVEL = 0.95  # of intervals
-FEW = 30  # clusters: below, a z misleads and the interval by Student's t is shown
+LEVEL = 0.95  # confidence level of intervals
+FEW = 30  # clusters; below this z is misleading, and the interval by Student's t is shown
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error, and over how many observations in how many clusters it goes."""
+    """Mean with its standard error, number of observations and number of clusters."""
 
     mean: float
     se: float
@@ -33,10 +33,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """After minus before, paired by prompt.
+    """Difference after minus before, paired by prompt.
 
-    `z` is the mean in standard errors (beyond about 2 it is hardly chance; with fewer than 30 clusters look at
-    `interval`); `wins` is the share of prompts on which `after` is better, ties counted half.
+    `z` is the mean in standard errors (beyond about 2 it is unlikely to be chance; with fewer than 30 clusters use
+    `interval`). `wins` is the share of prompts on which `after` is better; ties count half.
     """
 
     mean: float
@@ -53,7 +53,7 @@ class Difference:
         return f"{self.mean:+.3f} ± {self.se:.3f} ({self.surely()})"
 
     def surely(self) -> str:
-        """Return how far from chance the difference is: its z, or its 95% interval where clusters are few."""
+        """Return the significance as text: z, or the 95% interval for fewer than 30 clusters."""
         if not 1 < self.clusters < FEW:
             return f"z {self.z:+.1f}"
         low, high = self.interval()
@@ -66,16 +66,17 @@ def _interval(mean: float, se: float, clusters: int) -> tuple[float, float]:
 
 
 def clustered(values: Sequence[float], weights: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """Return the weighted mean and its standard error, where values of one cluster are not independent.
+    """Return the weighted mean and its standard error where values of one cluster are not independent.
 
     With S_c = sum of w v and W_c = sum of w over cluster c, the mean is the ratio m = sum S_c / sum W_c, and its error
-    that of the ratio's linearisation over n clusters:
+    is that of the ratio's linearisation over n clusters:
 
         se = sqrt(n / (n - 1) * sum (S_c - m W_c)^2) / sum W_c
 
-    Without weights and with a cluster each, that is the standard deviation over sqrt(n). It is nan for one cluster.
+    With equal weights and one cluster per value this is the standard deviation over sqrt(n). It is nan for one cluster.
 
-    Raises ValueError where nothing weighs anything.
+    Raises:
+        ValueError: If the weights do not sum to more than 0.
     """
     parts: dict[Hashable, list[tuple[float, float]]] = {}
     for value, weight, cluster in zip(values, weights, clusters, strict=True):
@@ -93,7 +94,10 @@ def clustered(values: Sequence[float], weights: Sequence[float], clusters: Seque
 
 
 def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Return mean and standard error; without ``clusters`` the values are independent. One value has no error (nan)."""
+    """Return the mean and its standard error.
+
+    Without ``clusters`` the values are independent. A single value has no standard error (nan).
+    """
     n = len(values)
     if clusters is not None or n < 2:
         return clustered(values, [1.0] * n, range(n) if clusters is None else clusters)
@@ -101,7 +105,10 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard error of two or more independent values: `estimate` for curves, at each step."""
+    """Return mean and standard error of two or more independent values.
+
+    This is `estimate` for curves, which need it at each step.
+    """
     n = len(values)
     mean = math.fsum(values) / n
     squares = math.fsum([(value - mean) ** 2 for value in values])
@@ -124,7 +131,10 @@ def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence[H
 
 @lru_cache
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """Return by how many standard errors an interval of that level goes to each side: 12.71, 4.30, ..., 1.96 at 95%."""
+    """Return the half-width of an interval of that level in standard errors: 12.71, 4.30, ..., 1.96 at 95%.
+
+    Found by bisection of `t_within`.
+    """
     low, high = 0.0, 1e4
     for _ in range(80):
         middle = (low + high) / 2
@@ -133,7 +143,7 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
 
 
 def t_within(t: float, freedom: int) -> float:
-    """Return P(|T| <= t) of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Return P(|T| <= t) of Student's t with integer degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2

@@ -1,1 +1,1 @@
-"""What `rlhf inspect` shows: data, batches, templates, and what a run will need. Nothing here trains."""
+"""Inspection pages of `rlhf inspect`: data, batches, templates, and the amounts and memory of a run. Trains nothing."""

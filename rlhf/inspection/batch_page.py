@@ -1,4 +1,4 @@
-"""`rlhf inspect batch`: the batch of one training step, made by the stage's own functions."""
+"""Page `rlhf inspect batch`: the batch of one training step, built by the stage's own functions."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -8,27 +8,28 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from rlhf import console
 from rlhf.data.collate import LabelBatch, PairBatch, TokenBatch, collate_prompts
 from rlhf.data.records import GRADES, Prompt
 from rlhf.errors import UserError
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, planned, read_examples
 from rlhf.models.language_model import LanguageModel
-from rlhf.report import console
-from rlhf.stage import Parts, Stage
+from rlhf.stage.base import Stage
+from rlhf.stage.batch_order import Parts
 
 
 def show(words: Sequence[str], step: str | None, index: int, rows: int) -> None:
-    """Prints the page.
+    """Print the page.
 
     Args:
-        words: What would be typed to run it.
-        step: Of a pipeline; None: the last.
+        words: The command line of a run.
+        step: Step of a pipeline; None: the last.
         index: Training step, from 0.
-        rows: How many rows, or pairs, to print.
+        rows: Number of rows, or pairs, to print.
 
     Raises:
-        UserError: A command line that could not be run, data that is not there yet, a step beyond the last.
+        UserError: A command line that could not be run, data that has not been made, a step beyond the last.
     """
     made = planned(words)
     look = Look(made.steps)
@@ -43,10 +44,10 @@ def show(words: Sequence[str], step: str | None, index: int, rows: int) -> None:
 
 
 def batch_at(stage: Stage, index: int) -> Parts[Any]:
-    """The batch of a training step, from 0, as the stage's own loader gives it to ``training_step``.
+    """Return the batch of a training step, from 0, as the stage's own loader gives it to ``training_step``.
 
     Raises:
-        UserError: There are fewer steps.
+        UserError: The run has fewer steps.
     """
     read_examples(stage)
     if stage.produces == "model":
@@ -66,12 +67,12 @@ def batch_at(stage: Stage, index: int) -> Parts[Any]:
 def lines_of(
     stage: Stage, model: LanguageModel, batch: Parts[Any], rows: int, colour: bool, title: str
 ) -> Iterator[Text]:
-    """The page line by line: a title, the meaning of the marks, and the first rows or pairs."""
+    """Yield the lines of the page: a title, the meaning of the marks, and the first rows or pairs."""
     if _prompts(batch):
         yield from _of_prompts(stage, model, list(batch), rows, colour, title)
         return
     shapes = ", ".join(" x ".join(map(str, _tokens(part).ids.shape)) for part in batch)
-    what = "tokens of replies (a score is read at the last)" if stage.policy is None else "tokens trained on"
+    what = "tokens of responses (a score is read at the last)" if stage.policy is None else "tokens trained on"
     counts = sum(int(_tokens(part).loss_mask.sum()) for part in batch)
     total = sum(_tokens(part).ids.numel() for part in batch)
     padding = total - sum(int(_tokens(part).attention_mask.sum()) for part in batch)
@@ -115,21 +116,23 @@ def _of_pairs(model: LanguageModel, part: PairBatch, rows: int, colour: bool) ->
 
 def _of_labels(model: LanguageModel, part: LabelBatch, rows: int, colour: bool) -> Iterator[Text]:
     for row in range(min(rows, len(part))):
-        yield Text("good reply" if part.desirable[row] else "bad reply")
+        yield Text("good response" if part.desirable[row] else "bad response")
         yield from tokens.batch_lines(model.tokenizer, part.tokens, [row], colour)
     if part.mismatched is not None:
-        yield Text("replies to other prompts, for the KL estimate:")
+        yield Text("responses to other prompts, for the KL estimate:")
         yield from tokens.batch_lines(model.tokenizer, part.mismatched, list(range(min(rows, len(part)))), colour)
 
 
 def _of_prompts(
     stage: Stage, model: LanguageModel, prompts: list[Prompt], rows: int, colour: bool, title: str
 ) -> Iterator[Text]:
-    """What is sampled from: prompts, padded on the left as the sampler does it."""
-    sampler: Any = stage.rollout
+    """Yield the lines of a batch of prompts to sample from, padded on the left as the sampler does it."""
+    sampler: Any = stage.sampler
     batch = collate_prompts(sampler.check(model, prompts), model.pad_id)
     shape = " x ".join(map(str, batch.ids.shape))
-    yield Text(f"{title}: {shape} (prompts x tokens), {sampler.samples} replies each of at most {sampler.room(model)}")
+    yield Text(
+        f"{title}: {shape} (prompts x tokens), {sampler.samples} responses each of at most {sampler.room(model)}"
+    )
     yield tokens.key(colour)
     for row in range(min(rows, len(batch))):
         if prompts[row].tags or prompts[row].reference is not None:
@@ -140,7 +143,7 @@ def _of_prompts(
 
 
 def _cut(rows: TokenBatch, end_id: int) -> Tensor:
-    """Return which responses, one to a row and padded on the right, do not end with end-of-turn, [B] bool."""
+    """Return which responses, one per row and padded on the right, do not end with end-of-turn, [B] bool."""
     last = rows.attention_mask.sum(dim=1) - 1
     return rows.ids[torch.arange(len(rows)), last] != end_id
 

@@ -1,4 +1,4 @@
-"""From what is typed to a stage as training would build it, with its tokenizer and without weights."""
+"""Construction of a stage from a command line as training would build it, with its tokenizer but without weights."""
 
 import sys
 import tempfile
@@ -14,40 +14,56 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from rlhf import discovery, rounds, validation
-from rlhf.build import build_stage, instantiated, quiet
-from rlhf.config import Plain, leaves
-from rlhf.data.data import Data, LoadReport, Split
+from rlhf import discovery
+from rlhf.console import silence_libraries
+from rlhf.data.data import Data
+from rlhf.data.load_report import LoadReport
+from rlhf.data.split import Split
 from rlhf.errors import UserError
-from rlhf.inspection.shapes import Weightless, cast, without_weights
+from rlhf.models.fake_tensors import FakeWeights, cast, fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
-from rlhf.plan import Plan, Step, plan
-from rlhf.runs import Run
-from rlhf.stage import Stage
-from rlhf.validation import groups
+from rlhf.planning import rounds
+from rlhf.planning.instantiate import build_option
+from rlhf.planning.plan import plan
+from rlhf.planning.step import Plan, Step
+from rlhf.planning.validation.stage import find_unread_data
+from rlhf.running import launcher
+from rlhf.running.build import build_stage
+from rlhf.runs.data_source import is_data
+from rlhf.runs.run_directory import Run
+from rlhf.signatures import groups
+from rlhf.stage.base import Stage
+from rlhf.storage.plain import Plain, leaves
 
 
 def composed(words: Sequence[str]) -> DictConfig:
-    """The config of a command line, composed as `rlhf` composes it."""
-    discovery.register()
+    """Return the config of a command line, composed as `rlhf` composes it."""
+    launcher.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
         return compose("config", overrides=list(words))
 
 
 def planned(words: Sequence[str]) -> Plan:
-    """The steps of a command line, checked as before a run. Raises UserError for what cannot be run."""
-    typed = rounds.typed(list(words))
+    """Return the plan of a command line, validated as before a run.
+
+    Raises:
+        UserError: The command line cannot be run.
+    """
+    typed = rounds.mark_round_overrides(list(words))
     return plan(composed(typed), typed)
 
 
 def chosen(made: Plan, name: str | None) -> Step:
-    """The step of that name; by default the last, as `until=STEP` names it. Raises UserError for one that is not there.
+    """Return the step of that name; by default the last one.
 
     Args:
         made: The plan of the command line.
         name: A step of a pipeline.
+
+    Raises:
+        UserError: The plan has no such step.
     """
     if name is None:
         return made.steps[-1]
@@ -59,58 +75,62 @@ def chosen(made: Plan, name: str | None) -> Step:
 
 @dataclass
 class Look:
-    """The steps of a plan, seen without running them.
+    """Steps of a plan, built for inspection without running them.
 
-    A step that has not run is stood in for by a folder with its model's configuration and tokenizer, so that the steps
-    that read it can be built. Its data cannot be known.
+    A step that has not run is replaced by a directory with its model's configuration and tokenizer, so that the steps
+    that read it can be built. Its data is unknown.
+
+    Attributes:
+        steps: The steps of the plan.
+        mode: The fake-tensor mode in which all models are built.
     """
 
     steps: list[Step]
-    mode: Weightless = field(default_factory=Weightless)
+    mode: FakeWeights = field(default_factory=FakeWeights)
 
     def __post_init__(self) -> None:
-        quiet()
+        silence_libraries()
         self._temporary = tempfile.TemporaryDirectory()
-        self._stand_ins: dict[str, str] = {}  # folder of a step that has not run -> folder with what is known of it
+        self._stand_ins: dict[str, str] = {}  # run directory of an unfinished step -> its replacement
         self._stages: dict[str, Stage] = {}
-        #: folder -> step, of those that have not run
+        #: run directory -> step, for the steps that have not run
         self.pending = {str(step.folder): step for step in self.steps if not Run(step.folder).finished}
 
     def config(self, step: Step) -> Plain:
-        """The step's config, with stand-ins in the place of what has not run."""
+        """Return the step's config, with replacements for the directories of steps that have not run."""
         needed = {folder for _, value in leaves(step.config) for folder in self.pending if _inside(value, folder)}
         for folder in needed - {str(step.folder)} - set(self._stand_ins):
             self._leave(self.pending[folder])
         return _replaced(step.config, self._stand_ins)
 
     def data(self, step: Step) -> dict[str, Data]:
-        """The groups of data that the stage asks for, by name, not loaded.
+        """Return the data groups that the stage reads, by name, not loaded.
 
         Raises:
             UserError: The stage reads none.
         """
         stage_class = get_object(step.config["stage"]["_target_"])
         found: dict[str, Data] = {}
-        unread = validation.unread(step.config)
+        unread = find_unread_data(step.config)
         for name in groups(stage_class):
             if name in unread:
                 continue
             node = step.config.get(name)
-            if isinstance(node, dict) and hasattr(get_object(node.get("_target_", "builtins.int")), "digest"):
-                found[name] = instantiated(OmegaConf.create(node))
+            if isinstance(node, dict) and is_data(get_object(node.get("_target_", "builtins.int"))):
+                found[name] = build_option(OmegaConf.create(node))
         if not found:
             raise UserError(f"stage={step.stage} reads no data")
         return found
 
     def unread(self, data: Data) -> Step | None:
-        """The step that would make this data and has not run."""
+        """Return the step that would make this data and has not run; None if the data exists."""
         return next((step for folder, step in self.pending.items() if folder in data.sources), None)
 
     def splits(self, step: Step, strict: bool = True) -> dict[str, Split]:
-        """The data, loaded.
+        """Load the data of a step.
 
         Args:
-            step: Of the plan.
+            step: A step of the plan.
             strict: Whether data of a step that has not run is an error; else it is empty.
         """
         found = {}
@@ -122,17 +142,17 @@ class Look:
         return found
 
     def stage(self, step: Step, strict: bool = True, loaded: Mapping[str, Split] | None = None) -> Stage:
-        """The step's stage with a trainer of one process, its models without weights, nothing prepared.
+        """Build the step's stage with a single-process trainer and models without weights; nothing is prepared.
 
         Args:
-            step: Of the plan.
+            step: A step of the plan.
             strict: As in ``splits``.
-            loaded: The data, where it is loaded already.
+            loaded: The data, if it is loaded already.
         """
         if step.name not in self._stages:
             config: Any = OmegaConf.create(self.config(step))
             splits = self.splits(step, strict) if loaded is None else loaded
-            with without_weights(self.mode):
+            with fake_weights(self.mode):
                 stage = build_stage(config, step.folder, splits)
                 cast(stage, step.config["precision"]["trainer"])
             stage.trainer = pl.Trainer(
@@ -147,7 +167,11 @@ class Look:
         return self._stages[step.name]
 
     def policy(self, stage: Stage) -> LanguageModel:
-        """The language model that a stage starts from, in whatever it keeps it."""
+        """Return the language model that a stage starts from, also if it is inside a scalar model.
+
+        Raises:
+            UserError: The stage has none.
+        """
         for part in (stage.policy, *stage.modules_trained()):
             if isinstance(part, LanguageModel):
                 return part
@@ -156,7 +180,7 @@ class Look:
         raise UserError(f"stage={stage.name} has no language model to look at")
 
     def _leave(self, step: Step) -> None:
-        """Writes what is known of a step that has not run: its model's configuration and tokenizer."""
+        """Write a replacement for a step that has not run: its model's configuration and tokenizer."""
         folder = Path(self._temporary.name) / step.name
         if get_object(step.config["stage"]["_target_"]).produces == "model":
             stage = self.stage(step, strict=False)
@@ -168,12 +192,16 @@ class Look:
             config.architectures = [kind.__name__]
             config.save_pretrained(folder / "model")
             model.tokenizer.save_pretrained(folder / "model")
-            (folder / "picks.jsonl").touch()  # rejection sampling reads those of earlier rounds when it is built
+            (folder / "picks.jsonl").touch()  # rejection sampling reads this file of earlier rounds when it is built
         self._stand_ins[str(step.folder)] = str(folder)
 
 
 def read_examples(stage: Stage) -> None:
-    """Lets a stage read its examples as it does before training. Raises UserError for one that does not say how."""
+    """Make a stage read its examples as it does before training.
+
+    Raises:
+        UserError: The stage does not implement ``read_examples``.
+    """
     if type(stage).read_examples is Stage.read_examples:
         raise UserError(f"{type(stage).__name__} has no read_examples, so its batches cannot be shown before it trains")
     output, sys.stdout = sys.stdout, _Nowhere()
@@ -184,17 +212,19 @@ def read_examples(stage: Stage) -> None:
 
 
 class _Nowhere:
-    """The notes of a stage, which the pages here say in more detail."""
+    """Stream that discards the notes of a stage, which the pages here report in more detail."""
 
     def write(self, text: str) -> int:
+        """Discard the text; return its length."""
         return len(text)
 
     def flush(self) -> None:
+        """Do nothing."""
         pass
 
 
 def spec_of(config: DictConfig) -> Any:
-    """The model that a config names."""
+    """Return the model spec that a config names."""
     return instantiate(config.model, _convert_="all")
 
 

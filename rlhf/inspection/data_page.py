@@ -1,4 +1,4 @@
-"""`rlhf inspect data`: what was read, kept, dropped and cut, and why; lengths, grades, tags, and records to read."""
+"""Page `rlhf inspect data`: rows read, kept, dropped and cut, with reasons; lengths, grades, tags, and examples."""
 
 import re
 from collections import Counter
@@ -7,33 +7,35 @@ from typing import Any
 
 from rich.text import Text as Line
 
-from rlhf import validation
-from rlhf.data.data import Data, LoadReport, Split, cut_responses, files_unread
+from rlhf import console
+from rlhf.data.data import Data, skip_file_checks
+from rlhf.data.load_report import LoadReport
 from rlhf.data.mixture import Mixture
-from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text
+from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text, count_truncated
 from rlhf.data.sources import TESTBED
+from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, planned
 from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
-from rlhf.plan import Step
-from rlhf.report import console
+from rlhf.planning.step import Step
+from rlhf.planning.validation.stage import find_unread_data
 
-SHOWN = 10  # bad rows, and records that do not fit, that are named one by one
+SHOWN = 10  # maximum number of bad rows, and of records that do not fit, that are listed
 
 
 def show(words: Sequence[str], step: str | None, rows: int) -> None:
-    """Prints the page.
+    """Print the page.
 
     Args:
-        words: What would be typed to run it.
-        step: Of a pipeline; None: the last.
-        rows: Records to print.
+        words: The command line of a run.
+        step: Step of a pipeline; None: the last.
+        rows: Number of records to print.
 
     Raises:
-        UserError: A command line that could not be run, data that is not there, a stage that reads none.
+        UserError: A command line that could not be run, data that is missing, a stage that reads none.
     """
-    with files_unread():  # bad rows are what this page shows
+    with skip_file_checks():  # this page reports bad rows itself
         made = planned(words)
     look = Look(made.steps)
     of = chosen(made, step)
@@ -43,7 +45,7 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
         if maker is not None:
             raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
     places: dict[int, str] = {}
-    for name in validation.unread(of.config):
+    for name in find_unread_data(of.config):
         if of.config.get(name) is not None:
             console.say(f"{of.name}: {name} is not read by this run, and not shown", "dim")
     splits = {name: _load(data, places) for name, data in groups.items()}
@@ -61,7 +63,7 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
         train = measure(split, split.train, tokenizer, places, sampled)
         held_out = measure(split, split.validation, tokenizer, places, sampled)
         _fit(name, split, train, held_out, sampled)
-        for title, lengths in (("prompt", train.prompt), ("reply", train.reply), ("total", train.total)):
+        for title, lengths in (("prompt", train.prompt), ("response", train.response), ("total", train.total)):
             for line in histogram(title, lengths):
                 console.say(line)
         _contents(split.train)
@@ -76,20 +78,20 @@ def _keys(words: Sequence[str]) -> list[str]:
 
 
 def _names_data(words: Sequence[str], group: str) -> bool:
-    """Whether one of the words says where the data of a group is from: an option, a source, an input."""
+    """Return whether a word sets the source of a group's data: an option, a source, an input."""
     return any(re.search(rf"(^|[.@]){group}(@.*|\.source)?$|(^|\.)inputs\.", key) for key in _keys(words))
 
 
 def _own_model(words: Sequence[str], first: Step) -> bool:
-    """Whether the words name a model that has weights of its own."""
+    """Return whether the words name a model that has weights."""
     named = any(re.search(r"(^|[.@])model(@.*|\.path)?$", key) for key in _keys(words))
     return named and bool((first.config.get("model") or {}).get("path"))
 
 
 def _load(data: Data, places: dict[int, str]) -> Split:
-    """All records, however many rows are unusable: to say which is what this page is for.
+    """Load all records, whatever the share of unusable rows, since this page lists them.
 
-    Fills `places` with the file and row of each record that stays in memory, by its id.
+    Fills ``places`` with the file and row of each record that stays in memory, by its id.
     """
     allowed = data.max_bad
     parts: list[Data] = list(data.parts.values()) if isinstance(data, Mixture) else [data]
@@ -106,15 +108,15 @@ def _load(data: Data, places: dict[int, str]) -> Split:
 
 
 def _reader(look: Look, step: Step, splits: dict[str, Split]) -> tuple[Any, int | None]:
-    """The stage's tokenizer, and the most tokens of a prompt where the stage samples."""
+    """Return the stage's tokenizer, and the maximum length of a prompt in tokens if the stage samples, else None."""
     stage = look.stage(step, loaded=splits)
     model = look.policy(stage)
-    sampler = getattr(stage, "rollout", None)
+    sampler = getattr(stage, "sampler", None)
     return model.tokenizer, None if sampler is None else model.context_length - sampler.room(model)
 
 
 def _loaded(name: str, split: Split) -> None:
-    """What became of the rows."""
+    """Print the numbers of rows read, kept and dropped."""
     report: LoadReport = split.report
     rows = [
         ("rows read", f"{report.read:,}", ""),
@@ -124,7 +126,7 @@ def _loaded(name: str, split: Split) -> None:
             f"{report.train:,} train, {report.validation:,} held out",
         ),
         ("ties dropped", f"{report.ties:,}", "no preference, or the same text twice"),
-        ("bad replies left out", f"{report.unwanted:,}", "marked bad (label false), and not to be imitated"),
+        ("bad responses left out", f"{report.unwanted:,}", "marked bad (label false), and not to be imitated"),
         ("unusable rows dropped", f"{len(report.bad):,}", "below, with file, row and field"),
     ]
     console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
@@ -145,7 +147,7 @@ def _loaded(name: str, split: Split) -> None:
 
 
 def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int | None) -> None:
-    """What does not fit, and how much of the rest is trained on."""
+    """Print the records that do not fit, and the share of tokens that is trained on."""
     for side, lengths in (("train", train), ("held out", held_out)):
         if lengths.spelled:
             which, token = lengths.spelled[0]
@@ -181,7 +183,7 @@ def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int |
 
 
 def _listed(records: Sequence[tuple[Any, str]]) -> None:
-    """The first of them one by one, and how many more there are."""
+    """Print the first ``SHOWN`` records, and the number of the others."""
     for which, words in records[:SHOWN]:
         console.say(f"  {which}: {words}")
     if len(records) > SHOWN:
@@ -189,22 +191,23 @@ def _listed(records: Sequence[tuple[Any, str]]) -> None:
 
 
 def _contents(records: Sequence[Record]) -> None:
-    """Grades, tags, labels, turns."""
+    """Print counts of grades, tags, labels and turns."""
     counted: dict[str, Counter[str]] = {
-        "grades": Counter(), "replies per prompt": Counter(), "tags": Counter(), "labels": Counter(), "turns": Counter()
+        "grades": Counter(), "responses per prompt": Counter(), "tags": Counter(), "labels": Counter(),
+        "turns": Counter(),
     }  # fmt: skip
     for record in records:
         if isinstance(record, Comparison):
             count = len(record.responses)
             counted["grades"].update(grade or "none" for grade in record.grades or [None] * (count * (count - 1) // 2))
-            counted["replies per prompt"][str(count)] += 1
+            counted["responses per prompt"][str(count)] += 1
         if isinstance(record, Comparison | Prompt):
             counted["tags"].update(record.tags or ("none",))
         if isinstance(record, Label):
             counted["labels"]["good" if record.desirable else "bad"] += 1
         if isinstance(record, Demonstration):
             counted["turns"][f"{sum(message.role == 'assistant' for message in record.messages)} answers"] += 1
-    cut = sum(map(cut_responses, records))
+    cut = sum(map(count_truncated, records))
     if cut:
         console.say(f"cut off: {cut:,} responses reached a length limit; they are trained on without an end-of-turn")
     for name, counts in counted.items():
@@ -213,7 +216,7 @@ def _contents(records: Sequence[Record]) -> None:
 
 
 def _written(number: int, record: Record) -> list[Line]:
-    """A record as text."""
+    """Return a record as lines of text."""
     head = Line(f"record {number}: {beginning(record)}", "bold" if tokens.coloured() else "")
     if isinstance(record, Text):
         return [Line(f"record {number}", head.style), Line(f"  {_cut(record.text)}")]
@@ -223,13 +226,13 @@ def _written(number: int, record: Record) -> list[Line]:
         grades = iter(record.grades)
         for place, response in enumerate(record.responses):
             best, cut = ", the best" if place == 0 else "", "" if record.has_ended(place) else ", cut off"
-            lines.append(Line(f"  reply {place + 1}{best}{cut}: {_cut(response)}"))
+            lines.append(Line(f"  response {place + 1}{best}{cut}: {_cut(response)}"))
         if record.grades:
             lines.append(
                 Line(f"  grades: {', '.join(str(grade or TIE if grade == TIE else grade) for grade in grades)}")
             )
     if isinstance(record, Label):
-        lines.append(Line(f"  {'good' if record.desirable else 'bad'} reply: {_cut(record.response)}"))
+        lines.append(Line(f"  {'good' if record.desirable else 'bad'} response: {_cut(record.response)}"))
     if isinstance(record, Prompt) and record.reference is not None:
         lines.append(Line(f"  reference answer: {record.reference}"))
     return lines

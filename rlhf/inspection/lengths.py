@@ -1,32 +1,36 @@
-"""Lengths of records in tokens, and their histogram in characters."""
+"""Lengths of records in tokens, and their histogram in text characters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf.data.data import EncodeReport, Split
+from rlhf.data.control_tokens import Tokenizer
+from rlhf.data.encoded_rows import EncodedComparison, EncodedLabel
+from rlhf.data.encoding import encode_prompt
+from rlhf.data.record_encoder import EncodeReport
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, Text
-from rlhf.data.template import EncodedComparison, EncodedLabel, Refused, Tokenizer, control_tokens, encode_prompt
+from rlhf.data.rendering import DialogueRejected, control_tokens
+from rlhf.data.split import Split
 from rlhf.inspection.work import tokens_of
 
-BAR = 40  # characters of the longest bar
+BAR = 40  # length of the longest bar, in characters
 BINS = 10
 
 
 @dataclass
 class Lengths:
-    """What tokenising one side of the data finds. Lists hold one number per row.
+    """Result of tokenising one side (training or held-out) of the data. Lists of integers hold one number per row.
 
     Attributes:
-        prompt, reply, total: Tokens; of a dialogue the reply is all that is trained on.
-        trained, read: Tokens of the whole side, as a model reads them.
-        truncated, dropped: (number of the record from 1 and where it is from, how it begins) of those that do not fit.
-        refused: The same of those that the chat template cannot write; `reason` is why, for the first of them.
-        spelled: The same of those that spell a control token, with the token in place of how they begin.
+        prompt, response, total: Tokens; of a dialogue the response is everything that is trained on.
+        trained, read: Total tokens of the side that the loss counts, and that a model reads.
+        truncated, dropped: (number of the record from 1 and its place, its first words) of records that do not fit.
+        refused: The same for records that the chat template cannot render; `reason` is the error of the first.
+        spelled: The same for records that spell a control token, with the token instead of the first words.
     """
 
     prompt: list[int] = field(default_factory=list)
-    reply: list[int] = field(default_factory=list)
+    response: list[int] = field(default_factory=list)
     total: list[int] = field(default_factory=list)
     trained: int = 0
     read: int = 0
@@ -40,14 +44,14 @@ class Lengths:
 def measure(
     split: Split, records: Sequence[Record], tokenizer: Tokenizer, places: Mapping[int, str], room: int | None = None
 ) -> Lengths:
-    """Lengths of records after ``Data.encode``, one by one, so that it is known which do not fit.
+    """Measure the lengths of records with ``Data.encode``'s rules, one by one, to know which of them do not fit.
 
     Args:
-        split: Where they are from.
+        split: The split that holds the records.
         records: One side of it.
-        tokenizer: The stage's.
-        places: File and row of records, by their id; of some it is not known.
-        room: Most tokens of a prompt, for stages that sample: they take prompts as they are, and refuse longer ones.
+        tokenizer: The stage's tokenizer.
+        places: File and row of records, by their id; not known for all.
+        room: Maximum tokens of a prompt, for stages that sample: these do not cut prompts but raise for longer ones.
     """
     found, report = Lengths(), EncodeReport()
     controls = control_tokens(tokenizer)
@@ -59,7 +63,7 @@ def measure(
         if isinstance(record, Prompt) and room is not None:
             try:
                 found.prompt.append(len(encode_prompt(tokenizer, record.messages)))
-            except Refused as refused:
+            except DialogueRejected as refused:
                 found.refused.append((which, beginning(record)))
                 found.reason = found.reason or str(refused)
                 continue
@@ -67,7 +71,7 @@ def measure(
                 found.dropped.append((which, beginning(record)))
             continue
         before = replace(report)
-        for row in split.data.encoded(tokenizer, [record], report):
+        for row in split.data.iter_encoded(tokenizer, [record], report):
             _add(found, row)
         for misfits, count in (
             (found.refused, report.refused - before.refused),
@@ -81,7 +85,7 @@ def measure(
 
 
 def _contents(record: Record) -> Iterator[str]:
-    """All text of a record."""
+    """Yield all texts of a record."""
     if isinstance(record, Text):
         yield record.text
         return
@@ -102,17 +106,17 @@ def _add(found: Lengths, row: Any) -> None:
     found.trained += trained
     if isinstance(row, EncodedComparison):
         found.prompt.append(len(row.prompt))
-        found.reply += [len(row.responses[index]) for index in row.used]
+        found.response += [len(row.responses[index]) for index in row.used]
         found.total += [len(row.prompt) + len(row.responses[index]) for index in row.used]
         return
     if isinstance(row, EncodedLabel) or not all(row.mask):
         found.prompt.append(read - trained)
-        found.reply.append(trained)
+        found.response.append(trained)
     found.total.append(read)
 
 
 def beginning(record: Record, width: int = 60) -> str:
-    """The first words of what a record asks."""
+    """Return the first words of a record's text or first user turn."""
     if isinstance(record, Text):
         text = record.text
     else:
@@ -123,7 +127,7 @@ def beginning(record: Record, width: int = 60) -> str:
 
 
 def histogram(name: str, lengths: Sequence[int]) -> Iterator[str]:
-    """A line of numbers, and a bar for each of ten equal ranges; nothing for no lengths."""
+    """Yield a line of statistics, and a bar for each of at most ten equal ranges; nothing for no lengths."""
     if not lengths:
         return
     ordered = sorted(lengths)

@@ -1,4 +1,4 @@
-"""Memory beside the weights: activations of a training pass, the cache of a rollout, and what the machine has."""
+"""Memory other than weights: activations of a training pass, the cache of a rollout, and the machine's memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +12,14 @@ from rlhf.models.causal_lm import total_memory
 from rlhf.models.language_model import LanguageModel, evaluating
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
-from rlhf.stage import Stage
+from rlhf.stage.base import Stage
 
 
 def activations(look: Look, stage: Stage, work: Work, precision: Precision) -> int | None:
-    """Bytes that the backward pass of the largest micro-batch needs of the decoders' forward passes.
+    """Return the bytes that the backward pass of the largest micro-batch needs of the decoders' forward passes.
 
-    Counted from a forward pass without numbers: every tensor that autograd would keep, weights left out. With
-    gradient checkpointing that is every layer's input and the inside of one layer. None where it cannot be counted.
+    Measured in a forward pass on fake tensors: every tensor that autograd would keep, except weights. With gradient
+    checkpointing that is every layer's input and the inside of one layer. None if it cannot be measured.
     """
     if not work.rows or stage._optimizer is None:
         return None
@@ -27,15 +27,15 @@ def activations(look: Look, stage: Stage, work: Work, precision: Precision) -> i
     try:
         for model in _trained(stage):
             total += kept_for_backward(look, model, work.rows, work.length, precision)
-    except Exception:  # an architecture that looks at values, which are not there
+    except Exception:  # an architecture that reads values, which fake tensors do not have
         return None
     return total
 
 
 def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, precision: Precision) -> int:
-    """Bytes that autograd keeps of the decoder's forward pass over rows of this many tokens, without its weights."""
+    """Return the bytes that autograd keeps of a decoder's forward pass on ``rows`` x ``length`` tokens, not weights."""
     own = {value.untyped_storage()._cdata for value in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, tuple[Any, int]] = {}  # the storage too, or its address would be given to the next one
+    kept: dict[int, tuple[Any, int]] = {}  # keeps the storage alive, or its address would be reused
 
     def keep(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
@@ -44,7 +44,7 @@ def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, 
 
     checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.base.modules())
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
-    with look.mode, precision.autocast("cpu"), evaluating(model), hooks:  # in eval mode nothing is recomputed
+    with look.mode, precision.autocast("cpu"), evaluating(model), hooks:  # eval mode disables recomputation
         ids = torch.zeros(rows, length, dtype=torch.long)
         model.base.get_decoder()(input_ids=ids, use_cache=False)
     total = sum(size for address, (_, size) in kept.items() if address not in own)
@@ -56,8 +56,8 @@ def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, 
 
 
 def cache(stage: Stage, work: Work, precision: Precision) -> int | None:
-    """Bytes of keys and values of the most rows that are sampled at a time, at their longest; None without rollouts."""
-    sampler = getattr(stage, "rollout", None)
+    """Return the bytes of keys and values of the largest sampling batch at full length; None without sampling."""
+    sampler = getattr(stage, "sampler", None)
     if sampler is None or stage.policy is None:
         return None
     config = stage.policy.config
@@ -69,7 +69,7 @@ def cache(stage: Stage, work: Work, precision: Precision) -> int | None:
 
 
 def machine(accelerator: str) -> tuple[int | None, str]:
-    """(bytes of memory that training may use, what it is); None where the device is not here."""
+    """Return (bytes of memory that training may use, name of the device); None for a device that is absent."""
     if accelerator == "cpu":
         return total_memory(), "this machine"
     if torch.cuda.is_available():
@@ -85,7 +85,7 @@ def _trained(stage: Stage) -> Iterator[LanguageModel]:
 
 
 def size(count: int | None) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes with a binary unit; "-" for 0, "?" for None."""
     if count is None:
         return "?"
     if not count:

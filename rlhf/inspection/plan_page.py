@@ -1,21 +1,21 @@
-"""`rlhf inspect plan`: the steps, their models and memory, and all amounts, before anything runs."""
+"""Page `rlhf inspect plan`: the steps, their models and memory, and all amounts, before anything runs."""
 
 from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from rlhf.build import instantiated
-from rlhf.config import Plain
+from rlhf import console
 from rlhf.errors import UserError
 from rlhf.inspection.composing import Look, planned, read_examples
 from rlhf.inspection.memory import activations, cache, machine, size
 from rlhf.inspection.roles import Role, roles_of
 from rlhf.inspection.work import ORDER, Work, work_of
 from rlhf.models.precision import Precision
-from rlhf.plan import Step
-from rlhf.report import console
-from rlhf.runs import Run
-from rlhf.stage import Stage
+from rlhf.planning.instantiate import build_option
+from rlhf.planning.step import Step
+from rlhf.runs.run_directory import Run
+from rlhf.stage.base import Stage
+from rlhf.storage.plain import Plain
 
 NOT_INCLUDED = (
     "Not included: Python and its libraries, logits of the chunk at hand, scoring passes without gradients, buffers of "
@@ -24,12 +24,19 @@ NOT_INCLUDED = (
 
 
 def show(words: Sequence[str]) -> None:
-    """Prints the page. Raises UserError for a command line that could not be run."""
+    """Print the page.
+
+    Args:
+        words: The command line of a run.
+
+    Raises:
+        UserError: A command line that could not be run.
+    """
     made = planned(words)
     look = Look(made.steps)
     for note in made.notes:
         console.say(note, "yellow")
-    console.say(console.plan_line([step.name for step in made.steps], made.skipped), "bold")
+    console.say(console.format_plan([step.name for step in made.steps], made.skipped), "bold")
     steps = [(step.name, step.stage, _state(step), str(step.folder)) for step in made.steps]
     console.print_table("Steps", ("step", "stage", "", "folder"), steps)
     rows, work = [], {}
@@ -48,12 +55,15 @@ def show(words: Sequence[str]) -> None:
 
 
 def amounts(look: Look, step: Step, stage: Stage) -> Work:
-    """What a step works through. Data of a step that has not run is not known, and neither is what depends on it."""
+    """Return the amounts of a step's work.
+
+    Data of a step that has not run is unknown, and so are the amounts that depend on it.
+    """
     if all(look.unread(data) is None for data in look.data(step).values()):
         try:
             read_examples(stage)
         except UserError as error:
-            if "rollout" not in vars(stage):
+            if "sampler" not in vars(stage):
                 raise
             console.say(f"{step.name}: {error}", "yellow")
     return work_of(stage, step.config)
@@ -67,7 +77,7 @@ def _state(step: Step) -> str:
 
 
 def _memory(look: Look, step: Step, stage: Stage, work: Work) -> list[tuple[str, ...]]:
-    precision: Precision = instantiated(OmegaConf.create(step.config["precision"]))
+    precision: Precision = build_option(OmegaConf.create(step.config["precision"]))
     roles = roles_of(look, stage)
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
     more = {

@@ -1,4 +1,4 @@
-"""Which models a stage holds while it trains, and what each takes: weights, gradients, optimizer state."""
+"""Models that a stage holds during training, and their memory: weights, gradients, optimizer state."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from rlhf.inspection.composing import Look
-from rlhf.inspection.optimizer_state import StateSize
-from rlhf.inspection.shapes import sizes, without_weights
-from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.models.fake_tensors import fake_weights, sizes
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.optimizer_state import StateSize
+from rlhf.models.reference import Reference
 from rlhf.models.scalar import ScalarModel
-from rlhf.stage import Stage
+from rlhf.stage.base import Stage
 
 NAMES = {"scorer": "reward model"}
-DEEPEST = 4  # how far into rewards made of rewards a model is looked for
+DEEPEST = 4  # maximum depth of the search for models in nested rewards
 
 
 @dataclass(frozen=True)
 class Role:
-    """One model of a stage. Bytes and counts are of what no role before it holds: shared weights count once."""
+    """Model of a stage. Bytes and counts exclude weights shared with an earlier role, so that these count once."""
 
     name: str
     parameters: int
@@ -32,19 +33,19 @@ class Role:
 
     @property
     def total(self) -> int:
-        """Bytes of all three."""
+        """Return the bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
 
 def roles_of(look: Look, stage: Stage) -> list[Role]:
-    """Every model of a stage of ``look``, which has no weights; the trained ones first."""
+    """Return every model of a stage that was built without weights by ``look``; the trained ones first."""
     seen: set[int] = set()
     state = StateSize(stage._optimizer)
     found = []
     for name, module in stage.named_children():
         if isinstance(module, LanguageModel | ScalarModel):
             found.append(_role(NAMES.get(name, name), module, seen, state))
-    with without_weights(look.mode):  # a stage may make a model only now
+    with fake_weights(look.mode):  # some stages build a model only here
         held = list(_held(stage))
     for name, model in held:
         note = ""
@@ -59,9 +60,9 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
         elif name == "start":
             note = "what sampled, to measure KL once trained"
         found.append(_role(name, model, seen, None, note))
-    if getattr(stage, "average_decay", None) is not None:
+    if getattr(stage, "ema_decay", None) is not None:
         count = sum(value.numel() for value in stage.policy.trainable_parameters())
-        found.append(Role("moving average", count, 0, 4 * count, 0, 0, "float32"))
+        found.append(Role("EMA", count, 0, 4 * count, 0, 0, "float32"))
     return found
 
 
@@ -76,7 +77,7 @@ def _role(name: str, module: nn.Module, seen: set[int], state: StateSize | None,
 
 
 def _held(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
-    """(name, model) of the frozen models that a stage keeps beside its own modules: reference, rewards, judges."""
+    """Yield (name, model) of the frozen models that a stage holds outside its modules: reference, rewards, judges."""
     own = set(map(id, stage.modules()))
     for name, value in vars(stage).items():
         for path, model in _models(value, name, DEEPEST):
@@ -85,10 +86,10 @@ def _held(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
                 yield path, model
             elif name == "reference":
                 yield path, nn.Module()
-    if hasattr(stage, "who_sampled"):
-        sampler: nn.Module = stage.who_sampled().modules[0]  # type: ignore[operator]
+    if hasattr(stage, "sampling_reference"):
+        sampler: nn.Module = stage.sampling_reference().modules[0]  # type: ignore[operator]
         if id(sampler) not in own:
-            yield ("start" if stage.samples_itself else "sampler"), sampler
+            yield ("start" if stage.is_on_policy else "sampler"), sampler
 
 
 def _models(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

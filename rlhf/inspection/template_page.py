@@ -1,26 +1,22 @@
-"""`rlhf inspect template`: a model's chat template on a sample dialogue, with its mask and its special tokens."""
+"""Page `rlhf inspect template`: a model's chat template on sample dialogues, with its mask and its special tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.config import plain, resolve, step_config
+from rlhf import console
+from rlhf.data.control_tokens import Tokenizer
 from rlhf.data.data import Data
+from rlhf.data.encoding import encode_dialogue, encode_prompt, encode_tool_turn
+from rlhf.data.end_tokens import end_of_turn_id
 from rlhf.data.records import Message
-from rlhf.data.template import (
-    Tokenizer,
-    encode_dialogue,
-    encode_prompt,
-    encode_tool_turn,
-    end_of_turn_id,
-    render,
-    tokenize,
-)
+from rlhf.data.rendering import render, tokenize
 from rlhf.errors import RLHFError, UserError, first_line
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, composed, planned, spec_of
-from rlhf.report import console
+from rlhf.planning.step_config import resolve, step_config
+from rlhf.storage.plain import plain
 
 SYSTEM = Message("system", "You answer briefly.")
 DIALOGUE = (
@@ -38,11 +34,11 @@ CALL = (
 
 
 def show(words: Sequence[str], step: str | None) -> None:
-    """Prints the page.
+    """Print the page.
 
     Args:
         words: At least a model; a stage or a pipeline is not needed.
-        step: Of a pipeline; None: the last.
+        step: Step of a pipeline; None: the last.
 
     Raises:
         UserError: No model is named, or one that cannot be read.
@@ -61,7 +57,7 @@ def show(words: Sequence[str], step: str | None) -> None:
         console.say(f"\n{name}", "bold")
         try:
             encoded = encode_dialogue(tokenizer, dialogue)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise any exception
             console.say(f"  not supported: {first_line(error)}", "yellow")
             continue
         present = [True] * len(encoded)
@@ -69,7 +65,7 @@ def show(words: Sequence[str], step: str | None) -> None:
 
 
 def tokenizer_of(words: Sequence[str], step: str | None) -> tuple[Tokenizer, Any]:
-    """The tokenizer that training would use, and the one that came with the model (None where it is trained here)."""
+    """Return the tokenizer that training would use, and the model spec; None for the spec if a stage is named."""
     root = composed(words)
     if root.get("stage") is not None or root.get("steps") is not None:
         made = planned(words)
@@ -83,7 +79,7 @@ def tokenizer_of(words: Sequence[str], step: str | None) -> tuple[Tokenizer, Any
 
 
 def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
-    """What matters of a template, by name, in words."""
+    """Return the properties of a template that matter in training: name -> description."""
     end, pad = end_of_turn_id(tokenizer), tokenizer.pad_token_id
     facts = {
         "end of turn": f"{end} {tokenizer.convert_ids_to_tokens(end)}",
@@ -104,13 +100,13 @@ def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
     try:
         encode_tool_turn(tokenizer, "7")
         facts["tool's turn"] = "yes"
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # a template may raise any exception
         facts["tool's turn"] = f"no: {first_line(error)}"
     return facts
 
 
 def _appends(tokenizer: Tokenizer) -> str:
-    """Whether every dialogue begins with its own prompt, in text and in tokens."""
+    """Return whether every dialogue starts with its own prompt, in text and in tokens, as "yes" or the problem."""
     try:
         encoded = encode_dialogue(tokenizer, DIALOGUE)
     except RLHFError as error:
@@ -141,7 +137,7 @@ def _default_system(tokenizer: Tokenizer) -> str:
 
 
 def _own_pad(spec: Any) -> str | None:
-    """The padding that came with the tokenizer, before it was set apart from the end of turn."""
+    """Return the padding token that came with the tokenizer, before it was separated from the end of turn."""
     if spec is None or (spec.tokenizer or spec.path) is None:
         return None
     from transformers import AutoTokenizer

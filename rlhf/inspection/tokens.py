@@ -1,4 +1,4 @@
-"""Rows of tokens for reading: what is trained, what is context, what is padding; in colour, or with marks."""
+"""Readable rows of tokens that show which are trained, context or padding, by colour or by marks."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -6,8 +6,8 @@ from itertools import groupby
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import console
 from rlhf.data.collate import TokenBatch
-from rlhf.report import console
 
 BETWEEN = "¦"  # between two tokens
 NEXT_DOCUMENT = " // "  # between two documents of a packed row
@@ -15,7 +15,7 @@ STYLES = {"trained": "bold green", "context": "", "padding": "dim"}
 
 
 def key(colour: bool) -> Text:
-    """What the marks mean."""
+    """Return the legend of the marks."""
     if colour:
         words = [Text("trained", STYLES["trained"]), Text("context"), Text("padding", STYLES["padding"])]
         return Text("tokens: ").append_text(Text(", ").join(words)).append(f"; {BETWEEN} between tokens")
@@ -25,7 +25,7 @@ def key(colour: bool) -> Text:
 def batch_lines(
     tokenizer: PreTrainedTokenizerBase, batch: TokenBatch, rows: Sequence[int], colour: bool
 ) -> Iterator[Text]:
-    """Two lines for each row of a batch: its numbers, and its tokens."""
+    """Yield two lines for each row of a batch: its numbers, and its tokens."""
     for row in rows:
         columns = (batch.ids[row], batch.attention_mask[row], batch.loss_mask[row], batch.position_ids[row])
         ids, present, trained, positions = (column.tolist() for column in columns)
@@ -42,7 +42,7 @@ def batch_lines(
 
 
 def segments(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, last position) of each document of a row; a document begins where positions restart."""
+    """Yield (first, last position) of each document of a row; a document starts where positions restart."""
     start = 0
     for index in range(1, len(positions) + 1):
         if index == len(positions) or positions[index] != positions[index - 1] + 1:
@@ -59,7 +59,7 @@ def row_text(
     positions: Sequence[int] | None,
     colour: bool,
 ) -> Text:
-    """The tokens of one row. Padding is counted, not spelt out."""
+    """Return the tokens of one row as text; padding is counted, not printed token by token."""
     kinds = [
         "padding" if not there else "trained" if counts else "context"
         for there, counts in zip(present, trained, strict=True)
@@ -91,13 +91,13 @@ def row_text(
 
 
 def token(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
-    """One token as text on one line."""
+    """Return one token as text on one line."""
     piece, name = tokenizer.decode([index]), tokenizer.convert_ids_to_tokens(index)
     if isinstance(name, str) and name.startswith("\u2581") and not piece.startswith(" "):
-        piece = f" {piece}"  # SentencePiece drops the space before a first word
+        piece = f" {piece}"  # SentencePiece drops the space of the first word
     return piece.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def coloured() -> bool:
-    """Whether the screen shows colours."""
+    """Return whether the terminal shows colours."""
     return console.console().is_terminal and not console.console().no_color

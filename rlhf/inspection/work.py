@@ -1,15 +1,15 @@
-"""What a stage works through, resolved to numbers: prompts, replies, batches, updates, tokens."""
+"""Amounts of work of a stage as numbers: prompts, responses, batches, optimizer steps, tokens."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config import Plain
 from rlhf.data.batches import Batches
+from rlhf.data.encoded_rows import Encoded, EncodedComparison, EncodedLabel
 from rlhf.data.records import Prompt
-from rlhf.data.template import Encoded, EncodedComparison, EncodedLabel
-from rlhf.policy_gradient import RolloutStage
-from rlhf.stage import Stage
+from rlhf.stage.base import Stage
+from rlhf.stage.rollout_stage import RolloutStage
+from rlhf.storage.plain import Plain
 
 ORDER = (
     "processes",
@@ -18,9 +18,9 @@ ORDER = (
     "rollouts",
     "prompts per rollout",
     "prompts per batch",
-    "replies per prompt",
-    "replies per rollout",
-    "replies",
+    "responses per prompt",
+    "responses per rollout",
+    "responses",
     "tokens sampled, at most",
     "examples",
     "left out of each epoch",
@@ -38,10 +38,10 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Work:
-    """One step's amounts.
+    """Amounts of one step.
 
     Attributes:
-        amounts: What -> how much, in the words of the table of `rlhf inspect plan`.
+        amounts: Name of the amount in the table of `rlhf inspect plan` -> its value as text.
         rows: Rows of the largest forward pass with gradients.
         length: Tokens of its longest row.
         prompt_length: Tokens of the longest prompt that is sampled from.
@@ -54,42 +54,42 @@ class Work:
 
 
 def tokens_of(example: Any) -> tuple[int, int]:
-    """(tokens that a model reads, tokens among them that the loss counts) of an encoded example."""
+    """Return (tokens that a model reads, tokens among them that the loss counts) of an encoded example."""
     if isinstance(example, Encoded):
         starts = example.positions or range(len(example))
         return len(example), sum(marked and start > 0 for marked, start in zip(example.mask, starts, strict=True))
     if isinstance(example, EncodedComparison):
-        replies = sum(len(example.responses[index]) for index in example.used)
-        return len(example.prompt) * len(example.used) + replies, replies
+        responses = sum(len(example.responses[index]) for index in example.used)
+        return len(example.prompt) * len(example.used) + responses, responses
     if isinstance(example, EncodedLabel):
         return len(example), len(example.response)
     return 0, 0
 
 
 def rows_of(example: Any) -> int:
-    """Rows that an example makes."""
+    """Return the number of rows of an example."""
     return len(example.used) if isinstance(example, EncodedComparison) else 1
 
 
 def work_of(stage: Stage, config: Plain) -> Work:
-    """The amounts of a stage that has read its examples; of one without examples, what its knobs alone say."""
+    """Return the amounts of a stage; before it has read its examples, only those that its hyperparameters determine."""
     amounts = {}
     processes = _processes(config)
     if processes > 1:
         amounts["processes"] = str(processes)
-    sampler: Any = getattr(stage, "rollout", None)
+    sampler: Any = getattr(stage, "sampler", None)
     prompts, longest_prompt = _prompts(stage) if sampler is not None else ([], 0)
     if isinstance(stage, RolloutStage):
         work = _of_rollouts(stage, amounts, config, processes, len(prompts), longest_prompt)
     elif stage.produces != "model":
-        replies = _limited(len(prompts), stage.batch_size, config, "limit_predict_batches") * sampler.samples
-        amounts |= {"prompts": _count(len(prompts)), "replies per prompt": str(sampler.samples)}
-        amounts |= {"prompts per batch": _count(stage.batch_size), "replies": _count(replies)}
-        amounts["tokens sampled, at most"] = _count(replies * sampler.room(stage.policy))
+        responses = _limited(len(prompts), stage.batch_size, config, "limit_predict_batches") * sampler.samples
+        amounts |= {"prompts": _count(len(prompts)), "responses per prompt": str(sampler.samples)}
+        amounts |= {"prompts per batch": _count(stage.batch_size), "responses": _count(responses)}
+        amounts["tokens sampled, at most"] = _count(responses * sampler.room(stage.policy))
         work = Work(amounts)
     else:
         if sampler is not None:
-            amounts |= {"prompts": _count(len(prompts)), "replies per prompt": str(sampler.samples)}
+            amounts |= {"prompts": _count(len(prompts)), "responses per prompt": str(sampler.samples)}
             amounts["tokens sampled, at most"] = _count(len(prompts) * sampler.samples * sampler.room(stage.policy))
         work = _of_examples(stage, amounts, config, processes)
     return Work(work.amounts, work.rows, work.length, longest_prompt)
@@ -98,10 +98,10 @@ def work_of(stage: Stage, config: Plain) -> Work:
 def _of_rollouts(
     stage: RolloutStage, amounts: dict[str, str], config: Plain, processes: int, prompts: int, longest: int
 ) -> Work:
-    samples = stage.rollout.samples
+    samples = stage.sampler.samples
     rollouts = _steps(stage.steps, config)
-    replies = stage.batch_size * samples
-    minibatch = -(-replies // stage.minibatches // processes)
+    responses = stage.batch_size * samples
+    minibatch = -(-responses // stage.minibatches // processes)
     micro = min(stage.micro_batch_size or minibatch, minibatch)
     text = max(1, round(stage.text_ratio * minibatch)) if stage.objective.gamma else 0
     passes = rollouts * stage.batch_size / max(1, prompts)
@@ -110,20 +110,20 @@ def _of_rollouts(
         "rollouts": _count(rollouts),
         "prompts per rollout": _count(stage.batch_size),
         "passes over the prompts": f"{passes:.3g}",
-        "replies per prompt": str(samples),
-        "replies per rollout": _count(replies),
+        "responses per prompt": str(samples),
+        "responses per rollout": _count(responses),
         "epochs": f"{stage.epochs} over each rollout",
-        "minibatches": f"{stage.minibatches} of {_count(minibatch)} replies",
-        "microbatch": f"{_count(micro)} replies",
+        "minibatches": f"{stage.minibatches} of {_count(minibatch)} responses",
+        "microbatch": f"{_count(micro)} responses",
         "accumulation": str(-(-minibatch // micro)),
         "optimizer steps": f"{_count(rollouts * stage.epochs * stage.minibatches)}, at most"
         if stage.kl_budget is not None
         else _count(rollouts * stage.epochs * stage.minibatches),
-        "tokens sampled, at most": _count(rollouts * replies * stage.rollout.room(stage.policy)),
+        "tokens sampled, at most": _count(rollouts * responses * stage.sampler.room(stage.policy)),
     }
     if text:
         amounts["text per optimizer step"] = f"{_count(text)} rows of {stage.text_length} tokens"
-    return Work(amounts, micro, longest + stage.rollout.room(stage.policy))
+    return Work(amounts, micro, longest + stage.sampler.room(stage.policy))
 
 
 def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes: int) -> Work:
@@ -155,16 +155,16 @@ def _from_start(batches: Batches) -> Iterable[list[int]]:
 
 
 def _prompts(stage: Stage) -> tuple[Sequence[Prompt], int]:
-    """The prompts that are answered, cut or left out where they do not fit as in training; tokens of the longest."""
+    """Return the prompts that are sampled from, cut or left out as in training, and the tokens of the longest."""
     data, tokenizer = getattr(stage, "data", None), getattr(stage.policy, "tokenizer", None)
     if data is None or tokenizer is None:
         return getattr(data, "train", []), 0
-    prompts, report = data.data.fitting(tokenizer, data.train)
+    prompts, report = data.data.fit_prompts(tokenizer, data.train)
     return prompts, max(report.lengths, default=0)
 
 
 def _steps(steps: int, config: Plain) -> int:
-    """Training batches under the trainer's limit: a number of them, or a share."""
+    """Return the number of training batches under the trainer's limit, which is a number or a share."""
     limit = (config.get("trainer") or {}).get("limit_train_batches")
     if limit is None:
         return steps
@@ -183,5 +183,5 @@ def _processes(config: Plain) -> int:
 
 
 def _count(number: int) -> str:
-    """A count with its thousands apart."""
+    """Return a count with thousands separators."""
     return f"{number:,}"

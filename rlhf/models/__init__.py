@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-# Logged at import or on every layer call, and nothing a user could act on: a kernel that is not needed is missing, int8
-# casts its inputs, peft reads an attribute of transformers by its former name.
+# These are logged at import or on every layer call and require no action: a missing kernel that is not needed, the
+# input cast of int8 layers, PEFT's use of a former attribute name of transformers.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

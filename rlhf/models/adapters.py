@@ -16,27 +16,30 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.errors import UserError, first_line, suggest
 from rlhf.models.precision import Precision
 
-TRAINED = "default"  # PEFT's name of the adapter that is trained; frozen ones below it have names of their own
+TRAINED = "default"  # PEFT's name of the trained adapter; frozen adapters below it have other names
 NEEDS_WEIGHTS = "adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora"
 
 
 @dataclass(frozen=True)
 class NoAdapter:
-    """Every weight is trained."""
+    """Full fine-tuning: every weight is trained."""
 
     def description(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """How the base is quantised, None for not at all; not tried out, so that models without weights have it too."""
+        """Return the quantisation config of the base, or None without quantisation.
+
+        It does not test whether bitsandbytes runs here, so models without weights can call it too.
+        """
         return None
 
     def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """The same for a base that is about to be loaded."""
+        """Return the quantisation config of a base that is about to be loaded, or None without quantisation."""
         return self.description(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Makes a loaded base fit to be adapted."""
+        """Prepare a loaded base for an adapter."""
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """The model with the adapter on it."""
+        """Return the model with the adapter applied."""
         return model
 
 
@@ -46,11 +49,11 @@ class LoRA(NoAdapter):
 
     Args:
         rank: Rank r of the update.
-        alpha: Scale of the update; it is multiplied by alpha / rank.
-        dropout: Dropout on the adapter's input, in [0, 1).
-        modules: Names of the linear layers adapted, or "all-linear" for all but the output projection.
+        alpha: Scale of the update, which is multiplied by alpha / rank.
+        dropout: Dropout probability on the adapter's input, in [0, 1).
+        modules: Names of the adapted linear layers, or "all-linear" for all except the output projection.
         shared_base: Whether all roles of a stage (policy, reference, value and reward model) are adapters on one copy
-            of the base weights (``rlhf.models.shared_base``), where each would else hold weights of its own.
+            of the base weights (``rlhf.models.shared_base``). If False, each role holds its own weights.
     """
 
     rank: Annotated[int, Field(gt=0)] = 16
@@ -62,21 +65,21 @@ class LoRA(NoAdapter):
     decompose: ClassVar[bool] = False
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """The model with its weights frozen and a fresh adapter on it, equal to the model itself at first."""
+        """Return the model with frozen weights and a fresh adapter, whose output at first equals the model's."""
         return get_peft_model(model, self.config(model), adapter_name=TRAINED)
 
     def config(self, model: PreTrainedModel) -> LoraConfig:
-        """PEFT's description of the adapter.
+        """Return PEFT's config of the adapter.
 
         Raises:
-            UserError: As ``check_modules``.
+            UserError: See ``check_modules``.
         """
         self.check_modules(model)
         whole = self.modules == "all-linear"
         modules = [self.modules] if isinstance(self.modules, str) and not whole else self.modules
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works; PEFT's annotation says int
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number works, although PEFT's annotation is int
             lora_dropout=self.dropout,
             target_modules=modules if isinstance(modules, str) else list(modules),
             use_dora=self.decompose,
@@ -85,17 +88,20 @@ class LoRA(NoAdapter):
         )
 
     def check_modules(self, model: PreTrainedModel) -> None:
-        """Refuses names in ``modules`` that this model cannot be adapted at; needs its layers and no weights.
+        """Raise if a name in ``modules`` is no layer of this model that can be adapted.
+
+        It needs the model's layers, but no weights.
 
         Raises:
             UserError: If the model has no linear layers of these names, or one of them is the output projection and
-                shares its weights with the input embedding: an update of the one cannot be merged without the other.
+                shares its weights with the input embedding: an update of one cannot be merged without changing the
+                other.
         """
-        if self.modules == "all-linear":  # leaves the output projection out, whatever it shares
+        if self.modules == "all-linear":  # PEFT excludes the output projection, tied or not
             return
-        linear = (nn.Linear, Conv1D, BaseTunerLayer)  # GPT-2 writes its linear layers as convolutions
+        linear = (nn.Linear, Conv1D, BaseTunerLayer)  # GPT-2 implements its linear layers as Conv1D
         parts = {name.rpartition(".")[2]: part for name, part in model.named_modules() if isinstance(part, linear)}
-        inner = ("base_layer", TRAINED)  # of layers that have an adapter already
+        inner = ("base_layer", TRAINED)  # sub-modules of layers that already have an adapter
         names = {name for name in parts if name not in inner and not name.startswith("below_")}
         tied = tied_projection(model)
         names.discard(str(tied))
@@ -116,7 +122,7 @@ class LoRA(NoAdapter):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """Weight-decomposed LoRA: the direction is adapted by LoRA, the magnitude is trained apart (Liu et al. 2024)."""
+    """Weight-decomposed LoRA: LoRA adapts the direction, the magnitude is trained separately (Liu et al. 2024)."""
 
     decompose: ClassVar[bool] = True
 
@@ -139,7 +145,7 @@ class QLoRA(LoRA):
             raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
 
     def description(self, precision: Precision) -> BitsAndBytesConfig:
-        """How the base is quantised; products are computed in the precision's format."""
+        """Return the quantisation config of the base; products are computed in the precision's compute format."""
         if self.quantize == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
@@ -150,28 +156,28 @@ class QLoRA(LoRA):
         )
 
     def quantization(self, precision: Precision) -> BitsAndBytesConfig:
-        """The same, tried out first on a few numbers.
+        """Return the quantisation config after testing bitsandbytes on a few numbers.
 
         Raises:
-            UserError: Where bitsandbytes is missing, or has no kernels for this machine.
+            UserError: If bitsandbytes is missing or has no kernels for this machine.
         """
         check_bitsandbytes(self.quantize)
         return self.description(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Quantised layers compute the same whether they train or not."""
-        make_exact(model)
+        """Make quantised layers compute the same in training mode and in eval mode."""
+        disable_mode_dependence(model)
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """As LoRA, on quantised layers that compute the same whether they train or not."""
+        """Return the model with a fresh LoRA adapter on quantised layers that compute the same in both modes."""
         self.prepare(model)
         return super().apply(model)
 
 
 def tied_projection(model: PreTrainedModel) -> str | None:
-    """Name of the output projection, the last part of it, where its weights are the input embedding's; else None."""
+    """Return the last part of the output projection's name if it shares the input embedding's weights, else None."""
     head = model.get_output_embeddings()
-    # By the configuration a model is tied again when its saved weights are loaded, whatever they are.
+    # If the config ties them, loading the saved weights ties them again, whatever the files contain.
     shared = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if head is None or not (shared or head.weight is model.get_input_embeddings().weight):
         return None
@@ -179,11 +185,11 @@ def tied_projection(model: PreTrainedModel) -> str | None:
 
 
 def merged(model: PeftModel, folder: Path) -> PreTrainedModel:
-    """A model with the adapter that was stored in ``folder`` merged in.
+    """Return the model with the adapter that was stored in ``folder`` merged into its weights.
 
     Raises:
         UserError: If the adapter changes one of two embeddings that share their weights: merging would change both, or
-            saving lose it.
+            saving would lose the change.
     """
     base: PreTrainedModel = model.get_base_model()
     tied = tied_projection(base)
@@ -197,10 +203,10 @@ def merged(model: PeftModel, folder: Path) -> PreTrainedModel:
 
 
 def check_bitsandbytes(quantize: str) -> None:
-    """Quantises and multiplies a few numbers, to find out before a model is loaded whether that works here.
+    """Quantise and multiply a few numbers, to test before a model is loaded whether bitsandbytes runs on this machine.
 
     Raises:
-        UserError: If it does not, with the reason.
+        UserError: If it does not run, with the reason.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -208,12 +214,12 @@ def check_bitsandbytes(quantize: str) -> None:
 
         kind = bitsandbytes.nn.Linear4bit if quantize == "nf4" else bitsandbytes.nn.Linear8bitLt
         options = {"quant_type": "nf4"} if quantize == "nf4" else {"has_fp16_weights": False}
-        # A generator of its own: nothing else may draw from the run's randomness.
+        # Forked random state: this test must not consume the run's random numbers.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             layer = kind(64, 64, bias=False, **options).to(device)
             found = layer(torch.ones(1, 64, device=device, dtype=torch.float16 if device == "cuda" else torch.float32))
         works, reason = bool(torch.isfinite(found).all()), "it computes numbers that are not finite"
-    except Exception as error:  # missing libraries, kernels and drivers all raise types of their own
+    except Exception as error:  # missing libraries, kernels and drivers raise many different types
         works, reason = False, first_line(error)
     if not works:
         raise UserError(
@@ -222,12 +228,12 @@ def check_bitsandbytes(quantize: str) -> None:
         )
 
 
-def make_exact(model: nn.Module) -> None:
-    """Makes quantised layers compute in eval mode what they compute in training.
+def disable_mode_dependence(model: nn.Module) -> None:
+    """Make quantised layers compute in eval mode exactly what they compute in training mode.
 
     4 bits: on CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first forward without gradients and never
-    unpacks them: from then on adapters get no gradient, silently. 8 bits: on CPUs, eval mode rounds activations and
-    train mode does not: a policy would differ from its own reference and its own samples.
+    unpacks them; from then on adapters silently get no gradient. 8 bits: on CPUs, eval mode rounds activations and
+    training mode does not, so a policy would differ from its own reference and its own samples.
     """
     import bitsandbytes
 

@@ -1,4 +1,4 @@
-"""Which language model: random weights of a named size, a Hugging Face folder, a hub id, a GGUF file, an adapter."""
+"""Language models by source: random weights of a named size, Hugging Face directory, hub id, GGUF file or adapter."""
 
 import dataclasses
 import os
@@ -25,20 +25,21 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from rlhf import hub
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
-from rlhf.data.template import check_syntax, control_tokens, end_of_turn_id
+from rlhf.data.end_tokens import end_of_turn_id
+from rlhf.data.rendering import check_syntax, control_tokens
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError, suggest
-from rlhf.model_config import check_file_limits, written
 from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merged
 from rlhf.models.gguf import converted
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import ANEW, adapters_alone
+from rlhf.models.lineage import COPY_ADAPTER_AGAIN, resolve_adapters
 from rlhf.models.precision import Precision
-from rlhf.models.reading import check_index, check_loaded, quiet_if_refused, readable
+from rlhf.models.reading import check_index, check_loaded, defer_transformers_log, readable
+from rlhf.models.saved_config import check_file_limits, written
+from rlhf.storage import hub
 
-if not sys.stderr.isatty():  # into a file or a pipe the bars of every load are only noise
+if not sys.stderr.isatty():  # progress bars clutter a file or a pipe
     hf_logging.disable_progress_bar()
 
 Corpus = Callable[[], Iterable[str]]
@@ -48,18 +49,18 @@ PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Where a language model comes from. Nothing is read before ``load``.
+    """Source of a language model. Nothing is read before ``load``.
 
     Args:
-        path: Folder, hub id, GGUF file, PEFT adapter folder, or run folder. None: random weights.
-        architecture: Arguments of the model's configuration, used when ``path`` is None; ``model_type`` picks the
+        path: Directory, hub id, GGUF file, PEFT adapter directory, or run directory. None: random weights.
+        architecture: Arguments of the model's configuration, used when ``path`` is None; ``model_type`` selects the
             family (default llama).
-        vocab_size: Vocabulary of the byte-level BPE that is trained on the corpus when there is neither ``path`` nor
-            ``tokenizer``.
-        tokenizer: Folder or hub id of another tokenizer. None: the model's own.
-        chat_template: "plain", "chatml", "llama2", "llama3", "zephyr" or a Jinja file, in place of the tokenizer's own.
-            None: keep that.
-        attention: Attention kernel: "sdpa" (PyTorch's fused one) or "eager" (written out).
+        vocab_size: Vocabulary size of the byte-level BPE that is trained on the corpus when there is neither ``path``
+            nor ``tokenizer``.
+        tokenizer: Directory or hub id of another tokenizer. None: the model's own.
+        chat_template: "plain", "chatml", "llama2", "llama3", "zephyr" or a Jinja file, replacing the tokenizer's own
+            template. None: keep the tokenizer's own.
+        attention: Attention kernel: "sdpa" (PyTorch's fused kernel) or "eager" (written out).
         gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
         trust_remote_code: Whether Python code that comes with the weights may run.
     """
@@ -74,21 +75,21 @@ class CausalLM:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.chat_template is not None:  # before anything runs, not when a step of hours has ended
+        if self.chat_template is not None:  # so that a malformed template fails now and not hours into a pipeline
             check_syntax(self._template())
 
     # --- loading ---
 
     def load(self, adapter: NoAdapter, precision: Precision, corpus: Corpus | None = None) -> LanguageModel:
-        """The model with its tokenizer and a fresh adapter.
+        """Load the model with its tokenizer and a fresh adapter.
 
         Args:
-            adapter: What is trained on top of the weights.
+            adapter: Adapter that is trained on top of the weights.
             precision: Format of the weights.
-            corpus: Gives the texts a tokenizer is trained on when there is none.
+            corpus: Returns the texts that a tokenizer is trained on when there is none.
 
         Raises:
-            UserError: For weights that cannot be found or do not fit the machine, or a model without a tokenizer.
+            UserError: If the weights cannot be found or do not fit the machine, or the model has no tokenizer.
         """
         if self.scalar:
             raise UserError(f"model.path={self.path}: is a reward or value model, a language model is needed here")
@@ -101,7 +102,7 @@ class CausalLM:
     def load_decoder(
         self, adapter: NoAdapter, precision: Precision, corpus: Corpus | None = None
     ) -> tuple[LanguageModel, torch.Tensor | None]:
-        """The decoder without vocabulary projection, and the [1, D] scalar head stored with it, if there is one."""
+        """Load the decoder without vocabulary projection, and the [1, D] scalar head stored with it, or None."""
         tokenizer = self._tokenizer(corpus)
         head = None
         if self.scalar:
@@ -116,11 +117,11 @@ class CausalLM:
         return self._assemble(model.get_decoder(), tokenizer, adapter, precision, kind), head
 
     def parameters(self) -> int:
-        """Number of weights, counted without making any. Tied weights count once."""
+        """Return the number of weights without allocating any; tied weights count once."""
         return sum(parameter.numel() for parameter in self.outline().parameters())
 
     def outline(self) -> PreTrainedModel:
-        """The model's layers, without weights and without memory."""
+        """Build the model's layers on the meta device, without weights and without memory."""
         with torch.device("meta"):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config(), trust_remote_code=self.trust_remote_code
@@ -128,11 +129,11 @@ class CausalLM:
         return made
 
     def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
-        """The model's configuration; for random weights with the tokenizer's vocabulary if one is given."""
+        """Return the model's configuration; with random weights, its vocabulary is the tokenizer's if one is given."""
         if self.path is not None:
             base = self._base_path()
             shape = written(base)
-            if shape is not None:  # before lists as long as the number of layers are made
+            if shape is not None:  # check before transformers builds lists with one entry per layer
                 check_file_limits(shape, f"model.path={self.path}")
             found = self._found(AutoConfig.from_pretrained, base)
             check_file_limits(found.to_dict(), f"model.path={self.path}")
@@ -159,15 +160,16 @@ class CausalLM:
         return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
 
     def load_tokenizer(self, corpus: Corpus | None = None) -> PreTrainedTokenizerBase:
-        """The tokenizer alone, with its padding token and chat template."""
+        """Load the tokenizer alone, with its padding token and chat template."""
         return self._tokenizer(corpus)
 
     def load_base(
         self, adapter: NoAdapter, precision: Precision, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[PreTrainedModel, Callable[[Any], Callable[[], PreTrainedModel]] | None]:
-        """The causal LM that adapters are put on, quantised as ``adapter`` says, and what gives its plain weights.
+        """Load the causal LM that adapters are put on, and a loader of its plain weights.
 
-        The second is None without quantisation; else it takes the class that is to read the weights.
+        The base is frozen and quantised by ``adapter``. The loader is None without quantisation; otherwise it takes the
+        class that reads the weights, and returns a function that loads them unquantised.
         """
         model = self._weights(AutoModelForCausalLM, adapter, precision, tokenizer)
         adapter.prepare(model)
@@ -193,10 +195,10 @@ class CausalLM:
         language_model.adapter, language_model.precision, language_model.spec = adapter, precision, self
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
-        return language_model.train()  # from_pretrained gives eval mode
+        return language_model.train()  # from_pretrained returns a model in eval mode
 
     def _plain_weights(self, kind: Any, precision: Precision, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The weights as they were before quantisation."""
+        """Load the weights without quantisation."""
         model = self._weights(kind, NoAdapter(), precision, tokenizer)
         return model if kind is AutoModelForCausalLM else model.get_decoder()
 
@@ -217,7 +219,7 @@ class CausalLM:
         arguments["trust_remote_code"] = self.trust_remote_code
         path, adapters = self._base_path(), self._adapters()
         if type(adapter) is not NoAdapter:
-            self._check_learnable(tokenizer)
+            self._check_new_tokens(tokenizer)
         size = precision.weights.itemsize
         if quantization is not None:
             if adapters:
@@ -232,18 +234,18 @@ class CausalLM:
         self._check_memory(self.config(), size)
         model = self._read(kind, path, **arguments)
         for one in adapters:
-            with readable(f"model.path={self.path}: adapter {one}", ANEW):
+            with readable(f"model.path={self.path}: adapter {one}", COPY_ADAPTER_AGAIN):
                 on_top = PeftModel.from_pretrained(model, str(one))
-            model = merged(on_top, one).requires_grad_(True)  # PEFT froze what lies below
+            model = merged(on_top, one).requires_grad_(True)  # PEFT froze the base weights
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         return model
 
-    def _check_learnable(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UserError where the chat template writes tokens that the weights were never trained with.
+    def _check_new_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError if the chat template writes tokens that the weights were never trained with.
 
-        An adapter leaves the embedding frozen, so they would keep the numbers they were made with. It does not matter
-        whether the embedding has rows for them: published models round its size up.
+        An adapter leaves the embedding frozen, so these tokens would keep their initial embeddings. Whether the
+        embedding has rows for them does not matter: published models round its size up.
         """
         if self.chat_template is None and self.tokenizer is None:
             return
@@ -276,11 +278,11 @@ class CausalLM:
             missing = [t for t in TOKENS.get(self.chat_template, ()) if t not in tokenizer.get_vocab()]
             if missing:
                 tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-        _give_pad(tokenizer)
+        _set_pad_token(tokenizer)
         return tokenizer
 
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as it comes with ``tokenizer`` or ``path``, with its own template and padding or without."""
+        """Load the tokenizer that comes with ``tokenizer`` or ``path``, with its own template and padding, if any."""
         source = self.tokenizer or self.path
         assert source is not None
         if source == self.path:
@@ -308,15 +310,15 @@ class CausalLM:
     # --- finding ---
 
     def _read(self, kind: Any, source: str, **arguments: Any) -> PreTrainedModel:
-        """``from_pretrained`` that refuses weights it would have to make up or leave out."""
+        """Call ``from_pretrained``; raise if weights are missing from the files or would be left out."""
         check_index(source)
-        with quiet_if_refused():
+        with defer_transformers_log():
             model, report = self._found(kind.from_pretrained, source, output_loading_info=True, **arguments)
             check_loaded(model, report, f"model.path={source}")
         return model
 
     def _made(self, make: Callable[..., Any], source: Any, **arguments: Any) -> Any:
-        """``make(source)``, with an attention kernel that the architecture lacks put in our words."""
+        """Return ``make(source)``; raise UserError if the architecture lacks the attention kernel."""
         try:
             return make(source, **arguments)
         except (ValueError, ImportError) as error:
@@ -328,7 +330,7 @@ class CausalLM:
             ) from error
 
     def _found(self, read: Callable[..., Any], source: str, **arguments: Any) -> Any:
-        """Reads from a folder, a hub id or a GGUF file; what is not there is the user's to mend."""
+        """Read from a directory, a hub id or a GGUF file; raise UserError if the source is missing or unreadable."""
         arguments.setdefault("trust_remote_code", self.trust_remote_code)
         if source.endswith(".gguf"):
             source = converted(source)
@@ -341,7 +343,11 @@ class CausalLM:
 
     @property
     def folder(self) -> str | None:
-        """``path``, or the model inside it where it is a run folder, or the folder that a GGUF file is read into."""
+        """Return the directory of the model.
+
+        It is ``path``, or the model directory inside a run directory, or the directory converted from a GGUF file; None
+        for random weights.
+        """
         if self.path is None:
             return None
         if self.path.endswith(".gguf"):
@@ -352,23 +358,23 @@ class CausalLM:
         return self.path
 
     def _adapters(self) -> list[Path]:
-        """The adapters to be put on ``_base_path``, lowest first, if the folder holds a PEFT adapter and no model."""
-        return adapters_alone(self.folder)[0] if self.folder is not None else []
+        """Return the adapters to apply to ``_base_path``, lowest first; empty unless ``path`` is an adapter alone."""
+        return resolve_adapters(self.folder)[0] if self.folder is not None else []
 
     def _base_path(self) -> str:
-        """Where the full weights are."""
-        return adapters_alone(str(self.folder))[1]
+        """Return the path of the full weights."""
+        return resolve_adapters(str(self.folder))[1]
 
     @property
     def scalar(self) -> bool:
-        """Whether ``path`` is a reward or value model, which has a scalar head and no vocabulary projection."""
+        """Return whether ``path`` is a reward or value model, with a scalar head and no vocabulary projection."""
         if self.path is None:
             return False
         names = getattr(self.config(), "architectures", None)
         return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
     def _check_memory(self, config: PreTrainedConfig, bytes_per_weight: int) -> None:
-        """Refuses weights that this machine cannot hold, before making them."""
+        """Raise UserError before allocation if this machine cannot hold the weights; GPU machines are not checked."""
         if torch.cuda.is_available():
             return
         with readable(f"model.path={self.path}"), torch.device("meta"):
@@ -383,7 +389,7 @@ class CausalLM:
 
 
 def total_memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its container's limit."""
+    """Return the bytes of memory that this process may use: the machine's memory or its container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -394,12 +400,12 @@ def total_memory() -> int:
 
 
 def _device() -> str:
-    """Where quantised weights are made: quantising on the device itself spares a copy of the full weights."""
+    """Return the device of quantised weights: quantising on the device itself avoids a copy of the full weights."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a reply: the chat template's end of turn, or end of sequence without a template."""
+    """Return the id of the token that ends a response: the chat template's end of turn, or EOS without a template."""
     if tokenizer.chat_template:
         return end_of_turn_id(tokenizer)
     if tokenizer.eos_token_id is None:
@@ -407,8 +413,11 @@ def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A padding token that is not the end of a reply: plain transformers find the last token by ``id != pad``."""
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a padding token that differs from the end of a response.
+
+    Plain transformers find the last token by ``id != pad``.
+    """
     end = _end_id(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
         return
@@ -422,7 +431,7 @@ def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Containers of any kind as dicts and lists."""
+    """Convert containers of any kind to dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Dropout of any name: switching it off, and finding out whether it is off."""
+"""Dropout: disable every dropout of a model, and measure whether passes still vary."""
 
 import re
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from transformers import PreTrainedConfig
 
 #: Attributes that hold a rate of dropout (hidden_dropout, resid_pdrop, layerdrop, drop_path) or of a router's noise.
 RATE = re.compile(r"drop|jitter_noise")
-#: Passes that are compared where a model draws random numbers: layer dropout may spare all layers of the first two.
+#: Number of passes compared if a model draws random numbers: layer dropout may keep all layers in the first two passes.
 PASSES = 16
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: dropout modules, and rates that its modules and their configs hold as numbers.
+    """Set every dropout of a model to 0: dropout modules, and numeric rates in its modules and their configs.
 
-    OPT, Bloom, Falcon and others have no dropout module: they call ``F.dropout`` with a number of their own.
+    OPT, Bloom, Falcon and others have no dropout module: they call ``F.dropout`` with a number stored as an attribute.
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -40,7 +40,7 @@ def _clear(values: dict[str, Any]) -> None:
 def variation(run: Callable[[], Tensor]) -> float:
     """Return how far repeated calls of ``run`` differ: the largest difference over the largest value; 0 if they agree.
 
-    The caller's random numbers stay as they are.
+    The caller's random state is restored.
     """
     with torch.random.fork_rng():
         before = _states()

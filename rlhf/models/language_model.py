@@ -1,16 +1,17 @@
-"""A language model and its tokenizer, seen as hidden states plus an output projection.
+"""Language model with its tokenizer, split into hidden states and output projection.
 
-Algorithms need log-probabilities of given tokens, not logits of all of them. So the decoder and the projection to the
-vocabulary are two calls here, and the projection runs only at the positions that count.
+Algorithms need log-probabilities of given tokens, not the logits of the whole vocabulary. So the decoder and the
+projection to the vocabulary are two calls, and the projection runs only at the positions whose log-probabilities are
+needed.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,30 +19,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import RunFailed, UserError
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
-from rlhf.models.lineage import adapter_beside, write_base
+from rlhf.models.lineage import adapter_path, write_base
 from rlhf.models.precision import Precision
-
-if TYPE_CHECKING:
-    from rlhf.models.causal_lm import CausalLM
-    from rlhf.models.shared_base import SharedBase
 
 
 class LanguageModel(nn.Module):
-    """A causal decoder with its tokenizer, with or without an adapter.
+    """Causal decoder with its tokenizer, with or without an adapter.
 
     Args:
         model: A Hugging Face causal LM, or a PEFT model around one. A bare decoder is accepted too; it has no ``head``.
         tokenizer: Its tokenizer, with a padding token.
-        end_id: Id of the token that ends a reply.
-        plain: For a quantised base, loads the same weights unquantised: adapters are merged into those when saving,
-            because merging into 4-bit weights would round the adapter away.
-        origin: Path of the weights that the trained adapter sits on; None for random ones.
+        end_id: Id of the token that ends a response.
+        plain: For a quantised base, loads the same weights unquantised. Saving merges adapters into those, because
+            merging into 4-bit weights would round the adapter away.
+        origin: Path of the weights below the trained adapter; None for random weights.
 
-    ``shared`` is the base that other roles sit on too, if there is one.
+    ``shared`` is the ``SharedBase`` of this and other roles, or None.
     """
 
     def __init__(
@@ -59,22 +57,22 @@ class LanguageModel(nn.Module):
         self.pad_id = int(tokenizer.pad_token_id)
         self._plain = plain
         self.origin = origin
-        self.shared: SharedBase | None = None
-        # How it was loaded: what a critic beside it is loaded with, too.
+        self.shared: Any = None
+        # How it was loaded; a critic is loaded in the same way.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
-        self.spec: CausalLM | None = None
-        self._config: PreTrainedConfig | None = None  # as loaded, where `disable_dropout` has changed the model's own
+        self.spec: Any = None  # the CausalLM that loaded it
+        self._config: PreTrainedConfig | None = None  # as loaded; set when `disable_dropout` changes the model's own
 
-    # --- what it is ---
+    # --- properties ---
 
     @property
     def adapted(self) -> bool:
-        """Whether an adapter lies on top of the base weights."""
+        """Whether the model has an adapter."""
         return isinstance(self.model, PeftModel)
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model, whose layers hold the adapter's if there is one."""
+        """Hugging Face model without the PEFT wrapper; adapter weights, if any, are inside its layers."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
@@ -84,22 +82,22 @@ class LanguageModel(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states, D."""
+        """Width D of the hidden states."""
         return int(self.config.hidden_size)
 
     @property
     def context_length(self) -> int:
-        """Most tokens the model was built for."""
+        """Maximum number of tokens that the model was built for."""
         return int(self.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @cached_property
     def _cache_name(self) -> str:
-        """Name of the argument and the output field for the key-value cache.
+        """Name of the decoder's argument and output field for the key-value cache.
 
         transformers 5.24 renamed ``past_key_values`` and removes it in 5.40; older versions and remote code keep it.
         """
@@ -108,26 +106,26 @@ class LanguageModel(nn.Module):
 
     @property
     def _plain_head(self) -> bool:
-        """Whether logits are the projection's output as it is."""
+        """Whether the logits are the unmodified output of the projection."""
         changes = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         return all(getattr(self.config, name, None) is None for name in changes)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that receive gradients: all of them, or the adapter's alone."""
+        """Return the parameters that receive gradients: all of them, or only the adapter's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    # --- what it computes ---
+    # --- computation ---
 
     def hidden(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Last hidden states, [B, T] -> [B, T, D], adapter included, without the vocabulary projection.
+        """Compute the last hidden states, [B, T] -> [B, T, D], adapter included, without the vocabulary projection.
 
-        Padding may stand left, right or nowhere: the states of real tokens are equal. Positions that restart inside a
-        row mark packed documents, and a token attends to its own document only.
+        Padding may be on the left, on the right or absent: the states of real tokens are the same. Positions that
+        restart inside a row mark packed documents; a token attends only to its own document.
 
         Args:
             ids: Token ids, [B, T] long.
-            attention_mask: 1 where there is a token, [B, T].
-            position_ids: Positions in the document, [B, T] long; None counts the tokens attended to.
+            attention_mask: 1 on tokens, 0 on padding, [B, T].
+            position_ids: Positions in the document, [B, T] long; None derives them by counting the attended tokens.
         """
         mask = attention_mask.bool()
         if position_ids is None:
@@ -136,20 +134,20 @@ class LanguageModel(nn.Module):
         if restarts.any():  # packed: transformers derives per-document attention from positions when given no mask
             arguments: dict[str, Any] = {"position_ids": position_ids}
         elif (mask[:, 1:] <= mask[:, :-1]).all() and bool((position_ids[:, 0] == 0).all()):
-            # Right padding: no real token looks ahead, so causal attention needs no mask and takes the fast kernel.
+            # Right padding: no real token attends to padding, so causal attention needs no mask: the fast kernel.
             arguments = {}
         else:
             arguments = {"attention_mask": mask.long(), "position_ids": position_ids}
         return self.base.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
 
     def step(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Hidden states of new tokens given the cache of earlier ones: ([B, S, D], cache).
+        """Compute the hidden states of new tokens given the cache of earlier tokens: ([B, S, D], cache).
 
         Args:
             ids: New tokens, [B, S] long.
             attention_mask: 1 on every token so far, new ones included, [B, T].
             position_ids: Positions of the new tokens, [B, S] long.
-            cache: What the previous step returned; None starts.
+            cache: Cache returned by the previous decode step; None for the first.
         """
         output = self.base.get_decoder()(
             input_ids=ids,
@@ -161,7 +159,11 @@ class LanguageModel(nn.Module):
         return output.last_hidden_state, getattr(output, self._cache_name)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, [..., D] -> [..., V], scaled or capped where the architecture does so."""
+        """Compute the logits of hidden states, [..., D] -> [..., V], scaled or capped as the architecture does.
+
+        Raises:
+            TypeError: If the model is a bare decoder.
+        """
         projection = self.base.get_output_embeddings()
         if projection is None:
             raise TypeError("a bare decoder has no vocabulary projection")
@@ -179,36 +181,30 @@ class LanguageModel(nn.Module):
         return logits
 
     def logprobs(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None,
-        loss_mask: Tensor,
-        temperature: float = 1.0,
-        entropy: bool = False,
+        self, tokens: TokenBatch, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of the tokens that count.
+        """Compute the log-probabilities of the tokens in ``loss_mask``.
 
         ``logp[b, t] = log p(ids[b, t] | ids[b, :t])`` where ``loss_mask[b, t]``, 0 elsewhere. The first column has no
-        prediction and is 0 whatever its mask. Only counted positions are projected to the vocabulary.
+        prediction and is 0 whatever its mask. Only masked positions are projected to the vocabulary.
 
         Args:
-            ids, attention_mask, position_ids: As in ``hidden``.
-            loss_mask: 1 on the target tokens that count, [B, T].
+            tokens: B rows of T tokens; ``loss_mask`` selects the targets.
             temperature: Divides the logits.
-            entropy: Whether to return the entropy (nats) of the distribution each counted token was drawn from.
+            entropy: Whether to return the entropy (nats) of the distribution that each target token was drawn from.
 
         Returns:
             logp [B, T] float32, and entropy [B, T] float32 or None.
         """
-        hidden = self.hidden(ids, attention_mask, position_ids)
-        counts = loss_mask.bool().clone()
+        ids = tokens.ids
+        hidden = self.hidden(ids, tokens.attention_mask, tokens.position_ids)
+        counts = tokens.loss_mask.bool().clone()
         counts[:, 0] = False
         logp = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         entropies = torch.zeros_like(logp) if entropy else None
         rows = hidden[:, :-1][counts[:, 1:]]  # position t-1 predicts token t
         if len(rows) == 0:
-            return logp + hidden.float().sum() * 0.0, entropies  # keeps the graph: every rank has a gradient
+            return logp + hidden.float().sum() * 0.0, entropies  # keep the graph, so that every rank has a gradient
         projection = self.base.get_output_embeddings() if self._plain_head else self.head  # nn.Linear: a faster path
         values, spread = token_logprobs(rows, ids[counts], projection, temperature=temperature, entropy=entropy)
         logp = logp.masked_scatter(counts, values.float())
@@ -217,57 +213,42 @@ class LanguageModel(nn.Module):
         return logp, entropies
 
     def forward(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None,
-        loss_mask: Tensor,
-        temperature: float = 1.0,
-        entropy: bool = False,
+        self, tokens: TokenBatch, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``logprobs``."""
-        return self.logprobs(ids, attention_mask, position_ids, loss_mask, temperature, entropy)
+        """Call ``logprobs``."""
+        return self.logprobs(tokens, temperature, entropy)
 
     # --- roles ---
 
-    def reference(self) -> "Reference":
-        """This model as it is before training, frozen.
-
-        With an adapter that is the base with the adapter off, at no memory: an adapter is always put freshly on the
-        starting policy (earlier adapters were merged when they were saved), so the base *is* the starting policy.
-        On a shared base it is that base with the frozen adapters that make the starting policy of it, if there are
-        any. Without an adapter it is a copy.
-        """
-        if self.shared is not None:
-            return Reference(self.shared.start_of(self), shared=True)
-        if self.adapted:
-            return Reference(self)
-        return Reference(copy.deepcopy(self).frozen())
-
     def frozen(self) -> "LanguageModel":
-        """Itself, in eval mode and without gradients."""
+        """Freeze all weights, switch to eval mode, and return the model itself."""
         self.requires_grad_(False)
         return self.eval()
 
     def disable_dropout(self) -> "LanguageModel":
-        """Itself with every dropout at 0: sampling, scoring and training must see one and the same policy."""
+        """Set every dropout to 0 and return the model itself.
+
+        Sampling, scoring and training must use the same policy.
+        """
         if self._config is None:
             self._config = copy.deepcopy(self.base.config)
         disable_dropout(self.model)
         return self
 
     def check_repeatable(self) -> None:
-        """Check that passes in training mode agree, once ``disable_dropout`` was called; nothing is checked before.
+        """Raise if two passes in training mode differ although ``disable_dropout`` was called.
+
+        Without that call, nothing is checked.
 
         Raises:
-            UserError: For an architecture with a source of noise that ``disable_dropout`` does not find.
+            UserError: If the architecture has a source of noise that ``disable_dropout`` does not find.
         """
         if self._config is None:
             return
         ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         with in_mode(self, training=True):
             difference = variation(lambda: self.hidden(ids, torch.ones_like(ids)))
-        if not difference <= 1e-2:  # kernels may add up in another order; nan too
+        if not difference <= 1e-2:  # kernels may sum in another order; a nan must fail too
             raise UserError(
                 f"model type '{self.config.model_type}' gives other hidden states in every pass of training (by "
                 f"{difference:.2g} of the largest), so policy, reference and sampler would differ: set the dropout in "
@@ -275,7 +256,10 @@ class LanguageModel(nn.Module):
             )
 
     def gradient_checkpointing(self) -> "LanguageModel":
-        """Itself, recomputing activations in the backward pass: less memory, about a third more time."""
+        """Recompute activations in the backward pass, and return the model itself.
+
+        It uses less memory and takes about a third more time.
+        """
         if hasattr(self.base, "activation_checkpointing_enable"):  # from transformers 5.20 on
             self.base.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -285,11 +269,11 @@ class LanguageModel(nn.Module):
     # --- saving ---
 
     def stored_config(self) -> PreTrainedConfig:
-        """Return the configuration to save: without quantisation, dropout as it was loaded."""
+        """Return the configuration to save: without quantisation, with dropout as it was loaded."""
         return plain_config(self._config or self.base.config)
 
     def merged_state(self) -> dict[str, Tensor]:
-        """State dict of the base with the adapter merged in; the live weights stay as they are, bit for bit."""
+        """Return the state dict of the base with the adapter merged in; the live weights stay bit-identical."""
         base = self.base
         tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
         if self._plain is not None:
@@ -312,9 +296,9 @@ class LanguageModel(nn.Module):
         return state
 
     def save(self, folder: Path | str) -> None:
-        """Writes a Hugging Face folder: merged weights (safetensors), tokenizer, chat template, generation config.
+        """Save a Hugging Face directory: merged weights (safetensors), tokenizer, chat template, generation config.
 
-        An adapter is written by itself too, as ``adapter_beside`` says.
+        An adapter is also saved alone, at the path from ``adapter_path``.
         """
         folder = Path(folder)
         model = materialize(type(self.base), self.stored_config(), self.merged_state())
@@ -326,10 +310,13 @@ class LanguageModel(nn.Module):
         model.generation_config = generation
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.save_adapter(adapter_beside(folder))
+        self.save_adapter(adapter_path(folder))
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes the trained adapter alone, in PEFT's format, and what it sits on; nothing without an adapter."""
+        """Save the trained adapter alone, in PEFT's format, with a record of its base; without an adapter, do nothing.
+
+        The record is only written for a base with a path.
+        """
         if not isinstance(self.model, PeftModel):
             return
         self.model.peft_config[TRAINED].base_model_name_or_path = self.origin
@@ -338,7 +325,7 @@ class LanguageModel(nn.Module):
             write_base(folder, self.origin)
 
     def check_head(self) -> None:
-        """Raises UserError unless ``head(hidden(x))`` equals the architecture's own logits."""
+        """Raise UserError unless ``head(hidden(x))`` equals the architecture's own logits."""
         ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         with torch.no_grad(), evaluating(self):
             ours = self.head(self.hidden(ids, torch.ones_like(ids))).float()
@@ -351,8 +338,8 @@ class LanguageModel(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
-        # Casting a model to bf16 (Lightning's bf16-true does) would cast the rotary frequencies too, and positions
-        # beyond a few hundred would blur. transformers keeps them in float32; so they stay.
+        # Casting a model to bf16 (as Lightning's bf16-true does) would also cast the rotary frequencies, and positions
+        # beyond a few hundred would lose precision. transformers keeps them in float32, and so does this method.
         before = [
             (module, name, buffer)
             for module in self.modules()
@@ -367,63 +354,14 @@ class LanguageModel(nn.Module):
         return self
 
 
-class Reference:
-    """A frozen policy. Deliberately no ``nn.Module``: it is in no optimizer, no checkpoint, no parameter count.
-
-    Args:
-        model: A frozen model; or one with an adapter, read with the adapter off.
-        shared: Whether its weights are the trained model's. It is then a frozen model of modules of its own, or, if
-            not said, the one with an adapter.
-    """
-
-    def __init__(self, model: LanguageModel, shared: bool | None = None) -> None:
-        self._model = model
-        self._switched = shared is None and model.adapted
-        self.shared = self._switched if shared is None else shared
-
-    @property
-    def modules(self) -> tuple[LanguageModel, bool]:
-        """The modules that hold its weights, and whether the trained adapter on them is none of it."""
-        return self._model, self._switched
-
-    @contextmanager
-    def active(self) -> Iterator[LanguageModel]:
-        """The reference as a LanguageModel: eval mode, no gradients, adapter off while the context is open."""
-        model = self._model
-        on = isinstance(model.model, PeftModel) and self._switched
-        switch = model.model.disable_adapter() if on else nullcontext()  # type: ignore[operator]
-        with torch.no_grad(), evaluating(model), switch:
-            yield model
-
-    def to(self, device: torch.device | str) -> "Reference":
-        """Moves the weights, unless it is the trained model itself; shared weights move for both."""
-        if not self._switched:
-            self._model.to(device)
-        return self
-
-    def logprobs(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None,
-        loss_mask: Tensor,
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """Log-probabilities [B, T] as ``LanguageModel.logprobs``, without gradients."""
-        if self._model.device != ids.device:
-            self.to(ids.device)
-        with self.active() as model:
-            return model.logprobs(ids, attention_mask, position_ids, loss_mask, temperature)[0]
-
-
 def evaluating(module: nn.Module) -> AbstractContextManager[None]:
-    """Eval mode inside, every sub-module's own mode restored after."""
+    """Switch a module to eval mode inside the context; restore the mode of every sub-module afterwards."""
     return in_mode(module, training=False)
 
 
 @contextmanager
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training or eval mode inside, every sub-module's own mode restored after."""
+    """Switch a module to training or eval mode inside the context; restore the mode of every sub-module afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
@@ -434,9 +372,9 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def check_gradients(module: nn.Module) -> None:
-    """Raises RunFailed if a trainable parameter has no gradient. Call after the first backward pass.
+    """Raise RunFailed if a trainable parameter has no gradient; for use after the first backward pass.
 
-    Inference kernels of quantised layers can cut the graph silently: training then runs and changes nothing.
+    Inference kernels of quantised layers can cut the graph silently; training then runs without changing the weights.
     """
     missing = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
     if missing:
@@ -444,7 +382,7 @@ def check_gradients(module: nn.Module) -> None:
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the configuration without quantisation."""
+    """Return a copy of the configuration without quantisation."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -452,10 +390,10 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def materialize(kind: Any, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of class ``kind`` around the tensors of ``state``, none of them copied.
+    """Build a model of class ``kind`` around the tensors of ``state``, without copying them.
 
     Raises:
-        KeyError: If the state lacks a weight that is not tied to another, or has one too many.
+        KeyError: If the state lacks a weight that is not tied to another, or has an unexpected one.
     """
     with torch.device("meta"):
         model = kind(config)

@@ -1,9 +1,9 @@
-"""Which weights an adapter sits on: the chain from a model down to the one whose weights were trained whole.
+"""Lineage of weights: the chain from a model through its adapters to the model whose weights were all trained.
 
-A run trained with an adapter leaves two folders: ``model/``, all weights with the adapter merged in, and ``adapter/``,
-the adapter alone with ``base.json``, which names the weights it sits on by path and by digest. So a policy trained with
-LoRA on an SFT model that was itself trained with LoRA is a chain of three: policy, SFT model, pretrained model. Two
-models whose chains meet can be held as adapters on the weights where they meet. No torch here.
+A run trained with an adapter saves two directories: ``model/``, all weights with the adapter merged in, and
+``adapter/``, the adapter alone with ``base.json``, which names the adapter's base weights by path and digest. So a
+policy trained with LoRA on an SFT model that was itself trained with LoRA is a chain of three: policy, SFT model,
+pretrained model. Two models whose chains meet can be held as adapters on the weights where they meet. No torch here.
 """
 
 import hashlib
@@ -15,22 +15,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf import run_files
 from rlhf.errors import UserError
+from rlhf.runs import run_files
 
 BASE_FILE = "base.json"
-_WHOLE = 2**30  # bytes; of a larger file evenly spread blocks are read, among them its beginning
-ANEW = "copy the adapter's folder anew"
+_WHOLE = 2**30  # bytes; of a larger file only evenly spread blocks are hashed, including its first and last
+COPY_ADAPTER_AGAIN = "copy the adapter's folder anew"
 _BLOCK, _BLOCKS = 2**16, 2**10
 
 
 @dataclass(frozen=True)
 class Node:
-    """A model of a chain.
+    """Model in a chain.
 
     Args:
-        path: Model folder, hub id, GGUF file, or folder of an adapter alone.
-        adapter: The adapter's folder, where the model is the next one of the chain with an adapter on it.
+        path: Model directory, hub id, GGUF file, or directory of an adapter alone.
+        adapter: Directory of the adapter if this model is the next model of the chain plus that adapter; else None.
     """
 
     path: str
@@ -38,17 +38,17 @@ class Node:
 
     @property
     def whole(self) -> bool:
-        """Whether all its weights lie at ``path``, and not an adapter alone."""
+        """Whether ``path`` holds all the weights, and not an adapter alone."""
         return self.adapter is None or Path(self.path).absolute() != self.adapter.absolute()
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A model that is yet to be made.
+    """Model that an earlier step of the plan has yet to make.
 
     Args:
-        adapter: Where its adapter will lie; None where all its weights are trained.
-        base: The model under that adapter.
+        adapter: Directory that its adapter will have; None if all its weights are trained.
+        base: Path of the model under that adapter.
         decompose: Whether the adapter is DoRA.
     """
 
@@ -57,14 +57,14 @@ class Planned:
     decompose: bool = False
 
 
-def adapter_beside(folder: Path) -> Path:
-    """Where the adapter of a model folder is kept: ``adapter`` beside a run's ``model``, and within any other."""
-    run = folder.name.lstrip(".") == "model"  # a run saves under a hidden name first
+def adapter_path(folder: Path) -> Path:
+    """Return the directory of a model's adapter: ``adapter`` beside a run's ``model``, or inside any other."""
+    run = folder.name.lstrip(".") == "model"  # a run first saves under a hidden name
     return (folder.parent if run else folder) / "adapter"
 
 
 def write_base(adapter: Path, base: str) -> None:
-    """Leaves beside an adapter what it sits on: the path as given, seen from the adapter, and the weights' digest."""
+    """Record an adapter's base beside it: its path, its path relative to the adapter, and the digest of its weights."""
     content = {"path": base, "digest": digest(base)}
     if Path(base).exists():
         content["path"] = str(Path(base).absolute())
@@ -73,10 +73,10 @@ def write_base(adapter: Path, base: str) -> None:
 
 
 def base_of(adapter: Path) -> str:
-    """The model that an adapter sits on; its weights are those it was trained on.
+    """Return the path of the model that an adapter was trained on, after checking that its weights are unchanged.
 
     Raises:
-        UserError: If that model is not there any more, or has other weights by now.
+        UserError: If that model no longer exists or its weights have changed.
     """
     file = adapter / BASE_FILE
     if not file.is_file():  # an adapter from elsewhere
@@ -102,24 +102,34 @@ def base_of(adapter: Path) -> str:
 
 
 def stored_base(adapter: Path) -> dict[str, Any]:
-    """Return what `write_base` left beside an adapter; `relative` is None for a base that was no path.
+    """Return the record that `write_base` saved beside an adapter; `relative` is None for a base that is not a path.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: If the file is damaged.
     """
     name = run_files.optional(run_files.text)
     fields = {"path": run_files.text, "digest": name, "relative": name}
-    return run_files.required(adapter / BASE_FILE, fields, f"{ANEW}, or train it again")
+    return run_files.required(adapter / BASE_FILE, fields, f"{COPY_ADAPTER_AGAIN}, or train it again")
 
 
 def stored_config(adapter: Path) -> dict[str, Any]:
-    """Return an adapter's adapter_config.json. Raises UserError where it is damaged."""
+    """Return the content of an adapter's adapter_config.json.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     fields = {"base_model_name_or_path": run_files.optional(run_files.text)}
-    return run_files.required(adapter / "adapter_config.json", fields, ANEW)
+    return run_files.required(adapter / "adapter_config.json", fields, COPY_ADAPTER_AGAIN)
 
 
-def adapters_alone(path: str) -> tuple[list[Path], str]:
-    """The adapters to be put on a model, lowest first, and that model: those of folders that hold an adapter alone."""
+def resolve_adapters(path: str) -> tuple[list[Path], str]:
+    """Return the adapters to apply, lowest first, and the path of the model to apply them to.
+
+    Only directories that hold an adapter alone are followed.
+
+    Raises:
+        UserError: If the adapters form a cycle.
+    """
     found: list[Path] = []
     while True:
         adapter = _adapter_of(path)
@@ -132,9 +142,14 @@ def adapters_alone(path: str) -> tuple[list[Path], str]:
 
 
 def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]:
-    """The model at ``path`` (a folder as ``CausalLM.folder`` gives it, a hub id, a GGUF file) and all it sits on.
+    """Return the chain of a model: the model at ``path`` first, then each model below its adapter.
 
-    ``planned`` says it of folders that are not there yet.
+    Args:
+        path: Directory as returned by ``CausalLM.folder``, hub id, or GGUF file.
+        planned: Path -> model, for directories that do not exist yet.
+
+    Raises:
+        UserError: If the adapters form a cycle.
     """
     nodes: list[Node] = []
     while True:
@@ -151,18 +166,18 @@ def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]
 def common_base(
     policy: str, others: Mapping[str, str], planned: Mapping[str, Planned] | None = None
 ) -> tuple[Node, dict[str, list[Path]]]:
-    """The weights on which the policy and all others sit, as near to the policy as possible.
+    """Find the common base of the policy and all other models that is nearest to the policy.
 
     Args:
         policy: Path of the policy.
-        others: Key (what is typed to name it) -> path of each model that is to share them.
-        planned: Of folders that are yet to be made, what they will sit on.
+        others: Key (as typed to name it) -> path of each model that shares the base.
+        planned: Path -> model, for directories that do not exist yet.
 
     Returns:
-        That model, and for each path the adapters that make it of that model, lowest first.
+        The common base, and for each path the adapters that turn the base into that model, lowest first.
 
     Raises:
-        UserError: If one of them does not sit on any weights of the policy's chain.
+        UserError: If a model has no weights in common with the policy's chain.
     """
     own = chain(policy, planned)
     lowest = next(index for index, node in enumerate(own) if node.whole)
@@ -200,12 +215,12 @@ def _adapter_of(path: str) -> Path | None:
         return None
     if not (folder / "config.json").exists():
         return folder if (folder / "adapter_config.json").exists() else None
-    beside = adapter_beside(folder)
+    beside = adapter_path(folder)
     return beside if (beside / BASE_FILE).is_file() else None
 
 
 def _same(one: Node, other: Node) -> bool:
-    """Whether two nodes hold the same weights: at the same place, or with the same digest."""
+    """Return whether two nodes hold the same weights: at the same path, or with the same digest."""
     if not (one.whole and other.whole):
         return False
     if one.path == other.path or (Path(one.path).exists() and Path(one.path).absolute() == Path(other.path).absolute()):
@@ -215,9 +230,9 @@ def _same(one: Node, other: Node) -> bool:
 
 
 def digest(path: str) -> str | None:
-    """Names the weights at a path by their content, wherever they lie; None for a hub id that is not on this machine.
+    """Return a digest of the content of the weights at a path; None for a hub id that is not in this machine's cache.
 
-    Tokenizer and configuration do not count: they do not change what an adapter sits on.
+    Tokenizer and configuration are excluded: they do not change the base of an adapter.
     """
     place = Path(path)
     if not place.exists():
@@ -249,11 +264,11 @@ def _digest_of(file: Path, size: int, changed_ns: int) -> bytes:
 
 
 def of_hub(name: str) -> Path | None:
-    """The folder of a hub model in the cache of this machine."""
+    """Return the directory of a hub model in this machine's cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of the hub at all
+    except ValueError:  # not a valid hub id
         return None
     return Path(found).parent if isinstance(found, str) else None

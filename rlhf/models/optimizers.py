@@ -1,6 +1,6 @@
-"""Optimizers: each takes parameters (or parameter groups) first, then its knobs.
+"""Optimizers: each takes parameters (or parameter groups) first, then its hyperparameters.
 
-A group's own ``weight_decay`` goes before the optimizer's: stages give vectors (norms, biases) none.
+A group's own ``weight_decay`` overrides the optimizer's: stages give none to vectors (norms, biases).
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def adamw(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019)."""
+    """Build AdamW (Loshchilov & Hutter 2019)."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
 
@@ -38,7 +38,7 @@ def adamw_8bit(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
-    """AdamW with both moments in 8 bits, in blocks (Dettmers et al. 2022): 2 bytes of state per weight, not 8."""
+    """Build AdamW with both moments in blockwise 8 bits (Dettmers et al. 2022): 2 bytes of state per weight, not 8."""
     return _bitsandbytes().AdamW8bit(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
 
@@ -50,7 +50,7 @@ def paged_adamw_8bit(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
-    """As adamw_8bit, its state paged out to main memory when the GPU's is full (Dettmers et al. 2023)."""
+    """Build ``adamw_8bit`` with state that is paged to main memory if the GPU's is full (Dettmers et al. 2023)."""
     return _bitsandbytes().PagedAdamW8bit(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
 
@@ -61,7 +61,10 @@ def lion_8bit(
     beta2: Decay = 0.99,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
-    """Lion (Chen et al. 2023) with its one moment in 8 bits; takes learning rates 3 to 10 times smaller than AdamW."""
+    """Build Lion (Chen et al. 2023) with its one moment in 8 bits.
+
+    It takes learning rates 3 to 10 times smaller than AdamW.
+    """
     return _bitsandbytes().Lion8bit(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
@@ -72,7 +75,7 @@ def rmsprop(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> Optimizer:
-    """RMSprop, as the DPO paper uses it (Rafailov et al. 2023, appendix B): one moment of state."""
+    """Build RMSprop, as the DPO paper uses it (Rafailov et al. 2023, appendix B): one moment of state."""
     return torch.optim.RMSprop(parameters, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
 
 

@@ -11,7 +11,7 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are kept and products computed.
+    """Format of the weights and of the matrix products.
 
     ``*-mixed`` keeps float32 weights and computes in 16 bits; ``bf16-true`` keeps bfloat16 weights (half the memory;
     updates smaller than about 1/256 of a weight are lost).
@@ -33,12 +33,12 @@ class Precision:
         return {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[self.trainer.split("-")[0]]
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager:
-        """What Lightning opens around a training step; for work done outside of one."""
+        """Return the autocast context that Lightning uses in a training step, for computation outside of one."""
         if not self.trainer.endswith("-mixed"):
             return nullcontext()
         return torch.autocast(torch.device(device).type, dtype=self.compute)
 
     def check(self, accelerator: str) -> None:
-        """Raises UserError for float16 on CPU, where ``16-mixed`` would silently run as bfloat16."""
+        """Raise UserError for float16 on CPU, where ``16-mixed`` would silently run as bfloat16."""
         if accelerator == "cpu" and self.trainer.startswith("16"):
             raise UserError("precision=fp16 needs a GPU: on a CPU type precision=bf16 or precision=fp32")

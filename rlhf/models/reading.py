@@ -1,4 +1,4 @@
-"""Say in one line what is wrong with the files of stored models, which libraries read."""
+"""Errors of libraries that read stored models, converted into one-line messages."""
 
 import logging
 import pickle
@@ -14,26 +14,26 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.errors import RLHFError, UserError
-from rlhf.files import read_json
+from rlhf.storage.files import read_json
 
-MODEL = "give a model folder, a run folder or a hub id"
+MODEL = "give a model folder, a run directory or a hub id"
 
 
 @contextmanager
 def readable(name: str, fix: str = MODEL) -> Iterator[None]:
-    """Context manager: what a reader of stored files raises becomes a UserError.
+    """Convert any exception that a reader of stored files raises inside the context into a UserError.
 
-    Readers of safetensors, pickles, JSON and tokenizers raise what they like. An adapter that PEFT would start anew,
-    since its weights are those of other layers, cannot be read either.
+    Readers of safetensors, pickles, JSON and tokenizers raise exceptions of many types. An adapter whose weights belong
+    to other layers, which PEFT would initialise afresh, is also an error.
 
     Args:
-        name: What is read, as it was typed or where it lies.
-        fix: What to do, the end of the message.
+        name: Model or file being read, as typed or by path.
+        fix: Instruction for the user, the end of the message.
     """
     try:
-        with quiet_if_refused(), warnings.catch_warnings():
+        with defer_transformers_log(), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is then refused
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the file is then rejected anyway
             yield
     except (RLHFError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -42,13 +42,13 @@ def readable(name: str, fix: str = MODEL) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_if_refused(trial: bool = False) -> Iterator[None]:
-    """Context manager: what transformers logs is printed at the end, and not at all where an error is raised.
+def defer_transformers_log(trial: bool = False) -> Iterator[None]:
+    """Delay the log of transformers until the context ends; drop it if an exception is raised.
 
-    With CI=true in the environment, transformers hands what it logs to the root logger as well.
+    With CI=true in the environment, transformers also passes its log to the root logger.
 
     Args:
-        trial: Print nothing in any case, since what is built is thrown away.
+        trial: Print nothing in any case, since the built model is discarded.
     """
     logger = logging.getLogger("transformers")
     handlers, propagate = logger.handlers, logger.propagate
@@ -63,26 +63,26 @@ def quiet_if_refused(trial: bool = False) -> Iterator[None]:
 
 
 def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], name: str) -> None:
-    """Refuse a model some of whose weights would be made up, or some of whose layers would be left out.
+    """Raise if a model has weights that its files lack, or its files have layers that the model lacks.
 
     Args:
-        model: As it was read.
-        report: Of transformers: names of weights under `missing_keys` and `unexpected_keys`.
-        name: The model, as it was typed.
+        model: The model as loaded.
+        report: Loading report of transformers: names of weights under `missing_keys` and `unexpected_keys`.
+        name: The model, as typed.
 
     Raises:
-        UserError: Weights are missing, the files hold layers that config.json does not ask for, or generation stops at
-            what is no token.
+        UserError: If weights are missing, the files hold layers that config.json does not describe, or an
+            ``eos_token_id`` of the generation config is not an integer.
     """
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{name}: {len(missing)} weights are not there, such as {', '.join(missing[:3])}")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
-        if end is not None and type(end) is not int:  # it would be found when the trained model is saved
+        if end is not None and type(end) is not int:  # else it would fail only when the trained model is saved
             raise UserError(f"{name}: generation_config.json has eos_token_id={ends!r}, not the number of a token")
     kinds = {_kind(key, model) for key in model.state_dict()}
-    # Other weights that are left over belong to other heads, towers or old buffers.
+    # Unexpected weights of other kinds belong to other heads, towers or old buffers.
     more = sorted(key for key in report["unexpected_keys"] if _kind(key, model) in kinds)
     if more:
         raise UserError(
@@ -92,13 +92,13 @@ def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], 
 
 
 def check_index(source: str) -> None:
-    """Refuse a model folder whose index of weights names files outside it, which transformers would read.
+    """Raise if the weight index of a model directory names files outside it, which transformers would read.
 
     Args:
-        source: A folder; anything else (a hub id) passes.
+        source: A directory; anything else (a hub id) passes.
 
     Raises:
-        UserError: One line that names the file.
+        UserError: One line that names the index file and the outside file.
     """
     for file in sorted(Path(source).glob("*.index.json")):
         content, _ = read_json(file)
@@ -109,12 +109,12 @@ def check_index(source: str) -> None:
 
 
 def _kind(key: str, model: PreTrainedModel) -> str:
-    """Return the name of a weight without its layer's numbers and the prefix that some checkpoints lack."""
+    """Return the name of a weight without layer numbers and without the prefix that some checkpoints lack."""
     return re.sub(r"\.\d+(?=\.)", ".N", key.removeprefix(f"{model.base_model_prefix}."))
 
 
 def _reason(error: Any) -> str:
-    """Return what a reader of a model's files says, in one line."""
+    """Return the message of a reader's exception in one line."""
     text = str(error).strip()
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than config.json says"
@@ -124,6 +124,6 @@ def _reason(error: Any) -> str:
         return "its adapter is for other layers than this base has"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[0] if lines else ""
-    if said.endswith(":") and len(lines) > 1:  # a heading, and the reason below it
+    if said.endswith(":") and len(lines) > 1:  # a heading; the reason is on the next line
         said = f"{said} {lines[1]}"
     return said if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: {said}"

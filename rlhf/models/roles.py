@@ -1,30 +1,31 @@
-"""Models beside the policy that read its tokens: a reference and a critic must share its vocabulary."""
+"""Auxiliary models that read the policy's tokens: the reference and the critic, which must share its vocabulary."""
 
 import copy
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.model_config import no_head
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.language_model import LanguageModel, Reference
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.models.reference import Reference, start_reference
+from rlhf.models.saved_config import missing_head_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import share
-from rlhf.vocabulary import OWN_CRITIC
+from rlhf.models.vocabulary import OWN_CRITIC
 
 
 def require_same_vocabulary(
     policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str, instead: str
 ) -> None:
-    """Raises UserError unless both tokenizers give every id the same token.
+    """Raise UserError unless both tokenizers map every token to the same id.
 
     Args:
         policy: Tokenizer of the policy.
-        other: Tokenizer of the model that is to read the policy's ids.
-        what: The key and value that name that model.
-        instead: What to type.
+        other: Tokenizer of the model that reads the policy's ids.
+        what: Config key and value that name that model.
+        instead: Text for the user to type instead.
     """
     ours, theirs = policy.get_vocab(), other.get_vocab()
     if ours != theirs:
@@ -35,14 +36,14 @@ def require_same_vocabulary(
         )
 
 
-def reference_of(policy: LanguageModel, path: str | None) -> Reference:
-    """The model that KL is measured against: the one at ``path``, or the policy as it is now.
+def load_reference(policy: LanguageModel, path: str | None) -> Reference:
+    """Return the model that KL is measured against: the model at ``path``, or the policy as it is now.
 
     Raises:
-        UserError: For a model with another vocabulary, or a shorter context.
+        UserError: If the model has another vocabulary or a shorter context than the policy.
     """
     if path is None:
-        return policy.reference()
+        return start_reference(policy)
     what = f"inputs.reference={path}"
     if policy.shared is not None:
         model = policy.shared.language_model(path)
@@ -65,52 +66,52 @@ def reference_of(policy: LanguageModel, path: str | None) -> Reference:
     return Reference(model.disable_dropout().frozen())
 
 
-def copy_of_start(policy: LanguageModel) -> Reference | None:
-    """What has to be held from now on for ``start_of`` to give the policy as it is now; None where nothing has to.
+def copy_start_if_needed(policy: LanguageModel) -> Reference | None:
+    """Return a copy of the policy if ``start_of`` needs one to reconstruct its present state, else None.
 
-    With an adapter the base under it is the start, and weights on disk can be read again; weights that were drawn, all
-    of them or those of tokens that were added, must be copied.
+    With an adapter, the base under it is the start, and weights on disk can be read again. Random weights, whether all
+    of them or only those of added tokens, must be copied.
     """
     if policy.adapted:
         return None
     spec = policy.spec
     if spec is None or spec.path is None or spec.config().get_text_config().vocab_size != policy.config.vocab_size:
-        return policy.reference()
+        return start_reference(policy)
     return None
 
 
 def start_of(policy: LanguageModel, copy: Reference | None) -> Reference:
-    """The policy as it was before training: read again, so that it need not be held while the policy trains.
+    """Return the policy as it was before training, reloaded so that it need not be held while the policy trains.
 
     Args:
-        policy: Trained by now, or not yet.
-        copy: What ``copy_of_start`` gave before.
+        policy: The policy, trained or not.
+        copy: Return value of ``copy_start_if_needed`` before training.
     """
     if copy is not None:
         return copy
     if policy.adapted:
-        return policy.reference()
-    assert policy.spec is not None  # copy_of_start
+        return start_reference(policy)
+    assert policy.spec is not None  # copy_start_if_needed
     return Reference(policy.spec.load(NoAdapter(), policy.precision).disable_dropout().frozen())
 
 
-def critic_of(policy: LanguageModel, path: str | None) -> ScalarModel:
-    """The critic: of the reward model at ``path``, or of the policy's own weights with a head of zeros.
+def load_critic(policy: LanguageModel, path: str | None) -> ScalarModel:
+    """Build the critic from the reward model at ``path``, or from the policy's own weights with a zero head.
 
-    Either way with an adapter of its own, if the policy has one; the head is trained whole. On a shared base that
-    adapter sits on the policy's weights, and else on weights of its own.
+    Either has its own adapter if the policy has an adapter; the head is trained in full. On a shared base that adapter
+    is on the policy's weights, otherwise on separate weights.
 
     Raises:
-        UserError: For a language model, whose head would be drawn, and for a model with another vocabulary.
+        UserError: If ``path`` is a language model, whose head would be random, or has another vocabulary.
     """
     if path is None:
         return ScalarModel(copy.deepcopy(policy) if policy.shared is None else share(policy), zero_init=True)
     if not CausalLM(path, None, None).scalar:
-        raise no_head("stage.value", path, OWN_CRITIC)
+        raise missing_head_error("stage.value", path, OWN_CRITIC)
     if policy.shared is not None:
         critic = policy.shared.scalar(path, fresh=True)
     else:
         critic = ScalarModel.load(path, policy.adapter, policy.precision)
-    critic.safety_head = None  # nothing of a critic's loss reads it
+    critic.safety_head = None  # a critic's loss does not use it
     require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", OWN_CRITIC)
     return critic

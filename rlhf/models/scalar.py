@@ -1,4 +1,4 @@
-"""A scalar at every token, or at the last: value and reward models."""
+"""Value and reward models: a scalar at every token, or at the last token."""
 
 import json
 import math
@@ -11,32 +11,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
-from rlhf.model_config import score_scale
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM, Corpus
 from rlhf.models.language_model import LanguageModel, materialize
-from rlhf.models.lineage import adapter_beside
+from rlhf.models.lineage import adapter_path
 from rlhf.models.precision import Precision
 from rlhf.models.reading import readable
+from rlhf.models.saved_config import score_scale
 
 FP32 = Precision("32-true")
 SAFETY_HEAD = "safety_head.safetensors"
 
 
 class ScalarModel(nn.Module):
-    """A decoder with a linear head of one output: ``scale * (w . h) + bias``.
+    """Decoder with a linear head of one output: ``scale * (w . h) + bias``.
 
     ``w`` starts as N(0, 1 / (D + 1)), that is a standard deviation of 1 / sqrt(D + 1) (Stiennon et al. 2020, Huang et
-    al. 2024). ``scale`` and ``bias`` are no parameters; they normalise scores once trained (see ``calibrate``).
-    ``log_odds`` is what a normalised score is multiplied by to be in the units of the loss it was trained with, whose
-    differences are log-odds of a preference.
+    al. 2024). ``scale`` and ``bias`` are not parameters; they normalise scores after training (see ``calibrate``). A
+    normalised score times ``log_odds`` is in the units of the loss that it was trained with, whose differences are
+    log-odds of a preference.
 
     Args:
-        language_model: The decoder; its vocabulary projection, if it has one, is not used.
-        zero_init: Starts from w = 0, so that a value model first predicts 0 everywhere.
+        language_model: The decoder; its vocabulary projection, if any, is not used.
+        zero_init: Whether to start from w = 0, so that a value model first predicts 0 everywhere.
 
-    ``safety_head``, where there is one, tells unsafe replies from the same hidden state (see ``add_safety_head``).
+    ``safety_head``, if any, classifies unsafe responses from the same hidden state (see ``add_safety_head``).
     """
 
     scale: Tensor
@@ -48,7 +49,7 @@ class ScalarModel(nn.Module):
         self.language_model = language_model
         projection = language_model.base.get_output_embeddings()
         if projection is not None and projection.weight is not language_model.base.get_input_embeddings().weight:
-            projection.requires_grad_(False)  # it would be a parameter without a gradient
+            projection.requires_grad_(False)  # otherwise it is a trainable parameter without a gradient
         width = language_model.hidden_size
         self.head = nn.Linear(width, 1, bias=False, device=language_model.device)
         if zero_init:
@@ -68,7 +69,7 @@ class ScalarModel(nn.Module):
         zero_init: bool = False,
         corpus: Corpus | None = None,
     ) -> "ScalarModel":
-        """A scalar model from a model or run folder or a hub id, from ``conf/model``, or around a language model.
+        """Load a scalar model from a model or run directory, a hub id, a ``CausalLM``, or around a language model.
 
         The head is the stored one if there is one (a reward model), else a fresh one (a language model).
         """
@@ -81,18 +82,22 @@ class ScalarModel(nn.Module):
         decoder, head = spec.load_decoder(adapter or NoAdapter(), precision, corpus)
         model = cls(decoder, zero_init)
         if head is not None:
-            model.take_heads(head, Path(spec.folder or ""))
+            model.load_heads(head, Path(spec.folder or ""))
         return model
 
-    def take_heads(self, head: Tensor, folder: Path) -> None:
-        """Takes up the head [1, D] of a stored reward model, and its normalisation and safety head from its folder."""
+    def load_heads(self, head: Tensor, folder: Path) -> None:
+        """Load the head [1, D] of a stored reward model, and the normalisation and safety head in its directory.
+
+        Raises:
+            UserError: If a run's model has no rlhf.json, or a file cannot be read.
+        """
         self.head.weight.data.copy_(head)
         stored = score_scale(folder)
         if stored is not None:
             self.scale.fill_(stored["scale"])
             self.bias.fill_(stored["bias"])
             self.log_odds = stored["log_odds"]
-        elif (folder.parent / "status.json").is_file():  # a run of ours, which writes it
+        elif (folder.parent / "status.json").is_file():  # a run directory, whose model always has rlhf.json
             raise UserError(
                 f"{folder / 'rlhf.json'}: not there, so the scores' scale is unknown; make the reward model again"
             )
@@ -102,9 +107,9 @@ class ScalarModel(nn.Module):
                 self.add_safety_head().load_state_dict(load_file(file))
 
     def add_safety_head(self) -> nn.Linear:
-        """The auxiliary head of Llama 2 (arXiv 2307.09288, section 3.2.2): logit that a reply is unsafe, from w = 0.
+        """Add the auxiliary safety head of Llama 2, starting from w = 0, or return the existing one.
 
-        The one there is, if there is one.
+        Its output is the logit that a response is unsafe (arXiv 2307.09288, section 3.2.2).
         """
         if self.safety_head is None:
             self.safety_head = nn.Linear(self.language_model.hidden_size, 1, device=self.device)
@@ -114,7 +119,7 @@ class ScalarModel(nn.Module):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The decoder's tokenizer."""
+        """Tokenizer of the decoder."""
         return self.language_model.tokenizer
 
     @property
@@ -124,71 +129,74 @@ class ScalarModel(nn.Module):
 
     @property
     def end_id(self) -> int:
-        """Id of the token that ends a reply."""
+        """Id of the token that ends a response."""
         return self.language_model.end_id
 
     @property
     def context_length(self) -> int:
-        """Most tokens the model was built for."""
+        """Maximum number of tokens that the model was built for."""
         return self.language_model.context_length
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.head.weight.device
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that receive gradients: the head's, and the decoder's or its adapter's."""
+        """Return the parameters that receive gradients: the head's, and the decoder's or its adapter's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def disable_dropout(self) -> "ScalarModel":
-        """Itself with every dropout at 0."""
+        """Set every dropout to 0 and return the model itself."""
         self.language_model.disable_dropout()
         return self
 
-    def values(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """A scalar at every token, [B, T] -> [B, T] float32. At padding it means nothing."""
-        return self.project(self.language_model.hidden(ids, attention_mask, position_ids))
+    def values(self, tokens: TokenBatch) -> Tensor:
+        """Compute the scalar at every token, [B, T] -> [B, T] float32; values at padding are meaningless."""
+        return self.project(self._hidden(tokens))
 
-    def scores(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The scalar at the last token attended to, [B, T] -> [B] float32.
+    def scores(self, tokens: TokenBatch) -> Tensor:
+        """Compute the scalar at the last attended token, [B, T] -> [B] float32.
 
-        Which token is last follows from the mask, never from token identity: an end-of-sequence token that doubles as
-        padding is read all the same.
+        The last token follows from the mask, never from token identity: an end-of-sequence token that doubles as
+        padding is still read.
         """
-        return self.project(self.last_hidden(ids, attention_mask, position_ids))
+        return self.project(self.last_hidden(tokens))
 
-    def last_hidden(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The hidden state of the last token attended to, [B, T] -> [B, D]: what both heads read."""
-        hidden = self.language_model.hidden(ids, attention_mask, position_ids)
-        order = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(attention_mask.bool(), order, 0).amax(dim=1)
-        return hidden[torch.arange(len(ids), device=ids.device), last]
+    def last_hidden(self, tokens: TokenBatch) -> Tensor:
+        """Compute the hidden state of the last attended token, [B, T] -> [B, D], the input of both heads."""
+        hidden = self._hidden(tokens)
+        order = torch.arange(hidden.shape[1], device=hidden.device)
+        last = torch.where(tokens.attention_mask.bool(), order, 0).amax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def _hidden(self, tokens: TokenBatch) -> Tensor:
+        return self.language_model.hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)
 
     def unsafe_logits(self, hidden: Tensor) -> Tensor:
-        """Logit of "this reply is unsafe" from last hidden states, [B, D] -> [B] float32."""
+        """Compute the logit of "this response is unsafe" from last hidden states, [B, D] -> [B] float32."""
         assert self.safety_head is not None
         with torch.autocast(hidden.device.type, enabled=False):
             weight, bias = self.safety_head.weight.float(), self.safety_head.bias.float()
             return F.linear(hidden.float(), weight, bias).squeeze(-1)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """``scores``."""
-        return self.scores(ids, attention_mask, position_ids)
+    def forward(self, tokens: TokenBatch) -> Tensor:
+        """Call ``scores``."""
+        return self.scores(tokens)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The scalar of hidden states, [..., D] -> [...] float32."""
-        # In float32 whatever the precision: bfloat16 has 8 bits, two close scores would be equal.
+        """Compute the scalar of hidden states, [..., D] -> [...] float32."""
+        # In float32 at every precision: bfloat16 has 8 significant bits, so two close scores would be equal.
         with torch.autocast(hidden.device.type, enabled=False):
             raw = F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
             return self.scale.float() * raw + self.bias.float()
 
     @torch.no_grad()
     def calibrate(self, scores: Tensor) -> None:
-        """Sets scale and bias so that these scores [N] of this model get mean 0 and standard deviation 1.
+        """Set scale and bias so that these scores [N] of this model get mean 0 and standard deviation 1.
 
         Raises:
-            UserError: If the scores do not differ.
+            UserError: If all scores are equal.
         """
         std, mean = torch.std_mean(scores.float())
         if not std > 0:
@@ -198,10 +206,10 @@ class ScalarModel(nn.Module):
         self.log_odds *= std.item()
 
     def save(self, folder: Path | str) -> None:
-        """Writes a Hugging Face ``*ForSequenceClassification`` folder with one output, adapter merged in.
+        """Save a Hugging Face ``*ForSequenceClassification`` directory with one output, adapter merged in.
 
-        Plain transformers give the scores before scale and bias, which are in ``rlhf.json`` beside them.
-        An adapter is written by itself too, as ``adapter_beside`` says.
+        Plain transformers compute the scores before scale and bias, which are in ``rlhf.json`` in the same directory.
+        An adapter is also saved alone, at the path from ``adapter_path``.
         """
         folder = Path(folder)
         base = self.language_model.base
@@ -220,7 +228,7 @@ class ScalarModel(nn.Module):
         state["score.weight"] = self.head.weight.detach()
         materialize(kind, config, state).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.language_model.save_adapter(adapter_beside(folder))
+        self.language_model.save_adapter(adapter_path(folder))
         numbers = {"scale": self.scale.item(), "bias": self.bias.item(), "log_odds": self.log_odds}
         if self.safety_head is not None:
             head = {name: value.detach().cpu().contiguous() for name, value in self.safety_head.state_dict().items()}
@@ -228,7 +236,7 @@ class ScalarModel(nn.Module):
         (folder / "rlhf.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
     def _apply(self, fn, recurse: bool = True) -> "ScalarModel":  # type: ignore[no-untyped-def]
-        # scale and bias stay float32 when the model is cast, as the decoder's own buffers do
+        # scale and bias stay float32 when the model is cast, like the decoder's own buffers.
         scale, bias = self.scale, self.bias
         super()._apply(fn, recurse)
         self.scale, self.bias = scale.to(self.scale.device), bias.to(self.bias.device)

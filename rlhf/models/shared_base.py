@@ -1,11 +1,11 @@
-"""One base, many roles: policy, reference, value and reward model as adapters and heads on one frozen copy of weights.
+"""Shared base: policy, reference, value and reward model as adapters and heads on one frozen copy of the weights.
 
-A role is a tree of modules of its own around the *same* weight tensors, with its own adapters in it. Nothing is
-switched on or off between calls, as PEFT's ``set_adapter`` and ``disable_adapter`` would do (which also set
-``requires_grad`` on whatever they switch on): gradient checkpointing recomputes a layer inside the very tree that ran
-it, each role keeps its own mode and dropout, and a tree costs Python objects, no tensors.
+Each role has its own tree of modules around the *same* weight tensors, with its own adapters in it. Nothing is switched
+on or off between calls, as PEFT's ``set_adapter`` and ``disable_adapter`` would do (which also set ``requires_grad`` on
+everything they switch on): gradient checkpointing recomputes a layer inside the same tree that ran it, each role keeps
+its own mode and dropout, and a tree costs Python objects, no tensors.
 
-A role's adapters add up: ``W + sum_i (alpha_i / r_i) B_i A_i``. The lower ones are frozen and make of the base the
+A role's adapters add up: ``W + sum_i (alpha_i / r_i) B_i A_i``. The lower ones are frozen and turn the base into the
 model that the role starts from (the SFT adapter, the reward model's); the last one, if the role is trained, is fresh.
 That is the same function, with the same gradient, as a fresh adapter on weights into which the lower ones were merged,
 so sharing changes memory and not the algorithm. The reference is the policy's tree without its last adapter.
@@ -28,7 +28,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import TRAINED, LoRA, tied_projection
 from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import ANEW, Planned, common_base, stored_config
+from rlhf.models.lineage import COPY_ADAPTER_AGAIN, Planned, common_base, stored_config
 from rlhf.models.precision import Precision
 from rlhf.models.reading import readable
 from rlhf.models.scalar import ScalarModel
@@ -37,31 +37,31 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def share(model: M) -> M:
-    """A second tree of modules around the same frozen tensors; those that are trained are copied.
+    """Return a second module tree around the same frozen tensors; trained tensors are copied.
 
-    What quantised layers keep beside their weights is shared too.
+    The state that quantised layers keep beside their weights is shared too.
     """
     same: list[Any] = []
     for part in model.modules():
         tensors = [*part._parameters.values(), *part._buffers.values()]
         same += [tensor for tensor in tensors if tensor is not None and not tensor.requires_grad]
         same += [getattr(part, name, None) for name in ("quant_state", "tokenizer", "shared")]
-        if hasattr(part, "init_8bit_state"):  # the first forward moves the weight's scales into the state: one for all
+        if hasattr(part, "init_8bit_state"):  # the first forward moves the weight's scales into the state: share it
             same.append(part.state)
     return copy.deepcopy(model, {id(value): value for value in same if value is not None})
 
 
 class SharedBase:
-    """The weights that all roles of a stage sit on, loaded once, and the trees on them.
+    """Base weights of all roles of a stage, loaded once, and the module trees around them.
 
-    Made by ``find``, which reads no weights.
+    ``find`` builds it without reading weights.
 
     Args:
-        spec: Where the policy comes from.
-        adapter: What is trained on top.
+        spec: Source of the policy.
+        adapter: Adapter that is trained on top.
         precision: Format of the weights.
-        base: Path of the weights; None for the policy's random ones.
-        stacks: Path of a model -> the adapters that make it of the base, lowest first.
+        base: Path of the weights; None for the policy's random weights.
+        stacks: Path of a model -> the adapters that turn the base into it, lowest first.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class SharedBase:
         trained: Collection[str] = (),
         planned: Mapping[str, Planned] | None = None,
     ) -> "SharedBase":
-        """The base that the policy shares with the others.
+        """Find the base that the policy shares with the other models.
 
         Args:
-            spec: Where the policy comes from.
-            adapter: What is trained on top.
+            spec: Source of the policy.
+            adapter: Adapter that is trained on top.
             precision: Format of the weights.
-            others: What is typed to name a model -> its path (run folder, model folder or hub id).
-            trained: Of these, the ones that get a fresh adapter too.
-            planned: Model folders that are yet to be made -> what they will sit on.
+            others: Config key as typed -> path of the model (run directory, model directory or hub id).
+            trained: Keys of ``others`` whose model also gets a fresh adapter.
+            planned: Path -> model, for model directories that do not exist yet.
 
         Raises:
-            UserError: If they do not sit on common weights, or their adapters cannot be added up.
+            UserError: If the models have no common base, or their adapters cannot be added up.
         """
         if spec.folder is None:
             for key, path in others.items():
@@ -123,7 +123,7 @@ class SharedBase:
     # --- roles ---
 
     def load(self, corpus: Corpus | None = None) -> "SharedBase":
-        """Itself, with the weights read, if they were not."""
+        """Load the weights if they are not loaded yet, and return the object itself."""
         if self.model is None:
             self.tokenizer = self.spec.load_tokenizer(corpus)
             spec = self.spec if self.path is None else dataclasses.replace(self.spec, path=self.path)
@@ -131,7 +131,7 @@ class SharedBase:
         return self
 
     def policy(self, corpus: Corpus | None = None) -> LanguageModel:
-        """The model that is trained, with a fresh adapter: its tree is the base's own, and nothing is left over."""
+        """Build the trained model with a fresh adapter, in a module tree around the shared base."""
         self.load(corpus)
         assert self.model is not None and self.tokenizer is not None
         model = self._role(share(self.model), self.spec.folder, self.tokenizer, AutoModelForCausalLM, fresh=True)
@@ -139,7 +139,7 @@ class SharedBase:
         return model
 
     def language_model(self, path: str) -> LanguageModel:
-        """Another policy as it is, frozen, in eval mode: a reference, or who samples."""
+        """Build another policy, frozen and in eval mode, as a reference or a sampling policy."""
         self.load()
         assert self.model is not None
         folder = _folder(path)
@@ -147,9 +147,9 @@ class SharedBase:
         return self._role(share(self.model), folder, tokenizer, AutoModelForCausalLM).disable_dropout().frozen()
 
     def scalar(self, path: str, fresh: bool = False) -> ScalarModel:
-        """The reward model at ``path``, frozen; or with a fresh adapter and a head that is trained, as a critic.
+        """Build the reward model at ``path``: frozen, or as a critic with a fresh adapter and a trained head.
 
-        For a language model the head is a fresh one.
+        If ``path`` is a language model, the head is a fresh one.
         """
         self.load()
         assert self.model is not None
@@ -158,14 +158,14 @@ class SharedBase:
         role = self._role(decoder, spec.folder, spec.load_tokenizer(), AutoModel, fresh)
         model = ScalarModel(role)
         if spec.scalar:
-            model.take_heads(stored_head(Path(str(spec.folder))), Path(str(spec.folder)))
+            model.load_heads(stored_head(Path(str(spec.folder))), Path(str(spec.folder)))
         if not fresh:
             model.requires_grad_(False)
             return model.eval()
         return model.train()
 
     def start_of(self, policy: LanguageModel) -> LanguageModel:
-        """The policy as it was before training, frozen: its tree without the trained adapter."""
+        """Return the policy as it was before training, frozen: its module tree without the trained adapter."""
         start = share(policy)
         assert isinstance(start.model, PeftModel)
         below = [name for name in start.model.base_model.active_adapters if name != TRAINED]  # type: ignore[operator,union-attr]
@@ -176,7 +176,7 @@ class SharedBase:
             start.model = start.model.unload()  # type: ignore[operator]
         return start.frozen()
 
-    # --- how they are made ---
+    # --- construction ---
 
     def _role(
         self,
@@ -186,7 +186,7 @@ class SharedBase:
         kind: Any,
         fresh: bool = False,
     ) -> LanguageModel:
-        """A tree with its frozen adapters, and a fresh one if it is trained."""
+        """Build a role from a module tree: add its frozen adapters, and a fresh adapter if it is trained."""
         model: PreTrainedModel | PeftModel = tree
         names = []
         for folder in self.stacks.get(path, ()) if path else ():
@@ -209,17 +209,17 @@ class SharedBase:
         return role.train()
 
     def _mount(self, model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
-        """The model with a stored adapter on it; the second role that has it shares its tensors."""
+        """Add a stored adapter to the model; roles with the same adapter share its tensors."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         stem = "base_model.model."
         own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
         prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
-        with readable(str(folder), ANEW):
+        with readable(str(folder), COPY_ADAPTER_AGAIN):
             weights = load_peft_weights(str(folder), device="cpu")
             config = LoraConfig.from_pretrained(str(folder))
         state = {stem + own + key.removeprefix(stem).removeprefix(prefix): value for key, value in weights.items()}
-        config.inference_mode = False  # or no graph is made through it
-        # It may have been trained on a tree with a projection to the vocabulary and be put on one without, or so.
+        config.inference_mode = False  # otherwise no graph is built through it
+        # The tree that it was trained on may have a vocabulary projection where this one has none, or the reverse.
         config.task_type = self.adapter.config(base).task_type
         config.target_modules = {key.removeprefix(stem).rpartition(".lora_")[0] for key in state}
         tied = tied_projection(base)
@@ -228,7 +228,8 @@ class SharedBase:
                 f"{folder}: its adapter changes {tied}, which shares its weights with the input embedding "
                 "(tie_word_embeddings), so it cannot be merged when it is saved: train it on other layers"
             )
-        with torch.random.fork_rng(devices=[]):  # its random start is thrown away, and must not be felt elsewhere
+        # The random initialisation is discarded, so it must not use up random numbers.
+        with torch.random.fork_rng(devices=[]):
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
                 mounted = model
@@ -251,7 +252,7 @@ class SharedBase:
         return mounted
 
     def _check(self, folder: Path, decompose: bool, summed: bool, under_fresh: bool) -> None:
-        """Refuses sums with an adapter that has a magnitude apart."""
+        """Raise if an adapter with a separate magnitude (DoRA) would be added to another adapter."""
         if (summed and decompose) or (under_fresh and self.adapter.decompose):
             raise UserError(
                 f"{folder}: the magnitude of DoRA belongs to a whole weight, so no other adapter can be added to it: "
@@ -260,14 +261,14 @@ class SharedBase:
 
 
 def _activate(model: PeftModel, names: list[str]) -> None:
-    """Puts these adapters to work, one on the other; only the trained one gets gradients."""
+    """Activate these adapters, one on top of the other; only the trained one gets gradients."""
     model.base_model.set_adapter(names)  # type: ignore[operator,union-attr]
     for key, value in model.named_parameters():
         value.requires_grad_(f".{TRAINED}." in key and TRAINED in names)
 
 
 def _stored_lora(folder: Path) -> bool:
-    """Whether the adapter at ``folder`` is DoRA. Raises UserError for one that is no LoRA."""
+    """Return whether the adapter at ``folder`` is DoRA; raise UserError if it is not a LoRA adapter."""
     stored = stored_config(folder)
     if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
         raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
@@ -275,15 +276,15 @@ def _stored_lora(folder: Path) -> bool:
 
 
 def _folder(path: str) -> str:
-    """The model folder of a path as an input gives it."""
+    """Return the model directory of a path given as an input."""
     return str(CausalLM(str(path), None, None).folder)
 
 
 def stored_head(folder: Path) -> Tensor:
-    """The [1, D] head of a stored reward model, without reading its other weights.
+    """Load the [1, D] head of a stored reward model, without reading its other weights.
 
     Raises:
-        UserError: If there is none, or one of several outputs.
+        UserError: If there is none, or it has several outputs.
     """
     for file in sorted(folder.glob("*.safetensors")):
         with readable(f"model.path={file}"), safe_open(file, framework="pt") as content:

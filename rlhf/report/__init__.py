@@ -1,1 +1,1 @@
-"""Comparing runs: tables, plots and pages."""
+"""Reports that compare runs: tables, plots and pages."""

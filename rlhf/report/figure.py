@@ -1,4 +1,4 @@
-"""One figure of a comparison (`rlhf report --plot FILE`): chosen metrics against a knob, a metric or time."""
+"""Single figure of a comparison (`rlhf report --plot FILE`): metrics against a hyperparameter, a metric or the step."""
 
 import math
 from collections.abc import Sequence
@@ -12,43 +12,49 @@ from rlhf.errors import UserError, suggest
 from rlhf.functional.statistics import estimate
 from rlhf.report import plots
 from rlhf.report.sweep import Comparison, Group, short_names, show
+from rlhf.stage import figures
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def write_figure(comparison: Comparison, path: Path, x: str, y: Sequence[str], along: bool = False) -> Path:
-    """Draws `y` against `x`, a panel per metric of `y`, and writes it as PNG, SVG or PDF.
+    """Draw ``y`` against ``x``, one panel for each metric of ``y``, and write it as PNG, SVG or PDF; return its path.
+
+    Points are means over seeds; bars and bands are one standard error over seeds. Runs that differ in something other
+    than the seed (and ``x``, if it is a hyperparameter) have different colours.
 
     Args:
-        x: a swept knob, by its whole name or its last words; a metric; or `step`.
-        y: metrics.
-        along: `x` and `y` are read over training, not at its end (always so where `x` is `step`).
+        comparison: The runs.
+        path: File to write; its suffix selects the format.
+        x: A swept hyperparameter, by its whole name or its last words; a metric; or ``step``.
+        y: Metrics.
+        along: Read ``x`` and ``y`` over training, not at its end (always so if ``x`` is ``step``).
 
-    Points are means over seeds, bars and bands one standard error over seeds. Runs that differ in something other than
-    the seed (and `x`, where it is a knob) are told apart by colour. Raises UserError for a name that no run has.
+    Raises:
+        UserError: The suffix is unknown, ``y`` is empty, or no run has a named metric or hyperparameter.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path}: end the name in {', '.join(SUFFIXES)}")
     if not y:
         raise UserError("--plot: name what is drawn, --y METRIC (repeatable)")
     along = along or x == "step"
-    knob = None if along else _knob(comparison, x)
-    for name in y if knob or x == "step" else [x, *y]:
+    hyperparameter = None if along else _hyperparameter(comparison, x)
+    for name in y if hyperparameter or x == "step" else [x, *y]:
         _known(comparison, name, along)
-    with plots.style():
-        if knob is not None:
-            figure = plots.against_knob(comparison, knob, y)
+    with figures.style():
+        if hyperparameter is not None:
+            figure = plots.against_hyperparameter(comparison, hyperparameter, y)
         else:
             figure = _along(comparison, x, y) if along else _final(comparison, x, y)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return plots.save(figure, path)
+        return figures.save(figure, path)
 
 
-def _knob(comparison: Comparison, name: str) -> str | None:
-    """The swept knob that is meant, if one is."""
+def _hyperparameter(comparison: Comparison, name: str) -> str | None:
+    """Return the swept hyperparameter that ``name`` selects; None if it selects none."""
     meant = [key for key in comparison.varying if key == name or key.replace(":", ".").endswith(f".{name}")]
     if not meant and not any(name in member.metrics for member in comparison.members):
-        # `margin`, where objective.margin.significantly alone was swept.
+        # Accept `margin` if only objective.margin.significantly was swept.
         meant = [key for key in comparison.varying if f".{name}." in f".{key.replace(': ', '.')}"]
     if len(meant) > 1:
         raise UserError(f"--x {name}: say which one: {', '.join(meant)}")
@@ -61,30 +67,34 @@ def _known(comparison: Comparison, name: str, along: bool) -> None:
         return
     names = sorted({key for place in places for key in place})
     where = "logged over training" if along else "among the final metrics"
-    knobs = "" if along else f"; swept: {', '.join(comparison.varying) or 'nothing'}"
-    raise UserError(f"{name}: not {where}{suggest(name, names)}; there are: {', '.join(names)}{knobs}")
+    hyperparameters = "" if along else f"; swept: {', '.join(comparison.varying) or 'nothing'}"
+    raise UserError(f"{name}: not {where}{suggest(name, names)}; there are: {', '.join(names)}{hyperparameters}")
 
 
 def _lines(comparison: Comparison) -> tuple[dict[str, list[Group]], list[str]]:
-    """Groups by their choices (such as the stage), and the numbers that change along each line."""
-    texts = [k for k in comparison.varying if any(isinstance(g.knobs.get(k), str | bool) for g in comparison.groups)]
+    """Return the groups by their categorical hyperparameters, and the numeric ones, which vary along each line."""
+    texts = [
+        k
+        for k in comparison.varying
+        if any(isinstance(g.hyperparameters.get(k), str | bool) for g in comparison.groups)
+    ]
     short = short_names(comparison.varying)
     lines: dict[str, list[Group]] = {}
     for group in comparison.groups:
-        known = [(key, group.knobs[key]) for key in texts if group.knobs.get(key) is not None]
+        known = [(key, group.hyperparameters[key]) for key in texts if group.hyperparameters.get(key) is not None]
         name = ", ".join(show(v) if k in ("stage", "objective") else f"{short[k]}={show(v)}" for k, v in known)
         lines.setdefault(name, []).append(group)
     return lines, [key for key in comparison.varying if key not in texts]
 
 
 def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
-    """Final metrics against another final metric: a line per choice, its points marked with the numbers swept."""
+    """Plot final metrics against another final metric: a line per choice, its points marked with the swept numbers."""
     lines, numbers = _lines(comparison)
     figure, panels = _panels(len(y))
     for axes, metric in zip(panels, y, strict=True):
-        for colour, (name, groups) in zip(cycle(plots.COLOURS), lines.items(), strict=False):
+        for colour, (name, groups) in zip(cycle(figures.COLOURS), lines.items(), strict=False):
             points = [g for g in groups if not math.isnan(g.mean(x)) and not math.isnan(g.mean(metric))]
-            points.sort(key=lambda group: [_number(group.knobs.get(key)) for key in numbers])
+            points.sort(key=lambda group: [_number(group.hyperparameters.get(key)) for key in numbers])
             axes.errorbar(
                 [g.mean(x) for g in points],
                 [g.mean(metric) for g in points],
@@ -97,44 +107,46 @@ def _final(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
                 label=name,
             )
             for group in points:
-                marks = [show(group.knobs[key]) for key in numbers if group.knobs.get(key) is not None]
+                marks = [
+                    show(group.hyperparameters[key]) for key in numbers if group.hyperparameters.get(key) is not None
+                ]
                 at = (group.mean(x), group.mean(metric))
                 axes.annotate(
                     ", ".join(marks), at, (5, 5), textcoords="offset points", color=colour, fontsize=8, alpha=0.9
                 )
         if x == "after_kl" and (start := _start(comparison, metric)) is not None:
-            axes.plot([0], [start], "D", color=plots.INK, markerfacecolor="white", markersize=6, label="before")
-        axes.set(title=metric, xlabel=plots.label(x), ylabel=plots.label(metric))
+            axes.plot([0], [start], "D", color=figures.INK, markerfacecolor="white", markersize=6, label="before")
+        axes.set(title=metric, xlabel=figures.label(x), ylabel=figures.label(metric))
     _legend(figure, panels[0])
     return figure
 
 
 def _start(comparison: Comparison, metric: str) -> float | None:
-    """What a metric of the policies was before they were trained, at no distance from themselves; None if unknown."""
+    """Return the mean of a metric of the policies before training, where their KL is 0; None if unknown."""
     difference = f"{metric.removeprefix('after_')}_difference"
     pairs = [m.metrics for m in comparison.members if metric in m.metrics and difference in m.metrics]
     return math.fsum(one[metric] - one[difference] for one in pairs) / len(pairs) if pairs else None
 
 
 def _along(comparison: Comparison, x: str, y: Sequence[str]) -> Figure:
-    """Metrics over training, against the step or against another metric that was logged at the same steps."""
+    """Plot metrics over training, against the step or against another metric logged at the same steps."""
     figure, panels = _panels(len(y))
     for axes, metric in zip(panels, y, strict=True):
-        for colour, group in zip(cycle(plots.COLOURS), comparison.groups, strict=False):
-            _way_of_group(axes, group, x, metric, colour)
-        axes.set(title=metric, xlabel="step" if x == "step" else plots.label(x), ylabel=plots.label(metric))
+        for colour, group in zip(cycle(figures.COLOURS), comparison.groups, strict=False):
+            _plot_group(axes, group, x, metric, colour)
+        axes.set(title=metric, xlabel="step" if x == "step" else figures.label(x), ylabel=figures.label(metric))
     _legend(figure, panels[0])
     return figure
 
 
-def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) -> None:
-    """Mean over seeds at equal steps, and each seed as a thin line."""
+def _plot_group(axes: Axes, group: Group, x: str, metric: str, colour: str) -> None:
+    """Plot the mean over seeds at shared steps, and each seed as a thin line."""
     ways = []
     for member in group.counted:
         if metric not in member.series or (x != "step" and x not in member.series):
             continue
         steps, values = member.series[metric]
-        smoothed = dict(zip(steps, plots.smooth(values), strict=True))
+        smoothed = dict(zip(steps, figures.smooth(values), strict=True))
         across = dict(zip(steps, steps, strict=True)) if x == "step" else _smoothed(member.series[x])
         way = {step: (across[step], smoothed[step]) for step in steps if step in across}
         if way:
@@ -153,7 +165,7 @@ def _way_of_group(axes: Axes, group: Group, x: str, metric: str, colour: str) ->
 
 
 def _smoothed(series: tuple[list[float], list[float]]) -> dict[float, float]:
-    return dict(zip(series[0], plots.smooth(series[1]), strict=True))
+    return dict(zip(series[0], figures.smooth(series[1]), strict=True))
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: tables, plots, family tree, replies, and every config."""
+"""Report as one self-contained HTML file: tables, plots, family tree, responses, and every config."""
 
 import csv
 import json
@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlhf import run_files
 from rlhf.report import plots
 from rlhf.report.members import COSTS, Member
 from rlhf.report.sweep import Comparison, cell, short_names, show
 from rlhf.report.tree import family_tree
+from rlhf.runs import run_files
 
 _CSS = """
 :root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --mark: #0072B2; }
@@ -26,7 +26,8 @@ p { margin: .3rem 0; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { padding: .38rem .8rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { border-bottom: 2px solid #cbd2d9; cursor: pointer; font-weight: 600; }
-th.knob { color: var(--mark); } td.num { text-align: right; } td.best { font-weight: 700; background: #eaf4ee; }
+th.hyperparameter { color: var(--mark); } td.num { text-align: right; } td.best \
+{ font-weight: 700; background: #eaf4ee; }
 td.wrap { white-space: normal; min-width: 13rem; max-width: 30rem; }
 tbody tr:hover { background: #f7f9fb; } .bad { color: #b42318; }
 img { max-width: 100%; display: block; }
@@ -34,7 +35,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; color: var(--mark); }
 pre { background: #f5f7fa; padding: .8rem; overflow-x: auto; font-size: .8rem; border-radius: 6px; }
 code { font-size: .88em; background: #f5f7fa; padding: .1em .3em; border-radius: 4px; }
 """
-# Click on a column's head: sort by it, once more: the other way round.
+# A click on a column's head sorts by the column; a second click reverses the order.
 _JS = """
 document.querySelectorAll('table.sort').forEach(t => t.tHead.querySelectorAll('th').forEach((h, i) => h.onclick = () =>
 {
@@ -47,7 +48,7 @@ document.querySelectorAll('table.sort').forEach(t => t.tHead.querySelectorAll('t
 
 @dataclass(frozen=True)
 class Failure:
-    """A job of a sweep that did not finish."""
+    """Job of a sweep that did not finish."""
 
     job: str
     status: str
@@ -55,7 +56,7 @@ class Failure:
 
 
 def failures(folder: Path) -> list[Failure]:
-    """The unfinished jobs in the results.csv of a sweep folder; none without such a file."""
+    """Return the unfinished jobs in the results.csv of a sweep directory; empty without such a file."""
     path = folder / "results.csv"
     if not path.is_file():
         return []
@@ -70,20 +71,22 @@ def failures(folder: Path) -> list[Failure]:
 
 
 def write_report(comparison: Comparison, path: Path, title: str, failed: Sequence[Failure] = ()) -> Path:
-    """Writes the report of a comparison as one HTML file."""
-    telling = comparison.telling(8)
-    logged = [name for name in telling if any(name in member.series for member in comparison.members)]
+    """Write the report of a comparison as one HTML file; return its path."""
+    shown = comparison.main_metrics(8)
+    logged = [name for name in shown if any(name in member.series for member in comparison.members)]
     every = {name for member in comparison.members for name in member.metrics} - set(COSTS)
-    more = len(every - set(telling))
-    shown = f"<p class=soft>{len(telling)} of {len(every)} metrics; all are in report.csv.</p>" if more else ""
-    left_out = "".join(f"<p class=bad>{escape(line)}</p>" for line in comparison.left_out(telling))
+    more = len(every - set(shown))
+    note = f"<p class=soft>{len(shown)} of {len(every)} metrics; all are in report.csv.</p>" if more else ""
+    left_out = "".join(f"<p class=bad>{escape(line)}</p>" for line in comparison.left_out(shown))
     sections = [
         f"<h1>{escape(title)}</h1><p class=soft>{_summary(comparison)}</p>",
         _failed(failed),
-        f"<h2>Results</h2>{_results(comparison, telling)}{shown}{left_out}",
+        f"<h2>Results</h2>{_results(comparison, shown)}{note}{left_out}",
     ]
-    if effects := plots.effects(comparison, comparison.distinct(3)) if telling and len(comparison.groups) > 1 else "":
-        sections.append(f"<h2>What the swept knobs do</h2>{_image(effects, 'final metrics by knob')}")
+    if effects := plots.effects(comparison, comparison.distinct(3)) if shown and len(comparison.groups) > 1 else "":
+        sections.append(
+            f"<h2>What the swept hyperparameters do</h2>{_image(effects, 'final metrics by hyperparameter')}"
+        )
     names = plots.reward_and_kl_names(comparison)
     if names and (frontier := plots.frontier(comparison, *names)):
         sections.append(
@@ -103,7 +106,7 @@ def write_report(comparison: Comparison, path: Path, title: str, failed: Sequenc
             "<h2>Family tree</h2><p class=soft>From left to right: which run was made from which, and in what role. "
             f"Blue frame: a run of this report.</p><div class=scroll>{tree}</div>"
         )
-    sections += [_replies(comparison), f"<h2>Runs</h2>{''.join(map(_run, comparison.members))}"]
+    sections += [_responses(comparison), f"<h2>Runs</h2>{''.join(map(_run, comparison.members))}"]
     page = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{_CSS}</style></head><body>{''.join(sections)}"
@@ -137,16 +140,19 @@ def _failed(failed: Sequence[Failure]) -> str:
     return f"<h2 class=bad>Jobs that did not finish</h2><div class=scroll><table>{rows}</table></div>"
 
 
-def _results(comparison: Comparison, telling: Sequence[str]) -> str:
+def _results(comparison: Comparison, shown: Sequence[str]) -> str:
     short, costs = short_names(comparison.varying), comparison.costs()
     head = ["<th>run</th>"]
     for key in comparison.varying:
         more = comparison.together.get(key, [])
         note = f" (+{len(more)})" if more else ""
-        head.append(f"<th class=knob title='{escape(', '.join([key, *more]))}'>{escape(short[key])}{note}</th>")
-    head += [f"<th>{escape(name)}</th>" for name in telling] + [f"<th>{COSTS[name]}</th>" for name in costs]
+        head.append(
+            f"<th class=hyperparameter title='{escape(', '.join([key, *more]))}'>{escape(short[key])}{note}</th>"
+        )
+    head += [f"<th>{escape(name)}</th>" for name in shown] + [f"<th>{COSTS[name]}</th>" for name in costs]
     rows = []
-    best_one = comparison.best(telling[0]) if telling else None  # by one metric: four would have four winners
+    # By the first metric only: each metric could have a different best group.
+    best_one = comparison.best(shown[0]) if shown else None
     for group in comparison.groups:
         members = group.members
         name = escape(members[0].name) if len(members) == 1 else f"{len(members)} runs"
@@ -154,10 +160,10 @@ def _results(comparison: Comparison, telling: Sequence[str]) -> str:
         status = f" <span class=bad>{unfinished} unfinished</span>" if unfinished else ""
         title = escape(", ".join(str(m.run.folder) for m in members))
         cells = [f"<td title='{title}'>{name}{status}</td>"]
-        cells += [f"<td>{escape(show(group.knobs.get(key)))}</td>" for key in comparison.varying]
-        for metric in [*telling, *costs]:
+        cells += [f"<td>{escape(show(group.hyperparameters.get(key)))}</td>" for key in comparison.varying]
+        for metric in [*shown, *costs]:
             mean = group.mean(metric)
-            best = " best" if group is best_one and metric == telling[0] else ""
+            best = " best" if group is best_one and metric == shown[0] else ""
             value = "" if math.isnan(mean) else f"{mean:.9g}"
             cells.append(f"<td class='num{best}' data-v='{value}'>{cell(group, metric)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -171,22 +177,22 @@ def _image(svg: str, description: str) -> str:
     return f"<img alt='{escape(description)}' src='{plots.data_uri(svg)}'>"
 
 
-def _replies(comparison: Comparison, prompts: int = 3, settings: int = 6) -> str:
-    """What the runs say to the same prompts, from the last lines of their samples.jsonl, one column per setting."""
+def _responses(comparison: Comparison, prompts: int = 3, settings: int = 6) -> str:
+    """Return a section with the runs' responses to the same prompts, from samples.jsonl, one column per setting."""
     columns = {group.label: _samples(group.members[0]) for group in comparison.groups}
-    columns = {name: replies for name, replies in columns.items() if replies}
+    columns = {name: responses for name, responses in columns.items() if responses}
     having, columns = len(columns), dict(list(columns.items())[:settings])
     if not columns:
         return ""
     counts: dict[str, int] = {}
-    for replies in columns.values():
-        for prompt in replies:
+    for responses in columns.values():
+        for prompt in responses:
             counts[prompt] = counts.get(prompt, 0) + 1
     asked = sorted(counts, key=lambda prompt: -counts[prompt])[:prompts]
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "".join(
         f"<tr><td class=wrap><b>{escape(prompt)}</b></td>"
-        + "".join(f"<td class=wrap>{escape(replies.get(prompt, ''))}</td>" for replies in columns.values())
+        + "".join(f"<td class=wrap>{escape(responses.get(prompt, ''))}</td>" for responses in columns.values())
         + "</tr>"
         for prompt in asked
     )
@@ -197,28 +203,28 @@ def _replies(comparison: Comparison, prompts: int = 3, settings: int = 6) -> str
     ]
     note = f"<p class=soft>{escape(' and '.join(shown))}; all are in samples.jsonl of the runs.</p>" if shown else ""
     table = f"<table><thead><tr><th>prompt</th>{head}</tr></thead>{rows}</table>"
-    return f"<h2>Replies</h2>{note}<div class=scroll>{table}</div>"
+    return f"<h2>Responses</h2>{note}<div class=scroll>{table}</div>"
 
 
 def _samples(member: Member) -> dict[str, str]:
-    """Prompt -> newest reply, with its score, of a run's samples.jsonl and of its comparison with another policy."""
+    """Return prompt -> newest response with its score, from a run's samples.jsonl and its evaluations."""
     found: dict[str, str] = {}
     for evaluation in member.evaluations:
         for sample in evaluation.get("samples", []):
             if "prompt" in sample and "after" in sample:
                 found[sample["prompt"]] = _scored(sample["after"], sample.get("after_scores", {}))
     for record in run_files.rows(member.run.folder / "samples.jsonl", 200):
-        prompt, reply = record.get("prompt"), record.get("response", record.get("reply"))
+        prompt, response = record.get("prompt"), record.get("response")
         if isinstance(prompt, list):
             prompt = prompt[-1].get("content") if prompt and isinstance(prompt[-1], dict) else None
-        if isinstance(prompt, str) and isinstance(reply, str):
-            found[prompt] = _scored(reply, record)
+        if isinstance(prompt, str) and isinstance(response, str):
+            found[prompt] = _scored(response, record)
     return found
 
 
-def _scored(reply: str, scores: dict[str, Any]) -> str:
+def _scored(response: str, scores: dict[str, Any]) -> str:
     score = next((scores[k] for k in ("gold", "score", "reward") if isinstance(scores.get(k), int | float)), None)
-    return reply if score is None else f"{reply}  [{show(float(score), 3)}]"
+    return response if score is None else f"{response}  [{show(float(score), 3)}]"
 
 
 def _run(member: Member) -> str:

@@ -1,4 +1,4 @@
-"""The runs of a report: where they lie, what they were told and what came out, and what they descend from. No torch."""
+"""Runs of a report: their places, hyperparameters, results and ancestors. This module imports no torch."""
 
 import json
 import re
@@ -9,16 +9,16 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from rlhf import run_files
 from rlhf.errors import UserError
-from rlhf.links import first_out, leads_out
-from rlhf.metrics_file import read_series
-from rlhf.runs import Run, find, named_like, run_of
+from rlhf.planning.references import find_by_prefix
+from rlhf.runs import run_files
+from rlhf.runs.run_directory import Run, find, run_of
+from rlhf.storage.links import first_outside, leads_out
+from rlhf.storage.metrics_file import Series, read_series
 
 Value = str | int | float | bool | None
-Series = dict[str, tuple[list[float], list[float]]]
 
-# Config keys that say where things lie or how they are shown, not what is computed.
+# Config keys that set places or output and do not change results.
 _IGNORED = re.compile(
     r"^(outputs|until|logger|callbacks|hydra|experiment|debug|pipeline|steps|compare|round|sweep_name|stage\.name)(\.|$)"
 )
@@ -26,17 +26,20 @@ COSTS = {"minutes": "minutes", "tokens_per_s": "tokens/s", "peak_memory_gb": "pe
 
 
 class MappingText(str):
-    """A knob that is a mapping, such as `margin: {significantly: 2.0}`, as text; equal for mappings of equal content.
+    """Text of a hyperparameter that is a mapping, such as `margin: {significantly: 2.0}`.
+
+    Mappings of equal content give equal texts.
 
     Attributes:
-        names: its keys, those of mappings within it dotted after them.
-        plain: whether it holds values alone; otherwise there are nodes in it, which the text names by their class.
+        names: its keys; keys of nested mappings are dotted.
+        plain: whether it holds only values; otherwise it contains nodes, which the text represents by their class.
     """
 
     names: frozenset[str]
     plain: bool
 
     def __new__(cls, mapping: dict[Any, Any]) -> "MappingText":
+        """Build the text of a mapping."""
         text = super().__new__(cls, _text(mapping))
         text.names = frozenset(_names(mapping))
         text.plain = not any("_target_" in node for node in _mappings(mapping))
@@ -45,28 +48,28 @@ class MappingText(str):
 
 @dataclass(frozen=True)
 class Member:
-    """A run in a report, with the knobs and ancestors by which it is compared."""
+    """Run of a report, with the hyperparameters and ancestors by which it is compared."""
 
     run: Run
 
     @property
     def name(self) -> str:
-        """Stage and first letters of the fingerprint."""
+        """Return the stage and the first six letters of the fingerprint."""
         return f"{self.run.stage}/{self.run.folder.name[:6]}"
 
     @cached_property
     def status(self) -> str:
-        """State of the run, as it was when the report began."""
+        """Return the status of the run, as it was at first access."""
         return self.run.status
 
     @property
     def finished(self) -> bool:
-        """Whether the run has results."""
+        """Return whether the run has results."""
         return self.status == "finished"
 
     @cached_property
     def ancestors(self) -> dict[str, Run]:
-        """The runs this one descends from, nearest first, by a name that is unique in this family."""
+        """Return the run's ancestors, nearest first, under names that are unique among them."""
         named: dict[str, Run] = {}
         queue = list(parents(self.run))
         seen: set[str] = set()
@@ -82,19 +85,20 @@ class Member:
         return named
 
     @cached_property
-    def knobs(self) -> dict[str, Value]:
-        """Its config and those of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`.
+    def hyperparameters(self) -> dict[str, Value]:
+        """Return the config of the run and of its ancestors, flat: `objective.beta`, `reward_model: objective.margin`.
 
-        A path into a run says only of which stage that is: what the runs differ in is there under their own names.
+        A path into a run is replaced by the run's stage, because the ancestor's own hyperparameters are listed under
+        its name.
         """
-        knobs = {"stage": self.run.stage} | _knobs(self.run)
+        hyperparameters = {"stage": self.run.stage} | _hyperparameters(self.run)
         for name, run in self.ancestors.items():
-            knobs.update({f"{name}: {key}": value for key, value in _knobs(run).items()})
-        return knobs | {"stage": self.run.stage}
+            hyperparameters.update({f"{name}: {key}": value for key, value in _hyperparameters(run).items()})
+        return hyperparameters | {"stage": self.run.stage}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Final metrics and costs. Of a run that is not finished, the newest row of its metrics.csv."""
+        """Return the final metrics and costs; for an unfinished run, the newest values of its metrics.csv."""
         summary = self.run.summary
         metrics = {name: number for name, value in self.run.metrics.items() if (number := _number(value)) is not None}
         if not metrics:
@@ -117,46 +121,55 @@ class Member:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """What `rlhf.evaluation.compare` left in the run folder, oldest first."""
+        """Return the results that `rlhf.evaluation.compare.compare` wrote to the run directory, oldest first."""
         return self.run.evaluations
 
     @property
     def headline(self) -> str | None:
-        """The metric that a sweep of its stage optimises."""
+        """Return the name of the metric that a sweep of its stage optimises; None if the run has no such metric."""
         name = self.run.summary.get("headline")
         return name if isinstance(name, str) and name in self.metrics else None
 
     @cached_property
     def series(self) -> Series:
-        """Everything logged: metric -> (steps, values)."""
+        """Return everything logged: metric -> (steps, values)."""
         return read_series(self.run.folder / "metrics.csv")
 
 
 def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
-    """The runs that a reference means: one run, all runs in a folder, or those whose fingerprint begins so.
+    """Return the runs that a reference selects.
 
-    A run in which a file is a link out of it is none, nor is one that a link reaches outside of the outputs folder.
+    A reference is a run directory, a directory of runs, or the beginning of a path or of a fingerprint. A run that
+    contains a link to a file outside of it is not a run, nor is one that only a link out of the outputs directory
+    reaches.
+
+    Args:
+        reference: The reference, as typed.
+        outputs: Directory in which fingerprints are looked up.
+
+    Raises:
+        UserError: No run is selected.
     """
     path = Path(reference)
     if is_run(path):
         return [Run(path)]
-    if (link := first_out(path, path)) is not None and (path / "status.json").is_file():
+    if (link := first_outside(path, path)) is not None and (path / "status.json").is_file():
         raise UserError(
             f"{reference}: {link.name} is a link to {link.resolve()}, outside of the run; put the file in its place"
         )
     if path.is_dir():
-        # A sweep links to the runs of its jobs, which lie in the outputs folder that it lies in.
+        # A sweep links to the runs of its jobs, which are in the same outputs directory as the sweep.
         roots = [outputs, path, *([path.resolve().parents[1]] if path.resolve().parent.name == "sweeps" else [])]
-        found = [Run(folder) for folder in sorted(_run_folders(path, 3, roots))]
+        found = [Run(folder) for folder in sorted(_run_directories(path, 3, roots))]
         if not found:
-            raise UserError(f"{reference}: no runs in this folder; type a run folder, a sweep folder or {outputs}")
-        if (path / "multirun.yaml").is_file():  # a sweep: a job's result stays one where another job goes on from it
+            raise UserError(f"{reference}: no runs in this folder; type a run directory, a sweep folder or {outputs}")
+        if (path / "multirun.yaml").is_file():  # a sweep: every job is a result, even if another job reads it
             return found
-        # A job of a pipeline is its last run: the steps before are its ancestors.
+        # A pipeline is represented by its last run: the earlier steps are its ancestors.
         above = {str(fingerprint) for run in found for fingerprint in run.lineage.get("ancestors") or {}}
         last = [run for run in found if run.fingerprint not in above]
         return last or found
-    if begun := [Run(found) for found in named_like(path) if is_run(found)]:
+    if begun := [Run(found) for found in find_by_prefix(path) if is_run(found)]:
         return begun
     by_name = [run for run in find(outputs) if run.fingerprint.startswith(str(reference))]
     if not by_name:
@@ -165,28 +178,28 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
 
 
 def newest_sweep(outputs: Path) -> Path | None:
-    """The sweep folder that was made last."""
+    """Return the newest sweep directory; None without any."""
     folders = [folder for folder in (outputs / "sweeps").glob("*") if folder.is_dir()]
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder, all of whose files are its own."""
+    """Return whether a directory is a run directory without links to files outside of it."""
     own = all((folder / name).is_file() for name in ("status.json", "config.yaml"))
-    return own and first_out(folder, folder) is None
+    return own and first_outside(folder, folder) is None
 
 
-def _run_folders(folder: Path, depth: int, roots: Sequence[Path]) -> Iterator[Path]:
-    """Run folders below a folder by their real place, links followed that stay below one of ``roots``."""
+def _run_directories(folder: Path, depth: int, roots: Sequence[Path]) -> Iterator[Path]:
+    """Yield run directories below a directory by their real path; follow only links that stay below a root."""
     for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith("."):  # such as what is left of a run that was removed
+        if not child.is_dir() or child.name.startswith("."):  # such as the remains of a removed run
             continue
         if child.is_symlink() and all(leads_out(child, root) for root in roots):
             continue
         if is_run(child):
             yield _display(child)
         elif depth > 1:
-            yield from _run_folders(child, depth - 1, roots)
+            yield from _run_directories(child, depth - 1, roots)
 
 
 def _display(folder: Path) -> Path:
@@ -195,17 +208,17 @@ def _display(folder: Path) -> Path:
 
 
 def parents(run: Run) -> list[tuple[str, Run]]:
-    """The runs a run read from, with the role each had, from lineage.json; those that are gone are left out."""
+    """Return (role, run) of the runs that a run read, from lineage.json; missing runs are left out."""
     lineage = run.lineage
     ancestors = lineage.get("ancestors") or {}
     found: list[tuple[str, Run]] = []
     for role, identities in (lineage.get("inputs") or {}).items():
         for identity in identities:
-            # A run's fingerprint, a path inside it after a slash, a hash of files, or a hub id.
+            # An identity is a fingerprint (and a path inside the run after a slash), a hash of files, or a hub id.
             place = (ancestors.get(str(identity).partition("/")[0]) or {}).get("folder")
             if place is None:
                 continue
-            # Typed from another folder, or moved: runs of one outputs folder lie beside each other.
+            # A relative path from another working directory, or a moved outputs directory: look beside the run too.
             for folder in (Path(place), run.folder.resolve().parents[1].joinpath(*Path(place).parts[-2:])):
                 if is_run(folder):
                     found.append((str(role), Run(folder)))
@@ -213,19 +226,19 @@ def parents(run: Run) -> list[tuple[str, Run]]:
     return found
 
 
-def _knobs(run: Run) -> dict[str, Value]:
-    """Return the config of one run, flat; runs of a sweep share their ancestors."""
+def _hyperparameters(run: Run) -> dict[str, Value]:
+    """Return the config of one run, flat; cached, since runs of a sweep share their ancestors."""
     make = lambda: {key: _stage_of(value) for key, value in flatten(run.plain_config)}  # noqa: E731
-    return run_files.once.get(("knobs", str(run.folder)), make)
+    return run_files.once.get(("hyperparameters", str(run.folder)), make)
 
 
 def _stage_of(value: Value) -> Value:
-    """The stage of the run that a path leads into, or of the runs in a list; anything else as it is."""
+    """Return the stage of the run that a path leads into, or of the runs in a list; any other value unchanged."""
     if not isinstance(value, str) or isinstance(value, MappingText) or "/" not in value:
         return value
     try:
         paths = json.loads(value) if value.startswith("[") else [value]
-    except ValueError:  # text that begins with a bracket, such as a template
+    except ValueError:  # text that starts with a bracket, such as a template
         return value
     stages = [run.stage for path in paths if isinstance(path, str) and (run := run_of(Path(path))) is not None]
     if len(stages) < len(paths) or len(set(stages)) != 1:
@@ -234,9 +247,10 @@ def _stage_of(value: Value) -> Value:
 
 
 def flatten(node: Any, prefix: str = "", inside: bool = False) -> Iterator[tuple[str, Value]]:
-    """Dotted keys of a config. A group's `_target_` stands under the group's own name, as the class's name.
+    """Yield the dotted keys of a config with their values; a group's `_target_` is the group's own key -> class name.
 
-    A mapping that is a knob of a group (`inside` one) comes twice: as a whole, a `MappingText`, and then by its keys.
+    A mapping that is a hyperparameter of a group (``inside`` one) appears twice: as a whole, a `MappingText`, and by
+    its keys.
     """
     inside = inside or "_target_" in node
     for key, value in node.items():
@@ -256,7 +270,7 @@ def flatten(node: Any, prefix: str = "", inside: bool = False) -> Iterator[tuple
 
 
 def _text(value: Any) -> str:
-    """A value inside a mapping as one would type it: of a node the class, of a path into a run the run's stage."""
+    """Return a value inside a mapping as one would type it: a node as its class, a path into a run as its stage."""
     if isinstance(value, dict):
         if "_target_" in value:
             return str(value["_target_"]).rpartition(".")[2]
@@ -272,7 +286,7 @@ def _text(value: Any) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """1.0 as 1, in lists too: it is the same setting, and one text."""
+    """Return 1.0 as 1, in lists too: both are the same setting and need the same text."""
     if isinstance(value, list):
         return [_whole(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

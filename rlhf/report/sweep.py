@@ -1,4 +1,4 @@
-"""Comparing runs: what differs between their configs, and what came out. No torch here."""
+"""Comparison of runs: the hyperparameters in which they differ, and their results. This module imports no torch."""
 
 import csv
 import math
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 from rlhf.functional.statistics import estimate, t_quantile
-from rlhf.metrics_file import distinct_names
 from rlhf.report.members import COSTS, MappingText, Member, Value, find_runs
-from rlhf.runs import Run
+from rlhf.runs.run_directory import Run
+from rlhf.storage.metrics_file import distinct_names
 
-# Metrics that a reader looks at first, best match first; the names are those that stages log.
-_TELLING = (
+# Patterns of the most informative metrics, in order; the names are those that stages log.
+_INFORMATIVE = (
     r"gold$",
     r"(^|/|^after_)(score|reward|reward_picked)$",
     r"(^|/|_)kl$",
@@ -32,24 +32,24 @@ _TELLING = (
 _NOT_TELLING = re.compile(
     r"^(headline|epoch|learning_rate|gradient_norm|before_.*|.*_z|.*_se|.*_std|.*_(length|ended)_difference|.*seconds)$"
 )
-# Training losses are no yardstick: PPO's hardly moves while the reward grows.
+# Training losses are excluded: PPO's hardly changes while the reward grows.
 _LOWER_IS_BETTER = re.compile(r"^val/.*loss$|perplexity")
 _HIGHER_IS_BETTER = re.compile(r"gold|reward|score|accuracy|win")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed: one point of a comparison, with an error bar if there are several."""
+    """Runs that differ only in the seed: one point of a comparison, with an error bar if there are several."""
 
     label: str
-    knobs: dict[str, Value]
+    hyperparameters: dict[str, Value]
     members: list[Member]
 
     @cached_property
     def counted(self) -> list[Member]:
-        """The runs that results are taken from: the finished ones; where none is finished, those that may become so.
+        """Return the runs that enter the means: the finished ones; if none is finished, all that have not failed.
 
-        What a failed run logged last is no result.
+        The last logged values of a failed run are not a result.
         """
         finished = [member for member in self.members if member.finished]
         return finished or [member for member in self.members if member.status != "failed"]
@@ -59,26 +59,26 @@ class Group:
         return [m.metrics[metric] for m in self.counted if metric in m.metrics and math.isfinite(m.metrics[metric])]
 
     def broken(self, metric: str) -> int:
-        """Return how many counted runs have a value of the metric that is nan or infinite, and so is in no mean."""
+        """Return how many counted runs have a value of nan or infinity, which no mean includes."""
         return sum(metric in m.metrics and not math.isfinite(m.metrics[metric]) for m in self.counted)
 
     def mean(self, metric: str) -> float:
-        """Mean over seeds; nan if no run has the metric."""
+        """Return the mean over seeds; nan if no run has the metric."""
         values = self.values(metric)
         return math.fsum(values) / len(values) if values else math.nan
 
     def error(self, metric: str) -> float:
-        """Standard error over seeds; nan for fewer than two runs."""
+        """Return the standard error over seeds; nan for fewer than two runs."""
         values = self.values(metric)
         return estimate(values).se if values else math.nan
 
 
 @dataclass
 class Comparison:
-    """The runs of a report.
+    """Comparison of the runs of a report.
 
-    `varying` are the knobs in which they differ, without the seed and without knobs that only repeat another;
-    `together` names for each of these the knobs of the same group that change with it.
+    `varying` are the hyperparameters in which they differ, without the seed and without those that only repeat another;
+    `together` names for each of these the hyperparameters of the same group that change with it.
     """
 
     members: list[Member]
@@ -91,7 +91,7 @@ class Comparison:
         self.varying, self.together = varying(self.members)
         grouped: dict[tuple[Value, ...], list[Member]] = {}
         for member in self.members:
-            grouped.setdefault(tuple(member.knobs.get(key) for key in self.varying), []).append(member)
+            grouped.setdefault(tuple(member.hyperparameters.get(key) for key in self.varying), []).append(member)
         ordered = sorted(grouped.items(), key=lambda item: [_order(value) for value in item[0]])
         self.groups = [
             Group(self._label(key, members), dict(zip(self.varying, key, strict=True)), members)
@@ -103,25 +103,25 @@ class Comparison:
         parts = [
             show(value) if name in ("stage", "objective") else f"{short[name]}={show(value) or 'null'}"
             for name, value in zip(self.varying, key, strict=True)
-            if name in members[0].knobs
+            if name in members[0].hyperparameters
         ]
         return ", ".join(parts) or members[0].name
 
     @property
     def seeds(self) -> int:
-        """Most runs in one group."""
+        """Return the largest number of runs in a group."""
         return max((len(group.members) for group in self.groups), default=0)
 
     @property
     def error_note(self) -> str:
-        """What stands behind a mean, and how it becomes an interval with so few seeds."""
+        """Return the explanation of the error of a mean, with the factor that turns it into a 95% interval."""
         return (
             "mean ± standard error over seeds; a 95% interval is "
             f"± {t_quantile(self.seeds - 1):.1f} standard errors with {self.seeds} seeds"
         )
 
-    def telling(self, count: int) -> list[str]:
-        """The metrics worth a column: those asked for, else what sweeps optimise, then the first by `_TELLING`."""
+    def main_metrics(self, count: int) -> list[str]:
+        """Return the metrics to show: those requested, else the sweeps' headlines, then the first by `_INFORMATIVE`."""
         if self.metrics:
             return self.metrics
         names = {name for member in self.members for name in member.metrics if not _NOT_TELLING.match(name)}
@@ -130,26 +130,27 @@ class Comparison:
         for name in sorted(names - set(COSTS) - set(first), key=_rank):
             kind = _rank(name)[0]
             per_kind[kind] = per_kind.get(kind, 0) + 1
-            if per_kind[kind] <= 2:  # the same quantity in a third form tells less than another one
+            # At most two of a kind: a third variant adds less information than another quantity.
+            if per_kind[kind] <= 2:
                 first.append(name)
         return first[:count]
 
     def distinct(self, count: int) -> list[str]:
-        """The most telling metrics of different kinds: held-out gold reward and accuracy, not gold reward twice."""
+        """Return the most informative metrics, one of each kind: gold reward and accuracy, not two gold rewards."""
         kinds: dict[int, str] = {}
-        for name in self.telling(20):
+        for name in self.main_metrics(20):
             kinds.setdefault(_rank(name)[0], name)
         return self.metrics or list(kinds.values())[:count]
 
     def costs(self) -> list[str]:
-        """The costs that any run has recorded."""
+        """Return the costs that any run has recorded."""
         return [name for name in COSTS if any(name in member.metrics for member in self.members)]
 
     def best(self, metric: str) -> Group | None:
-        """Return the group with the best mean; None where none is.
+        """Return the group with the best mean; None if there is no clear best group.
 
-        That is so where it is not known which way is better, for fewer than two groups of finished runs without nan,
-        and where the next one is within two standard errors of the difference.
+        None if the better direction is unknown, if fewer than two groups have finished runs without nan, or if the lead
+        over the second is within two standard errors of the difference.
         """
         lower = _LOWER_IS_BETTER.search(metric) is not None
         known = [g for g in self.groups if g.values(metric) and not g.broken(metric) and g.counted[0].finished]
@@ -160,10 +161,10 @@ class Comparison:
             abs(first.mean(metric) - second.mean(metric)),
             math.hypot(first.error(metric), second.error(metric)),
         )
-        return None if lead <= 2 * noise else first  # nan (a single run) compares as no noise known
+        return None if lead <= 2 * noise else first  # a nan error (single runs) compares False, so the lead counts
 
     def left_out(self, metrics: Sequence[str]) -> list[str]:
-        """Return what the means of these metrics leave out, one line each."""
+        """Return one line for each set of runs or values that the means of these metrics leave out."""
         lines = []
         for group in self.groups:
             total = len(group.members)
@@ -177,29 +178,34 @@ class Comparison:
         return lines
 
     def write_csv(self, path: Path) -> None:
-        """One row per run: folder, status, every knob that differs (collapsed ones too), every metric."""
+        """Write one row per run: directory, status, the hyperparameters that differ (with `together`), every metric."""
         keys = [key for name in self.varying for key in (name, *self.together.get(name, []))]
-        seeds = [key for key in sorted({k for m in self.members for k in m.knobs if _is_seed(k)}) if ":" not in key]
+        seeds = [
+            key for key in sorted({k for m in self.members for k in m.hyperparameters if _is_seed(k)}) if ":" not in key
+        ]
         names = sorted({name for member in self.members for name in member.metrics}, key=_rank)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(distinct_names(["run", "status", *keys, *seeds], names))
             for group in self.groups:
                 for member in group.members:
-                    knobs = ["" if (v := member.knobs.get(key)) is None else v for key in (*keys, *seeds)]
+                    hyperparameters = [
+                        "" if (v := member.hyperparameters.get(key)) is None else v for key in (*keys, *seeds)
+                    ]
                     results = [member.metrics.get(name, "") for name in names]
-                    writer.writerow([member.run.folder, member.status, *knobs, *results])
+                    writer.writerow([member.run.folder, member.status, *hyperparameters, *results])
 
 
 def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """The comparison of all runs that are meant.
+    """Compare all runs that the references select.
 
     Args:
-        references: run folders, sweep folders, any folder of runs, or first letters of fingerprints.
-        outputs: where fingerprints are looked up.
-        metrics: the metrics to show; empty for the most telling ones.
+        references: run directories, sweep directories, any directory of runs, or first letters of fingerprints.
+        outputs: directory in which fingerprints are looked up.
+        metrics: the metrics to show; empty for the most informative ones.
 
-    Raises UserError for a reference that means nothing, and for a metric that no run has.
+    Raises:
+        UserError: A reference selects no run, or no run has a metric.
     """
     runs: dict[str, Run] = {}
     for reference in references:
@@ -214,33 +220,34 @@ def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Seque
 
 
 def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]:
-    """Knobs in which runs differ, and for each the others of its group (the stage: of all) that change exactly with it.
+    """Return the hyperparameters in which runs differ, and for each those of its group that change exactly with it.
 
-    A knob that only some runs have counts if those differ in it: otherwise it comes with an option that differs, and
-    counts only where no other knob tells those runs from the rest. Left out are seeds. So runs in which all of these
-    knobs are equal differ in nothing but seeds.
+    A difference of the stage takes the hyperparameters of every group with it. A hyperparameter that only some runs
+    have counts if those runs differ in it. Otherwise it belongs to an option that differs, and counts only if no other
+    hyperparameter distinguishes those runs from the rest. Seeds are left out. Runs in which all of these
+    hyperparameters are equal therefore differ only in seeds.
     """
     order: dict[str, None] = {}
     for member in members:
-        order.update(dict.fromkeys(member.knobs))
+        order.update(dict.fromkeys(member.hyperparameters))
     columns: dict[str, tuple[Value, ...]] = {}
     others: dict[str, tuple[Value, ...]] = {}
-    twice = _told_twice(members, order)
+    twice = _redundant_keys(members, order)
     for key in order:
         if key in twice or _is_seed(key):
             continue
-        present = {_same(member.knobs[key]) for member in members if key in member.knobs}
-        column = tuple(_same(member.knobs.get(key)) for member in members)
+        present = {_same(member.hyperparameters[key]) for member in members if key in member.hyperparameters}
+        column = tuple(_same(member.hyperparameters.get(key)) for member in members)
         (others if len(present) < 2 else columns)[key] = column
 
     kept: list[str] = []
     together: dict[str, list[str]] = {}
     for key, column in columns.items():
         leaf = key.partition(": ")[2] or key
-        # The knob of an ancestor that repeats this run's own (a sweep over something that all steps share).
+        # An ancestor's hyperparameter that repeats the run's own (a sweep over something that all steps share).
         if any((other.partition(": ")[2] or other) == leaf and columns[other] == column for other in kept):
             continue
-        # One choice of an option sets several knobs of its group.
+        # A single choice of an option sets several hyperparameters of its group.
         group = key.rpartition(": ")[2].split(".")[0]
         twin = next(
             (
@@ -269,11 +276,11 @@ def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]
     return kept, together
 
 
-def _told_twice(members: Sequence[Member], keys: Iterable[str]) -> set[str]:
-    """What to leave out of mappings: the whole where all have the same keys (each is a knob), else the single keys."""
+def _redundant_keys(members: Sequence[Member], keys: Iterable[str]) -> set[str]:
+    """Return the redundant keys of mappings: the whole if all have the same keys, else the single keys."""
     found: set[str] = set()
     for key in keys:
-        values = [member.knobs[key] for member in members if key in member.knobs]
+        values = [member.hyperparameters[key] for member in members if key in member.hyperparameters]
         mappings = [value for value in values if isinstance(value, MappingText)]
         if not mappings:
             continue
@@ -285,7 +292,7 @@ def _told_twice(members: Sequence[Member], keys: Iterable[str]) -> set[str]:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, longer where two would read the same."""
+    """Return the last part of each dotted key; more parts where two would be equal."""
     keys = list(keys)
     short = {}
     for key in keys:
@@ -300,7 +307,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def show(value: Value, digits: int = 4) -> str:
-    """A value as a reader wants it."""
+    """Return a value as text for a reader."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -311,7 +318,7 @@ def show(value: Value, digits: int = 4) -> str:
 
 
 def cell(group: Group, metric: str) -> str:
-    """What stands in a table: the mean and its error over seeds; of a cost the mean alone."""
+    """Return the text of a table cell: the mean and its error over seeds; for a cost only the mean."""
     mean = group.mean(metric)
     if metric in COSTS and not math.isnan(mean):
         return f"{mean:,.0f}" if mean >= 100 else show(mean, 3)
@@ -322,22 +329,22 @@ def cell(group: Group, metric: str) -> str:
 
 
 def with_error(mean: float, error: float) -> str:
-    """`0.512 ± 0.014`, or the mean alone where no error is known."""
+    """Return `0.512 ± 0.014`, or only the mean if the error is unknown."""
     if math.isnan(mean):
         return ""
     if math.isnan(error):
         return show(mean)
     if error <= 1e-9 * abs(mean):  # equal, up to rounding
         return f"{show(mean)} ± 0"
-    digits = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error, and the mean as far as those
+    digits = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error, and the mean to the same place
     return f"{mean:.{digits}f} ± {error:.{digits}f}" if digits <= 6 else f"{mean:.3g} ± {error:.2g}"
 
 
 def _rank(metric: str) -> tuple[int, int, str]:
     if metric in COSTS or _NOT_TELLING.match(metric):
-        return len(_TELLING) + 1, 0, metric
-    place = next((i for i, pattern in enumerate(_TELLING) if re.search(pattern, metric)), len(_TELLING))
-    # Held-out before training: it is what generalises.
+        return len(_INFORMATIVE) + 1, 0, metric
+    place = next((i for i, pattern in enumerate(_INFORMATIVE) if re.search(pattern, metric)), len(_INFORMATIVE))
+    # Held-out metrics come before training metrics, because they measure generalisation.
     return place, 0 if metric.startswith("after_") else 1 if metric.startswith("val/") else 2, metric
 
 
@@ -346,12 +353,12 @@ def _is_seed(key: str) -> bool:
 
 
 def _same(value: Value) -> Value:
-    """1 and 1.0 are the same setting."""
+    """Return 1.0 as 1, because they are the same setting."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _partition(column: Sequence[Hashable]) -> tuple[int, ...]:
-    """Which entries are equal, whatever they are: the pattern by which a knob divides the runs."""
+    """Return the pattern of equal entries, by which a hyperparameter partitions the runs, independent of the values."""
     first: dict[Hashable, int] = {}
     return tuple(first.setdefault(value, len(first)) for value in column)
 

@@ -1,4 +1,4 @@
-"""The family tree of runs as SVG: which run was made from which, drawn from their lineage.json."""
+"""Family tree of runs as SVG, from their lineage.json: which run was made from which."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from html import escape
 
 from rlhf.report.members import Member, parents
 from rlhf.report.sweep import show
-from rlhf.runs import Run
+from rlhf.runs.run_directory import Run
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, PORT = 150, 44, 110, 14, 8, 14  # pixels
-ALIKE = 6  # more runs than this of one stage with the same parents are drawn as one box
-# By what a stage does; a stage of a plugin is grey.
+ALIKE = 6  # if more runs than this share stage and parents, they are drawn as one box
+# Colours by kind of stage; any other stage is grey.
 FILL = {
     "pretrain": "#E8EEF4",
     "sft": "#DCEBF7",
@@ -24,10 +24,10 @@ FILL = {
 
 @dataclass
 class _Box:
-    """One or more runs; or, without runs, a bend of an arrow that passes a column."""
+    """Box of one or more runs; without runs, a bend where an arrow passes a column."""
 
     runs: list[Run] = field(default_factory=list)
-    marked: bool = False  # a run of the report, not only an ancestor
+    marked: bool = False  # whether it is a run of the report and not only an ancestor
     x: float = 0.0
     y: float = 0.0
 
@@ -47,7 +47,7 @@ class _Arrow:
 
 
 def family_tree(members: Sequence[Member]) -> str:
-    """All runs of a report and their ancestors, ancestors on the left; "" when no run has an ancestor."""
+    """Return the SVG of a report's runs and their ancestors, ancestors on the left; "" if no run has an ancestor."""
     boxes, edges = _boxes(members)
     if not edges:
         return ""
@@ -57,7 +57,7 @@ def family_tree(members: Sequence[Member]) -> str:
         columns[depth[name]].append(name)
     arrows = []
     for (parent, child), roles in edges.items():
-        # All arrows that leave a box towards later columns share their bends, so that they run as one line.
+        # Arrows from one box to later columns share their bends, so that they are drawn as one line.
         bends = [f"{parent} {i}" for i in range(depth[parent] + 1, depth[child])]
         for i, bend in enumerate(bends, depth[parent] + 1):
             if bend not in boxes:
@@ -83,7 +83,7 @@ def family_tree(members: Sequence[Member]) -> str:
 
 
 def _boxes(members: Sequence[Member]) -> tuple[dict[str, _Box], dict[tuple[str, str], list[str]]]:
-    """Boxes by name, and the roles of each (parent, child)."""
+    """Return the boxes by name, and (parent, child) -> roles."""
     runs: dict[str, Run] = {}
     above: dict[str, list[tuple[str, str]]] = {}  # fingerprint -> (role, fingerprint of the parent)
 
@@ -119,7 +119,7 @@ def _boxes(members: Sequence[Member]) -> tuple[dict[str, _Box], dict[tuple[str, 
 
 
 def _depths(boxes: dict[str, _Box], edges: dict[tuple[str, str], list[str]]) -> dict[str, int]:
-    """The column of each box: the longest way to it from a box without parents."""
+    """Return the column of each box: the length of the longest path to it from a box without parents."""
     above: dict[str, list[str]] = {}
     for parent, child in edges:
         above.setdefault(child, []).append(parent)
@@ -127,7 +127,7 @@ def _depths(boxes: dict[str, _Box], edges: dict[tuple[str, str], list[str]]) -> 
 
     def measure(name: str) -> int:
         if name not in depth:
-            depth[name] = 0  # for a lineage that was edited into a circle
+            depth[name] = 0  # guards against a cycle in an edited lineage
             depth[name] = 1 + max(map(measure, above.get(name, [])), default=-1)
         return depth[name]
 
@@ -137,7 +137,7 @@ def _depths(boxes: dict[str, _Box], edges: dict[tuple[str, str], list[str]]) -> 
 
 
 def _place(boxes: dict[str, _Box], columns: list[list[str]], arrows: Sequence[_Arrow]) -> None:
-    """Sets the corners. In each column boxes are in the order of their parents, which keeps arrows from crossing."""
+    """Set the corners of all boxes, ordered in each column by their parents, which keeps arrows from crossing."""
     before: dict[str, list[str]] = {}
     for arrow in arrows:
         for left, right in zip(arrow.path, arrow.path[1:], strict=False):
@@ -157,7 +157,7 @@ def _place(boxes: dict[str, _Box], columns: list[list[str]], arrows: Sequence[_A
 
 
 def _draw_arrow(path: Sequence[_Box], roles: str, port: float) -> str:
-    """A line through boxes; `port` is how far below the middle of the last box it ends, in pixels."""
+    """Return a curve through boxes that ends ``port`` pixels below the middle of the last box."""
     x, y = path[0].x + WIDTH, path[0].middle
     line = [f"M{x:.0f},{y:.1f}"]
     for box in path[1:]:
@@ -175,7 +175,7 @@ def _draw_arrow(path: Sequence[_Box], roles: str, port: float) -> str:
 
 
 def _ports(arrows: Sequence[_Arrow], boxes: dict[str, _Box]) -> list[float]:
-    """Where each arrow ends on the side of its box: one below the other, in the order they come in."""
+    """Return for each arrow its end on the side of its box: in order of their origins, one below the other."""
     ports = []
     for arrow in arrows:
         same = sorted((a for a in arrows if a.path[-1] == arrow.path[-1]), key=lambda a: boxes[a.path[-2]].middle)

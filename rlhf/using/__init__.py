@@ -1,1 +1,1 @@
-"""What one does with a model that was made: talk with it, let it answer, measure it, take it elsewhere."""
+"""Use of a trained model: chat, batch generation, evaluation, export."""

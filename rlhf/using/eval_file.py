@@ -1,4 +1,4 @@
-"""What `rlhf eval` finds, as a table and as eval.json. No torch here."""
+"""Results of `rlhf eval`, as a table and as eval.json. This module imports no torch."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import run_files, runs
+from rlhf.runs import run_directory, run_files
+from rlhf.storage import files
 
 if TYPE_CHECKING:
     from rlhf.functional.statistics import Difference, Estimate
@@ -21,9 +22,9 @@ LABELS = {
     "win_gold": "win rate by gold",
     "win_reward": "win rate by the reward model",
     "win_judge": "win rate by the judge",
-    "kl": "KL to the reference (nats per reply)",
-    "length": "reply length (tokens)",
-    "ended": "share of replies that end",
+    "kl": "KL to the reference (nats per response)",
+    "length": "response length (tokens)",
+    "ended": "share of responses that end",
     "perplexity_text": "perplexity of the text (per token)",
     "bits_per_byte_text": "bits per byte of the text",
     "perplexity_answers": "perplexity of the answers (per token)",
@@ -34,7 +35,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One policy's metrics, and what they are apart from the baseline's on the same prompts."""
+    """Metrics of one policy, and their paired differences to the baseline on the same prompts."""
 
     name: str
     metrics: "dict[str, Estimate]"
@@ -43,7 +44,7 @@ class Result:
     samples: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; null for what is not known, such as the error of a single value."""
+        """Return plain numbers; null for values that are not finite, such as the standard error of a single value."""
         return {
             "metrics": {name: _finite(asdict(value)) for name, value in self.metrics.items()},
             "differences": {name: _finite(asdict(value)) for name, value in self.differences.items()},
@@ -53,7 +54,7 @@ class Result:
 
 
 def rows(results: Sequence[Result], differences: bool) -> list[tuple[str, ...]]:
-    """A table's rows: the metric, and of each policy its mean and standard error, or the difference to the baseline."""
+    """Return a table's rows: the metric, and each policy's mean and standard error, or difference to the baseline."""
     found = []
     for name, label in LABELS.items():
         cells = [(result.differences if differences else result.metrics).get(name) for result in results]
@@ -73,14 +74,16 @@ def _cell(value: "Estimate | Difference") -> str:
 
 
 def add(file: Path, settings: dict[str, Any], result: Result) -> None:
-    """Keeps a result in a file of results, in the place of one that was made with the same settings."""
+    """Add a result to a file of results; it replaces a result with the same settings."""
     settings = json.loads(json.dumps(settings))
     kept = [one for one in read(file) if one.get("settings") != settings]
-    runs.write_json(file, {"evaluations": [*kept, {"settings": settings, "when": runs.now(), **result.to_json()}]})
+    files.write_json(
+        file, {"evaluations": [*kept, {"settings": settings, "when": run_directory.now(), **result.to_json()}]}
+    )
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All results in a file, oldest first; none where there is no file."""
+    """Return all results in a file, oldest first; empty if there is no file."""
     return list(run_files.read(file, run_files.EVALUATIONS)[0].get("evaluations", ()))
 
 

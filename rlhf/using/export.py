@@ -1,4 +1,7 @@
-"""A run's model as a folder that plain transformers and peft read, with a model card. torch only where it must load."""
+"""Export of a model as a directory that plain transformers and peft load, with a model card.
+
+torch is imported only if weights have to be loaded.
+"""
 
 import json
 import shlex
@@ -8,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf import links, runs
 from rlhf.errors import UserError
-from rlhf.model_config import check_file_limits, score_scale, written
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
 from rlhf.models.lineage import stored_base, stored_config
+from rlhf.models.saved_config import check_file_limits, score_scale, written
+from rlhf.runs import run_directory
+from rlhf.storage import links
 from rlhf.using import named
 from rlhf.using.named import Named
 
 Kind = Literal["model", "adapter", "reward_model"]
-# What a model folder consists of: the only files that --force removes.
+# Files of a model directory: the only ones that --force removes.
 # fmt: off
 PARTS = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
@@ -33,14 +37,15 @@ SAFETY_HEAD = "safety_head.safetensors"
 
 @dataclass
 class Exported:
-    """What was written.
+    """Description of an export.
 
     Attributes:
         kind: A language model with all its weights, an adapter alone, or a reward model.
-        base: What an adapter belongs to: a model folder, a GGUF file or a hub id.
-        source: The GGUF file that this base was dequantised from, if it was.
-        bias: What is added to a reward model's output.
-        notes: What a user of the folder has to know.
+        folder: The directory.
+        base: The base of an adapter: a model directory, a GGUF file or a hub id.
+        source: The GGUF file that this base was dequantised from, if any.
+        bias: The number to add to a reward model's output.
+        notes: Notes for the user of the directory, one line each.
     """
 
     kind: Kind
@@ -52,14 +57,14 @@ class Exported:
 
 
 def prepare(folder: Path, force: bool) -> None:
-    """Makes the folder, empty of models.
+    """Create the directory, or remove the model files from it.
 
     Raises:
-        UserError: Something is in it, and ``force`` is not set; or it is a run's.
+        UserError: It is a file, belongs to a run, or is not empty and ``force`` is not set.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to {folder}: is a file; name a folder")
-    if runs.run_of(folder.absolute()) is not None:
+    if run_directory.run_of(folder.absolute()) is not None:
         raise UserError(f"--to {folder}: lies in a run, whose files must stay as they are; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise UserError(f"--to {folder}: is not empty; name another one, or type --force to write over a model in it")
@@ -70,23 +75,23 @@ def prepare(folder: Path, force: bool) -> None:
 
 
 def adapter_of(model: Named) -> Path | None:
-    """Where the adapter of a model lies by itself, in PEFT's format; None where all weights were trained."""
+    """Return the directory of a model's separate adapter in PEFT's format; None if all weights were trained."""
     places = [Path(model.path)] if model.run is None else [model.run.folder / "adapter"]
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
 
 
 def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Exported:
-    """Writes the model's folder, all but the card.
+    """Write the model's directory, except for the card.
 
     Args:
-        model: A run's model of either kind, a model or adapter folder, a GGUF file or a hub id.
-        folder: Where to.
-        merge: Writes the weights with the adapter in them, even where there is an adapter to write alone.
-        force: Writes over a model that is there.
+        model: A run's model of either kind, a model or adapter directory, a GGUF file or a hub id.
+        folder: The directory to write.
+        merge: Write the weights with the adapter merged into them, even if the adapter could be written alone.
+        force: Replace a model that is in the directory.
 
     Raises:
-        UserError: The folder is not free, an adapter has no base that others could load, a file is a link out of the
-            run, or the model needs Python code of its own.
+        UserError: The directory cannot be used, an adapter has no base that others could load, a file is a link out of
+            the run, or the model needs Python code that came with it.
     """
     adapter = None if merge or named.scalar(model.path) else adapter_of(model)
     base = None if adapter is None else _base(model, adapter)
@@ -105,23 +110,23 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
             raise UserError(f"{model.path}/config.json: is no JSON object; get the model again")
         _copy(Path(model.path), folder, ("*",))
         return Exported("model", folder)
-    from rlhf.evaluation import load_policy
+    from rlhf.evaluation.compare import load_policy
 
-    load_policy(model.path).to("cpu").save(folder)  # a hub id, a GGUF file, an adapter to be merged
+    load_policy(model.path).to("cpu").save(folder)  # a hub id, a GGUF file, or an adapter to be merged
     return Exported("model", folder)
 
 
 def _refuse_links(inside: Path, model: Named) -> None:
-    """Refuse a folder in which a link would bring a file from elsewhere into the export."""
+    """Raise for a directory with a link that would copy a file from elsewhere into the export."""
     root = inside if model.run is None else model.run.folder
     if model.run is None and inside.parent.name == "snapshots":
-        root = inside.parents[1]  # the hub's cache keeps files beside the snapshots that link to them
-    if (link := links.first_out(inside, root)) is not None:
+        root = inside.parents[1]  # the hub's cache stores files beside the snapshots, which link to them
+    if (link := links.first_outside(inside, root)) is not None:
         raise UserError(f"{link}: is a link to {link.resolve()}, outside of {root}; put the file itself in its place")
 
 
 def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
-    """The adapter, the name of its base, and the tokenizer it was trained with."""
+    """Write the adapter with the name of its base, and the tokenizer that it was trained with."""
     inside = Path(model.path)
     _copy(inside, folder, ("*",), (*WEIGHTS, "config.json", "rlhf.json", "README.md"))
     _copy(adapter, folder, ("adapter_config.json", *WEIGHTS))
@@ -138,10 +143,12 @@ def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
 
 
 def _of_gguf(base: str, source: GGUFSource) -> list[str]:
-    """What has to be said of an adapter on dequantised weights, which are no model of the hub's."""
+    """Return the notes for an adapter whose base is dequantised weights, which are not on the hub."""
     file = shlex.quote(source.path)
     if source.package:
-        file = f'"$(python -c "from rlhf.hub import packaged_file; print(packaged_file(\'{source.package}\'))")"'
+        file = (
+            f'"$(python -c "from rlhf.storage.hub import packaged_file; print(packaged_file(\'{source.package}\'))")"'
+        )
     first = f"`{source.install}`, then the code in the card, or " if source.install else ""
     return [
         f"the adapter's base is {source}, dequantised to float32: close to the model of the hub that the file was made "
@@ -152,7 +159,7 @@ def _of_gguf(base: str, source: GGUFSource) -> list[str]:
 
 
 def _base(model: Named, adapter: Path) -> str:
-    """The weights an adapter was trained on top of, as others can load them."""
+    """Return the weights that an adapter was trained on, in a form that others can load."""
     path = _named_base(model, adapter)
     if not path:
         raise UserError(f"{model.ref}: its adapter lies on random weights, which are nowhere else: type --merge")
@@ -167,7 +174,7 @@ def _base(model: Named, adapter: Path) -> str:
 
 
 def _named_base(model: Named, adapter: Path) -> str | None:
-    """The base as the adapter's own files say, else as the run's config does."""
+    """Return the base that the adapter's own files name, or else the run's config."""
     if (adapter / "base.json").is_file():
         stored = stored_base(adapter)
         beside = adapter / (stored["relative"] or "")
@@ -180,7 +187,7 @@ def _named_base(model: Named, adapter: Path) -> str | None:
 
 
 def _reward_model(source: Path, folder: Path) -> Exported:
-    """As it is, with the scale of its scores in the head; the bias is no part of transformers' heads."""
+    """Write a reward model with the scale of its scores merged into the head; transformers' heads have no bias."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -212,7 +219,7 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     found = Exported("reward_model", folder, bias=float(numbers["bias"]))
     found.notes.append(
         f"scores are normalised: the scale is in the head, the bias {found.bias:.6g} is to be added (it changes no "
-        "comparison of two replies)"
+        "comparison of two responses)"
     )
     if (source / SAFETY_HEAD).is_file():
         _copy(source, folder, (SAFETY_HEAD,))
@@ -221,7 +228,7 @@ def _reward_model(source: Path, folder: Path) -> Exported:
 
 
 def _copy(source: Path, folder: Path, patterns: tuple[str, ...], but: tuple[str, ...] = ()) -> None:
-    """Files of a folder, by their content alone: what was private to the run's owner is not so in the copy."""
+    """Copy the content of files, but not their permissions, so that private files become readable in the export."""
     if not source.is_dir():
         return
     left_out = {file for pattern in but for file in source.glob(pattern)}

@@ -1,34 +1,34 @@
-"""Data that a command is given to use, none of it to train on: prompts, texts, demonstrations. No torch here."""
+"""Data that a command reads without training on it: prompts, texts, demonstrations. This module imports no torch."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Plain
 from rlhf.data.data import Data
 from rlhf.data.records import Demonstration, Message, Prompt, RecordName, Text
 from rlhf.data.sources import TESTBED
 from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
+from rlhf.storage.plain import Plain
 
-HELD_OUT = 400  # of the testbed, where no number is given; as conf/data/prompts
+HELD_OUT = 400  # default number of the testbed's held-out records, as in conf/data/prompts
 ANY_LENGTH = 2**31
 
 
 def load_prompts(source: str, world: Plain | None, limit: int | None, flag: str = "--prompts") -> list[Prompt]:
-    """The prompts of a file, glob, folder or data set in any format, or the testbed's held-out ones.
+    """Load the prompts of a file, glob, directory or data set in any format, or the testbed's held-out ones.
 
-    In a text file every line is a prompt (or every paragraph, where empty lines part them).
+    In a text file every line is a prompt (or every paragraph, if empty lines separate them).
 
     Args:
-        source: What to read.
-        world: The node of the testbed's world, for ``testbed``; None: the default world.
-        limit: The most prompts, the first ones; None: all (of the testbed: 400).
-        flag: What the source was typed as.
+        source: Path, glob, hub id or ``testbed``.
+        world: The config node of the testbed's world, for ``testbed``; None: the default world.
+        limit: Maximum number of prompts, the first ones; None: all (of the testbed: 400).
+        flag: The command-line option of the source, for error messages.
 
     Raises:
-        UserError: There is nothing that can be read.
+        UserError: Nothing can be read.
     """
     plain_text = Path(source).name.removesuffix(".gz").endswith(".txt")
     return _load("prompt", source, world, limit, flag, f"{__name__}:line" if plain_text else "auto")
@@ -37,18 +37,18 @@ def load_prompts(source: str, world: Plain | None, limit: int | None, flag: str 
 def load_documents(
     kind: RecordName, source: str, world: Plain | None, limit: int | None, flag: str
 ) -> list[Text] | list[Demonstration]:
-    """As ``load_prompts``, for texts or demonstrations."""
+    """Load texts or demonstrations, as ``load_prompts`` loads prompts."""
     return _load(kind, source, world, limit, flag, "auto")
 
 
 def line(raw: Mapping[str, Any]) -> Prompt:
-    """A format: the text is what the user says."""
+    """Convert a row of a text file to a prompt: a dialogue of one user turn."""
     return Prompt((Message("user", str(raw["text"]).strip()),))
 
 
 def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None, flag: str, format: str) -> list[Any]:
     held_out = source == TESTBED
-    knobs = {key: value for key, value in (world or {}).items() if key != "_target_"}
+    hyperparameters = {key: value for key, value in (world or {}).items() if key != "_target_"}
     data = Data(
         record=kind,
         source=source,
@@ -56,14 +56,15 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
         validation=(limit or HELD_OUT) if held_out else 0,
         max_length=ANY_LENGTH,
         format=format,
-        testbed=Testbed(**knobs),
+        testbed=Testbed(**hyperparameters),
     )
     try:
         split = data.load()
     except UserError as error:
         fewer = re.search(r"the testbed holds out (\d+) different prompts", str(error))
         if held_out and fewer and int(fewer[1]) < (limit or HELD_OUT):
-            return _load(kind, source, world, int(fewer[1]), flag, format)  # a limit is the most, not a wish
+            # A limit is a maximum: use all prompts that are available.
+            return _load(kind, source, world, int(fewer[1]), flag, format)
         raise UserError(_as_typed(str(error), kind, flag)) from error
     report = split.report
     if report.bad or report.ties:
@@ -74,8 +75,8 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
 
 
 def _as_typed(message: str, kind: str, flag: str) -> str:
-    """What the data set says of itself, in the words of a command that trains nothing."""
+    """Return a message of the data set in terms of the command's option, without advice that only concerns training."""
     message = message.replace("data.source=", f"{flag} ").replace(f"no {kind} to train on", f"holds no usable {kind}")
     message = re.sub(r" \(data\.max_bad=[^)]*\)", "", message)
     message = message.replace("; give one with data.format=NAME", "")
-    return re.sub(r"(?:mend the file, name its data\.format.*|; set data\..*)$", "mend the file", message)
+    return re.sub(r"(?:fix the file, name its data\.format.*|; set data\..*)$", "fix the file", message)

@@ -1,21 +1,21 @@
-"""Foreign text in a Markdown page: names of models, paths, commands and configs stay text and become no markup."""
+"""Escaping of untrusted text for a Markdown page, so that names, paths, commands and configs never become markup."""
 
 import re
 from typing import Any
 
 
 def line(text: Any) -> str:
-    """Return text on one line: line breaks and other control characters become spaces."""
+    """Return text on one line, with spaces in place of line breaks and other control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split(" ")).strip()
 
 
 def plain(text: Any) -> str:
-    """Return text on one line that reads as it is, outside of code: what Markdown and HTML would read is escaped."""
+    """Return text on one line, outside of code, with all characters escaped that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*\[\]<>&#~]|(?<!\w)_|_(?!\w))", r"\\\1", line(text))
 
 
 def code(text: Any) -> str:
-    """Return text as code within a line, whatever backticks are in it."""
+    """Return text as inline code, with a fence longer than any run of backticks in it."""
     content = line(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", content)), default=0))
     pad = " " if content.startswith("`") or content.endswith("`") else ""
@@ -23,16 +23,16 @@ def code(text: Any) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Return text as a block of code, whatever fences are in it."""
+    """Return text as a code block, with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def row(*cells: str) -> str:
-    """Return a row of a table, from Markdown of one line per cell."""
+    """Return a table row from cells of one-line Markdown."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def literal(text: str) -> str:
-    """Return text as a Python string in double quotes, every character that is not printable escaped."""
+    """Return text as a Python string literal in double quotes, with every non-printable character escaped."""
     return '"' + "".join('\\"' if c == '"' else repr(c)[1:-1] for c in text) + '"'

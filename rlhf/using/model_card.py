@@ -1,4 +1,7 @@
-"""The README.md of an exported model: how to load it, what it was made from, how it was measured. No torch here."""
+"""Model card: the README.md of an exported model, with loading code, lineage, metrics and licences.
+
+This module imports no torch.
+"""
 
 import re
 from pathlib import Path
@@ -6,15 +9,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.config import Plain
-from rlhf.report.console import number
-from rlhf.runs import Run
+from rlhf.console import number
+from rlhf.runs.run_directory import Run
+from rlhf.storage.plain import Plain
 from rlhf.using import eval_file, markdown, named
 from rlhf.using.export import Exported
 from rlhf.using.named import Named
 
-# Groups of a config that say how a model was made; the others say where and with what on the screen.
-KNOBS = ("stage", "objective", "model", "adapter", "precision", "optimizer", "scheduler", "rollout", "reward",
+# Config groups that determine the model; the others set places and terminal output.
+HYPERPARAMETERS = ("stage", "objective", "model", "adapter", "precision", "optimizer", "scheduler", "sampler", "reward",
          "annotator", "seed")  # fmt: skip
 
 BUILT_IN = ("testbed", "arithmetic")
@@ -54,12 +57,12 @@ base = AutoModelForCausalLM.from_pretrained(package, gguf_file={name}, dtype="fl
 model = PeftModel.from_pretrained(base, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)
 """
-REPLY = """
+RESPONSE = """
 dialogue = [{"role": "user", "content": "Hello"}]
 prompt = tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
-reply = output[0, prompt["input_ids"].shape[1] :]
-print(tokenizer.decode(reply, skip_special_tokens=True))
+response = output[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(response, skip_special_tokens=True))
 """
 REWARD = """import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -77,20 +80,20 @@ print(score)
 """
 
 FLOAT32 = (
-    "in float32 greedy replies are those of `rlhf chat` and `rlhf generate` at temperature 0; in bfloat16 another "
+    "in float32 greedy responses are those of `rlhf chat` and `rlhf generate` at temperature 0; in bfloat16 another "
     "token may be chosen where two are almost equally likely"
 )
 
 
 def card(model: Named, exported: Exported, end_id: int | None, licence: str | None, command: str) -> str:
-    """The whole page.
+    """Return the text of the card.
 
     Args:
-        model: What was exported.
-        exported: How.
-        end_id: The token that ends a turn, for reward models.
+        model: The exported model.
+        exported: Description of the export.
+        end_id: The end-of-turn token id, for reward models.
         licence: Identifier of the licence, as the hub writes it; None: unknown.
-        command: What was typed.
+        command: The typed command.
     """
     parts: list[str | None] = [
         _front(model, exported, licence),
@@ -108,7 +111,7 @@ def card(model: Named, exported: Exported, end_id: int | None, licence: str | No
 
 
 def _front(model: Named, exported: Exported, licence: str | None) -> str:
-    """What the hub reads."""
+    """Return the YAML front matter that the hub reads."""
     content: Plain = {
         "license": markdown.line(licence or "unknown"),
         "library_name": "peft" if exported.kind == "adapter" else "transformers",
@@ -130,7 +133,7 @@ def _what(model: Named, exported: Exported) -> str:
     kinds = {
         "model": "A causal language model with all its weights.",
         "adapter": f"A LoRA adapter (PEFT) for {base}.",
-        "reward_model": "A reward model: one number for a dialogue, higher for better replies.",
+        "reward_model": "A reward model: one number for a dialogue, higher for better responses.",
     }
     origin = f"the model {markdown.code(model.ref)}"
     if model.run is not None:
@@ -143,24 +146,24 @@ def _code(exported: Exported, end_id: int | None) -> str:
     if exported.kind == "reward_model":
         return REWARD.format(folder=folder, end=end_id, bias=exported.bias)
     if exported.kind == "model":
-        return POLICY.format(folder=folder) + REPLY
+        return POLICY.format(folder=folder) + RESPONSE
     base, source = str(exported.base), exported.source
     if source is not None and source.package:
         name, module = markdown.literal(Path(source.path).name), markdown.literal(str(source.module))
         install = markdown.line(source.install)
-        return ON_PACKAGE.format(folder=folder, module=module, name=name, install=install) + REPLY
+        return ON_PACKAGE.format(folder=folder, module=module, name=name, install=install) + RESPONSE
     if base.endswith(".gguf"):
         return (
             ON_GGUF.format(
                 folder=folder, parent=markdown.literal(str(Path(base).parent)), name=markdown.literal(Path(base).name)
             )
-            + REPLY
+            + RESPONSE
         )
-    return ADAPTER.format(folder=folder, base=markdown.line(base)) + REPLY
+    return ADAPTER.format(folder=folder, base=markdown.line(base)) + RESPONSE
 
 
 def _lineage(run: Run) -> str:
-    """Every ancestor, oldest first, and the run itself: what it read, its command line, its knobs."""
+    """Return a section on every ancestor, oldest first, and the run itself: inputs, command line, hyperparameters."""
     chain = [*named.ancestors(run), run]
     names = {one.fingerprint: f"{markdown.plain(one.stage)} {markdown.code(one.folder.name)}" for one in chain}
     lines = ["## Lineage\n", "| run | made from | data |", "|---|---|---|"]
@@ -168,7 +171,7 @@ def _lineage(run: Run) -> str:
         inputs = one.lineage.get("inputs", {})
         paths = _config(one).get("inputs") or {}
         made = [
-            f"{markdown.plain(role)}: {_called(str(name), names, paths.get(role))}"
+            f"{markdown.plain(role)}: {_input_name(str(name), names, paths.get(role))}"
             for role, found in inputs.items()
             for name in found
         ]
@@ -178,7 +181,11 @@ def _lineage(run: Run) -> str:
         if not (one.folder / "config.yaml").is_file():
             lines.append(f"Its folder, {markdown.code(one.folder)}, is gone.")
             continue
-        lines += [markdown.block(str(one.status_file.get("command", ""))), "", markdown.block(_knobs(one), "yaml")]
+        lines += [
+            markdown.block(str(one.status_file.get("command", ""))),
+            "",
+            markdown.block(_hyperparameters(one), "yaml"),
+        ]
     versions = run.summary.get("versions", {})
     if versions:
         lines += [
@@ -188,8 +195,8 @@ def _lineage(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _called(identity: str, names: dict[str, str], path: Any) -> str:
-    """An input by its run's name, where a run made it; else by the hub id, or by the one path that was read."""
+def _input_name(identity: str, names: dict[str, str], path: Any) -> str:
+    """Return the name of an input: its run's if a run made it; else the hub id, or the only path that was read."""
     if identity.startswith("hub:"):
         return markdown.plain(identity)
     digest = markdown.code(identity[:20])
@@ -219,9 +226,11 @@ def _sources(node: Any) -> list[Plain]:
     return own + [found for value in node.values() for found in _sources(value)]
 
 
-def _knobs(run: Run) -> str:
+def _hyperparameters(run: Run) -> str:
     config = _config(run)
-    return OmegaConf.to_yaml(OmegaConf.create({key: config[key] for key in (*KNOBS, "data") if key in config}))
+    return OmegaConf.to_yaml(
+        OmegaConf.create({key: config[key] for key in (*HYPERPARAMETERS, "data") if key in config})
+    )
 
 
 def _metrics(run: Run) -> str | None:
@@ -240,7 +249,7 @@ def _metrics(run: Run) -> str | None:
 
 
 def _evaluations(run: Run) -> str | None:
-    """What `rlhf eval` found."""
+    """Return a section with the results of `rlhf eval`; None without any."""
     parts = []
     for one in eval_file.read(run.folder / eval_file.FILE):
         settings = {key: value for key, value in one["settings"].items() if value is not None and key != "run"}
@@ -254,7 +263,7 @@ def _evaluations(run: Run) -> str | None:
 
 
 def _licence(licence: str | None, model: Named) -> str:
-    """What has to be looked at before the model is passed on: its own licence, and those it inherits terms from."""
+    """Return a section on the licences to check before the model is distributed: its own, and those it depends on."""
     root = _root(model)
     rows = [("this model", markdown.plain(licence) if licence else "unknown; `rlhf export --license ID` says it")]
     if root is not None:
@@ -268,7 +277,7 @@ def _licence(licence: str | None, model: Named) -> str:
 
 
 def _root(model: Named) -> str | None:
-    """The weights at the beginning of the lineage; None where they were random."""
+    """Return the weights at the start of the lineage; None if they were random."""
     if model.run is None:
         return model.path
     for one in [*named.ancestors(model.run), model.run]:

@@ -1,24 +1,27 @@
-"""What a word on the command line means: a run's model, a model folder, a GGUF file, a hub id. No torch here."""
+"""Models named on the command line: a run's model, a model directory, a GGUF file or a hub id.
+
+This module imports no torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf import runs
-from rlhf.config import Plain, targets
 from rlhf.errors import UserError
-from rlhf.model_config import scores
-from rlhf.runs import Run
+from rlhf.models.saved_config import scores
+from rlhf.planning import references
+from rlhf.runs.run_directory import Run
+from rlhf.storage.plain import Plain, targets
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model as it was typed.
+    """Model as it was typed.
 
     Attributes:
-        ref: What was typed.
-        path: The model folder, file or hub id.
-        run: The run that made it; None where no run did.
+        ref: The word as typed.
+        path: The model directory, file or hub id.
+        run: The run that made the model; None if it is not from a run.
     """
 
     ref: str
@@ -27,25 +30,25 @@ class Named:
 
     @property
     def label(self) -> str:
-        """Its name in tables: the last two parts of the run's folder, or of the path."""
+        """Return the name for tables: the last two parts of the run directory or of the path."""
         place = Path(self.path if self.run is None else self.run.folder)
         return "/".join(place.parts[-2:]).removeprefix("/")
 
     @property
     def slug(self) -> str:
-        """Its name in names of files."""
+        """Return the name for use in file names."""
         return "-".join(part for part in self.label.replace(":", "-").split("/") if part not in ("", ".", ".."))
 
     def home(self, outputs: Path, kind: str) -> Path:
-        """The folder for results about it: the run's own, else OUTPUTS/KIND/NAME."""
+        """Return the directory for results about the model: the run's own, else OUTPUTS/KIND/NAME."""
         return self.run.folder if self.run is not None else outputs / kind / self.slug
 
 
 def policy(ref: str, outputs: Path, key: str = "RUN") -> Named:
-    """The language model that is meant.
+    """Return the language model that ``ref`` names.
 
     Raises:
-        UserError: there is none, its run is not finished, or it is a reward model.
+        UserError: There is none, its run is not finished, or it is a reward or value model.
     """
     named = _model(ref, "policy", outputs, key)
     if scalar(named.path):
@@ -54,10 +57,10 @@ def policy(ref: str, outputs: Path, key: str = "RUN") -> Named:
 
 
 def reward_model(ref: str, outputs: Path, key: str = "--reward-model") -> Named:
-    """The reward model that is meant.
+    """Return the reward model that ``ref`` names.
 
     Raises:
-        UserError: there is none, its run is not finished, or it is a language model.
+        UserError: There is none, its run is not finished, or it is a language model.
     """
     named = _model(ref, "reward_model", outputs, key)
     if Path(named.path).is_dir() and not scalar(named.path):
@@ -66,17 +69,21 @@ def reward_model(ref: str, outputs: Path, key: str = "--reward-model") -> Named:
 
 
 def model(ref: str, outputs: Path, key: str = "RUN") -> Named:
-    """The model of either kind that is meant. Raises UserError where there is none."""
+    """Return the model of either kind that ``ref`` names.
+
+    Raises:
+        UserError: There is none.
+    """
     return _model(ref, "policy", outputs, key)
 
 
 def _model(ref: str, role: str, outputs: Path, key: str) -> Named:
-    found = runs.resolve(ref, role, outputs, key)
+    found = references.resolve(ref, role, outputs, key)
     return Named(ref, found.path, None if found.run is None else Run(found.run))
 
 
 def scalar(path: str) -> bool:
-    """Whether a model folder holds a reward or value model. False for what is not there to be looked at."""
+    """Return whether a model directory holds a reward or value model; False if it does not exist."""
     return bool(scores(path))
 
 
@@ -84,9 +91,10 @@ def scalar(path: str) -> bool:
 
 
 def ancestors(run: Run) -> list[Run]:
-    """All runs that a run was made from, each before those made from it; those since removed are folders without files.
+    """Return all runs that a run was made from, each before those made from it.
 
-    A folder that is not where the lineage says (outputs/ was moved) is looked for beside the run.
+    A removed run is returned as a `Run` of a directory without files. A directory that is not where the lineage records
+    it (outputs/ was moved) is looked up beside the run.
     """
     known: Plain = run.lineage.get("ancestors", {})
     ordered: list[str] = []
@@ -106,7 +114,7 @@ def ancestors(run: Run) -> list[Run]:
 
 
 def moved(folder: Path, run: Run) -> Path:
-    """``folder``, or where it lies now that the outputs folder of ``run`` has been moved."""
+    """Return ``folder``, or its new place if the outputs directory of ``run`` was moved."""
     if folder.exists():
         return folder
     depth = 3 if folder.name == "model" else 2
@@ -115,7 +123,7 @@ def moved(folder: Path, run: Run) -> Path:
 
 
 def started_from(run: Run) -> str | None:
-    """The model that a run's policy started from, which its KL is measured against; None for random weights."""
+    """Return the model that a run's policy started from, the reference of its KL; None for random weights."""
     config = _config(run)
     reference = (config.get("inputs") or {}).get("reference") or (config.get("model") or {}).get("path")
     if reference is None:
@@ -124,7 +132,7 @@ def started_from(run: Run) -> str | None:
 
 
 def testbed(run: Run) -> Plain | None:
-    """The testbed's world that a run or one of its ancestors learnt from (a node of a config); None without one."""
+    """Return the config node of the testbed's world that a run or an ancestor was trained on; None without one."""
     for one in (run, *reversed(ancestors(run))):
         for node in _worlds(_config(one)):
             return node

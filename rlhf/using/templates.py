@@ -1,4 +1,4 @@
-"""The chat template that a command line gives to models without one, and errors in that command's words."""
+"""Chat template that the command line gives to models without one, and errors in terms of that command line."""
 
 import hashlib
 import re
@@ -21,12 +21,12 @@ _TRAINING = re.compile(
 
 @dataclass(frozen=True)
 class Given:
-    """Which of some models the option is for.
+    """Assignment of the option's template to the models that need it.
 
     Attributes:
-        name: What was typed.
+        name: The template's name or file as typed.
         lacking: Paths of the models whose tokenizer has no chat template.
-        notes: What a reader of the replies has to know.
+        notes: Notes for a reader of the responses, one line each.
     """
 
     name: str | None = None
@@ -34,22 +34,21 @@ class Given:
     notes: list[str] = field(default_factory=list)
 
     def of(self, path: str) -> str | None:
-        """What the model at ``path`` is to be given; None: it has its own."""
+        """Return the template for the model at ``path``; None if it has its own."""
         return self.name if path in self.lacking else None
 
 
 def given(models: Sequence[Named], name: str | None) -> Given:
-    """Looks at the tokenizers alone, before any weights are read.
+    """Assign the template to the models that need it; reads tokenizers only, before any weights are loaded.
 
     Args:
-        models: All that are to write replies.
-        name: What ``--chat-template`` says; None: nothing.
+        models: All models that are to generate responses.
+        name: The value of ``--chat-template``; None without the option.
 
     Raises:
-        UserError: A model has no template and none is given; none of them needs the one that is given; no such
-            template.
+        UserError: A model has no template and none is given; none of them needs the given one; no such template.
     """
-    with as_typed(True):  # a wrong name or file is refused whoever needs it
+    with as_typed(True):  # raises for a wrong name or file even if no model needs it
         if name is not None:
             CausalLM(None, None, None, chat_template=name)
     lacking, notes = set(), []
@@ -75,37 +74,37 @@ def given(models: Sequence[Named], name: str | None) -> Given:
 
 
 def identity(name: str) -> str:
-    """A template's name; a file's path with a digest of what is in it."""
+    """Return a built-in template's name, or a file's path with a digest of its content."""
     if name in TEMPLATES:
         return name
     return f"{name} (sha256 {hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]})"
 
 
 def _without(model: Named) -> dict[str, int] | None:
-    """The vocabulary of a tokenizer that has no chat template; None where it has one."""
+    """Return the vocabulary of a tokenizer without a chat template; None if it has one."""
     tokenizer = CausalLM(model.path, None, None).own_tokenizer()
     return None if tokenizer.chat_template else tokenizer.get_vocab()
 
 
-def in_words(message: str, given: bool) -> str:
-    """A message about a chat template with what can be typed here in the place of training's key.
+def with_option_name(message: str, given: bool) -> str:
+    """Return a message about a chat template with the option of this command in place of the config key of training.
 
     Args:
-        message: Of `rlhf.data.template` or `rlhf.models.causal_lm`.
-        given: Whether the template is the option's; else it is the model's own.
+        message: Message of `rlhf.data` or `rlhf.models.causal_lm`.
+        given: Whether the template comes from the option; else it is the model's own.
     """
     instead = f"type {OPTION} chatml"
     if not given:
-        instead = "mend the template: `rlhf export RUN --to FOLDER` writes it to FOLDER/chat_template.jinja"
+        instead = "fix the template: `rlhf export RUN --to FOLDER` writes it to FOLDER/chat_template.jinja"
     return _TRAINING.sub(instead, message).replace("model.chat_template=", f"{OPTION} ")
 
 
 @contextmanager
 def as_typed(given: bool) -> Iterator[None]:
-    """Errors about chat templates in words of the command line."""
+    """Context manager: rewrite errors about chat templates in terms of the command line."""
     try:
         yield
     except UserError as error:
         if "model.chat_template=" not in str(error):
             raise
-        raise UserError(in_words(str(error), given)) from error
+        raise UserError(with_option_name(str(error), given)) from error

@@ -1,4 +1,4 @@
-"""Small word problems whose answers can be checked: `data.source=arithmetic`, deterministic by seed."""
+"""Small word problems with verifiable answers: `data.source=arithmetic`, deterministic by seed."""
 
 import random
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf.data.calls import Call
 from rlhf.data.records import Demonstration, Message, Prompt, Text
 from rlhf.data.testbed.language import NAMES
+from rlhf.data.tool_calls import Call
 from rlhf.errors import UserError
 
 PEOPLE = NAMES[:12]
 THINGS = ("figs", "plums", "cakes", "coins", "books", "cups")
 
-# The same number of stories for both, so that each has the same chance to be asked.
+# The same number of stories for both operations, so that each story is equally likely.
 STORIES = {
     "+": (
         "What is {a} plus {b}?",
@@ -35,7 +35,7 @@ ANSWERS = ("The answer is {r}.", "That makes {r}.", "It is {r}.")
 
 @dataclass(frozen=True)
 class Problem:
-    """`a + b` or `a - b` in the words of one story."""
+    """Problem `a + b` or `a - b` in the words of one story."""
 
     a: int
     operation: Literal["+", "-"]
@@ -46,19 +46,22 @@ class Problem:
 
     @property
     def result(self) -> int:
+        """Correct result."""
         return self.a + self.b if self.operation == "+" else self.a - self.b
 
     @property
     def key(self) -> tuple[int, str, int, int]:
-        """What is held out together: numbers and story, whoever and whatever it is about."""
+        """Numbers, operation and story, which are held out together for every person and thing."""
         return self.a, self.operation, self.b, self.story
 
     @property
     def expression(self) -> str:
+        """Expression without spaces, such as 3+4."""
         return f"{self.a}{self.operation}{self.b}"
 
     @property
     def text(self) -> str:
+        """Text of the story."""
         story = STORIES[self.operation][self.story]
         return story.format(a=self.a, b=self.b, n=self.person, t=self.thing)
 
@@ -66,14 +69,14 @@ class Problem:
 class Arithmetic:
     """Addition and subtraction of small numbers in a few stories.
 
-    Every sum is held out in one of its stories, which follows from ``seed`` alone: held-out problems ask for sums that
-    were seen, in words that were seen, never in both together.
+    Every sum is held out in one of its stories, which depends on ``seed`` alone. Held-out problems therefore ask for
+    sums that occurred in training, in words that occurred in training, but never both together.
 
-    Arguments:
-        seed: which problems are held out.
-        largest: largest number in a problem; results are from 0 to twice it.
-        careless: share of demonstrations with a wrong result.
-        calls: share of demonstrations that ask the calculator (see rollout=tools) instead of their head.
+    Args:
+        seed: Seed of the selection of held-out problems.
+        largest: Largest number in a problem; results are from 0 to twice it.
+        careless: Share of demonstrations with a wrong result.
+        calls: Share of demonstrations that call the calculator (see sampler=tools) instead of computing the result.
     """
 
     def __init__(
@@ -85,20 +88,20 @@ class Arithmetic:
     ) -> None:
         self.seed, self.largest, self.careless, self.calls = seed, largest, careless, calls
 
-    def knobs(self) -> dict[str, float | int]:
-        """What the data depend on, besides sizes and seeds of the draws."""
+    def hyperparameters(self) -> dict[str, float | int]:
+        """Return the hyperparameters on which the data depend, besides sizes and seeds of the draws."""
         return {"seed": self.seed, "largest": self.largest, "careless": self.careless, "calls": self.calls}
 
     def _rng(self, *parts: object) -> random.Random:
         return random.Random(f"arithmetic/{self.seed}/{'/'.join(map(str, parts))}")
 
     def is_held_out(self, problem: Problem) -> bool:
-        """Whether this story of this sum is kept for validation."""
+        """Return whether this story of this sum is held out for validation."""
         stories = len(STORIES[problem.operation])
         return self._rng("held out", problem.expression).randrange(stories) == problem.story
 
     def problem(self, rng: random.Random, held_out: bool) -> Problem:
-        """A problem of one side of the split."""
+        """Draw a problem of one side of the split."""
         while True:
             operation: Literal["+", "-"] = rng.choice(("+", "-"))
             a, b = rng.randint(0, self.largest), rng.randint(0, self.largest)
@@ -110,7 +113,11 @@ class Arithmetic:
                 return problem
 
     def problems(self, n: int, rng: random.Random, held_out: bool = False) -> list[Problem]:
-        """n problems; held-out ones are all different."""
+        """Draw n problems; held-out ones are all different.
+
+        Raises:
+            UserError: If there are fewer held-out problems than requested.
+        """
         if not held_out:
             return [self.problem(rng, held_out) for _ in range(n)]
         if (self.largest + 1) ** 2 < n and (there := self.held_out_texts()) < n:
@@ -130,7 +137,10 @@ class Arithmetic:
         )
 
     def held_out_texts(self) -> int:
-        """Return how many held-out problems differ in text: one story of every sum and difference is held out."""
+        """Return the number of held-out problems with different texts.
+
+        One story of every sum and difference is held out.
+        """
         pairs = [(a, b) for a in range(self.largest + 1) for b in range(self.largest + 1)]
         sums: list[tuple[Literal["+", "-"], int, int]] = [("+", a, b) for a, b in pairs] + [
             ("-", a, b) for a, b in pairs if a >= b
@@ -147,19 +157,19 @@ class Arithmetic:
         return len(texts)
 
     def prompt(self, problem: Problem) -> Prompt:
-        """The problem with its result as reference."""
+        """Return the problem as a Prompt, with its result as reference."""
         identity = "/".join(map(str, (*problem.key, problem.person, problem.thing)))
         return Prompt(
             (Message("user", problem.text),), reference=str(problem.result), id=identity, cluster=problem.expression
         )
 
     def turns(self, problem: Problem, rng: random.Random) -> list[Message]:
-        """What a demonstrator says: the sum and its result, or a call of the calculator and its result."""
+        """Return a demonstrator's turns: the sum and its result, or a calculator call and its result."""
         a, b, operation = problem.a, problem.b, problem.operation
         careless = rng.random() < self.careless
         answer = rng.choice(ANSWERS)
         if rng.random() < self.calls:
-            if careless:  # asks for the wrong thing; what the calculator says is right
+            if careless:  # calls with the wrong expression; the calculator's result of it is correct
                 operation = "-" if operation == "+" and a >= b else "+"
             result = a + b if operation == "+" else a - b
             call = Call("calculator", f"{a}{operation}{b}")
@@ -176,11 +186,11 @@ class Arithmetic:
     # Records
 
     def prompts(self, n: int, seed: int, held_out: bool = False) -> list[Prompt]:
-        """Problems alone."""
+        """Return problems as prompts."""
         return [self.prompt(problem) for problem in self.problems(n, self._rng("prompt", seed, held_out), held_out)]
 
     def demonstrations(self, n: int, seed: int, held_out: bool = False) -> list[Demonstration]:
-        """Problems with what a demonstrator, now and then careless, wrote."""
+        """Return problems with the turns of a demonstrator, who makes errors at the rate `careless`."""
         rng = self._rng("demonstration", seed, held_out)
         return [
             Demonstration((Message("user", problem.text), *self.turns(problem, rng)), cluster=problem.expression)
@@ -188,7 +198,7 @@ class Arithmetic:
         ]
 
     def texts(self, n: int, seed: int) -> Sequence[Text]:
-        """Right sums and problems with right answers, none of them held out."""
+        """Return correct sums and problems with correct answers, none of them held out."""
         rng = self._rng("text", seed)
         documents = []
         for _ in range(n):

@@ -1,4 +1,4 @@
-"""The embedded testbed: a world of facts and manners, all data of every stage drawn from it by seed."""
+"""World of the testbed: facts and manners, from which the data of every stage are drawn by seed."""
 
 import random
 from collections.abc import Sequence
@@ -31,25 +31,25 @@ from rlhf.errors import UserError
 # Least gap in gold score of each grade, weakest first; a gap below TIE_GAP is a tie.
 TIE_GAP = 0.02
 GRADE_GAPS = (TIE_GAP, 0.15, 0.3, 0.5)
-# A response with less gold safety does harm; Llama 2's gate has the same number.
+# A response with less gold safety does harm; Llama 2's gate has the same threshold.
 UNSAFE_BELOW = 0.15
 
 Aspect = Literal["total", "helpfulness", "safety"]
 
 
 class Testbed:
-    """A small world, deterministic by seed.
+    """Small world, deterministic by seed.
 
-    Which phrasing of which question is held out follows from the world's seed alone, so prompts, demonstrations and
-    comparisons agree about it whatever their own seeds and sizes.
+    Which phrasing of which question is held out depends on the world's seed alone, so prompts, demonstrations and
+    comparisons agree on it whatever their seeds and sizes.
 
-    Arguments:
-        seed: which person has which home, job, pet and food, and what is held out.
-        people: how many persons; facts are four times as many.
-        unsafe: share of the questions that ask for help in harming somebody.
-        careless: share of the labellers' replies that get the fact wrong, or help to harm.
-        noise: standard deviation of the error with which annotators see a gold score.
-        responses: replies per comparison (K).
+    Args:
+        seed: Seed of the persons' homes, jobs, pets and foods, and of the held-out questions.
+        people: Number of persons; there are four times as many facts.
+        unsafe: Share of the questions that ask for help in harming somebody.
+        careless: Share of the labellers' responses that state a wrong fact; raises the share that help to harm.
+        noise: Standard deviation of the error with which annotators see a gold score.
+        responses: Responses per comparison (K).
     """
 
     __test__ = False  # a name that begins with Test is no test class
@@ -73,15 +73,15 @@ class Testbed:
             values = [attribute.values[i % len(attribute.values)] for i in range(people)]
             rng.shuffle(values)
             self.facts |= {(person, attribute.name): value for person, value in zip(self.people, values, strict=True)}
-        # One phrasing of every fact, and of every harm, is kept for validation under all its prefixes.
+        # One phrasing of every fact and of every harm is held out, with all its prefixes.
         self.held_out: set[tuple[str, str, int]] = {
             (person, attribute.name, rng.randrange(len(QUESTIONS)))
             for person in self.people
             for attribute in ATTRIBUTES
         } | {(person, harm, rng.randrange(len(UNSAFE_QUESTIONS))) for person in self.people for harm in HARMS}
 
-    def knobs(self) -> dict[str, float | int]:
-        """What the data depend on, besides sizes and seeds of the draws."""
+    def hyperparameters(self) -> dict[str, float | int]:
+        """Return the hyperparameters on which the data depend, besides sizes and seeds of the draws."""
         return {
             "seed": self.seed,
             "people": len(self.people),
@@ -97,7 +97,7 @@ class Testbed:
     # Questions
 
     def all_questions(self, held_out: bool) -> tuple[list[Question], list[Question]]:
-        """Every (fact question, harm question) there is on one side of the split."""
+        """Return all fact questions and all harm questions on one side of the split."""
         facts = [
             Question("fact", person, attribute.name, phrasing, prefix)
             for person in self.people
@@ -118,7 +118,10 @@ class Testbed:
         )
 
     def questions(self, n: int, rng: random.Random, held_out: bool = False) -> list[Question]:
-        """n questions in random order, `unsafe` of them harmful; none comes twice before all came once."""
+        """Draw n questions in random order, a share `unsafe` of them harmful.
+
+        Of each kind, no question is repeated before all have occurred.
+        """
         facts, harms = self.all_questions(held_out)
         n_harms = round(n * self.unsafe)
         chosen = _cycle(facts, n - n_harms, rng) + _cycle(harms, n_harms, rng)
@@ -126,7 +129,7 @@ class Testbed:
         return chosen
 
     def prompt(self, question: Question) -> Prompt:
-        """The question as a Prompt: the value asked for as its reference, or the tag "unsafe"."""
+        """Return the question as a Prompt, with the value asked for as reference, or with the tag "unsafe"."""
         return Prompt(
             messages=(Message("user", question.text),),
             tags=("unsafe",) if question.kind == "harm" else (),
@@ -135,23 +138,23 @@ class Testbed:
             cluster=question.cluster,
         )
 
-    # Replies
+    # Responses
 
     def best(self, question: Question, rng: random.Random) -> str:
-        """A reply with the highest gold score there is."""
+        """Return a response with the highest possible gold score."""
         if question.kind == "harm":
             return f"{SORRY} {rng.choice(REFUSALS)} {KIND}"
         return f"{rng.choice(OPENINGS)} {self._statement(question, rng)} {rng.choice(CLOSINGS)}"
 
-    def reply(self, question: Question, rng: random.Random) -> str:
-        """What one of the labellers would write: each part of a good reply is there by its own chance."""
+    def response(self, question: Question, rng: random.Random) -> str:
+        """Return a response of a labeller: each part of a good response occurs with its own probability."""
         if question.kind == "harm":
-            return self._reply_to_harm(question, rng)
+            return self._response_to_harm(question, rng)
         kind = rng.random()
         if kind < 0.04:
             return UNKNOWN
         if kind < 0.14:
-            # Without refusals of the harmless, no reward model sees such a reply lose, and the policy finds out.
+            # Without refusals of harmless requests, no reward model learns their low score, and a policy exploits it.
             return self._refusal(rng)
         value = self.facts[question.person, question.topic]
         if rng.random() < self.careless:
@@ -171,7 +174,7 @@ class Testbed:
             parts.append(rng.choice(CLOSINGS))
         return " ".join(parts)
 
-    def _reply_to_harm(self, question: Question, rng: random.Random) -> str:
+    def _response_to_harm(self, question: Question, rng: random.Random) -> str:
         if rng.random() < 0.3 + self.careless:
             opening = f"{rng.choice(OPENINGS)} " if rng.random() < 0.5 else ""
             return opening + rng.choice(COMPLIANCE).format(h=question.topic, n=question.person)
@@ -187,14 +190,14 @@ class Testbed:
         return form.format(n=question.person, v=value or self.facts[question.person, question.topic])
 
     def _aside(self, question: Question, rng: random.Random) -> str:
-        """A true fact that nobody asked for."""
+        """Return a true fact that the question did not ask for."""
         other = rng.choice([attribute for attribute in ATTRIBUTES if attribute.name != question.topic])
         return other.statements[0].format(n=question.person, v=self.facts[question.person, other.name])
 
     # Records
 
     def texts(self, n: int, seed: int) -> list[Text]:
-        """Documents of one to three sentences: facts, and questions with good answers."""
+        """Return documents of one to three sentences: facts, and questions with good answers."""
         rng = self._rng("text", seed)
         facts, harms = self.all_questions(held_out=False)
         documents = []
@@ -220,18 +223,22 @@ class Testbed:
         return f"Question: {question.text} Answer: {self.best(question, rng)}"
 
     def demonstrations(self, n: int, seed: int, held_out: bool = False) -> list[Demonstration]:
-        """Questions with what a labeller wrote."""
+        """Return questions with the responses of labellers."""
         rng = self._rng("demonstration", seed, held_out)
         return [
             Demonstration(
-                (Message("user", question.text), Message("assistant", self.reply(question, rng))),
+                (Message("user", question.text), Message("assistant", self.response(question, rng))),
                 cluster=question.cluster,
             )
             for question in self.questions(n, rng, held_out)
         ]
 
     def prompts(self, n: int, seed: int, held_out: bool = False) -> list[Prompt]:
-        """Questions alone; held-out ones are all different."""
+        """Return questions as prompts; held-out ones are all different.
+
+        Raises:
+            UserError: If the testbed holds out fewer prompts than requested.
+        """
         rng = self._rng("prompt", seed, held_out)
         questions = self.questions(n, rng, held_out)
         if held_out and len(set(questions)) < n:
@@ -247,59 +254,62 @@ class Testbed:
         return [self.prompt(question) for question in questions]
 
     def comparisons(self, n: int, seed: int, held_out: bool = False) -> list[Comparison]:
-        """Labellers' replies to a question, ranked by annotators who see gold through `noise`."""
+        """Return labellers' responses to questions, ranked by annotators who see gold with the error `noise`."""
         rng = self._rng("comparison", seed, held_out)
         found: list[Comparison] = []
         while len(found) < n:
             for question in self.questions(n - len(found), rng, held_out):
-                replies: list[str] = []
-                for _ in range(50):  # different replies; a question may not have as many as asked for
-                    reply = self.reply(question, rng)
-                    if reply not in replies:
-                        replies.append(reply)
-                    if len(replies) == self.responses:
+                responses: list[str] = []
+                for _ in range(50):  # different responses; a question may have fewer than requested
+                    response = self.response(question, rng)
+                    if response not in responses:
+                        responses.append(response)
+                    if len(responses) == self.responses:
                         break
-                comparison = label(self.prompt(question), replies, rng, self.noise)
+                comparison = label_responses(self.prompt(question), responses, rng, self.noise)
                 if comparison.pairs():
                     found.append(comparison)
         return found
 
     def labels(self, n: int, seed: int, held_out: bool = False) -> list[Label]:
-        """Labellers' replies with a good/bad mark: whether the annotator saw a gold score above 0.5."""
+        """Return labellers' responses, marked as good if the annotator saw a gold score above 0.5."""
         rng = self._rng("label", seed, held_out)
         found = []
         for question in self.questions(n, rng, held_out):
-            prompt, reply = self.prompt(question), self.reply(question, rng)
-            seen = gold(prompt, reply).total + rng.gauss(0.0, self.noise)
-            found.append(Label(prompt.messages, reply, desirable=seen > 0.5))
+            prompt, response = self.prompt(question), self.response(question, rng)
+            seen = gold(prompt, response).total + rng.gauss(0.0, self.noise)
+            found.append(Label(prompt.messages, response, desirable=seen > 0.5))
         return found
 
-    # Numbers to read results by
+    # Reference numbers
 
     def best_constant(self, prompts: Sequence[Prompt]) -> tuple[str, float]:
-        """(reply, mean gold score) of the best single reply to all prompts, among all the labellers could write."""
+        """Return the best single response to all prompts, and its mean gold score.
+
+        The candidates are sampled labellers' responses and best responses to up to 1400 questions.
+        """
         rng = self._rng("constant")
         candidates: set[str] = set()
         for question in [*self.questions(1000, rng), *self.questions(400, rng, held_out=True)]:
-            candidates |= {self.reply(question, rng), self.best(question, rng)}
+            candidates |= {self.response(question, rng), self.best(question, rng)}
 
-        def mean(reply: str, over: Sequence[Prompt]) -> float:
-            return sum(gold(prompt, reply).total for prompt in over) / len(over)
+        def mean(response: str, over: Sequence[Prompt]) -> float:
+            return sum(gold(prompt, response).total for prompt in over) / len(over)
 
-        # A few prompts are enough to see which replies are worth a closer look.
-        short = sorted(candidates, key=lambda reply: mean(reply, prompts[:: max(1, len(prompts) // 60)]))[-20:]
-        best = max(short, key=lambda reply: mean(reply, prompts))
+        # A few prompts are enough to preselect the responses.
+        short = sorted(candidates, key=lambda response: mean(response, prompts[:: max(1, len(prompts) // 60)]))[-20:]
+        best = max(short, key=lambda response: mean(response, prompts))
         return best, mean(best, prompts)
 
 
-def grade_of(gap: float) -> str | None:
-    """Grade of a gap in (noisy) gold score: one of GRADES, or TIE below TIE_GAP."""
+def grade_gap(gap: float) -> str | None:
+    """Return the grade of a gap in (noisy) gold score: one of GRADES, or TIE below TIE_GAP."""
     if gap < TIE_GAP:
         return TIE
     return GRADES[max(i for i, least in enumerate(GRADE_GAPS) if gap >= least)]
 
 
-def label(
+def label_responses(
     prompt: Prompt,
     responses: Sequence[str],
     rng: random.Random,
@@ -307,11 +317,19 @@ def label(
     aspect: Aspect = "total",
     ended: Sequence[bool] | None = None,
 ) -> Comparison:
-    """Rank responses by gold score plus Gaussian error (standard deviation `noise`), and grade by the gap seen.
+    """Rank responses by gold score plus Gaussian error, and grade them by the observed gaps.
 
-    `aspect` says which gold score. `scores` of the result are those that were seen, error included: what no labeller
-    saw no objective may read. `unsafe` marks responses that help to harm or are rude: a safety below UNSAFE_BELOW.
-    `ended` says of each response whether it is complete; None: all are.
+    Args:
+        prompt: A prompt of the testbed.
+        responses: Responses to it.
+        rng: Source of the error.
+        noise: Standard deviation of the error.
+        aspect: Gold score that is judged.
+        ended: Whether each response is complete; None: all are.
+
+    Returns:
+        A comparison. Its `scores` are the observed ones, error included: no objective may read what no labeller saw.
+        Its `unsafe` marks responses that help to harm or are rude: a gold safety below UNSAFE_BELOW.
     """
     true = [getattr(gold(prompt, response), aspect) for response in responses]
     seen = [score + (rng.gauss(0.0, noise) if noise else 0.0) for score in true]
@@ -320,7 +338,7 @@ def label(
     return Comparison(
         prompt=prompt.messages,
         responses=tuple(responses[index] for index in order),
-        grades=tuple(grade_of(scores[i] - scores[j]) for i in range(len(scores)) for j in range(i + 1, len(scores))),
+        grades=tuple(grade_gap(scores[i] - scores[j]) for i in range(len(scores)) for j in range(i + 1, len(scores))),
         scores=scores,
         tags=prompt.tags,
         unsafe=tuple(gold(prompt, responses[index]).safety < UNSAFE_BELOW for index in order),

@@ -1,0 +1,1 @@
+"""Annotators: take K responses per prompt, return one graded comparison per prompt."""

@@ -1,0 +1,1 @@
+"""Lightning callbacks: checkpoints, progress, signals, signs of reward hacking."""

@@ -1,0 +1,190 @@
+"""Encoding of whole data sets to tokens within length limits, with a report of what was truncated and dropped."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlhf.data.control_tokens import Tokenizer
+from rlhf.data.disk import DiskList
+from rlhf.data.encoded_rows import Encoded
+from rlhf.data.encoding import (
+    encode_comparison,
+    encode_dialogue,
+    encode_label,
+    encode_texts,
+    fit_messages,
+    fit_prompt,
+)
+from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text, count_truncated
+from rlhf.data.rendering import DialogueRejected
+from rlhf.data.template_check import check_template
+from rlhf.errors import UserError
+
+
+@dataclass
+class EncodeReport:
+    """Counts of the records that were encoded, truncated and dropped."""
+
+    kept: int = 0
+    truncated: int = 0  # rows cut at max_length, or prompts that lost their oldest turns
+    dropped: int = 0  # records that do not fit
+    tokens: int = 0
+    missing_eos: int = 0  # responses truncated in sampling, whose last token is not end-of-turn
+    refused: int = 0  # records that cannot be encoded, for example by the chat template
+    first_refused: str = ""  # reason for the first of them
+    lengths: list[int] = field(default_factory=list)  # tokens of each kept prompt, from ``fit_prompts`` only
+
+    def __str__(self) -> str:
+        line = f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
+        if self.missing_eos:
+            line += f", {self.missing_eos} responses were cut off and have no end-of-turn"
+        return line + (f", {self.refused} dropped: {self.first_refused}" if self.refused else "")
+
+
+class RecordEncoder(ABC):
+    """Encoder of the records of one source.
+
+    Args:
+        record: Record type.
+        source: Name of the source, for messages.
+        max_length: Most tokens per row.
+        max_prompt_length: Most tokens per prompt (None: only max_length applies).
+        max_bad: Share of records that cannot be encoded above which encoding stops.
+        streaming: Whether encoded rows are kept on disk.
+    """
+
+    def __init__(
+        self,
+        record: RecordName,
+        source: str,
+        max_length: int,
+        max_prompt_length: int | None,
+        max_bad: float,
+        streaming: bool,
+    ) -> None:
+        self.record, self.source = record, source
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self.max_bad, self.streaming = max_bad, streaming
+
+    @abstractmethod
+    def place(self, record: Record) -> str:
+        """Return where a record comes from, such as "file, row 3"; "" if unknown."""
+
+    def encode(self, tokenizer: Tokenizer, records: Sequence[Record]) -> tuple[Sequence[Any], EncodeReport]:
+        """Encode records to tokens, within max_length and max_prompt_length.
+
+        Documents longer than max_length are cut into several rows, which count as truncated.
+
+        Returns:
+            The rows (Encoded for texts and demonstrations, EncodedComparison, EncodedLabel, or list[int] for prompts),
+            and the report.
+
+        Raises:
+            UserError: For a chat template that cannot be used for training, or if more than max_bad of the records
+                cannot be encoded.
+        """
+        report = EncodeReport()
+        found = self.iter_encoded(tokenizer, records, report)
+        rows = DiskList(found) if self.streaming else list(found)
+        self._check_refused(report, len(records))
+        return rows, report
+
+    def _refuse(self, report: EncodeReport, record: Record, reason: Exception) -> None:
+        """Count a record that cannot be encoded, and store the reason of the first."""
+        report.refused += 1
+        if not report.first_refused:
+            report.first_refused = f"{self.place(record) or self.source}: {reason}"
+
+    def _check_refused(self, report: EncodeReport, count: int) -> None:
+        if report.refused > self.max_bad * count:
+            raise UserError(
+                f"data.source={self.source}: {report.refused} of {count} records cannot be encoded (data.max_bad="
+                f"{self.max_bad} allows {int(self.max_bad * count)}); first: {report.first_refused}"
+            )
+
+    def iter_encoded(self, tokenizer: Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
+        """Yield the rows of ``encode``, however many records are rejected; `report` is updated."""
+        if self.record == "text":
+            for texts in iter_text_batches(record.text for record in records if isinstance(record, Text)):
+                for row in encode_texts(tokenizer, texts):
+                    pieces = row.windows(self.max_length)
+                    report.kept += len(pieces)
+                    report.truncated += len(pieces) > 1
+                    report.tokens += sum(map(len, pieces))
+                    yield from pieces
+            return
+        for record in records:
+            assert not isinstance(record, Text)
+            turns = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
+            check_template(tokenizer, turns)  # raises for a template that no record can use
+            try:
+                row, cut = self._encode(tokenizer, record)
+            except (UserError, ValueError) as error:
+                self._refuse(report, record, error)
+                continue
+            if row is None:
+                report.dropped += 1
+                continue
+            report.kept += 1
+            report.truncated += cut
+            report.tokens += len(row)
+            report.missing_eos += count_truncated(record)
+            yield row
+
+    def _encode(self, tokenizer: Tokenizer, record: Demonstration | Comparison | Label | Prompt) -> tuple[Any, bool]:
+        if isinstance(record, Demonstration):
+            whole = encode_dialogue(tokenizer, record.messages, ended=record.ended)
+            cut = Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
+            return (cut if any(cut.mask) else None), len(whole) > self.max_length
+        if isinstance(record, Comparison):
+            return encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
+        if isinstance(record, Label):
+            return encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
+        return fit_prompt(tokenizer, record.messages, self.prompt_limit)
+
+    @property
+    def prompt_limit(self) -> int:
+        """Most tokens of a record that is a prompt alone."""
+        return self.max_length if self.max_prompt_length is None else min(self.max_length, self.max_prompt_length)
+
+    def fit_prompts(self, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[list[Prompt], EncodeReport]:
+        """Return prompts within max_length and max_prompt_length, and a report.
+
+        Longer prompts lose their oldest turns; those that still do not fit are dropped.
+
+        Raises:
+            UserError: If the chat template cannot render more than max_bad of the prompts.
+        """
+        report = EncodeReport()
+        kept = []
+        for prompt in prompts:
+            try:
+                turns, ids = fit_messages(tokenizer, prompt.messages, self.prompt_limit)
+            except (DialogueRejected, ValueError) as error:
+                self._refuse(report, prompt, error)
+                continue
+            if turns is None:
+                report.dropped += 1
+                continue
+            report.kept += 1
+            report.truncated += len(turns) < len(prompt.messages)
+            report.tokens += len(ids)
+            report.lengths.append(len(ids))
+            kept.append(prompt if len(turns) == len(prompt.messages) else replace(prompt, messages=tuple(turns)))
+        self._check_refused(report, len(prompts))
+        return kept, report
+
+
+def iter_text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield batches of texts that are cheap to tokenize at once, and small however long the texts are."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == 256 or size > 1 << 20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

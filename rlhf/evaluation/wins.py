@@ -1,0 +1,69 @@
+"""Pairwise comparison of responses to the same prompt: 1 if ours is better, 0 if theirs is, 1/2 for a tie."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.annotator.judge import JudgeAnnotator
+from rlhf.annotator.judge_text import fill
+from rlhf.callbacks.progress import Meter
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+from rlhf.evaluation.measuring import device
+
+
+def by_scores(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return the verdict of each prompt: the response with the higher score wins."""
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+
+
+class Judge:
+    """Language model that compares both responses in both orders; one wins only if it is preferred in both.
+
+    Args:
+        path: Model directory, GGUF file or hub id.
+        template: Name of a template of `rlhf.annotator.judge`, or a text file with {prompt}, {first} and {second}.
+        cache: Directory in which answers are cached, so that no question is repeated.
+        batch_size: Questions per batch.
+    """
+
+    def __init__(self, path: str, template: str, cache: Path, batch_size: int) -> None:
+        try:
+            self._judge = JudgeAnnotator(path, template, batch_size=batch_size)
+        except UserError as error:
+            raise _as_typed(error) from error
+        self._judge.to(device())
+        self._judge.open(cache)
+        self.asked = self.same_place = 0
+
+    def __call__(self, prompts: Sequence[Prompt], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
+        """Return one verdict per prompt.
+
+        Equal responses tie without a question; an unreadable answer counts as no preference.
+        """
+        different = [i for i in range(len(prompts)) if ours[i] != theirs[i]]
+        questions = []
+        for i in different:
+            turns = prompts[i].messages
+            questions.append(fill(self._judge.template, turns, ours[i], theirs[i]))
+            questions.append(fill(self._judge.template, turns, theirs[i], ours[i]))
+        try:
+            with Meter("judge", len(questions), "question") as meter:
+                answers = iter(self._judge.ask(questions, meter.advance))
+        except UserError as error:
+            raise _as_typed(error) from error
+        verdicts = [0.5] * len(prompts)
+        for i in different:
+            first, second = next(answers)[0] or 0.0, next(answers)[0] or 0.0
+            self.asked += 1
+            self.same_place += first * second > 0
+            if first > 0 > second:
+                verdicts[i] = 1.0
+            elif first < 0 < second:
+                verdicts[i] = 0.0
+        return verdicts
+
+
+def _as_typed(error: UserError) -> UserError:
+    message = str(error).replace("annotator.path=", "--judge ").replace("model.path=", "--judge ")
+    message = message.replace("type model.chat_template=chatml", "name another judge")
+    return UserError(message.replace("annotator.template", "--judge-template"))

@@ -1,0 +1,1 @@
+"""Loggers of the config group `logger`."""

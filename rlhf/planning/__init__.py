@@ -1,0 +1,1 @@
+"""Planning: from a typed command to a validated plan of steps."""

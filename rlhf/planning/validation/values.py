@@ -1,0 +1,111 @@
+"""Checks of single values against the annotations of constructors."""
+
+import inspect
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+
+from rlhf.errors import RLHFError, first_line
+
+# No hyperparameter is valid at infinity or nan, but infinity passes bounds such as greater than 0.
+_FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+LARGEST, SMALLEST = 3.4e38, 1.2e-38  # range of float32; smaller values lose digits, then become 0
+# Building a model takes milliseconds, and a pipeline checks thousands of values.
+_MODELS: dict[str, tuple[Any, Any]] = {}
+
+
+def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
+    """Return the config as plain containers, and the errors; values that do not resolve become `UNRESOLVED`."""
+    errors: list[str] = []
+
+    def plain(node: Any, path: str) -> Any:
+        if OmegaConf.is_dict(node):
+            return {k: child(node, k, f"{path}.{k}" if path else str(k)) for k in node}
+        if OmegaConf.is_list(node):
+            return [child(node, i, f"{path}[{i}]") for i in range(len(node))]
+        return node
+
+    def child(parent: Any, key: Any, path: str) -> Any:
+        if OmegaConf.is_missing(parent, key):
+            errors.append(f"{prefix}{path}: no value; type {prefix}{path}=...")
+            return UNRESOLVED
+        try:
+            return plain(parent[key], path)
+        except RLHFError as e:
+            errors.append(f"{prefix}{path}: {e}")
+        except OmegaConfBaseException as e:
+            errors.append(f"{prefix}{path}: {first_line(e)}")
+        return UNRESOLVED
+
+    return plain(config, ""), errors
+
+
+class _Unresolved:
+    """Placeholder for a value that is missing or did not resolve: already reported, so accepted everywhere."""
+
+
+UNRESOLVED = _Unresolved()
+
+
+def holds_object(value: Any) -> bool:
+    """Return whether a value contains a node that builds an object, or did not resolve."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(holds_object(v) for v in value.values())
+    if isinstance(value, list):
+        return any(holds_object(v) for v in value)
+    return value is UNRESOLVED
+
+
+def value_problems(value: Any, annotation: Any, path: str) -> list[str]:
+    """Return the problems of a value against the annotation of its parameter: type, range and choices.
+
+    Args:
+        value: The value.
+        annotation: The parameter's annotation.
+        path: The key, for messages.
+    """
+    if annotation in (inspect.Parameter.empty, Any) or holds_object(value):
+        return []
+    model = _value_model(annotation)
+    if model is None:
+        return []
+    try:
+        checked = model(value=value).value
+    except ValidationError as e:
+        # pydantic reports every member of a union; equal messages are merged, and the first location is shown.
+        messages = list(dict.fromkeys(str(x["msg"]).replace("Input should", "should") for x in e.errors()))
+        inner = [".".join(str(part) for part in x["loc"][1:] if isinstance(part, int)) for x in e.errors()]
+        where = path + (f"[{inner[0]}]" if inner[0] else "")
+        return [f"{where}={format_value(value)}: {' or '.join(messages)}"]
+    if isinstance(checked, float) and abs(checked) > LARGEST:
+        return [f"{path}={format_value(value)}: is too large for a float32; type a smaller number"]
+    if isinstance(checked, float) and 0 < abs(checked) < SMALLEST:
+        return [f"{path}={format_value(value)}: is too small for a float32; type 0 or a larger number"]
+    is_converted = type(checked) is not type(value) and not (type(value) is int and type(checked) is float)
+    if is_converted and _is_scalar(checked) and _is_scalar(value):
+        # pydantic would convert the value, but the constructor gets it unconverted.
+        return [f"{path}={format_value(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]
+    return []
+
+
+def _value_model(annotation: Any) -> Any:
+    """Return the pydantic model of one value of this type; None for a type that pydantic does not know."""
+    key = repr(annotation)  # an Annotated with a Field has no hash
+    if key not in _MODELS or _MODELS[key][0] != annotation:
+        try:
+            _MODELS[key] = annotation, create_model("Value", __config__=_FINITE, value=(annotation, ...))
+        except PydanticUserError:
+            _MODELS[key] = annotation, None
+    return _MODELS[key][1]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed."""
+    return "null" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Rewards: take a `Rollout` of B responses, return one score per response."""

@@ -1,0 +1,1 @@
+"""Running: from a plan to finished runs."""

@@ -1,0 +1,60 @@
+"""Worker: ``python -m rlhf.running.worker FOLDER`` trains one prepared run directory in a separate process.
+
+It is used for steps that train on several devices: Lightning starts the same command again for each rank, and that
+command must train this one step and not the whole pipeline.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from rlhf import console, discovery
+from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error, os_error_line
+from rlhf.planning.step_config import resolve
+from rlhf.running import pipeline, processes
+from rlhf.runs.run_directory import Run
+from rlhf.storage.files import write_json
+
+
+def main(folder: Path) -> int:
+    """Train the run of the directory's config.yaml; rank 0 writes the metrics, or the error, to .result.json."""
+    if processes.end_with_parent():
+        os.environ[processes.PARENT] = str(os.getpid())  # inherited by the other ranks, which Lightning starts
+    discovery.register()
+    own = Run(folder)
+    try:
+        metrics, memory = pipeline.train_here(resolve(own.plain_config), folder, bool(own.checkpoints))
+    except Exception as error:
+        refused = os_error(error)
+        if isinstance(error, RLHFError):
+            line, status = str(error), error.exit_code
+        elif refused is not None:
+            line, status = f"{os_error_line(refused)}, then type it again", UserError.exit_code
+        elif is_lost_peer_error(error):
+            line, status = f"another process ended ({first_line(error)}); it says why", RunFailed.exit_code
+        else:
+            raise
+        if _first():  # the parent prints it, with the keys of its pipeline
+            write_json(folder / ".result.json", {"error": line, "status": status})
+        else:
+            print(f"error: {line}", file=sys.stderr)
+        return status
+    # Read only now: Lightning sets the rank of the first process while it starts the others.
+    if _first():
+        write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})
+    return 0
+
+
+def is_lost_peer_error(error: Exception) -> bool:
+    """Return whether an error only reports that another rank is gone; that rank has printed the cause."""
+    found = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/" in str(error)
+    return isinstance(error, RuntimeError) and found
+
+
+def _first() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+
+
+if __name__ == "__main__":
+    with console.screen():
+        sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Run directories: their files, their fingerprints, and references to them."""

@@ -1,0 +1,1 @@
+"""Samplers: take prompts, return a `Rollout` of responses with their log-probabilities."""

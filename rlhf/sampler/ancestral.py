@@ -1,0 +1,161 @@
+"""Ancestral sampling: generate responses to prompts, with their log-probabilities."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.data.collate import collate_prompts
+from rlhf.data.records import Prompt
+from rlhf.data.special_tokens import has_special_tokens
+from rlhf.models.language_model import LanguageModel
+from rlhf.sampler.base import Sampler
+from rlhf.sampler.rollout import Rollout, positions
+
+
+class AncestralSampler(Sampler):
+    """Ancestral sampler with a key-value cache.
+
+    The prompt is computed once for all K samples of it, and rows that have ended leave the batch. The randomness is one
+    uniform number per row and decode step, drawn for all rows in advance, so a response does not depend on which other
+    rows have ended.
+
+    The returned log-probabilities are those of the sampling distribution. ``top_k`` and ``top_p`` truncate that
+    distribution, so with them the log-probabilities differ from the model's own (algorithms that score the policy must
+    then refuse).
+
+    Args:
+        max_new_tokens: Longest response, in tokens, end-of-turn included.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep only the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens with at least this probability; 1 keeps all.
+        samples: Responses per prompt (K).
+        batch_size: Rows sampled at a time; bounds the cache's memory.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: Annotated[int, Field(gt=0)] = 32,
+        temperature: Annotated[float, Field(ge=0)] = 1.0,
+        top_k: Annotated[int, Field(ge=0)] = 0,
+        top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        samples: Annotated[int, Field(gt=0)] = 1,
+        batch_size: Annotated[int, Field(gt=0)] = 512,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, samples, batch_size)
+        self.top_k = top_k
+        self.top_p = top_p
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sampling distribution is the model's own at this temperature: neither top_k nor top_p."""
+        return super().exact and self.top_k == 0 and self.top_p == 1.0
+
+    @torch.no_grad()
+    def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
+        """Sample K responses to each of N prompts: a Rollout of B = N * K rows, deterministic by ``seed``.
+
+        Raises:
+            UserError: For a prompt that is too long for the context.
+        """
+        encoded = self.check(policy, prompts)
+        batch = collate_prompts(encoded, policy.pad_id).to(policy.device)
+        ids, mask = batch.ids, batch.attention_mask
+        noise = self._noise(len(prompts) * self.samples, self.max_new_tokens, seed).to(policy.device)
+        response, logp = self._continue(policy, ids, mask, noise, self.samples)
+        response_mask, ended = _until_end(response, policy.end_id)
+        longest = int(response_mask.sum(dim=1).max())
+        response, response_mask, logp = (x[:, :longest] for x in (response, response_mask, logp))
+        texts = policy.tokenizer.batch_decode(
+            [row[keep].tolist() for row, keep in zip(response, response_mask, strict=True)], skip_special_tokens=True
+        )
+        return Rollout(
+            prompts=[prompt for prompt in prompts for _ in range(self.samples)],
+            prompt_ids=ids.repeat_interleave(self.samples, dim=0),
+            prompt_mask=mask.repeat_interleave(self.samples, dim=0),
+            response_ids=torch.where(response_mask, response, policy.pad_id),
+            mask=response_mask,
+            logp=torch.where(response_mask, logp, 0.0),
+            ended=ended,
+            texts=[text.strip() for text in texts],
+            special_tokens=has_special_tokens(policy.tokenizer, policy.end_id, response, response_mask),
+        )
+
+    def _noise(self, rows: int, columns: int, seed: int) -> Tensor:
+        """Return one uniform number per row and token, from the CPU so that it is the same on every device."""
+        return torch.rand(rows, columns, generator=torch.Generator(device="cpu").manual_seed(seed))
+
+    def _continue(
+        self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return token ids and log-probabilities of the continuations of N rows, [N * samples, max_new_tokens]."""
+        per_chunk = max(1, self.batch_size // samples)
+        chunks = [
+            self._decode(policy, ids[i : i + per_chunk], mask[i : i + per_chunk], noise[i * samples :], samples)
+            for i in range(0, len(ids), per_chunk)
+        ]
+        response, logp = (torch.cat(part) for part in zip(*chunks, strict=True))
+        return response, logp
+
+    def _decode(
+        self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same as ``_continue``, for one chunk of rows that fits the cache."""
+        rows = len(ids) * samples
+        response = torch.full((rows, self.max_new_tokens), policy.end_id, device=ids.device)
+        logp = torch.zeros(rows, self.max_new_tokens, device=ids.device)
+
+        hidden, cache = policy.step(ids, mask, positions(mask), cache=None)
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+        hidden = hidden[:, -1].repeat_interleave(samples, dim=0)
+        mask = mask.repeat_interleave(samples, dim=0)
+        position = mask.sum(dim=1, keepdim=True)
+        alive = torch.arange(rows, device=ids.device)  # rows still in the batch
+
+        for t in range(self.max_new_tokens):
+            log_probs = self._distribution(policy.head(hidden))
+            greedy = self.temperature == 0
+            token = log_probs.argmax(dim=-1) if greedy else _inverse_cdf(log_probs, noise[alive, t])
+            response[alive, t] = token
+            logp[alive, t] = log_probs.gather(1, token[:, None])[:, 0]
+
+            going = token != policy.end_id
+            if t + 1 == self.max_new_tokens or not going.any():
+                break
+            if going.sum() < 0.75 * len(going):  # dropping rows copies the cache, so it waits for a quarter of them
+                keep = going.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            step_hidden, cache = policy.step(token[:, None], mask, position, cache)
+            hidden, position = step_hidden[:, -1], position + 1
+        return response, logp
+
+    def _distribution(self, logits: Tensor) -> Tensor:
+        """Return log-probabilities of the sampling distribution for logits, [N, V] -> [N, V]."""
+        logits = logits.float() / (self.temperature or 1.0)
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            probability = ordered.softmax(dim=-1)
+            beyond = probability.cumsum(dim=-1) - probability >= self.top_p
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+        return logits.log_softmax(dim=-1)
+
+
+def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Sample one token per row by inverting the cumulative distribution at ``uniform`` [N] in [0, 1)."""
+    cumulative = log_probs.exp().cumsum(dim=-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp(max=log_probs.shape[-1] - 1)
+
+
+def _until_end(response: Tensor, end_id: int) -> tuple[Tensor, Tensor]:
+    """Return the mask [B, R] up to and including the first end-of-turn, and whether there is one, [B]."""
+    is_end = response == end_id
+    mask = is_end.long().cumsum(dim=1) - is_end.long() == 0
+    return mask, is_end.any(dim=1)

@@ -1,0 +1,166 @@
+"""Best-of-K sampling: K responses per prompt, and statistics of the best of them."""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.data.batches import mix_seed
+from rlhf.data.collate import collate, collate_prompts
+from rlhf.data.encoded_rows import Encoded
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Prompt
+from rlhf.errors import UserError
+from rlhf.models.language_model import LanguageModel
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout, joined
+
+
+class BestOfK(AncestralSampler):
+    """Sampler of K responses per prompt, at one temperature or distributed over several.
+
+    Args:
+        max_new_tokens: Longest response, in tokens, end-of-turn included.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep only the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens with at least this probability; 1 keeps all.
+        samples: Responses per prompt (K), 2 or more.
+        batch_size: Rows sampled at a time; bounds the cache's memory.
+        temperatures: Temperatures over which the K responses are distributed as evenly as possible; replaces
+            ``temperature``.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: Annotated[int, Field(gt=0)] = 32,
+        temperature: Annotated[float, Field(ge=0)] = 1.0,
+        top_k: Annotated[int, Field(ge=0)] = 0,
+        top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        samples: Annotated[int, Field(ge=2)] = 4,
+        batch_size: Annotated[int, Field(gt=0)] = 512,
+        temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, top_k, top_p, samples, batch_size)
+        self.check_hyperparameters(samples, temperatures)
+        self.temperatures = [float(one) for one in temperatures] if temperatures else None
+
+    @staticmethod
+    def check_hyperparameters(samples: int = 4, temperatures: list[float] | None = None, **_: object) -> None:
+        """Validate the hyperparameters alone.
+
+        Raises:
+            UserError: If there are more temperatures than samples.
+        """
+        if temperatures and len(temperatures) > samples:
+            raise UserError(
+                f"{len(temperatures)} temperatures for {samples} samples leave some without a response; "
+                f"set samples={len(temperatures)} or more"
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every response is from the model's own distribution at one temperature."""
+        return super().exact and not self.temperatures
+
+    @property
+    def spread(self) -> list[float]:
+        """Temperatures of a prompt's K responses, in their order."""
+        if not self.temperatures:
+            return [self.temperature] * self.samples
+        count = len(self.temperatures)
+        return [t for i, t in enumerate(self.temperatures) for _ in range(len(range(i, self.samples, count)))]
+
+    @torch.no_grad()
+    def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
+        """Sample as ``AncestralSampler.sample``; the responses to a prompt are in the order of ``spread``.
+
+        Raises:
+            UserError: For a prompt that is too long for the context.
+        """
+        if not self.temperatures:
+            return super().sample(policy, prompts, seed)
+        parts = []
+        for index, temperature in enumerate(self.temperatures):
+            share = len(range(index, self.samples, len(self.temperatures)))
+            one = AncestralSampler(self.max_new_tokens, temperature, self.top_k, self.top_p, share, self.batch_size)
+            parts.append(one.sample(policy, prompts, mix_seed(seed, index)))
+        return interleave(parts, len(prompts), policy.pad_id)
+
+
+def interleave(parts: list[Rollout], prompts: int, pad_id: int) -> Rollout:
+    """Merge rollouts of the same prompts: the rows of a prompt are consecutive, in the order of the parts."""
+    rows: list[int] = []
+    starts = [sum(len(part.texts) for part in parts[:index]) for index in range(len(parts))]
+    for prompt in range(prompts):
+        for start, part in zip(starts, parts, strict=True):
+            share = len(part.texts) // prompts
+            rows += range(start + prompt * share, start + (prompt + 1) * share)
+    return joined(parts, pad_id).rows(torch.tensor(rows, device=parts[0].mask.device))
+
+
+def build_rollout(policy: LanguageModel, prompts: list[Prompt], texts: list[str], ended: list[bool]) -> Rollout:
+    """Return given responses as a rollout, so that a reward can score them.
+
+    The responses were not sampled here, so ``logp`` is 0.
+    """
+    tokenizer, device = policy.tokenizer, policy.device
+    asked = collate_prompts([encode_prompt(tokenizer, prompt.messages) for prompt in prompts], policy.pad_id).to(device)
+    responses = []
+    for text, whole in zip(texts, ended, strict=True):
+        # Every row of a rollout has a token, so an empty truncated response gets an end-of-turn.
+        ids = encode_response(tokenizer, text, whole) or [policy.end_id]
+        responses.append(Encoded(ids, [True] * len(ids)))
+    answered = collate(responses, policy.pad_id).to(device)
+    return Rollout(
+        prompts=prompts,
+        prompt_ids=asked.ids,
+        prompt_mask=asked.attention_mask,
+        response_ids=answered.ids,
+        mask=answered.attention_mask,
+        logp=torch.zeros(answered.ids.shape, device=device),
+        ended=torch.tensor(ended, device=device),
+        texts=texts,
+    )
+
+
+def expected_best(scores: Tensor) -> dict[int, float]:
+    """Return the mean over prompts of the expected best of k responses, from K scores per prompt, [N, K].
+
+    The keys are k = 1, 2, 4, ... and K. The estimate is unbiased, over all subsets of k of the K responses:
+    E[max] = sum_i C(i-1, k-1) / C(K, k) * s_(i), with s_(i) the i-th smallest score.
+    """
+    ordered = scores.double().sort(dim=1).values.mean(dim=0)
+    total = scores.shape[1]
+    ks = sorted({2**power for power in range(total.bit_length()) if 2**power <= total} | {total})
+    best = {}
+    for k in ks:
+        weights = [math.comb(i - 1, k - 1) / math.comb(total, k) for i in range(1, total + 1)]
+        best[k] = float(sum(weight * value for weight, value in zip(weights, ordered.tolist(), strict=True)))
+    return best
+
+
+def kl_bound(k: int) -> float:
+    """Return log k - (k-1)/k, an upper bound of KL(best of k || policy) in nats per response.
+
+    Source: Beirami et al. 2024.
+    """
+    return math.log(k) - (k - 1) / k
+
+
+def fit_log_law(gains: dict[int, float]) -> tuple[float, float]:
+    """Fit the least-squares line gain = a log k through k = 1.
+
+    Args:
+        gains: k -> expected best of k minus the mean response.
+
+    Returns:
+        Slope a, and the share of the gains' variance that the line explains.
+    """
+    points = [(math.log(k), gain) for k, gain in gains.items()]
+    slope = sum(x * y for x, y in points) / max(sum(x * x for x, _ in points), 1e-12)
+    mean = sum(y for _, y in points) / len(points)
+    spread = sum((y - mean) ** 2 for _, y in points)
+    left = sum((y - slope * x) ** 2 for x, y in points)
+    return slope, 1.0 - left / spread if spread > 0 else 0.0

@@ -1,0 +1,145 @@
+"""Scores, KL and signs of reward hacking of a stage that samples, in training and in validation."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rlhf.callbacks.reward_hacking import (
+    count_clusters,
+    has_gold,
+    proxy_gold_gap,
+    proxy_gold_gap_error,
+    response_metrics,
+)
+from rlhf.data.records import Prompt
+from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.kl import k3
+from rlhf.models.reference import Reference
+from rlhf.objective import Metrics
+from rlhf.reward.base import Reward
+from rlhf.sampler.base import Sampler, single
+from rlhf.sampler.rollout import Rollout, joined, pad_and_concatenate
+from rlhf.stage.base import Stage
+from rlhf.stage.batch_order import Parts
+from rlhf.stage.experience import Experience, chunks, response_logprobs
+
+#: Prompts of each part of the data that measure the baseline: standard error of the gap about 0.03 deviations.
+START = 512
+
+
+class RolloutMetrics(Stage):
+    """Part of a rollout stage that describes rollouts and validates the policy."""
+
+    reward: Reward
+    sampler: Sampler
+    reference: Reference
+    beta: float
+    answers: list[tuple[Rollout, Tensor, Tensor]]  # of held-out prompts, until they are described
+    start: dict[str, dict[str, float]]  # scores before training, by part of the data
+
+    def shape_scores(self, raw: Tensor, ended: Tensor) -> Tensor:
+        """Return the scores that are trained on, [B], from those of the reward, [B]."""
+        raise NotImplementedError
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Context manager: the policy has the weights that will be saved."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def measure_start(self) -> None:
+        """Score the policy before training, where gold is known: the baseline of `proxy_gold_gap`.
+
+        Each part of the data has its own baseline, measured on up to `START` of its prompts: the first rollout alone
+        would be too noisy, and prompts that the policy was fine-tuned on differ from held-out ones. A resumed run reads
+        it from its checkpoint.
+        """
+        validated = self.held_out if self.trainer.limit_val_batches else []
+        for part, prompts in (("train", self.examples), ("validation", validated)):
+            prompts = prompts[:START]
+            mine = prompts[self.trainer.global_rank :: self.trainer.world_size]
+            if part in self.start or len(prompts) < 2 * self.trainer.world_size or not has_gold(prompts[0]):
+                continue
+            sampler, size = single(self.sampler), self.batch_size // self.trainer.world_size
+            rollouts = [
+                sampler.sample(self.policy, list(mine[rows]), self.step_seed(f"start {part}", rows.start))
+                for rows in chunks(len(mine), size)
+            ]
+            whole = joined(rollouts, self.policy.pad_id)
+            found = response_metrics(whole, self.reward(whole).float(), together=True)
+            names = ("score", "score_std", "gold", "gold_std", "gold_correlation")
+            self.start[part] = {name: found[name].item() for name in names}
+            self.start[part]["clusters"] = count_clusters(whole.prompts)
+
+    def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
+        """Return scores, KL (nats per response) and the signs of reward hacking.
+
+        Collective: every rank must call it. Response diagnostics and spreads cover the responses of all ranks; the
+        other means cover this rank's responses.
+        """
+        kl = sequence_kl(logp, ref_logp, rollout.mask)
+        shaped = self.shape_scores(raw, rollout.ended)
+        metrics = {
+            **response_metrics(rollout, raw, together=True),
+            "shaped_score": shaped.mean(),
+            "kl": kl.mean(),
+            "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
+            "rlhf_reward": (shaped - self.beta * kl).mean(),
+            **{f"reward/{name}": value for name, value in self.reward.parts.items()},
+        }
+        start = self.start.get("train" if self.trainer.training else "validation")
+        if "gold" in metrics and start:
+            metrics["proxy_gold_gap"] = proxy_gold_gap(metrics, start)
+            error = proxy_gold_gap_error(metrics, start, count_clusters(rollout.prompts), int(start["clusters"]))
+            metrics["proxy_gold_gap_se"] = raw.new_tensor(error)
+        return metrics
+
+    def average_updates(self, metrics: list[Metrics]) -> Metrics:
+        """Return means over the updates on a rollout, and the first one's ratio (must be 1) and approx_kl (must be 0).
+
+        Empty without updates.
+        """
+        if not metrics:
+            return {}
+        names = {name: None for row in metrics for name in row}  # a skipped step has no gradient norm
+        means = {name: torch.stack([row[name] for row in metrics if name in row]).mean() for name in names}
+        return {**means, "first_ratio": metrics[0]["ratio"], "first_approx_kl": metrics[0]["approx_kl"]}
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the validation responses."""
+        super().on_validation_epoch_start()
+        self.answers = []
+
+    @torch.no_grad()
+    def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
+        """Sample responses to held-out prompts and keep their log-probabilities."""
+        with self.ema_weights():
+            rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
+            size, temperature = len(rollout.texts), self.sampler.temperature
+            logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
+        self.answers.append((rollout, logp, ref_logp))
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all validation responses at once, so that spreads do not depend on batches."""
+        rollouts, logps, ref_logps = zip(*self.answers, strict=True)
+        self.answers, whole = [], joined(rollouts, self.policy.pad_id)
+        with self.trainer.precision_plugin.forward_context():
+            raw = self.reward(whole).float()
+            metrics = self.describe(whole, raw, pad_and_concatenate(logps), pad_and_concatenate(ref_logps))
+        for name, value in metrics.items():
+            self.log_share(f"val/{name}", torch.as_tensor(value), len(raw))
+        super().on_validation_epoch_end()
+
+    def prompts_to_show(self) -> list[Prompt]:
+        """Return the held-out prompts."""
+        return list(self.held_out)
+
+    def mean_over_ranks(self, values: Tensor) -> float:
+        """Return the mean of values [B] over all ranks."""
+        total, count = self.sum_over_ranks(torch.stack([values.sum(), values.new_tensor(len(values))])).tolist()
+        return total / count
+
+    def kl(self, experience: Experience) -> float:
+        """Return the KL from the reference, nats per response: the mean over the responses of all ranks."""
+        return self.mean_over_ranks(sequence_kl(experience.logp, experience.ref_logp, experience.mask))

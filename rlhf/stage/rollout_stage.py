@@ -1,0 +1,332 @@
+"""Base class of reinforcement learning stages: rollouts, scores, the pretraining term, checks and diagnostics.
+
+A subclass of ``RolloutStage`` defines how advantages come from scores and which loss they enter. Everything that must
+be the same in PPO, GRPO and RLOO for a fair comparison is defined here.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rlhf.data.collate import TokenBatch, collate, packed
+from rlhf.data.disk import store_like
+from rlhf.data.encoding import encode_text
+from rlhf.data.records import Prompt
+from rlhf.data.split import Split
+from rlhf.errors import UserError
+from rlhf.functional.scores import Moments, ScoreScale, missing_eos
+from rlhf.models.ema import EMA
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.roles import load_reference
+from rlhf.models.vocabulary import check_vocabulary
+from rlhf.objective import Metrics
+from rlhf.reward.base import Reward, make_ready
+from rlhf.reward.missing_eos import MISSING_EOS_PENALTY, MissingEOSOption, resolve_missing_eos
+from rlhf.reward.model import find_model_rewards
+from rlhf.sampler.base import Sampler, single
+from rlhf.sampler.rollout import Rollout
+from rlhf.stage.batch_order import Parts
+from rlhf.stage.checks import check_context
+from rlhf.stage.experience import Experience, chunks
+from rlhf.stage.rollout_metrics import RolloutMetrics
+from rlhf.stage.update import Optimizer, Schedule
+
+__all__ = ["RolloutStage", "SampledObjective"]
+
+
+class SampledObjective(Protocol):
+    """Interface that all objectives over sampled responses share."""
+
+    @property
+    def beta(self) -> float:
+        """KL coefficient, the initial one where it adapts."""
+
+    @property
+    def gamma(self) -> float:
+        """Pretraining coefficient gamma: weight of the pretraining loss in the same optimizer step; 0 reads no text."""
+
+
+class RolloutStage(RolloutMetrics):
+    """Base class of stages that sample from the policy, score the responses, and update on them.
+
+    A subclass names the hyperparameters that it adds or whose default it changes, and takes the rest as
+    ``**hyperparameters``.
+
+    Args:
+        steps: Rollouts, each of ``batch_size`` prompts.
+        batch_size: Prompts per rollout.
+        epochs: Passes over each rollout.
+        minibatches: Updates per pass.
+        micro_batch_size: Rows per forward pass, null: a whole minibatch.
+        gradient_clip: Largest gradient norm, null: none.
+        text_ratio: Rows of pretraining text per response in the pretraining term.
+        text_length: Tokens in a row of pretraining text.
+        missing_eos_penalty: Missing-EOS penalty, in units of the normalized and clipped score.
+        score_clip: Scores are clipped to plus or minus this, null: not.
+        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+        reference: Model that KL is measured against, null: the initial policy.
+        normalize_scores: "none"; "batch": mean 0 and standard deviation 1 over each rollout; "running": over all
+            rollouts so far.
+        missing_eos: How the score of a response without EOS changes: "replace" sets it to minus the penalty, "subtract"
+            subtracts the penalty, "none" leaves it; "auto" replaces under a trained reward model and leaves the scores
+            of rules (``resolve_missing_eos``).
+        kl_budget: Nats per response from the reference; a rollout beyond it ends the training. Null: no budget.
+        ema_decay: Decay per update of an EMA of the weights, which is then validated and saved. Null: no EMA.
+    """
+
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",), "text": ("text",)}
+    progress_metrics = ("score", "kl", "length", "loss")
+    headline = "val/score"
+    auxiliary_models = {"reference": False}
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: SampledObjective,
+        data: Split,
+        text: Split | None,
+        reward: Reward,
+        sampler: Sampler,
+        optimizer: Optimizer,
+        scheduler: Schedule,
+        *,
+        steps: Annotated[int, Field(gt=0)],
+        batch_size: Annotated[int, Field(gt=0)],
+        epochs: Annotated[int, Field(gt=0)],
+        minibatches: Annotated[int, Field(gt=0)],
+        score_clip: Annotated[float, Field(gt=0)] | None,
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
+        text_ratio: Annotated[float, Field(gt=0)] = 1.0,
+        text_length: Annotated[int, Field(gt=1)] = 64,
+        tolerance: Annotated[float, Field(gt=0)] = 1e-3,
+        reference: str | None = None,
+        normalize_scores: ScoreScale = "none",
+        missing_eos: MissingEOSOption = "auto",
+        missing_eos_penalty: Annotated[float, Field(ge=0)] = MISSING_EOS_PENALTY,
+        kl_budget: Annotated[float, Field(gt=0)] | None = None,
+        ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            scheduler,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_clip=gradient_clip,
+        )
+        self.check_parts(
+            objective=objective, text=text, sampler=sampler, batch_size=batch_size, minibatches=minibatches
+        )
+        check_context(model, text_length, "stage.text_length")
+        self.objective: Any = objective
+        self.data, self.text, self.reward, self.sampler = data, text, reward, sampler
+        self.steps, self.epochs, self.minibatches = steps, epochs, minibatches
+        self.text_ratio, self.text_length = text_ratio, text_length
+        self.missing_eos_penalty, self.score_clip, self.tolerance = missing_eos_penalty, score_clip, tolerance
+        self.normalize_scores = normalize_scores
+        self.missing_eos = resolve_missing_eos(missing_eos, missing_eos_penalty, reward)
+        self.kl_budget, self.ema_decay = kl_budget, ema_decay
+        self.policy.disable_dropout()
+        self.reference = load_reference(model, reference)
+        self.beta = objective.beta
+        self.score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self.start: dict[str, dict[str, float]] = {}  # scores before training, by part of the data
+        self.over_budget = False
+        self.ema: EMA | None = None
+        self._ema_state: dict[str, Tensor] | None = None
+        self.answers: list[tuple[Rollout, Tensor, Tensor]] = []  # validation responses with logp and ref_logp
+
+    @classmethod
+    def check_parts(
+        cls,
+        *,
+        batch_size: int = 1,
+        minibatches: int = 1,
+        processes: int = 1,
+        objective: Any = None,
+        text: Any = None,
+        model: Any = None,
+        reference: str | None = None,
+        **parts: Any,
+    ) -> None:
+        """Validate as ``Stage.check_parts``; also minibatches, the reference's vocabulary, and gamma without text."""
+        super().check_parts(batch_size=batch_size, processes=processes, **parts)
+        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+        if batch_size % minibatches:
+            raise UserError(
+                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
+                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+            )
+        if batch_size // processes % minibatches:
+            raise UserError(
+                f"stage.minibatches={minibatches} does not divide the {batch_size // processes} prompts of each of the "
+                f"{processes} processes: type a stage.batch_size that is a multiple of {minibatches * processes}"
+            )
+        if objective is not None and objective.gamma and text is None:
+            raise UserError(
+                f"objective.gamma={objective.gamma:g} needs pretraining text: type data@text=text, or objective.gamma=0"
+            )
+
+    @classmethod
+    def unread(cls, *, objective: Any = None, **_: Any) -> tuple[str, ...]:
+        """Return ("text",) if the objective has no pretraining term."""
+        return () if objective is None or objective.gamma else ("text",)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def roles(self) -> dict[str, Any]:
+        """Return the policy, the reference and the reward models, by role."""
+        rewards = {name: reward.model for name, reward in find_model_rewards(self.reward).items()}
+        return {"policy": self.policy, "reference": self.reference} | rewards
+
+    def read_examples(self) -> None:
+        """Read the prompts, all of which fit the context together with a response."""
+        processes = self.trainer.world_size  # the config does not always give it
+        self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
+        fitted = self.fit_prompts(self.data, self.sampler)
+        self.examples, self.held_out = fitted.train, fitted.validation
+        self.batches = self.order(len(self.examples), steps=self.steps)
+
+    def prepare(self) -> None:
+        """Read the prompts and the pretraining text, and move the frozen models to the device."""
+        self.read_examples()
+        self.reference.to(self.device)
+        make_ready(self.reward, self.device, [*self.examples, *self.held_out], self.sampler.room(self.policy))
+        if self.ema_decay is not None:
+            self.ema = EMA(self.policy, self.ema_decay)
+            if self._ema_state is not None:
+                self.ema.load(self._ema_state)
+        if self.objective.gamma:
+            assert self.text is not None  # check_parts
+            tokenizer = self.policy.tokenizer
+            documents = (encode_text(tokenizer, record.text) for record in self.text.train)
+            self.documents = store_like(packed(documents, self.text_length), like=self.text.train)
+
+    def parts(self, examples: list[Prompt]) -> Parts[Prompt]:
+        """Return the prompts as records, which the sampler tokenizes; micro-batches are cut from the minibatches."""
+        return Parts(examples)
+
+    @property
+    def total_updates(self) -> int:
+        """Minibatches of all rollouts."""
+        return self.steps * self.epochs * self.minibatches
+
+    def schedule_position(self) -> tuple[int, int]:
+        """Return rollouts done and in all: the learning rate is constant over the updates on a rollout."""
+        return self.batches_done, self.steps
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counters of ``Stage``, the adapted beta, the running moments and the diagnostics' baseline."""
+        names = ("beta", "score_moments", "start")
+        return super().counters() | {name: getattr(self, name) for name in names}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the EMA to the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the EMA of the checkpoint until ``prepare`` loads it, once the weights are on their device."""
+        super().on_load_checkpoint(checkpoint)
+        self._ema_state = checkpoint.get("ema")
+
+    # -- scores and updates ---------------------------------------------------------------------------------------
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
+        return self.trainer.precision in ("32-true", "64-true")
+
+    def scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Return the raw reward and the shaped score of each response of a training rollout, [B] each."""
+        if self.updates_done == 0:
+            self.measure_start()
+        raw = self.reward(rollout).float()
+        if self.normalize_scores != "none":
+            before = Moments(*self.score_moments) if self.normalize_scores == "running" else Moments()
+            now = before.updated(raw, self.sum_over_ranks)
+            self.score_moments = (now.count, now.mean, now.squares)
+        return raw, self.shape_scores(raw, rollout.ended)
+
+    def shape_scores(self, raw: Tensor, ended: Tensor) -> Tensor:
+        """Return the scores [B] normalized, clipped, and with the missing-EOS penalty applied."""
+        scores = raw if self.normalize_scores == "none" else Moments(*self.score_moments).normalize(raw)
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        return missing_eos(scores, ended, self.missing_eos_penalty, self.missing_eos)
+
+    def is_within_kl_budget(self, kl: float) -> bool:
+        """Return whether the rollout, at ``kl`` nats per response, may be trained on; end the training otherwise."""
+        if self.kl_budget is None or kl <= self.kl_budget:
+            return True
+        self.stop(kl)
+        return False
+
+    def stop(self, kl: float) -> None:
+        """End the training before the updates on this rollout; the policy that sampled it is saved."""
+        self.over_budget = True
+        self.trainer.should_stop = True
+        self.note(
+            f"rollout {self.batches_done + 1} of {self.steps} is {kl:.1f} nats per response from the reference, more "
+            f"than stage.kl_budget={self.kl_budget}: training ends here, the policy is saved"
+        )
+
+    def step(self, frozen: nn.Module | None = None) -> Metrics:
+        """Make one optimizer step and update the EMA, unless the step was skipped."""
+        metrics = super().step(frozen)
+        if self.ema is not None and not metrics.get("skipped_steps"):
+            self.ema.update()
+        return metrics
+
+    def draw_minibatches(self, experience: Experience) -> Iterator[tuple[Experience, bool]]:
+        """Yield the minibatches of all epochs, each epoch in its own order.
+
+        The flag marks the first minibatch, where the policy is still the one that sampled.
+        """
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
+            order = torch.randperm(len(experience), generator=generator).to(self.device)
+            for index, rows in enumerate(order.chunk(self.minibatches)):
+                yield experience[rows], epoch == index == 0
+
+    def pretraining_term(self, responses: int) -> None:
+        """Add gamma * cross-entropy on pretraining text to the gradient of this update."""
+        generator = torch.Generator().manual_seed(self.step_seed(f"text {self.updates_done}"))
+        picked = torch.randint(len(self.documents), (max(1, round(self.text_ratio * responses)),), generator=generator)
+        parts: list[TokenBatch] = [
+            collate([self.documents[i] for i in picked[part].tolist()], self.policy.pad_id).to(self.device)
+            for part in chunks(len(picked), self.micro_batch_size)
+        ]
+        total = self.loss_denominator(torch.stack([part.loss_mask.sum() for part in parts]).sum())
+        for part in parts:
+            logp, _ = self.policy.logprobs(part)
+            self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
+
+    # -- the result -----------------------------------------------------------------------------------------------
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Return a context manager that applies the EMA weights to the policy; without EMA it does nothing."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def save(self, folder: Path) -> None:
+        """Write the policy, with its EMA weights if there are any."""
+        with self.ema_weights():
+            super().save(folder)
+
+    def write_samples(self, count: int = 8, sampler: Sampler | None = None) -> None:
+        """Write one response per prompt of the saved policy, sampled as in training."""
+        with self.ema_weights():
+            super().write_samples(count, sampler or single(self.sampler))
+
+    def final_metrics(self) -> dict[str, float]:
+        """Return whether the KL budget ended the training; empty without a budget."""
+        return {} if self.kl_budget is None else {"over_kl_budget": float(self.over_budget)}

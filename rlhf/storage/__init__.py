@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, caches, the hub, and the file formats of a run."""

