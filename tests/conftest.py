@@ -1,4 +1,4 @@
-"""What all tests share: a process as clean as at its start, and as quick."""
+"""Shared fixtures and hooks of all tests: clean and fast test processes."""
 
 import copy
 import gc
@@ -15,27 +15,27 @@ from hydra.core.default_element import InputDefault
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from rlhf import pipeline
+from rlhf.running import pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files of slow tests first, then those of many tests: of two processes, none is left with a long file."""
+    """Put files of slow tests first, then those with many tests, so that no worker ends with a long file."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:
-    """Take what was imported out of every later garbage collection: half a million objects that never go."""
+    """Exclude imported objects from later garbage collections: half a million objects that are never freed."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """The same for what a module of tests imported."""
+def _freeze_imports() -> Iterator[None]:
+    """Exclude the objects that a test module imported from later garbage collections."""
     yield
     gc.collect()
     gc.freeze()
@@ -43,12 +43,12 @@ def _frozen() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _parsed_once() -> Iterator[None]:
-    """Parse each YAML file of the project once: a config is composed a thousand times here, of thirty files each."""
+    """Parse each YAML file of the project once: configs are composed a thousand times here, from thirty files each."""
     load = OmegaConf.load
     known = cache(lambda path: load(path))
 
     def copied(source: Any) -> Any:
-        path = Path(source if isinstance(source, str | Path) else source.name).absolute()  # Hydra gives an open file
+        path = Path(source if isinstance(source, str | Path) else source.name).absolute()  # Hydra passes an open file
         return copy.deepcopy(known(path)) if path.is_relative_to(ROOT) else load(source)
 
     OmegaConf.load = staticmethod(copied)  # type: ignore[method-assign]
@@ -58,7 +58,7 @@ def _parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpolated_if_asked() -> Iterator[None]:
-    """Make Hydra's map of choices, one for every node of the defaults tree, only where a choice refers to another."""
+    """Build Hydra's map of choices, one for every node of the defaults tree, only where a choice refers to another."""
     make, resolve = defaults_list._create_interpolation_map, InputDefault._resolve_interpolation_impl
     defaults_list._create_interpolation_map = lambda *arguments: partial(make, *arguments)  # type: ignore[assignment]
     InputDefault._resolve_interpolation_impl = lambda self, choices, value: resolve(self, choices(), value)  # type: ignore[assignment]
@@ -67,20 +67,20 @@ def _interpolated_if_asked() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _newest_releases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say nothing of untested versions: `make test-newest` runs the tests with those, and they count lines."""
+def _silence_untested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence warnings of untested versions: `make test-newest` runs the tests with those, and tests count lines."""
     monkeypatch.setattr(pipeline, "untested", lambda: None)
 
 
 @pytest.fixture(autouse=True)
-def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the folder in which a test typed its commands; a command puts it on the path of modules."""
+def _restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore ``sys.path`` after each test: a command adds the directory in which it is typed."""
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture
 def figures() -> None:
-    """Ask for figures with something in them, where ``undrawn`` would leave them empty."""
+    """Request figures with content, which ``undrawn`` would leave empty."""
 
 
 @pytest.fixture

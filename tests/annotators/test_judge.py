@@ -1,4 +1,4 @@
-"""A language model as annotator: what it is asked, how its answers are read, and what is done with nonsense."""
+"""Language model as annotator: its questions, the parsing of its answers, and the treatment of unusable answers."""
 
 import json
 from collections import Counter
@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.annotator.judge import Answer, JudgeAnnotator, encode_completion_question
+from rlhf.annotator.judge_text import TEMPLATES, fill, parse, read_template
+from rlhf.annotator.judgements import Judgements
 from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Message
-from rlhf.data.template import tokenize
+from rlhf.data.rendering import tokenize
 from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError
-from rlhf.judge import TEMPLATES, Answer, JudgeAnnotator, Judgements, continued, fill, parse, read_template
-from rlhf.rollout import Rollout, Sampler
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout
 from rlhf.testing import check_annotator, rollout, tiny_model
 
 
@@ -27,10 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Scripted(JudgeAnnotator):
-    """A judge whose answers come from a function of (first, second)."""
+    """Judge whose answers come from a function of (first, second)."""
 
-    def __init__(self, path: Path, say, **knobs) -> None:
-        super().__init__(str(path), template="short", **knobs)
+    def __init__(self, path: Path, say, **hyperparameters) -> None:
+        super().__init__(str(path), template="short", **hyperparameters)
         self.say, self.calls = say, 0
 
     def _answers(self, questions: list[str]) -> list[Answer]:
@@ -47,32 +50,32 @@ def longer(first: str, second: str) -> float:
     return float(len(first) - len(second))
 
 
-def given(*replies: str) -> Rollout:
-    return rollout(["What is two plus two?"] * len(replies), list(replies))
+def given(*responses: str) -> Rollout:
+    return rollout(["What is two plus two?"] * len(responses), list(responses))
 
 
 # -- questions ------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_is_filled_once_and_braces_stay() -> None:
+def test_a_template_is_filled_once_and_keeps_other_braces() -> None:
     assert fill("{prompt}|{first}|{second}", [Message("user", "q {first}")], "{second}", "b") == "q {first}|{second}|b"
     dialogue = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
     assert fill("{prompt}", dialogue, "", "") == "user: one\nassistant: two\nuser: three"
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_a_model_without_chat_template_is_asked_for_what_its_text_goes_on_with(merged: bool) -> None:
-    """GPT-2's byte-level BPE writes "Answer: A" with the token " A"; after "Answer: " no text of its has a bare "A"."""
+def test_option_tokens_without_a_chat_template_are_those_that_continue_the_text(merged: bool) -> None:
+    """GPT-2's byte-level BPE writes "Answer: A" with the token " A"; after "Answer: " no token of a text is "A"."""
     corpus = ["Answer: A\nAnswer: B\n"] * 9 if merged else ["xyz"]
     tokenizer = train_tokenizer(corpus, 300 if merged else 262)
-    context, options = continued(tokenizer, "Which?\nA: x\nB: y")
+    context, options = encode_completion_question(tokenizer, "Which?\nA: x\nB: y")
     assert tokenizer.decode(context) == "Which?\nA: x\nB: y\nAnswer:" + ("" if merged else " ")
     assert tokenizer.convert_ids_to_tokens(options) == (["ĠA", "ĠB"] if merged else ["A", "B"])
     for option, name in zip(options, "AB", strict=True):
         assert [*context, option] == tokenize(tokenizer, f"Which?\nA: x\nB: y\nAnswer: {name}")
 
 
-def test_a_judge_without_chat_template_answers_with_those_tokens(tmp_path: Path) -> None:
+def test_a_judge_without_chat_template_adds_the_probabilities_of_both_tokens(tmp_path: Path) -> None:
     model = tiny_model(("Answer: A", "Answer: B") * 50)
     model.tokenizer.chat_template = None
     model.save(tmp_path / "model")
@@ -83,13 +86,15 @@ def test_a_judge_without_chat_template_answers_with_those_tokens(tmp_path: Path)
     hidden = model.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
     logits = model.head(hidden)[0, -1].detach()
     tokens = {name: [x for x in (f"Ġ{name}", name) if x in model.tokenizer.get_vocab()] for name in "AB"}
-    assert all(len(found) == 2 for found in tokens.values())  # " A" and "A" are one answer: their probabilities add up
+    assert all(
+        len(found) == 2 for found in tokens.values()
+    )  # " A" and "A" are one answer: their probabilities are added
     ids_of = {name: model.tokenizer.convert_tokens_to_ids(found) for name, found in tokens.items()}
     first, second = (logits[ids_of[name]].exp().sum().log() for name in "AB")
     assert value == pytest.approx(float(first - second), abs=1e-4)
 
 
-def test_templates(tmp_path: Path) -> None:
+def test_templates_are_read_by_name_or_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("{prompt} {first} {second} ?")
     assert read_template(str(file), "key").endswith("?") and read_template("short", "key") == TEMPLATES["short"]
@@ -105,23 +110,23 @@ def test_templates(tmp_path: Path) -> None:
     [
         ("A", 1.0),
         ("B.", -1.0),
-        ("The better reply is B", -1.0),
+        ("The better response is B", -1.0),
         ("A is better than B. [[B]]", -1.0),
         ("[[C]]", 0.0),
         ("It is a tie", 0.0),
         ("A and B are fine", None),
         ("", None),
         ("Apples", None),
-        # The article is no option.
+        # an article, not an option
         ("A tie.", 0.0),
         ("A draw", 0.0),
         ("A tie between A and B", 0.0),
         ("A close call, but B is better.", -1.0),
         ("A slightly better answer is B", -1.0),
-        ("A more helpful reply is B", -1.0),
+        ("A more helpful response is B", -1.0),
         ("A tough one. A wins.", 1.0),
         ("Answer: A tie", 0.0),
-        # The option is no article.
+        # an option, not an article
         ("A wins", 1.0),
         ("A explains it better", 1.0),
         ("A clearly wins", 1.0),
@@ -130,8 +135,8 @@ def test_templates(tmp_path: Path) -> None:
         ("**A**", 1.0),
         ("(A)", 1.0),
         ("A) Paris", 1.0),
-        ("Reply A is better.", 1.0),
-        # Both are named.
+        ("Response A is better.", 1.0),
+        # both options are named
         ("A is better than B", 1.0),
         ("B is worse than A", 1.0),
         ("A is good, but B is better.", -1.0),
@@ -144,26 +149,28 @@ def test_templates(tmp_path: Path) -> None:
         ("A < B", -1.0),
         ("A beats B", 1.0),
         ("Answer: B. A is too long.", -1.0),
-        ("The winner is reply A, not B", 1.0),
+        ("The winner is response A, not B", 1.0),
         ("Answer: A and B are equal", 0.0),
         ("b", -1.0),
         ("(a)", 1.0),
         ("a good one", None),
-        # Denials.
+        # negated options
         ("Not A", None),
         ("A is not better", None),
         ("It is not a tie: B is better", -1.0),
     ],
 )
-def test_written_answers(text: str, value: float | None) -> None:
+def test_written_answers_are_parsed(text: str, value: float | None) -> None:
     assert parse(text) == value
 
 
 # -- verdicts -------------------------------------------------------------------------------------------------------
 
 
-def test_both_orders_are_asked_and_averaged(folder: Path) -> None:
-    judge = Scripted(folder, lambda a, b: 3.0 if a == "good" else -1.0)  # surer of what it reads first
+def test_both_orders_are_queried_and_averaged(folder: Path) -> None:
+    judge = Scripted(
+        folder, lambda a, b: 3.0 if a == "good" else -1.0
+    )  # larger log-odds for whichever response comes first
     (made,) = judge(given("bad", "good"), 2, 0)
     assert judge.calls == 2
     assert made.responses == ("good", "bad") and made.grades == ("significantly",)
@@ -178,42 +185,42 @@ def test_both_orders_are_asked_and_averaged(folder: Path) -> None:
     }
 
 
-def test_a_judge_that_prefers_a_place_makes_ties(folder: Path) -> None:
+def test_a_judge_with_position_bias_yields_ties(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: 2.0)
     assert judge(given("one", "two", "x", "yy"), 2, 0) == []
     rates = judge.rates(judge.counts)
     assert rates["judge/position_bias"] == rates["judge/ties"] == rates["judge/first_choice"] == 1.0
 
 
-def test_one_order_is_half_the_questions_and_sees_no_bias(folder: Path) -> None:
+def test_one_order_halves_the_questions_and_measures_no_bias(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: 2.0, both_orders=False)
     (made,) = judge(given("one", "two"), 2, 0)
     assert judge.calls == 1 and made.responses == ("one", "two")
 
 
-def test_equal_replies_are_not_asked_about(folder: Path) -> None:
+def test_equal_responses_are_not_judged(folder: Path) -> None:
     judge = Scripted(folder, longer)
     assert judge(given("same", "same"), 2, 0) == [] and judge.calls == 0
 
 
-def test_a_ranking_follows_from_its_pairs(folder: Path) -> None:
+def test_a_ranking_is_fitted_to_its_pairs(folder: Path) -> None:
     judge = Scripted(folder, longer)
     (made,) = judge(given("aa", "a", "aaaa", "aaa"), 4, 0)
     assert made.responses == ("aaaa", "aaa", "aa", "a")
     assert judge.calls == 12 and len(made.pairs()) == 6
     gaps = [a - b for a, b in zip(made.scores, made.scores[1:], strict=False)]
-    assert gaps == pytest.approx([1.0, 1.0, 1.0])  # least squares gives back log-odds that add up
+    assert gaps == pytest.approx([1.0, 1.0, 1.0])  # least squares recovers additive log-odds
     assert made.grades[0] == "better" and made.grades[2] == "significantly"  # 1 and 3 nats
 
 
-def test_replies_that_were_cut_off_stay_marked(folder: Path) -> None:
+def test_truncated_responses_stay_marked(folder: Path) -> None:
     cut = given("four", "four, sure", "four, I")
     cut.ended[2] = False
     (comparison,) = Scripted(folder, longer)(cut, 3, 0)
     assert comparison.responses == ("four, sure", "four, I", "four") and comparison.ended == (True, False, True)
 
 
-def test_a_circle_makes_a_tie_where_it_contradicts_the_ranking(folder: Path) -> None:
+def test_an_intransitive_pair_becomes_a_tie(folder: Path) -> None:
     odds = {("a", "b"): 2.0, ("b", "c"): 2.0, ("c", "a"): 1.0}
     judge = Scripted(folder, lambda x, y: odds.get((x, y)) or -odds[y, x])
     (made,) = judge(given("a", "b", "c"), 3, 0)
@@ -222,40 +229,40 @@ def test_a_circle_makes_a_tie_where_it_contradicts_the_ranking(folder: Path) -> 
     assert judge.counts["intransitive"] == 1
 
 
-def test_thresholds_grade_and_written_answers_have_no_grade(folder: Path) -> None:
+def test_thresholds_set_grades_and_written_answers_have_none(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: 0.7 if a == "good" else -0.7, thresholds=(0.1, 0.6, 5.0))
     assert judge(given("bad", "good"), 2, 0)[0].grades == ("better",)
     judge.answer = "generate"
     assert judge(given("bad", "good"), 2, 0)[0].grades == (None,)
 
 
-# -- nonsense -------------------------------------------------------------------------------------------------------
+# -- unusable answers -----------------------------------------------------------------------------------------------
 
 
-def test_some_nonsense_is_a_tie(folder: Path) -> None:
+def test_a_few_unusable_answers_are_ties(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: None if "?" in (a, b) else longer(a, b))
-    replies = ["a" * i for i in range(1, 21)] + ["?", "b"]
-    made = judge(given(*replies), 2, 0)
+    responses = ["a" * i for i in range(1, 21)] + ["?", "b"]
+    made = judge(given(*responses), 2, 0)
     assert len(made) == 10 and judge.counts["ties"] == 1
     assert judge.rates(judge.counts)["judge/nonsense"] == pytest.approx(2 / 22)
 
 
-def test_too_much_nonsense_is_refused_in_one_line(folder: Path) -> None:
+def test_too_many_unusable_answers_are_refused_in_one_line(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: None)
-    replies = [f"{i}" for i in range(40)]
+    responses = [f"{i}" for i in range(40)]
     with pytest.raises(UserError) as error:
-        judge(given(*replies), 2, 0)
+        judge(given(*responses), 2, 0)
     line = str(error.value)
     assert "40 of 40 answers are neither A nor B (one says '?'; annotator.max_nonsense=0.1" in line and "\n" not in line
 
 
-def test_an_untrained_model_is_no_judge(folder: Path) -> None:
-    """It gives A and B some 2 in 300 of the probability."""
+def test_an_untrained_model_is_refused_as_a_judge(folder: Path) -> None:
+    """A and B together have about 2 in 300 of its probability."""
     with pytest.raises(UserError, match="neither A nor B"):
-        JudgeAnnotator(str(folder), "short")(given(*[f"reply {i}" for i in range(40)]), 2, 0)
+        JudgeAnnotator(str(folder), "short")(given(*[f"response {i}" for i in range(40)]), 2, 0)
 
 
-def test_a_question_too_long_for_the_judge_is_nonsense(folder: Path) -> None:
+def test_a_question_too_long_for_the_judge_counts_as_unusable(folder: Path) -> None:
     judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
     (answer,) = judge.ask(["word " * 200])
     assert answer[0] is None and "more than 127 tokens" in answer[1]
@@ -264,8 +271,8 @@ def test_a_question_too_long_for_the_judge_is_nonsense(folder: Path) -> None:
 # -- a real model ---------------------------------------------------------------------------------------------------
 
 
-def test_log_odds_are_those_of_the_next_token_whatever_the_batch(folder: Path) -> None:
-    from rlhf.data.template import encode_prompt
+def test_log_odds_are_those_of_the_next_token_at_any_batch_size(folder: Path) -> None:
+    from rlhf.data.encoding import encode_prompt
 
     judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
     questions = [fill(judge.template, [Message("user", "q" * n)], "one", "two") for n in (1, 9, 4)]
@@ -279,7 +286,7 @@ def test_log_odds_are_those_of_the_next_token_whatever_the_batch(folder: Path) -
         assert odds == pytest.approx(float(logits[one] - logits[two]), abs=1e-4)
 
 
-def test_a_real_model_keeps_the_annotators_contract(folder: Path) -> None:
+def test_a_real_model_passes_the_annotator_contract(folder: Path) -> None:
     assert check_annotator(JudgeAnnotator(str(folder), "short", least_mass=0.0)) == []
     assert check_annotator(JudgeAnnotator(str(folder), "short", answer="generate", max_nonsense=1.0)) == []
 
@@ -287,24 +294,24 @@ def test_a_real_model_keeps_the_annotators_contract(folder: Path) -> None:
 # -- the cache ------------------------------------------------------------------------------------------------------
 
 
-def test_no_question_is_asked_twice(folder: Path, tmp_path: Path) -> None:
-    replies = given("aa", "a", "bbb", "b")
+def test_no_question_is_judged_twice(folder: Path, tmp_path: Path) -> None:
+    responses = given("aa", "a", "bbb", "b")
     first = Scripted(folder, longer)
     first.open(tmp_path)
-    made = first(replies, 2, 0)
+    made = first(responses, 2, 0)
     assert first.calls == 4
     again = Scripted(folder, lambda a, b: pytest.fail("asked again"))
     again.open(tmp_path)
-    assert again(replies, 2, 0) == made
+    assert again(responses, 2, 0) == made
     (file,) = tmp_path.iterdir()
     with file.open("a") as stream:
         stream.write('{"question": "abc", "ans')  # a kill in the middle of a line
     third = Scripted(folder, lambda a, b: pytest.fail("asked again"))
     third.open(tmp_path)
-    assert third(replies, 2, 0) == made
+    assert third(responses, 2, 0) == made
 
 
-def test_another_question_template_or_judge_is_another_key(folder: Path, tmp_path: Path) -> None:
+def test_question_template_and_judge_are_in_the_cache_key(folder: Path, tmp_path: Path) -> None:
     judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
     other = tmp_path / "other"
     tiny_model(seed=1).save(other)
@@ -315,14 +322,14 @@ def test_another_question_template_or_judge_is_another_key(folder: Path, tmp_pat
     assert len({one, two, judge._key("a")}) == 3
 
 
-def test_the_cache_can_be_off(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_can_be_disabled(folder: Path, tmp_path: Path) -> None:
     judge = Scripted(folder, longer, cache=False)
     judge.open(tmp_path)
     judge(given("aa", "a"), 2, 0)
     assert list(tmp_path.iterdir()) == []
 
 
-# -- teaching one to judge ------------------------------------------------------------------------------------------
+# -- training a judge -----------------------------------------------------------------------------------------------
 
 
 def test_judgements_are_both_orders_of_every_pair() -> None:
@@ -341,11 +348,11 @@ def test_judgements_are_both_orders_of_every_pair() -> None:
     assert all(sum(row.mask) == 2 for row in rows)  # the letter and the end of the turn
 
 
-# -- in a collect run -----------------------------------------------------------------------------------------------
+# -- in a run of the collect stage ------------------------------------------------------------------------------------
 
 
-def test_agreement_with_gold_counts_pairs_that_gold_tells_apart() -> None:
-    from rlhf.data.testbed import Testbed
+def test_agreement_with_gold_counts_pairs_that_gold_separates() -> None:
+    from rlhf.data.testbed.world import Testbed
     from rlhf_collect.stage import agreement
 
     world = Testbed()
@@ -367,18 +374,18 @@ def test_agreement_with_gold_counts_pairs_that_gold_tells_apart() -> None:
     assert counted(Comparison(prompt.messages, (good, bad), ("tie",))) == {}
 
 
-def test_the_summary_of_collect_has_the_judges_rates(folder: Path, tmp_path: Path) -> None:
+def test_the_summary_of_collect_has_the_rates_of_the_judge(folder: Path, tmp_path: Path) -> None:
     import pytorch_lightning as pl
 
-    from rlhf.annotators import GoldAnnotator
-    from rlhf.rollout import Sampler
+    from rlhf.annotator.gold import GoldAnnotator
+    from rlhf.sampler.ancestral import AncestralSampler
     from rlhf_collect.stage import CollectStage
     from tests.stages.conftest import data
 
     def metrics(annotator: object, name: str) -> dict[str, float]:
-        stage = CollectStage(tiny_model(), data("prompt", 8), Sampler(8, samples=2), annotator, batch_size=4)
-        stage.run_folder = tmp_path / name / "collect" / "abc"
-        stage.run_folder.mkdir(parents=True)
+        stage = CollectStage(tiny_model(), data("prompt", 8), AncestralSampler(8, samples=2), annotator, batch_size=4)
+        stage.run_directory = tmp_path / name / "collect" / "abc"
+        stage.run_directory.mkdir(parents=True)
         quiet: Sequence[str] = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary")
         trainer = pl.Trainer(accelerator="cpu", devices=1, **dict.fromkeys(quiet, False))
         trainer.predict(stage, return_predictions=False)
@@ -390,7 +397,7 @@ def test_the_summary_of_collect_has_the_judges_rates(folder: Path, tmp_path: Pat
     assert not any(name.startswith("judge") for name in metrics(GoldAnnotator(noise=0.0), "gold"))
 
 
-def test_answers_are_json(folder: Path, tmp_path: Path) -> None:
+def test_cached_answers_are_json_lines(folder: Path, tmp_path: Path) -> None:
     judge = Scripted(folder, longer)
     judge.open(tmp_path)
     judge(given("aa", "a"), 2, 0)
@@ -399,17 +406,17 @@ def test_answers_are_json(folder: Path, tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == [1.0, -1.0] and {row["said"] for row in rows} == {"A", "B"}
 
 
-def test_the_length_of_written_answers_and_the_number_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_new_tokens_and_dtype_reach_the_judge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
-    inner = Sampler.sample
+    inner = AncestralSampler.sample
 
-    def sample(self: Sampler, *arguments: Any, **named: Any) -> Rollout:
+    def sample(self: AncestralSampler, *arguments: Any, **named: Any) -> Rollout:
         lengths.append(self.max_new_tokens)
         written = inner(self, *arguments, **named)
         assert written.mask.shape[1] <= self.max_new_tokens
         return written
 
-    monkeypatch.setattr(Sampler, "sample", sample)
+    monkeypatch.setattr(AncestralSampler, "sample", sample)
     for length in (1, 12):
         judge = JudgeAnnotator(str(folder), answer="generate", max_new_tokens=length, max_nonsense=1.0)
         judge.ask(["Which is better, A or B?", "Is it A?"])

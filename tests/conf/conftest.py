@@ -1,4 +1,4 @@
-"""Composing configs as the command does."""
+"""Fixture that composes configs as the command does."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def composed() -> Iterator[Callable[..., DictConfig]]:
-    """compose(*overrides) -> config, with the plugins on the search path."""
+    """Return compose(*overrides) -> config, with the plugins on Hydra's search path."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""Bad input costs one line and exit status 2, at the earliest moment it can be known: mostly before any run begins."""
+"""Bad input costs one line and exit status 2, as early as it can be detected: mostly before any run starts."""
 
 import json
 import os
@@ -11,14 +11,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf import build, functions, validation
+from rlhf import importing
 from rlhf.cli import main
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
-from rlhf.validation import check_node, parameters
+from rlhf.planning import instantiate
+from rlhf.planning.validation.nodes import check_node
+from rlhf.running import build
+from rlhf.signatures import parameters
 from tests.stages.conftest import ARCHITECTURE, data, folder  # noqa: F401  # fixture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +30,8 @@ SMALL = ["trainer=cpu", "callbacks=quiet", "model.chat_template=null"]
 
 
 @pytest.fixture(scope="module")
-def house(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """Files that cannot be used, a policy, and a language and a reward model with another tokenizer."""
+def bad_files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Write unusable files, a policy, and a language model and a reward model with another tokenizer."""
     path = tmp_path_factory.mktemp("house")
     files: dict[str, list[dict[str, Any]]] = {
         "equal.jsonl": [PAIR | {"rejected": PAIR["chosen"]}] * 4,
@@ -52,7 +55,7 @@ def house(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
 def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
     try:
         status = main.run(line.split())
-    except SystemExit as exit:  # a run that began says so on its way out
+    except SystemExit as exit:  # a run that started prints its status when it ends
         status = int(exit.code or 0)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
@@ -61,7 +64,7 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]
 VOCABULARY = "has another vocabulary than the policy (300 tokens against 320"
 
 BEFORE_ANY_RUN = [
-    # strategies that cut weights up
+    # strategies that shard weights
     ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: weights that are cut up"),
     ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "cut up over processes cannot be trained yet"),
     (
@@ -71,11 +74,11 @@ BEFORE_ANY_RUN = [
     ("stage=sft inputs.policy=policy +trainer.gradient_clip_val=1.0", "type stage.gradient_clip=..."),
     ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
     ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (one of: cpu, ddp, gpu)"),
-    # equal answers
+    # equal responses
     ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
     ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no comparison to train on"),
     ("pipeline=instructgpt reward_model.data.source=equal.jsonl", "4 dropped as ties"),
-    # grades nobody defined
+    # undefined grades
     ("pipeline=instructgpt reward_model.data.source=superb.jsonl", "row 1: grade: 'superb' is not one of negligible"),
     ("pipeline=instructgpt reward_model.objective.margin={superb:1.0}", "should be 'negligible', 'slightly', 'better'"),
     ("pipeline=instructgpt reward_model.objective.margin=huge", "reward_model.objective.margin=huge"),
@@ -86,24 +89,24 @@ BEFORE_ANY_RUN = [
     ("stage=grpo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=rloo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=ppo inputs.policy=policy inputs.reward_model=reward", f"stage.value=reward {VOCABULARY}"),
-    # a language model as reward model: its head would be drawn
+    # a language model as reward model: its head would be random
     ("stage=grpo inputs.policy=policy inputs.reward_model=other", "other: a language model, without a head that"),
     ("stage=ppo inputs.policy=policy reward=gold stage.value=policy", "stage.value=policy: a language model, without"),
     # K = 1
-    ("pipeline=dpo collect.rollout.samples=1", "collect.rollout.samples=1: should be greater than or equal to 2"),
+    ("pipeline=dpo collect.sampler.samples=1", "collect.sampler.samples=1: should be greater than or equal to 2"),
     (
-        "pipeline=dpo rollout@collect.rollout=sample",
-        "collect: collect.rollout.samples=1: a comparison needs 2",
+        "pipeline=dpo sampler@collect.sampler=sample",
+        "collect: collect.sampler.samples=1: a comparison needs 2",
     ),
-    ("stage=rejection_sampling inputs.policy=policy reward=gold rollout.samples=1", "rollout.samples=1: should be"),
-    ("stage=rejection_sampling inputs.policy=policy reward=gold rollout=sample rollout.samples=1", "the best of one"),
+    ("stage=rejection_sampling inputs.policy=policy reward=gold sampler.samples=1", "sampler.samples=1: should be"),
+    ("stage=rejection_sampling inputs.policy=policy reward=gold sampler=sample sampler.samples=1", "the best of one"),
     (
-        "pipeline=verifiable align.rollout.samples=1",
-        "align: align.rollout.samples=1: the baseline of a reply is the other rep",
+        "pipeline=verifiable align.sampler.samples=1",
+        "align: align.sampler.samples=1: the baseline of a response is the other res",
     ),
-    ("stage=rloo inputs.policy=policy reward=gold rollout=tools rollout.samples=1", "type rollout.samples=8"),
-    ("stage=ppo inputs.policy=policy reward=gold rollout=group", "PPO samples one reply per prompt"),
-    ("stage=grpo inputs.policy=policy reward=gold rollout.top_k=5", "type rollout.top_k=0"),
+    ("stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.samples=1", "type sampler.samples=8"),
+    ("stage=ppo inputs.policy=policy reward=gold sampler=group", "PPO samples one response per prompt"),
+    ("stage=grpo inputs.policy=policy reward=gold sampler.top_k=5", "type sampler.top_k=0"),
     # negative beta
     (
         "pipeline=instructgpt align.objective.beta=-0.1",
@@ -111,34 +114,34 @@ BEFORE_ANY_RUN = [
     ),
     ("pipeline=dpo align.objective.beta=-0.1", "align.objective.beta=-0.1: should be greater than 0"),
     ("stage=grpo inputs.policy=policy reward=gold objective.beta=-1", "objective.beta=-1: should be greater"),
-    # what else does not go together: test_together, and
+    # other bad combinations: test_combinations, and
     (
         "pipeline=dpo data@align.data=labels",
         "holds labels: type data@align.data=comparisons or objective@align.objective=kto",
     ),
     ("pipeline=instructgpt align.objective.kl_target=6 align.objective.beta=0", "type align.objective.beta=0.05"),
-    # replies that fill the context: of random weights, of those that a later step takes over, of a model on the disk
+    # responses that fill the context: of random weights, of those that a later step reads, of a model on disk
     (
-        "pipeline=dpo collect.rollout.max_new_tokens=5000",
-        "collect: collect.rollout.max_new_tokens=5000 leaves no room for a prompt: replies of up to 5000 tokens in the "
-        "model's context of 512; type a smaller one, such as collect.rollout.max_new_tokens=256",
+        "pipeline=dpo collect.sampler.max_new_tokens=5000",
+        "collect: collect.sampler.max_new_tokens=5000 leaves no room for a prompt: responses of up to 5000 tokens in "
+        "the model's context of 512; type a smaller one, such as collect.sampler.max_new_tokens=256",
     ),
     (
-        "pipeline=instructgpt align.rollout.max_new_tokens=512",
-        "align: align.rollout.max_new_tokens=512 leaves no room",
+        "pipeline=instructgpt align.sampler.max_new_tokens=512",
+        "align: align.sampler.max_new_tokens=512 leaves no room",
     ),
     (
-        "pipeline=instructgpt rollout@align.rollout=sample align.rollout.max_new_tokens=128 inputs.policy=policy",
+        "pipeline=instructgpt sampler@align.sampler=sample align.sampler.max_new_tokens=128 inputs.policy=policy",
         "context of 128; type",
     ),
-    ("stage=grpo inputs.policy=policy reward=gold rollout.max_new_tokens=128", "rollout.max_new_tokens=64"),
-    ("stage=rloo inputs.policy=policy reward=gold rollout=tools rollout.max_new_tokens=50", "replies of up to 150"),
+    ("stage=grpo inputs.policy=policy reward=gold sampler.max_new_tokens=128", "sampler.max_new_tokens=64"),
+    ("stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.max_new_tokens=50", "responses of up to 150"),
     (
         "pipeline=dpo compare.max_new_tokens=512",
         "compare.max_new_tokens=512 leaves no room for a prompt in the context",
     ),
     ("pipeline=dpo compare.data.source=nosuch.jsonl", "compare.data.source=nosuch.jsonl: no such file"),
-    # code and files of the user's own
+    # the user's own code and files
     (
         "pipeline=instructgpt reward@align.reward=function align.reward.function=os:nothing",
         f"align.reward.function=os:nothing: {os.__file__} has no function nothing",
@@ -149,7 +152,7 @@ BEFORE_ANY_RUN = [
     ),
     (
         "stage=grpo inputs.policy=policy reward=function reward.function=operator:not_",
-        "reward.function=operator:not_: too many positional arguments; it is called as function(prompt, reply)",
+        "reward.function=operator:not_: too many positional arguments; it is called as function(prompt, response)",
     ),
     (
         "stage=ppo inputs.policy=policy inputs.reward_model=org/r reward=weighted +reward@reward.rewards.rule=function "
@@ -165,16 +168,16 @@ BEFORE_ANY_RUN = [
 
 
 @pytest.mark.parametrize(("line", "says"), BEFORE_ANY_RUN, ids=[line for line, _ in BEFORE_ANY_RUN])
-def test_told_before_anything_runs(
-    house: Path,
+def test_bad_input_is_reported_before_anything_runs(
+    bad_files: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     line: str,
     says: str,
 ) -> None:
-    monkeypatch.chdir(house)
-    monkeypatch.syspath_prepend(str(house))
+    monkeypatch.chdir(bad_files)
+    monkeypatch.syspath_prepend(str(bad_files))
     monkeypatch.setattr(build, "train", lambda *_: pytest.fail("a run began"))
     status, _, err = typed(capsys, f"{line} outputs={tmp_path / 'outputs'}")
     assert status == 2 and says in err, err
@@ -182,8 +185,8 @@ def test_told_before_anything_runs(
     assert not (tmp_path / "outputs").exists(), "a run began"
 
 
-ONCE_THE_MODELS_ARE_READ = [
-    # only the policy's tokenizer knows how long a prompt is
+AFTER_MODELS_ARE_READ = [
+    # prompt lengths are known only with the policy's tokenizer
     (
         "stage=grpo inputs.policy=policy reward=gold data.source=long.jsonl data.validation=2 data.max_length=999",
         "the model's context of 128 leaves",
@@ -197,8 +200,8 @@ ONCE_THE_MODELS_ARE_READ = [
         "data.max_length=128: no prompt of",
     ),
     ("stage=dpo inputs.policy=policy data.max_length=999 data.source=too_long.jsonl", "type data.max_length=128"),
-    ("stage=kto inputs.policy=policy data.source=good.jsonl data.validation=0", "all replies are good"),
-    # an untrained judge says neither A nor B
+    ("stage=kto inputs.policy=policy data.source=good.jsonl data.validation=0", "all responses are good"),
+    # an untrained judge answers neither A nor B
     (
         "stage=collect inputs.policy=policy annotator=judge inputs.judge=other annotator.least_mass=0.9 data.size=16",
         "annotator.path=other: ",
@@ -206,18 +209,18 @@ ONCE_THE_MODELS_ARE_READ = [
 ]
 
 
-@pytest.mark.parametrize(("line", "says"), ONCE_THE_MODELS_ARE_READ, ids=[line for line, _ in ONCE_THE_MODELS_ARE_READ])
-def test_told_before_anything_is_trained(
-    house: Path,
+@pytest.mark.parametrize(("line", "says"), AFTER_MODELS_ARE_READ, ids=[line for line, _ in AFTER_MODELS_ARE_READ])
+def test_bad_input_is_reported_before_anything_is_trained(
+    bad_files: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     line: str,
     says: str,
 ) -> None:
-    monkeypatch.chdir(house)
+    monkeypatch.chdir(bad_files)
     row = PAIR | {"rejected": "word " * 150}
-    (house / "too_long.jsonl").write_text("".join(json.dumps(row | {"prompt": f"{i}?"}) + "\n" for i in range(80)))
+    (bad_files / "too_long.jsonl").write_text("".join(json.dumps(row | {"prompt": f"{i}?"}) + "\n" for i in range(80)))
     status, _, err = typed(capsys, f"{line} {' '.join(SMALL)} outputs={tmp_path / 'outputs'}")
     assert status == 2 and says in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
@@ -226,20 +229,20 @@ def test_told_before_anything_is_trained(
     assert not list((tmp_path / "outputs").rglob("model"))
 
 
-def test_a_reward_model_with_another_tokenizer_reads_the_text(
-    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_reward_model_with_another_tokenizer_is_accepted(
+    bad_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no mistake: only a critic must share the policy's tokens."""
-    monkeypatch.chdir(house)
+    """This is valid input: only a critic must share the policy's vocabulary."""
+    monkeypatch.chdir(bad_files)
     line = "stage=ppo inputs.policy=policy inputs.reward_model=reward stage.value=null stage.steps=1 stage.batch_size=8"
     status, out, err = typed(capsys, f"{line} data.size=8 data.validation=2 {' '.join(SMALL)} outputs={tmp_path}")
     assert status == 0, out + err
 
 
-def test_some_equal_answers_are_dropped_and_counted(
-    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_few_equal_responses_are_dropped_and_counted(
+    bad_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(house)
+    monkeypatch.chdir(bad_files)
     line = "stage=dpo inputs.policy=policy data.source=some_equal.jsonl stage.batch_size=8"
     status, out, err = typed(capsys, f"{line} {' '.join(SMALL)} outputs={tmp_path}")
     assert status == 0, out + err
@@ -249,7 +252,7 @@ def test_some_equal_answers_are_dropped_and_counted(
 OBJECTIVES = sorted([*ROOT.glob("conf/objective/*.yaml"), *ROOT.glob("plugins/*/conf/objective/*.yaml")])
 
 
-def test_no_objective_takes_a_negative_beta() -> None:
+def test_no_objective_accepts_a_negative_beta() -> None:
     from hydra.utils import get_object
 
     found = 0
@@ -266,34 +269,36 @@ ENDS = ["import sys; sys.exit(0)", "raise SystemExit('bye')", "raise GeneratorEx
 
 
 @pytest.mark.parametrize("code", ENDS)
-def test_plugin_module_that_ends_the_process_is_one_finding(
+def test_a_plugin_module_that_exits_the_process_is_reported_in_one_line(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """sys.exit(0) in a module looked like success: exit status 0 and nothing done."""
+    """sys.exit(0) in a module looked like success: exit status 0, and nothing was run."""
     name = f"ends_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(code + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = validation._load(f"{name}.Thing")
+    found = instantiate.load_target(f"{name}.Thing")
     assert isinstance(found, str)
     assert found.startswith(f"cannot import {name}.Thing (") and "\n" not in found
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a command that a shell starts in the background
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a command that a shell starts in the background
     try:
-        assert validation._load(f"{name}.Thing") == found
+        assert instantiate.load_target(f"{name}.Thing") == found
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=f"reward.function={name}:f: importing {name} failed: ") as caught:
-        functions.load("reward.function", f"{name}:f")
+        importing.load_function("reward.function", f"{name}:f")
     assert "\n" not in str(caught.value)
 
 
-def test_ctrl_c_while_a_plugin_is_imported_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_a_plugin_import_stops_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "waits_long.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # SIGINT is ignored where the tests run in the background
     try:
         with pytest.raises(KeyboardInterrupt):
-            validation._load("waits_long.Thing")
+            instantiate.load_target("waits_long.Thing")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -307,7 +312,7 @@ def test_ctrl_c_while_a_plugin_is_imported_ends_the_command(tmp_path: Path, monk
         (None, "other shapes than config.json says"),
     ],
 )
-def test_weights_that_cannot_be_read_are_one_line(
+def test_unreadable_weights_are_reported_in_one_line(
     content: bytes | None,
     said: str,
     folder: Path,  # noqa: F811

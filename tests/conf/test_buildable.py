@@ -1,4 +1,4 @@
-"""Models and Trainers that cannot be built are found while a step is planned."""
+"""Models and Trainers that cannot be built are detected while a step is planned."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf import buildable
 from rlhf.cli import words
+from rlhf.data.time_limit import time_limit
 from rlhf.errors import UserError
-from rlhf.time_limit import time_limit
-from rlhf.yaml_size import check as check_yaml
+from rlhf.planning.checks import buildable
+from rlhf.storage.yaml_size import check as check_yaml
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -18,14 +18,14 @@ MODEL = {"_target_": "rlhf.models.causal_lm.CausalLM", "path": None}
 TRAINER = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1}
 
 
-def planned(architecture: dict | None = None, trainer: dict | None = None, path: str | None = None) -> None:
+def check_buildable(architecture: dict | None = None, trainer: dict | None = None, path: str | None = None) -> None:
     config = {"model": {**MODEL, "path": path, "architecture": architecture}, "trainer": trainer}
     buildable.check(SimpleNamespace(config=config))
 
 
-def test_what_can_be_built_passes() -> None:
-    planned(TINY, TRAINER)
-    planned({**TINY, "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2})
+def test_buildable_models_and_trainers_pass() -> None:
+    check_buildable(TINY, TRAINER)
+    check_buildable({**TINY, "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2})
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_what_can_be_built_passes() -> None:
         ({"model_type": [1]}, "model_type is [1], not a text"),
     ],
 )
-def test_an_architecture_that_cannot_be_built(changed: dict, said: str) -> None:
+def test_an_architecture_that_cannot_be_built_is_refused(changed: dict, said: str) -> None:
     with pytest.raises(UserError) as error:
-        planned(TINY | changed)
+        check_buildable(TINY | changed)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -54,7 +54,7 @@ def test_a_damaged_adapter_is_named(content: str, place: str, tmp_path: Path, mo
     Path(place).mkdir(parents=True)
     Path(place, "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=f"^{place}/adapter_config.json: "):
-        planned(path="m")
+        check_buildable(path="m")
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_a_damaged_adapter_is_named(content: str, place: str, tmp_path: Path, mo
         (json.dumps({"model_type": "of_its_own", "auto_map": {}}), None),
     ],
 )
-def test_a_config_json_that_cannot_be_built(tmp_path: Path, content: str | bytes, said: str | None) -> None:
+def test_a_config_json_that_cannot_be_built_is_refused(tmp_path: Path, content: str | bytes, said: str | None) -> None:
     (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)
     if said is None:
-        planned(path=str(tmp_path))
+        check_buildable(path=str(tmp_path))
         return
     with pytest.raises(UserError) as error:
-        planned(path=str(tmp_path))
+        check_buildable(path=str(tmp_path))
     assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -91,9 +91,9 @@ def test_a_config_json_that_cannot_be_built(tmp_path: Path, content: str | bytes
         ({"accelerator": "nosuch"}, "trainer: Lightning cannot build it"),
     ],
 )
-def test_a_trainer_that_cannot_be_built(changed: dict, said: str) -> None:
+def test_a_trainer_that_cannot_be_built_is_refused(changed: dict, said: str) -> None:
     with pytest.raises(UserError) as error:
-        planned(None, TRAINER | changed)
+        check_buildable(None, TRAINER | changed)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -109,7 +109,7 @@ def test_a_trainer_that_cannot_be_built(changed: dict, said: str) -> None:
         "stage=sft --cfg nosuch",
     ],
 )
-def test_words_that_are_no_override(line: str) -> None:
+def test_invalid_overrides_are_refused(line: str) -> None:
     with pytest.raises(UserError):
         words.check(line.split())
 
@@ -119,14 +119,14 @@ def test_words_that_are_no_override(line: str) -> None:
     [
         "stage=sft +trainer.profiler=simple ++a.b=1 ~logger -m --cfg job -p optimizer",
         "stage@align=dpo objective@align.objective=ipo hydra.launcher.n_jobs=2 --multirun --dry-run",
-        "collect_safety_2.rollout.samples=3 data.source=[a,b] -c job",
+        "collect_safety_2.sampler.samples=3 data.source=[a,b] -c job",
     ],
 )
-def test_words_that_hydra_takes(line: str) -> None:
+def test_valid_overrides_and_flags_are_accepted(line: str) -> None:
     words.check(line.split())
 
 
-def test_a_bomb_of_aliases_is_refused(tmp_path: Path) -> None:
+def test_nested_yaml_aliases_are_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [" + ",".join("x" * 9) + "]"]
     lines += [f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 9) + "]" for i in range(1, 9)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
@@ -138,7 +138,7 @@ def test_a_bomb_of_aliases_is_refused(tmp_path: Path) -> None:
             check_yaml(tmp_path / name)
 
 
-def test_what_does_not_end_is_ended() -> None:
+def test_time_limit_stops_an_endless_loop() -> None:
     with pytest.raises(UserError, match="endless"), time_limit(0.05, "endless"):
-        while True:  # CPU time is what counts
+        while True:  # the limit is on CPU time
             pass

@@ -1,4 +1,4 @@
-"""What the command prints and how it exits, for what people type."""
+"""Output and exit status of the command for what people type."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.delenv("RLHF_PLUGINS", raising=False)
@@ -40,7 +40,7 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=dpo objective.beta=1,2", "objective.beta=1,2: several values are a sweep; add -m"),
         ("stage=dpo reward.x=1", "reward: stage=dpo has no such group"),
         ("stage=sft modell=x", "modell: unknown option (did you mean model?)"),
-        ("stge=ppo", "stge: unknown option (did you mean stage?)"),  # a null group, so no key of the config
+        ("stge=ppo", "stge: unknown option (did you mean stage?)"),  # a null group, hence no config key
         ("pipline=instructgpt", "pipline: unknown option (did you mean pipeline?)"),
         ("stage=sft optimizer.lr=[1", "optimizer.lr=[1: cannot be read as KEY=VALUE"),
         ("objective.beta=1", "objective: no stage is chosen that has it; type stage=NAME or pipeline=NAME"),
@@ -77,9 +77,9 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("inspect batch stage=sft --rows -1", "argument --rows: -1 is less than 0"),
         ("inspect batch stage=sft --step -1", "argument --step: -1 is less than 0"),
         (f"{'x' * 120_000}", f"{'x' * 200}...{'x' * 40} no such command"[:240]),
-        ("pipeline=dpo objective=ipo", "own; type objective@align.objective=ipo\n"),  # of the step that takes it alone
+        ("pipeline=dpo objective=ipo", "own; type objective@align.objective=ipo\n"),  # of the step that reads it
         ("pipeline=dpo objective@align=ipo", "nothing to override there; type objective@align.objective=ipo"),
-        ("pipeline=dpo objective@align.objective=ippo", "no such option (did you mean ipo?)"),  # and not ppo
+        ("pipeline=dpo objective@align.objective=ippo", "no such option (did you mean ipo?)"),  # but not ppo
         ("pipeline=dpo stage@align=lora", "lora is an adapter: type adapter=lora\n"),
         ("pipeline=dpo stage@algn=dpo", "nothing to override there (did you mean stage@align?)"),
         ("pipeline=dpo stage.align=dpo", "type stage@align=dpo\n"),
@@ -99,13 +99,15 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=sft adapter.rank=4", "of adapter=dora, lora, qlora alone: type adapter=dora adapter.rank=4"),
         ("stage=sft lora.rank=4", "lora is an adapter: type adapter=lora\n"),
         ("stage=sft learning_rate=1e-4", "learning_rate: unknown option (did you mean optimizer.lr?)"),
-        ("stage=sft rank=4", "rank: unknown option (one of: "),  # and not trainer
+        ("stage=sft rank=4", "rank: unknown option (one of: "),  # but not trainer
         ("sfft", "sfft: no such command"),
         ("sft", "sft: no such command (did you mean stage=sft?)"),
         ("plugins show nothing_like_it", "nothing_like_it: no such plugin"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+def test_a_mistake_is_reported_in_one_line_with_status_2(
+    capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
     code, out = typed(capsys, line)
     assert code == 2
     assert said in out
@@ -116,7 +118,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("line", ["", "seed=1"])
-def test_without_stage_or_pipeline_a_short_page(capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_without_stage_or_pipeline_short_usage_is_printed(capsys: pytest.CaptureFixture[str], line: str) -> None:
     code, out = typed(capsys, line)
     assert code == 2
     assert out.startswith("usage: rlhf stage=STAGE")
@@ -137,7 +139,7 @@ def test_without_stage_or_pipeline_a_short_page(capsys: pytest.CaptureFixture[st
     ],
     ids=["itself", "by way of another", "no defaults list", "not UTF-8", "list", "deep"],
 )
-def test_an_own_option_that_hydra_cannot_read_is_one_line(
+def test_a_user_option_that_hydra_cannot_read_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | bytes, said: str
 ) -> None:
     (tmp_path / "conf/data").mkdir(parents=True)
@@ -156,7 +158,7 @@ def test_an_own_option_that_hydra_cannot_read_is_one_line(
         ("stage", "# @package _global_\nstage: abc\n", "error: stage: has no _target_, the class of the stage; add it"),
     ],
 )
-def test_an_own_stage_or_pipeline_that_is_none(
+def test_a_user_stage_or_pipeline_without_its_keys_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, content: str, said: str
 ) -> None:
     (tmp_path / "conf" / option).mkdir(parents=True)
@@ -165,13 +167,15 @@ def test_an_own_stage_or_pipeline_that_is_none(
     assert code == 2 and out.startswith(said) and len(out.splitlines()) == 1, out
 
 
-def test_a_conf_directory_that_is_a_loop_of_links(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_conf_directory_that_links_to_itself_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "conf").symlink_to("conf")
     code, out = typed(capsys, "stage=sft")
     assert code == 2 and out.startswith("error: conf: cannot be read (") and len(out.splitlines()) == 1, out
 
 
-def test_wrong_pair_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_stage_and_objective_pair_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out = typed(capsys, "stage=sft objective=dpo")
     assert (code, out) == (2, "error: stage=sft does not take objective=dpo; it takes: cross_entropy\n")
 
@@ -183,10 +187,10 @@ def test_full_error_adds_the_traceback(capsys: pytest.CaptureFixture[str], monke
     assert "Traceback" in out and "did you mean dpo?" in out
 
 
-def test_a_failure_that_is_not_the_users_is_status_1(
+def test_an_unexpected_failure_has_status_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf import pipeline
+    from rlhf.running import pipeline
 
     def fails(config: object) -> None:
         raise RuntimeError("out of luck\nand more")
@@ -217,25 +221,25 @@ def test_help_lists_everything_with_its_provider(capsys: pytest.CaptureFixture[s
     assert re.search(r"^objective=$", out, re.M)
 
 
-def test_help_of_a_stage_shows_its_knobs_with_their_comments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_stage_shows_its_hyperparameters_with_their_comments(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "stage=dpo objective=ipo --help")
     assert code == 0
     assert "stage=dpo [dpo]" in out and "objective=ipo [dpo]" in out
     assert re.search(r"beta: .* # .+", out)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(capsys, "--version") == (0, f"rlhf {__version__}\n")
 
 
-def test_own_conf_overrides_and_own_values_win(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_user_conf_and_typed_values_take_precedence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "conf" / "optimizer").mkdir(parents=True)
     (tmp_path / "conf" / "optimizer" / "adamw.yaml").write_text("# Mine.\nmark: mine\n")
     code, out = typed(capsys, "stage=sft --cfg job -p optimizer")
     assert code == 0 and "mark: mine" in out
 
 
-def test_help_needs_no_torch_and_little_time() -> None:
+def test_help_imports_no_torch_and_is_fast() -> None:
     code = (
         "import sys; from rlhf.cli.main import run; run(['--help']); run(['stage=dpo', '--help']); "
         "heavy = {'torch', 'pytorch_lightning', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
@@ -246,7 +250,7 @@ def test_help_needs_no_torch_and_little_time() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=os.environ | path
     )
     assert done.returncode == 0, done.stderr
-    # Both pages take under a second alone; the bound leaves room for a busy machine.
+    # Each page takes under a second alone; the bound leaves a margin for a busy machine.
     assert time.perf_counter() - started < 10
 
 
@@ -275,7 +279,7 @@ def test_a_new_plugin_passes_its_checks(capsys: pytest.CaptureFixture[str], kind
     assert done.returncode == 0, done.stdout.decode()
 
 
-def test_check_finds_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plugins_check_reports_every_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     typed(capsys, "plugins new bad_loss --kind objective")
     module = tmp_path / "plugins" / "bad_loss" / "objective.py"
     text = module.read_text().replace("return -F.logsigmoid(margin),", "return -F.logsigmoid(margin).mean(),")

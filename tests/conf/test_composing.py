@@ -1,4 +1,4 @@
-"""A single run is composed once, to the very config that Hydra composes in two goes."""
+"""A single run is composed once, to exactly the config that Hydra composes in two passes."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,15 +10,15 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import pipeline
 from rlhf.cli import composing, main
+from rlhf.running import pipeline
 
 Typed = Callable[[str], tuple[int, int, list[Any]]]
 
 
 @pytest.fixture
 def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """typed(line) -> exit status, how often a config was composed, the configs that were run with Hydra's own."""
+    """Return a function: line -> exit status, number of compositions, and the configs that ran with Hydra's own."""
     monkeypatch.chdir(tmp_path)
     count: list[None] = []
     found: list[Any] = []
@@ -44,9 +44,7 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
 
 
 @pytest.mark.parametrize("line", ["stage=dpo objective.beta=0.2", "stage=sft hydra.verbose=false hydra.job.name=mine"])
-def test_the_config_is_the_one_that_hydra_composes_in_two_goes(
-    typed: Typed, monkeypatch: pytest.MonkeyPatch, line: str
-) -> None:
+def test_one_composition_equals_the_two_of_hydra(typed: Typed, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     once = typed(line)
     monkeypatch.setattr(composing, "composed_once", nullcontext)
     twice = typed(line)
@@ -55,7 +53,7 @@ def test_the_config_is_the_one_that_hydra_composes_in_two_goes(
     assert once[2][0][1]["overrides"]["hydra"][-1] == "hydra.mode=RUN"
 
 
-def test_a_mode_that_the_config_sets_and_a_mistake_are_left_to_hydra(
+def test_a_configured_mode_and_a_mistake_are_passed_on_to_hydra(
     typed: Typed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, found = typed("stage=dpo objective.beta=0.1,0.2 hydra.mode=MULTIRUN hydra/launcher=basic")

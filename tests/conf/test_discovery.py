@@ -1,4 +1,4 @@
-"""Finding plugins without running them."""
+"""Plugins are discovered without running them."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RLHF_PLUGINS", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -31,7 +31,7 @@ def names() -> list[str]:
     return [p.name for p in discovery.discover()[0]]
 
 
-def test_a_folder_in_plugins_is_found_and_not_run(tmp_path: Path) -> None:
+def test_a_directory_in_plugins_is_discovered_and_not_executed(tmp_path: Path) -> None:
     plugin(tmp_path / "plugins" / "mine", code="raise RuntimeError('run')")
     found = {p.name: p for p in discovery.discover()[0]}
     assert found["mine"].origin == "./plugins"
@@ -39,7 +39,7 @@ def test_a_folder_in_plugins_is_found_and_not_run(tmp_path: Path) -> None:
     assert "mine" not in sys.modules
 
 
-def test_variable_names_folders_and_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_directory_of_rlhf_plugins_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin(tmp_path / "a" / "mine", "reward/first")
     plugin(tmp_path / "b" / "mine", "reward/second")
     monkeypatch.setenv("RLHF_PLUGINS", os.pathsep.join(["a", "b", "missing"]))
@@ -48,7 +48,7 @@ def test_variable_names_folders_and_the_first_wins(tmp_path: Path, monkeypatch: 
     assert sys.path.index(str(tmp_path / "a")) < sys.path.index(str(tmp_path / "b"))
 
 
-def test_a_copy_of_a_builtin_plugin_takes_its_place(tmp_path: Path) -> None:
+def test_a_copy_of_a_builtin_plugin_replaces_it(tmp_path: Path) -> None:
     before = names()
     plugin(tmp_path / "plugins" / "rlhf_dpo", "objective/dpo")
     (found,) = [p for p in discovery.discover()[0] if p.name == "dpo"]
@@ -65,7 +65,7 @@ def test_an_option_offered_twice_names_both_owners(tmp_path: Path, option: str, 
 
 
 class Point:
-    """An entry point."""
+    """Entry point stand-in."""
 
     class dist:
         name, version = "some-dist", "1.0"
@@ -74,7 +74,7 @@ class Point:
         self.name = self.value = value
 
 
-def test_a_broken_entry_point_is_reported_and_costs_nothing_else(
+def test_a_broken_entry_point_is_reported_and_affects_no_other_plugin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
@@ -90,7 +90,9 @@ def test_a_broken_entry_point_is_reported_and_costs_nothing_else(
     assert "no conf folder" in broken[0] and "not an importable package" in broken[1]
 
 
-def test_own_conf_is_this_folders_and_not_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_conf_is_in_the_working_directory_and_not_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert discovery.user_conf() is None
     (tmp_path / "conf").mkdir()
     assert discovery.user_conf() == tmp_path / "conf"
@@ -98,7 +100,7 @@ def test_own_conf_is_this_folders_and_not_the_projects(tmp_path: Path, monkeypat
     assert discovery.user_conf() is None
 
 
-def test_only_plugins_come_before_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_plugins_take_precedence_over_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin(tmp_path / "plugins" / "rlhf_ppo", "stage/ppo")
     (tmp_path / "plugins" / "torch.py").write_text("raise SystemExit('a stranger runs')\n")
     (tmp_path / "plugins" / "secrets").mkdir()
@@ -111,7 +113,7 @@ def test_only_plugins_come_before_installed_packages(tmp_path: Path, monkeypatch
     for name in ("torch", "secrets"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         assert "plugins" not in Path(str(importlib.util.find_spec(name).origin)).parts
-    assert importlib.import_module("beside_plugins").value == 7  # what plugins share still imports
+    assert importlib.import_module("beside_plugins").value == 7  # modules that plugins share can still be imported
     monkeypatch.delitem(sys.modules, "beside_plugins")
 
     monkeypatch.setenv("RLHF_PLUGINS", str(tmp_path / "nowhere"))

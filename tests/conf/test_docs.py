@@ -1,4 +1,4 @@
-"""What is written about the plugins is true and whole: knobs, defaults, metrics, and a comment at every YAML key."""
+"""Docs of the plugins are true and complete: hyperparameters, defaults, metrics, and a comment at every YAML key."""
 
 import math
 import re
@@ -13,12 +13,12 @@ import yaml
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import validation
-from rlhf.annotators import GoldAnnotator
-from rlhf.build import quiet
+from rlhf.annotator.gold import GoldAnnotator
+from rlhf.console import silence_libraries
 from rlhf.objective import ContrastObjective, CrossEntropy, LabelObjective, PairContext, PairLogps, PairObjective
-from rlhf.rollout import Sampler
-from rlhf.scoring import GoldReward
+from rlhf.reward.gold import GoldReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.signatures import groups, parameters
 from rlhf_collect.stage import CollectStage
 from rlhf_rejection_sampling.stage import RejectionSamplingStage
 from tests.stages.conftest import adamw, constant, data, fit, folder, load  # noqa: F401  # fixtures
@@ -27,8 +27,8 @@ from tests.stages.test_exactness import STAGES, ppo
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/conf"))
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("plugins/*/conf/**/*.yaml")])
-TELLING = ("_target_", "defaults")  # keys that need no comment: what is built, and from which options
-COMPUTED = object()  # a default that other keys decide
+EXEMPT = ("_target_", "defaults")  # keys that need no comment: the class, and the options that it uses
+COMPUTED = object()  # a default that is computed from other keys
 
 
 def name_of(path: Path) -> str:
@@ -39,12 +39,12 @@ def name_of(path: Path) -> str:
 
 
 def uncommented(text: str) -> list[str]:
-    """Lines of a YAML whose key is explained neither there nor above; keys that only hold others need no comment."""
+    """Return YAML lines whose key has no comment beside or above it; keys that only contain others need none."""
     lines, found = text.splitlines(), []
 
     def walk(node: yaml.Node) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.value in TELLING:
+            if key.value in EXEMPT:
                 continue
             row = key.start_mark.line
             above = lines[row - 1].strip() if row else ""
@@ -63,23 +63,23 @@ def test_every_yaml_key_has_a_comment(path: Path) -> None:
     assert uncommented(path.read_text()) == []
 
 
-def test_a_missing_comment_is_seen() -> None:
+def test_a_missing_comment_is_detected() -> None:
     text = "# @package _global_\na: 1\ndefaults: [b]\nc:\n  d: 2 # said\n  # said\n  e: 3\n  f: '#'\n  g: [1, 2]\n"
     assert uncommented(text) == ["line 2: a: 1", "line 8: f: '#'", "line 9: g: [1, 2]"]
 
 
-# -- knobs ----------------------------------------------------------------------------------------------------------
+# -- hyperparameters --------------------------------------------------------------------------------------------------
 
 
 def tables(readme: str) -> Iterator[list[str]]:
-    """Rows of the Markdown tables as lists of cells."""
+    """Yield rows of the Markdown tables as lists of cells."""
     for line in readme.splitlines():
         if line.startswith("|") and not line.startswith("|--"):
             yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def documented(readme: str) -> dict[tuple[str, str], str]:
-    """(objective or "", key) -> the default that a README gives it."""
+    """Return (objective or "", key) -> default as a README documents it."""
     found = {}
     for cells in tables(readme):
         at = next((i for i, cell in enumerate(cells[:2]) if re.fullmatch(r"`[a-z_]+\.[a-z_]+`", cell)), None)
@@ -88,24 +88,26 @@ def documented(readme: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def knobs(plugin: Path) -> Iterator[tuple[str, str, Any]]:
-    """(objective or "", key as it is typed, default) of all that a plugin's stages and objectives can be told."""
+def hyperparameters(plugin: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield (objective or "", key as it is typed, default) of every hyperparameter of a plugin."""
     objectives = sorted(plugin.glob("conf/objective/*.yaml"))
     for path in objectives:
         node = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(node, dict)
-        for knob in validation.parameters(get_object(node["_target_"])) or {}:
-            yield (path.stem if len(objectives) > 1 else ""), f"objective.{knob}", node[knob]
+        for hyperparameter in parameters(get_object(node["_target_"])) or {}:
+            yield (path.stem if len(objectives) > 1 else ""), f"objective.{hyperparameter}", node[hyperparameter]
     for path in sorted(plugin.glob("conf/stage/*.yaml")):
         node = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(node, dict)
+        if "_target_" not in node.get("stage", {}):  # a variant of a stage
+            continue
         target = get_object(node["stage"].pop("_target_"))
         node["stage"].pop("name")
-        missing = set(validation.parameters(target) or {}) - set(validation.groups(target)) - set(node["stage"])
+        missing = set(parameters(target) or {}) - set(groups(target)) - set(node["stage"])
         assert not missing, f"{name_of(path)} does not show {sorted(missing)}"
         for group, values in node.items():
-            for knob, value in values.items() if isinstance(values, dict) else ():
-                yield "", f"{group}.{knob}", COMPUTED if isinstance(value, str) and "${" in value else value
+            for hyperparameter, value in values.items() if isinstance(values, dict) else ():
+                yield "", f"{group}.{hyperparameter}", COMPUTED if isinstance(value, str) and "${" in value else value
 
 
 def same(cell: str, value: Any) -> bool:
@@ -116,23 +118,23 @@ def same(cell: str, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
-def test_every_knob_and_its_default_is_in_the_readme(plugin: Path) -> None:
+def test_every_hyperparameter_and_its_default_is_in_the_readme(plugin: Path) -> None:
     rows = documented((plugin / "README.md").read_text())
     wrong = []
-    for option, key, value in knobs(plugin):
+    for option, key, value in hyperparameters(plugin):
         cell = rows.get((option, key))
         label = f"`{key}`" + (f" of `{option}`" if option else "")
         if cell is None:
-            wrong.append(f"{label} has no row in a table of knobs")
+            wrong.append(f"{label} has no row in a table of hyperparameters")
         elif not same(cell, value):
             wrong.append(f"{label}: the README says {cell}, the YAML {value}")
     assert not wrong, f"{plugin.name}/README.md:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
-def test_a_readme_names_no_knob_that_is_not_there(plugin: Path, composed: Callable[..., DictConfig]) -> None:
+def test_a_readme_names_only_existing_hyperparameters(plugin: Path, composed: Callable[..., DictConfig]) -> None:
     """Keys of other groups too: any `group.key` of a table is a key of some option of that group."""
-    known = {key for _, key, _ in knobs(plugin)}
+    known = {key for _, key, _ in hyperparameters(plugin)}
     for path in FILES:
         node = yaml.safe_load(path.read_text()) or {}
         if path.parent.parent.name == "conf" and "@package" not in path.read_text():
@@ -145,7 +147,7 @@ def test_a_readme_names_no_knob_that_is_not_there(plugin: Path, composed: Callab
 
 
 def unexplained(plugin: str, metrics: Iterator[str] | set[str]) -> set[str]:
-    """Metrics without a row in the README; a grade's name is written GRADE there."""
+    """Return metrics without a row in the README; a grade's name is written GRADE there."""
     cells = [cells[0] for cells in tables((ROOT / "plugins" / plugin / "README.md").read_text())]
     shown = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     grade = re.compile(r"/(negligible|slightly|better|significantly|tie)$")
@@ -161,16 +163,18 @@ def test_every_metric_is_in_the_readme(name: str, load: Callable[..., Any], tmp_
 
 
 def test_every_metric_of_rejection_sampling_is_in_the_readme(load: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
-    parts = (load(), CrossEntropy(), data("prompt"), GoldReward(), Sampler(10, samples=2), adamw, constant)
+    parts = (load(), CrossEntropy(), data("prompt"), GoldReward(), AncestralSampler(10, samples=2), adamw, constant)
     stage = RejectionSamplingStage(*parts, batch_size=8)
     metrics = fit(stage, tmp_path, limit_train_batches=1)
     assert unexplained("rlhf_rejection_sampling", {*metrics, *stage.final_metrics()}) == set()
 
 
 def test_every_metric_of_collect_is_in_the_readme(load: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
-    stage = CollectStage(load(), data("prompt"), Sampler(10, samples=3), GoldAnnotator(noise=0.5), batch_size=16)
-    stage.run_folder = tmp_path
-    quiet()
+    stage = CollectStage(
+        load(), data("prompt"), AncestralSampler(10, samples=3), GoldAnnotator(noise=0.5), batch_size=16
+    )
+    stage.run_directory = tmp_path
+    silence_libraries()
     pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).predict(stage, return_predictions=False)
     assert unexplained("rlhf_collect", set(stage.final_metrics())) == set()
 

@@ -1,4 +1,4 @@
-"""Sweeps are validated whole before their first job starts; ``--dry-run`` and ``--cfg job`` run nothing."""
+"""Sweeps are validated in full before their first job starts; ``--dry-run`` and ``--cfg job`` run nothing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Files are UTF-8 whatever the locale, and what is printed to be typed can be typed."""
+"""Files are UTF-8 in any locale, and commands are printed so that they can be typed."""
 
 import ast
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf import console
 from rlhf.cli import main
 from rlhf.console import shell
-from rlhf.report import console
 from tests.names import ROOT
 
 OPENING = ("read_text", "write_text", "fdopen", "NamedTemporaryFile")
@@ -24,14 +24,14 @@ def _is_binary(call: ast.Call) -> bool:
 
 
 def _undecided(call: ast.Call) -> bool:
-    """Whether a call opens text in the encoding of the locale."""
+    """Return whether a call opens text in the encoding of the locale."""
     keywords = {keyword.arg for keyword in call.keywords}
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in ("run", "Popen", "check_output") and keywords & {"text", "universal_newlines"}:
         return "encoding" not in keywords
     if isinstance(call.func, ast.Name):
         opens = name == "open"
-    else:  # Path.open takes a mode, or nothing; others of the name take something else
+    else:  # Path.open takes a mode or nothing; the `open` of other objects takes something else
         first = call.args[0] if call.args else None
         mode = first.value if isinstance(first, ast.Constant) else None
         opens = name in OPENING or (name == "open" and isinstance(mode, str) and set(mode) <= set("rwaxbt+"))
@@ -55,7 +55,7 @@ def test_every_text_file_is_opened_as_utf8():
         ("p.open('a')", True), ("p.open('rb')", False), ("file.open(force)", False), ("run(c, text=True)", True),
     ],
 )  # fmt: skip
-def test_the_search_finds_what_it_is_for(code, undecided):
+def test_undecided_encodings_are_detected(code, undecided):
     (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert _undecided(call) == undecided
 
@@ -63,18 +63,18 @@ def test_the_search_finds_what_it_is_for(code, undecided):
 @pytest.mark.parametrize(
     ("locale", "again"), [("ascii", True), ("iso8859-1", True), ("utf-8", False), ("UTF-8", False)]
 )
-def test_another_locale_starts_the_command_in_utf8_mode(monkeypatch, locale, again):
+def test_another_locale_restarts_the_command_in_utf8_mode(monkeypatch, locale, again):
     started = []
     monkeypatch.setattr("locale.getpreferredencoding", lambda _: locale)
     monkeypatch.setattr(os, "execv", lambda program, words: started.append((program, words)))
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "rlhf.cli", "runs"])
-    main._speak_utf8()
+    main._ensure_utf8()
     assert started == ([(sys.executable, [sys.executable, "-m", "rlhf.cli", "runs"])] if again else [])
     assert os.environ["PYTHONUTF8"] == ("1" if again else "0")
 
 
-def test_a_command_in_the_c_locale_reads_and_prints(tmp_path: Path):
+def test_a_command_in_the_c_locale_reads_and_prints_utf8(tmp_path: Path):
     # Neither torch nor Lightning is imported here, so the process costs little.
     place = tmp_path / "grüße" / "sft" / "aa11"
     place.mkdir(parents=True)
@@ -88,18 +88,18 @@ def test_a_command_in_the_c_locale_reads_and_prints(tmp_path: Path):
     assert b"gr??er als erwartet" in done.stdout and b"note: gr??er" in done.stdout
 
 
-def test_commands_are_printed_as_they_are_typed(capsys):
+def test_commands_are_printed_with_shell_quoting(capsys):
     folder = Path("my outputs/sft/a b's")
     command = shell("rlhf", "report", folder, "--to", "FOLDER")
     assert shlex.split(command) == ["rlhf", "report", str(folder), "--to", "FOLDER"]
-    console.next_commands([(command, "curves")])
+    console.print_next_commands([(command, "curves")])
     assert shlex.split(capsys.readouterr().out.splitlines()[1], comments=True) == shlex.split(command)
 
 
-def test_no_command_is_put_together_without_quotes():
+def test_no_command_is_formatted_without_quoting():
     # f"rlhf report {folder}": a path with a space would be two words.
     for path in [*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
-        if path.name in ("inspect.py", "export.py"):  # a page's name; a file that is quoted before
+        if path.name in ("inspect.py", "export.py"):  # a page's name; a file that is quoted earlier
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

@@ -1,9 +1,9 @@
-"""The commands that the README shows, as far as they go without training: composed, checked, planned."""
+"""Commands that the README shows, up to training: composed, validated, planned."""
 
 import pytest
 
-from rlhf import validation
-from rlhf.plan import plan
+from rlhf.planning.plan import plan
+from rlhf.planning.validation.config import validate_config
 
 
 @pytest.mark.parametrize("margin", ["none", "small", "large"])
@@ -41,4 +41,4 @@ def test_the_algorithm_and_its_objective_are_swapped_by_override(composed):
     ],
 )
 def test_single_stages_pass_every_check(composed, words):
-    validation.check(composed(*words.split()))
+    validate_config(composed(*words.split()))

@@ -1,4 +1,4 @@
-"""The launcher, with a Hydra app that needs no torch: each job is a process of its own."""
+"""The sweep launcher, with a Hydra app that needs no torch: each job is its own process."""
 
 import csv
 import json
@@ -21,9 +21,10 @@ import json, os, signal, sys, time
 from pathlib import Path
 import hydra
 from rlhf import discovery
-from rlhf.cli.main import leave_result
+from rlhf.running import launcher
+from rlhf.cli.main import write_result
 
-discovery.register()
+launcher.register()
 
 def task(config):
     marks = Path("marks")
@@ -35,14 +36,14 @@ def task(config):
     if config.do == "crash" and config.x == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     if config.do == "fail" and config.x == 2:
-        leave_result({"status": "failed", "error": "the loss became nan"})
+        write_result({"status": "failed", "error": "the loss became nan"})
         sys.exit(1)
     if config.do == "once" and len(list(marks.glob(f"{config.x}-*"))) == 1:
         sys.exit(1)
     value = float(config.x) ** 2
     run = Path("outputs/toy", f"run{config.x}")
     run.mkdir(parents=True, exist_ok=True)
-    leave_result({"status": "finished", "value": value, "run": str(run), "metrics": {"loss": value / 2}})
+    write_result({"status": "finished", "value": value, "run": str(run), "metrics": {"loss": value / 2}})
     return value
 
 task.__module__ = "__main__"
@@ -99,7 +100,7 @@ def rows(app: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_each_job_is_a_process_and_the_table_says_how_it_went(app: Path) -> None:
+def test_each_job_is_a_process_and_the_table_has_its_result(app: Path) -> None:
     code, out = sweep(app, "x=1,2,3", "hydra.launcher.n_jobs=2", "-m")
     assert code == 0, out
     assert "3 of 3 jobs finished" in out
@@ -111,21 +112,21 @@ def test_each_job_is_a_process_and_the_table_says_how_it_went(app: Path) -> None
     ]
     marks = [p.name for p in (app / "marks").iterdir()]
     assert len({m.split("-")[1] for m in marks}) == 3
-    # Side by side they share the cores.
+    # Concurrent jobs share the cores.
     threads = (app / "marks" / marks[0]).read_text()
     assert threads == str(max(1, (os.cpu_count() or 1) // 2))
     for row in table:
         job = folder(app) / row["job"]
         assert (job / "run").resolve() == (app / row["run"]).resolve()
         assert json.loads((job / "result.json").read_text())["status"] == "finished"
-    # Typed again: the same folder, no second set of jobs.
+    # Typed again: the same sweep directory, no second set of jobs.
     assert sweep(app, "x=1,2,3", "hydra.launcher.n_jobs=2", "-m")[0] == 0
     assert len(rows(app)) == 3
     assert len([p for p in folder(app).iterdir() if p.is_dir()]) == 3
 
 
 @pytest.mark.parametrize(("do", "reason"), [("fail", "the loss became nan"), ("crash", "SIGKILL")])
-def test_a_job_that_fails_or_dies_costs_only_itself(app: Path, do: str, reason: str) -> None:
+def test_a_job_that_fails_or_dies_affects_no_other_job(app: Path, do: str, reason: str) -> None:
     code, out = sweep(app, "x=1,2,3", f"do={do}", "-m")
     assert code == 1
     assert [r["status"] for r in rows(app)] == ["finished", "failed", "finished"]
@@ -133,21 +134,21 @@ def test_a_job_that_fails_or_dies_costs_only_itself(app: Path, do: str, reason: 
     assert "2 of 3 jobs finished" in out
 
 
-def test_a_failed_job_is_tried_again(app: Path) -> None:
+def test_a_failed_job_is_retried(app: Path) -> None:
     code, out = sweep(app, "x=1,2", "do=once", "hydra.launcher.retries=1", "-m")
     assert code == 0, out
     assert [r["status"] for r in rows(app)] == ["finished", "finished"]
     assert out.count("once more") == 2
 
 
-def test_time_limit(app: Path) -> None:
+def test_a_job_beyond_its_time_limit_is_stopped(app: Path) -> None:
     code, out = sweep(app, "x=1", "do=sleep", "hydra.launcher.timeout_s=1.5", "-m")
     assert code == 1
     assert rows(app)[0]["status"] == "timeout"
     assert "timeout_s" in out
 
 
-def test_interrupt_stops_the_running_jobs_and_says_what_is_left(app: Path) -> None:
+def test_interrupt_stops_the_running_jobs_and_reports_the_unfinished_ones(app: Path) -> None:
     process = start(app, "x=1,2,3", "do=sleep", "-m")
     deadline = time.monotonic() + 60
     while not list(app.glob("marks/1-*")) and time.monotonic() < deadline:

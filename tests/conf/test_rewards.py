@@ -1,13 +1,14 @@
-"""Combined rewards as they are typed."""
+"""Combined rewards on the command line."""
 
 from collections.abc import Callable
 
 import pytest
 from omegaconf import DictConfig
 
-from rlhf import config as configs
-from rlhf import validation
 from rlhf.errors import UserError
+from rlhf.planning import step_config as configs
+from rlhf.planning.validation.config import validate_config
+from rlhf.storage.plain import plain
 
 
 @pytest.mark.parametrize(
@@ -30,13 +31,13 @@ from rlhf.errors import UserError
         (["reward=gated", "stage.value=null"], {"reward_model", "safety_model"}, None),
     ],
 )
-def test_roles_and_the_start_of_the_critic(
+def test_the_reward_decides_the_roles_read_and_the_start_of_the_critic(
     composed: Callable[..., DictConfig], words: list[str], roles: set[str], value: str | None
 ) -> None:
     config = composed("stage=ppo", "inputs.policy=P", "inputs.reward_model=R", "inputs.safety_model=S", *words)
-    validation.check(config)
+    validate_config(config)
     assert config.stage.value == value
-    read = configs.roles_read(configs.plain(config))
+    read = configs.roles_read(plain(config))
     assert read & {"reward_model", "safety_model"} == roles
 
 
@@ -48,13 +49,13 @@ def test_roles_and_the_start_of_the_critic(
         ("reward.scale=sigmoid", "reward.scale=sigmoid: should be 'logit' or 'probability'"),
         ("objective.beta=-1", "objective.beta=-1: should be greater than or equal to 0"),
         ("stage.kl_budget=0", "stage.kl_budget=0: should be greater than 0"),
-        ("stage.average=1.0", "stage.average=1.0: should be less than 1"),
-        ("stage.missing_end=drop", "stage.missing_end=drop: should be 'auto', 'replace', 'subtract' or 'none'"),
+        ("stage.ema_decay=1.0", "stage.ema_decay=1.0: should be less than 1"),
+        ("stage.missing_eos=drop", "stage.missing_eos=drop: should be 'auto', 'replace', 'subtract' or 'none'"),
         ("stage.normalize_scores=yes", "stage.normalize_scores="),
     ],
 )
-def test_a_wrong_value_is_one_line(composed: Callable[..., DictConfig], word: str, line: str) -> None:
+def test_a_wrong_value_is_reported_in_one_line(composed: Callable[..., DictConfig], word: str, line: str) -> None:
     roles = [f"inputs.{role}=given" for role in ("policy", "reward_model", "safety_model")]
     with pytest.raises(UserError) as error:
-        validation.check(composed("stage=ppo", "reward=gated", *roles, word))
+        validate_config(composed("stage=ppo", "reward=gated", *roles, word))
     assert str(error.value).startswith(line) and "\n" not in str(error.value)

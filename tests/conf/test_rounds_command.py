@@ -1,4 +1,4 @@
-"""Rounds on the command line: one override for their number, one for all of a step's rounds, one for a single round."""
+"""Rounds on the command line: one override for their number, one for all rounds of a step, one for a single round."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf import rounds
 from rlhf.cli import main
-from rlhf.plan import plan
+from rlhf.planning import rounds
+from rlhf.planning.plan import plan
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
@@ -20,19 +20,19 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("collect_safety_9.rollout.samples=3", "collect_safety_9: no such round, rounds=5; type collect_safety_5 or"),
-        ("collect_safety_2.rollout.sampels=3", "unknown option (did you mean collect_safety_2.rollout.samples?)"),
-        ("collect_safty_2.rollout.samples=3", "collect_safty_2: unknown option (did you mean collect_safety?)"),
+        ("collect_safety_9.sampler.samples=3", "collect_safety_9: no such round, rounds=5; type collect_safety_5 or"),
+        ("collect_safety_2.sampler.sampels=3", "unknown option (did you mean collect_safety_2.sampler.samples?)"),
+        ("collect_safty_2.sampler.samples=3", "collect_safty_2: unknown option (did you mean collect_safety?)"),
         ("rounds=0", "rounds=0: the number of rounds is a whole number from 1 to 100; type rounds=3"),
         ("annotator@collect_safety_2.annotator=rewrd", "no such option (did you mean reward?)"),
-        ("collect_safety_2.rollout.samples=1", "collect_safety_2.rollout.samples=1: should be greater than or eq"),
+        ("collect_safety_2.sampler.samples=1", "collect_safety_2.sampler.samples=1: should be greater than or eq"),
         (
-            "rejection_sampling_1.rollout.temperatures=[1,2,3] rejection_sampling.rollout.samples=2",
-            "rejection_sampling_1.rollout: 3 temperatures for 2 samples leave some without a reply; set samples=3",
+            "rejection_sampling_1.sampler.temperatures=[1,2,3] rejection_sampling.sampler.samples=2",
+            "rejection_sampling_1.sampler: 3 temperatures for 2 samples leave some without a response; set samples=3",
         ),
     ],
 )
-def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+def test_a_mistake_is_reported_in_one_line(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
     assert main.run(["pipeline=llama2_chat", *line.split()]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and len(captured.err.strip().splitlines()) == 1
@@ -42,8 +42,8 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], line: str, sa
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("stage=sft collect_safety_2.rollout.samples=4", "collect_safety_2: nothing is repeated here"),
-        ("stage=collect inputs.policy=x/y rollout.samples=1", "rollout.samples=1: should be greater than or"),
+        ("stage=sft collect_safety_2.sampler.samples=4", "collect_safety_2: nothing is repeated here"),
+        ("stage=collect inputs.policy=x/y sampler.samples=1", "sampler.samples=1: should be greater than or"),
         ("stage=reward_model objective.margin={superb:1}", "should be 'negligible', 'slightly', 'better' or 'signif"),
         ("stage=reward_model stage.safety_coefficient=-1", "stage.safety_coefficient=-1: should be greater than or eq"),
         ("stage=reward_model stage.normalize=demos", "stage.normalize=demos: should be 'none', 'mean', 'standard' or"),
@@ -51,7 +51,7 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], line: str, sa
         ("stage=rejection_sampling inputs.policy=x/y reward=gold inputs.picks=here/none", "inputs.picks=here/none"),
     ],
 )
-def test_mistakes_of_single_stages_are_found_before_anything_is_loaded(
+def test_mistakes_of_single_stages_are_reported_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], line: str, said: str
 ) -> None:
     assert main.run(line.split()) == 2
@@ -59,16 +59,16 @@ def test_mistakes_of_single_stages_are_found_before_anything_is_loaded(
     assert said in captured.err and len(captured.err.strip().splitlines()) == 1
 
 
-def test_the_gate_and_the_two_collects(composed, tmp_path: Path) -> None:
-    words = ["pipeline=llama2_chat", *rounds.typed(["rounds=2", "collect_safety_2.rollout.samples=6"])]
+def test_llama2_chat_plans_the_gated_reward_and_two_collect_steps(composed, tmp_path: Path) -> None:
+    words = ["pipeline=llama2_chat", *rounds.mark_round_overrides(["rounds=2", "collect_safety_2.sampler.samples=6"])]
     found = plan(composed(*words), words)
     steps = {step.name: step.config for step in found.steps}
     assert len(steps) == 2 + 2 * 5 + 1
     assert steps["collect_helpfulness_1"]["annotator"]["aspect"] == "helpfulness"
-    assert [steps[f"collect_safety_{i}"]["rollout"]["samples"] for i in (1, 2)] == [4, 6]
+    assert [steps[f"collect_safety_{i}"]["sampler"]["samples"] for i in (1, 2)] == [4, 6]
     for name, model in (("align", "rejection_sampling_2"), ("rejection_sampling_2", "pretrain")):
         reward = steps[name]["reward"]
-        assert reward["_target_"] == "rlhf.combination.GatedReward"
+        assert reward["_target_"] == "rlhf.reward.combined.GatedReward"
         folders = {step.name: str(step.folder) for step in found.steps}
         assert reward["helpfulness"]["path"].startswith(folders["reward_model_helpful_2"])
         assert reward["safety"]["path"].startswith(folders["reward_model_safety_2"])
@@ -77,8 +77,8 @@ def test_the_gate_and_the_two_collects(composed, tmp_path: Path) -> None:
     assert "${" not in json.dumps(steps)
 
 
-def test_the_reward_models_may_read_each_others_comparisons(composed) -> None:
-    """90/10 and half and half, as Llama 2 mixes them; without the override neither is part of what is computed."""
+def test_each_reward_model_can_read_the_comparisons_of_the_other(composed) -> None:
+    """Mixtures of 90/10 and 50/50, as in Llama 2; without the override neither is part of the run."""
     words = ["pipeline=llama2_chat", "rounds=2", "until=rejection_sampling"]
     mixed = [
         "data@reward_model_safety.data=safety_mixture",
@@ -97,7 +97,7 @@ def test_the_reward_models_may_read_each_others_comparisons(composed) -> None:
         assert {folders[f"collect_{other}_{i}"] for i in (1, 2)} <= {str(folder) for folder in step.parents.values()}
 
 
-def test_every_pipeline_that_repeats_says_how_often() -> None:
+def test_every_pipeline_with_repeated_steps_sets_rounds() -> None:
     for path in sorted((Path(rounds.__file__).parents[1] / "conf" / "pipeline").glob("*.yaml")):
         node = OmegaConf.load(path)
         assert ("repeat" in node) == ("rounds" in node), path

@@ -1,4 +1,4 @@
-"""Configs against constructors: every finding, in one line that can be acted on."""
+"""Configs are validated against constructors: every finding is one line that the user can act on."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -7,17 +7,18 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from rlhf import validation
-from rlhf.config import said_of_step
 from rlhf.errors import UserError
 from rlhf.objective import PairObjective, TokenObjective
+from rlhf.planning import instantiate
+from rlhf.planning.step_config import prefix_option_names
+from rlhf.planning.validation.config import validate_config
 
 HERE = __name__
 
 
 @dataclass(frozen=True)
 class Loss(PairObjective):
-    """Has one of each kind of knob."""
+    """Loss with one hyperparameter of each kind."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     kind: Literal["sigmoid", "hinge"] = "sigmoid"
@@ -37,28 +38,28 @@ class Loss(PairObjective):
 
 
 class Stage:
-    """Positional parameters are groups, keyword parameters knobs."""
+    """Stage whose positional parameters are groups and whose keyword parameters are hyperparameters."""
 
     def __init__(self, model: Any, objective: PairObjective, reward: Any = None, *, size: int) -> None:
         pass
 
 
 class TokenStage:
-    """Takes another kind of objective."""
+    """Stage that accepts another kind of objective."""
 
     def __init__(self, model: Any, objective: TokenObjective) -> None:
         pass
 
 
 class Inner:
-    """Built from a node within a node."""
+    """Class built from a nested node."""
 
     def __init__(self, width: Annotated[int, Field(gt=0)]) -> None:
         pass
 
 
 class Outer:
-    """Holds another object, so its own annotation is no plain value's."""
+    """Class that holds another object, whose annotation is not that of a plain value."""
 
     def __init__(self, inner: Inner, anything: Any = None) -> None:
         pass
@@ -67,14 +68,14 @@ class Outer:
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets are named by module, and a test module has no importable name of its own."""
-    real = validation.get_object
+    real = instantiate.get_object
     names = {c.__name__: c for c in (Loss, Stage, TokenStage, Inner, Outer)}
-    monkeypatch.setattr(validation, "get_object", lambda name: names.get(name) or real(name))
+    monkeypatch.setattr(instantiate, "get_object", lambda name: names.get(name) or real(name))
 
 
 def findings(config: dict[str, Any], step: str = "") -> list[str]:
     try:
-        validation.check(OmegaConf.create(config), step)
+        validate_config(OmegaConf.create(config), step)
     except UserError as e:
         return str(e).splitlines()
     return []
@@ -110,12 +111,12 @@ def config(stage: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]
         ({"beta": "${nowhere}"}, "objective.beta: Interpolation key 'nowhere' not found"),
     ],
 )
-def test_values(values: dict[str, Any], finding: str | None) -> None:
+def test_values_are_validated_against_annotations(values: dict[str, Any], finding: str | None) -> None:
     found = findings(config(objective={"_target_": "Loss", **values}))
     assert found == ([finding] if finding else [])
 
 
-def test_all_findings_at_once_with_the_steps_name() -> None:
+def test_all_findings_are_reported_at_once_with_the_name_of_the_step() -> None:
     wrong = config({"size": "x"}, objective={"_target_": "Loss", "beta": 0, "betta": 1})
     assert findings(wrong, "align") == [
         "align.objective.betta: unknown option (did you mean align.objective.beta?)",
@@ -124,14 +125,14 @@ def test_all_findings_at_once_with_the_steps_name() -> None:
     ]
 
 
-def test_nodes_within_nodes() -> None:
+def test_nested_nodes_are_validated() -> None:
     reward = {"_target_": "Outer", "inner": {"_target_": "Inner", "width": 0}}
     assert findings(config(reward=reward)) == ["reward.inner.width=0: should be greater than 0"]
     reward["inner"] = {"_target_": "Inner"}
     assert findings(config(reward=reward)) == ["reward.inner.width: required, no value; type reward.inner.width=..."]
 
 
-def test_groups_of_the_stage() -> None:
+def test_missing_and_unread_groups_are_reported() -> None:
     assert findings(config(model=1)) == []
     without = config()
     del without["objective"]
@@ -141,7 +142,7 @@ def test_groups_of_the_stage() -> None:
     assert finding == "annotator: stage=Stage does not read it; it reads model, objective, reward, stage"
 
 
-def test_wrong_objective() -> None:
+def test_an_objective_of_the_wrong_kind_is_refused() -> None:
     wrong = config(stage={"_target_": "TokenStage"})
     del wrong["stage"]["size"]
     assert findings(wrong) == ["stage=TokenStage does not take objective=Loss; it takes: cross_entropy"]
@@ -153,7 +154,7 @@ def test_wrong_objective() -> None:
     ("message", "said"),
     [
         ("set data.max_prompt_length=480", "collect: set collect.data.max_prompt_length=480"),
-        ("or a smaller rollout.max_new_tokens.", "collect: or a smaller collect.rollout.max_new_tokens."),
+        ("or a smaller sampler.max_new_tokens.", "collect: or a smaller collect.sampler.max_new_tokens."),
         ("data.parts.first.source: row 3", "collect: collect.data.parts.first.source: row 3"),
         # typed at the root, as the step takes them from there
         (
@@ -163,31 +164,31 @@ def test_wrong_objective() -> None:
         ("model.path=x: no weights", "collect: collect.model.path=x: no weights"),
         ("inputs.judge=x, inputs.policy=y", "collect: inputs.judge=x, collect.inputs.policy=y"),
         # options of groups
-        ("type rollout=best_of_k stage=dpo", "collect: type rollout@collect.rollout=best_of_k stage@collect=dpo"),
+        ("type sampler=best_of_k stage=dpo", "collect: type sampler@collect.sampler=best_of_k stage@collect=dpo"),
         ("data@text=text", "collect: data@collect.text=text"),
         ("reward@data.parts.x=gold", "collect: reward@collect.data.parts.x=gold"),
         ("text=null adapter=lora", "collect: text=null adapter=lora"),
-        # what stands as it is typed, and what is no key
+        # text that stays as it is typed, and text that is not a key
         ("collect: collect.data.source=x", "collect: collect.data.source=x"),
         ("collect failed: see align.data.size", "collect failed: see align.data.size"),
         ("/tmp/data.jsonl, ./data.jsonl, my-data.x", "collect: /tmp/data.jsonl, ./data.jsonl, my-data.x"),
     ],
 )
-def test_keys_as_they_are_typed_in_a_pipeline(message: str, said: str) -> None:
-    own: dict[str, Any] = {group: {"_target_": "x", "size": 1} for group in ("data", "rollout", "stage")}
+def test_option_names_are_prefixed_with_the_step_in_a_pipeline(message: str, said: str) -> None:
+    own: dict[str, Any] = {group: {"_target_": "x", "size": 1} for group in ("data", "sampler", "stage")}
     own |= {"text": None, "model": {"path": "p"}, "inputs": {"policy": "p"}}
-    assert said_of_step(message, own, "collect") == said
-    assert said_of_step(said, own, "collect") == said
-    assert said_of_step(message, {}, "collect") == message
+    assert prefix_option_names(message, own, "collect") == said
+    assert prefix_option_names(said, own, "collect") == said
+    assert prefix_option_names(message, {}, "collect") == message
 
 
-def test_code_that_cannot_be_imported_says_why() -> None:
+def test_an_import_failure_is_reported_with_its_cause() -> None:
     (finding,) = findings(config(reward={"_target_": "no_such_package.Thing"}))
     assert finding == (
         "reward._target_: cannot import no_such_package.Thing (ModuleNotFoundError: No module named 'no_such_package')"
     )
 
 
-def test_root_values() -> None:
+def test_root_values_are_validated() -> None:
     assert findings(config(seed="x")) == ["seed=x: should be a valid integer, unable to parse string as an integer"]
     assert findings(config(objectve={"beta": 1})) == ["objectve: unknown option (did you mean objective?)"]

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.template import CHATML_TEMPLATE
-from rlhf.data.testbed import Testbed
+from rlhf.data.chat_templates import CHATML_TEMPLATE
+from rlhf.data.testbed.world import Testbed
 from rlhf.data.tokenizer import train_tokenizer
 
 
@@ -19,7 +19,7 @@ def tokenizer(world):
 
 @pytest.fixture(scope="session")
 def chatml(world):
-    """Like SmolLM2-Instruct: ChatML with newlines, a default system message, pad == end-of-turn."""
+    """Return a tokenizer like SmolLM2-Instruct's: ChatML with newlines, a system message, pad == end-of-turn."""
     found = train_tokenizer([text.text for text in world.texts(200, 0)], 400)
     found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     found.eos_token = found.pad_token = "<|im_end|>"
@@ -32,7 +32,7 @@ def chatml(world):
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Real data beside the checkout, not part of the repository."""
+    """Return the directory of real data beside the checkout, which is not part of the repository; skip without it."""
     folder = Path(__file__).parents[3] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"real data is not there ({folder})")

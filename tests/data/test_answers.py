@@ -1,4 +1,4 @@
-"""Answers as models write them: a table of pairs, each the same or not."""
+"""Answers as models write them: a table of pairs, each equal or different."""
 
 import itertools
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.answers import last_number, number, readings, same
-from rlhf.exact_match import ExactMatch
+from rlhf.reward.answers import last_number, number, readings, same
+from rlhf.reward.exact_match import ExactMatch
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train_1000.jsonl"
 
@@ -88,11 +88,11 @@ EQUAL = [
     ("50 percent", "50%"),
     ("0.5", "50%"),
     ("12.5%", "1/8"),
-    # words of scale
+    # number words
     ("5 million", "5000000"),
     ("2.5 thousand", "2500"),
     ("$1.2 billion", "1.2e9"),
-    # other mathematics, by math-verify
+    # other mathematics, compared by math-verify
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
     (r"\sqrt{16}", "4"),
     ("sqrt(16)", "4"),
@@ -161,12 +161,12 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("answer", "reference"), EQUAL)
-def test_the_same(answer: str, reference: str) -> None:
+def test_equal_answers_match(answer: str, reference: str) -> None:
     assert same(answer, reference)
 
 
 @pytest.mark.parametrize(("answer", "reference"), DIFFERENT)
-def test_not_the_same(answer: str, reference: str) -> None:
+def test_different_answers_do_not_match(answer: str, reference: str) -> None:
     assert not same(answer, reference)
 
 
@@ -185,19 +185,19 @@ def test_not_the_same(answer: str, reference: str) -> None:
         ("In 2020 100 people came.", 100),
         ("He ate 3 1/2 pies.", Fraction(7, 2)),
         ("Of 24 + 48 = 72\n100 are left", 100),
-        ("24\n000", 0),  # a line's end groups nothing
+        ("24\n000", 0),  # a line break is not a digit separator
         ("The answer is 4 (see page 12).", 4),
         ("It took 2 hours (120 minutes).", 120),
         ("(see page 12)", 12),
     ],
 )
-def test_the_last_number_of_a_reply(text: str, found: int | Fraction) -> None:
+def test_the_last_number_of_a_response_is_extracted(text: str, found: int | Fraction) -> None:
     answer = last_number(text)
     assert answer is not None and number(answer) == found
 
 
 @pytest.mark.parametrize(
-    ("reply", "reference"),
+    ("response", "reference"),
     [
         ("#### 72 dollars", "72"),
         ("#### **72**", "72"),
@@ -209,19 +209,19 @@ def test_the_last_number_of_a_reply(text: str, found: int | Fraction) -> None:
         ("So 3.\n#### 10 000 people", "10000"),
     ],
 )
-def test_what_follows_the_marker(reply: str, reference: str) -> None:
+def test_the_answer_after_the_marker_is_extracted(response: str, reference: str) -> None:
     rule = ExactMatch(extract="after_marker")
-    answer = rule.answer(reply)
+    answer = rule.answer(response)
     assert answer is not None and rule.equal(answer, reference) and not rule.equal(answer, reference + "1")
 
 
-def test_per_cent_has_two_readings() -> None:
+def test_a_per_cent_matches_its_number_and_its_fraction() -> None:
     assert readings("50%") == ({Fraction(50), Fraction(1, 2)}, True)
     assert readings("50") == ({Fraction(50)}, False)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs ../shared/data/gsm8k_train_1000.jsonl")
-def test_every_worked_answer_of_gsm8k_has_its_reference() -> None:
+def test_every_worked_answer_of_gsm8k_matches_its_reference() -> None:
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     rules = [ExactMatch(), ExactMatch(extract="after_marker")]
     for row in rows:
@@ -232,8 +232,8 @@ def test_every_worked_answer_of_gsm8k_has_its_reference() -> None:
     assert len(rows) == 1000
 
 
-def test_other_threads_read_the_same() -> None:
-    """Signals, by which math-verify limits its time, reach the main thread alone."""
+def test_answers_compare_equally_in_other_threads() -> None:
+    """Signals, with which math-verify limits its time, reach the main thread alone."""
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(same(r"\sqrt{36}", "6")))
     thread.start()
@@ -241,21 +241,21 @@ def test_other_threads_read_the_same() -> None:
     assert found == [True]
 
 
-def test_a_comparison_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_comparison_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     import math_verify
 
-    from rlhf import answers
+    from rlhf.reward import answers
 
     monkeypatch.setattr(answers, "SECONDS", 0.05)
     monkeypatch.setattr(math_verify, "verify", lambda *_, **__: [None for _ in itertools.count()])
     assert not same(r"\sqrt{49}", "x+7")
 
 
-def test_a_busy_machine_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is of CPU time: of waiting for other processes nothing counts."""
+def test_a_busy_machine_does_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is on CPU time: time spent waiting for other processes does not count."""
     import math_verify
 
-    from rlhf import answers
+    from rlhf.reward import answers
 
     monkeypatch.setattr(answers, "SECONDS", 0.05)
     monkeypatch.setattr(math_verify, "parse", lambda text, *_, **__: [text])

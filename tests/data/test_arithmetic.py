@@ -1,23 +1,23 @@
-"""Word problems: right references, a split that holds out what it says, demonstrations of the promised quality."""
+"""Word problems: correct references, a held-out split without overlap, demonstrations of the configured quality."""
 
 import re
 
 import pytest
 
-from rlhf.data.calls import Call, read_call
 from rlhf.data.data import Data
-from rlhf.data.template import encode_dialogue
+from rlhf.data.encoding import encode_dialogue
 from rlhf.data.testbed.arithmetic import STORIES, Arithmetic
 from rlhf.data.tokenizer import train_tokenizer
+from rlhf.data.tool_calls import Call, read_call
 from rlhf.errors import UserError
 
 
-def data(record="prompt", size=300, validation=50, **knobs):
-    return Data(record, "arithmetic", size, validation, 128, arithmetic=Arithmetic(**knobs))
+def data(record="prompt", size=300, validation=50, **hyperparameters):
+    return Data(record, "arithmetic", size, validation, 128, arithmetic=Arithmetic(**hyperparameters))
 
 
-def test_references_are_right():
-    """Read back from the words alone."""
+def test_references_are_correct():
+    """The result is recomputed from the text alone."""
     split = data().load()
     assert len(split.train) == 300 and len(split.validation) == 50
     for prompt in [*split.train, *split.validation]:
@@ -34,8 +34,8 @@ def test_the_same_seed_gives_the_same_problems():
     assert data(careless=0.5).digest() != data().digest() != data(calls=0.5).digest() != data(largest=5).digest()
 
 
-def test_what_is_held_out_occurs_nowhere_else():
-    """A held-out problem's sum is seen in other stories, and its story with other sums."""
+def test_held_out_problems_occur_nowhere_else():
+    """A held-out problem's sum occurs in other stories, and its story with other sums."""
     world = Arithmetic()
     rng = world._rng("test")
     held_out = {problem.key for problem in world.problems(150, rng, held_out=True)}
@@ -50,7 +50,7 @@ def test_what_is_held_out_occurs_nowhere_else():
     assert len(asked) == 50
 
 
-def test_careless_is_the_share_of_wrong_results():
+def test_careless_is_the_fraction_of_wrong_results():
     for careless in (0.0, 0.3):
         world = Arithmetic(careless=careless)
         rng = world._rng("test")
@@ -64,18 +64,18 @@ def test_careless_is_the_share_of_wrong_results():
 def test_calls_are_dialogues_with_a_tool():
     world = Arithmetic(calls=1.0, careless=0.0)
     for record in world.demonstrations(50, 0):
-        user, call, answer, reply = record.messages
+        user, call, answer, response = record.messages
         assert [message.role for message in record.messages] == ["user", "assistant", "tool", "assistant"]
         read = read_call(call.content)
         assert read is not None and read.tool == "calculator"
-        assert str(eval(read.argument)) == answer.content  # our own text: digits and a sign
-        assert reply.content.endswith(f" {answer.content}.")
+        assert str(eval(read.argument)) == answer.content  # generated text: digits and a sign
+        assert response.content.endswith(f" {answer.content}.")
     share = sum(len(record.messages) > 2 for record in Arithmetic(calls=0.4).demonstrations(1000, 0)) / 1000
     assert share == pytest.approx(0.4, abs=0.05)
 
 
-def test_the_tool_is_not_imitated():
-    """SFT's mask covers what the assistant says, the end of its turns included, and nothing the tool says."""
+def test_tool_tokens_are_masked_in_sft():
+    """SFT's mask covers the assistant's tokens, the end of its turns included, and no token of the tool."""
     record = Arithmetic(calls=1.0, careless=0.0).demonstrations(1, 0)[0]
     tokenizer = train_tokenizer(data("demonstration", calls=1.0).load().texts(), 400)
     row = encode_dialogue(tokenizer, record.messages)
@@ -83,13 +83,13 @@ def test_the_tool_is_not_imitated():
     assert learnt == f"{record.messages[1].content}<|end|>{record.messages[3].content}<|end|>"
 
 
-def test_rows_are_as_short_as_the_option_says():
+def test_rows_fit_the_length_of_the_option():
     split = data("demonstration", 1000, 10, calls=0.5).load()
     tokenizer = train_tokenizer(split.texts(), 512)
     assert max(len(encode_dialogue(tokenizer, record.messages)) for record in split.train) <= 64
 
 
-def test_what_is_not_there_is_said():
+def test_missing_records_and_problems_are_reported():
     with pytest.raises(UserError, match="arithmetic: has no comparisons"):
         data("comparison").load()
     with pytest.raises(UserError, match="data.arithmetic.largest"):
@@ -109,13 +109,13 @@ def test_what_is_not_there_is_said():
         ("<call>calculator((3+4)*2)</call>", Call("calculator", "(3+4)*2")),
         ("<call>a(1)</call> <call>b(2)</call>", Call("b", "2")),
         ("<call>calculator()</call>", Call("calculator", "")),
-        ("<call>calculator(3+4)</call> It is 7.", None),  # a call ends its turn
+        ("<call>calculator(3+4)</call> It is 7.", None),  # a call must end its turn
         ("<call>calculator(3+4)", None),
         ("<call>3+4</call>", None),
         ("It is 7.", None),
         ("", None),
     ],
 )
-def test_reading_calls(turn, call):
+def test_calls_are_parsed(turn, call):
     assert read_call(turn) == call
     assert call is None or read_call(str(call)) == call

@@ -1,4 +1,4 @@
-"""Rows that would make training wrong: nulls that Arrow invents, numbers that are none, dialogues of odd turns."""
+"""Rows that would corrupt training: nulls that Arrow adds, invalid numbers, dialogues with an odd order of turns."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import pytest
 
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.data import Data
-from rlhf.data.formats import detect
+from rlhf.data.encoding import encode_prompt
+from rlhf.data.format_detection import detect
 from rlhf.data.records import Comparison, Message
 from rlhf.data.sources import read_files
-from rlhf.data.template import encode_prompt
 from rlhf.errors import UserError
 
 
@@ -69,13 +69,13 @@ def lines(path, rows):
     return path
 
 
-def load(source, record="demonstration", **knobs):
-    return Data(record, str(source), **{"size": None, "validation": 0, "max_length": 512} | knobs).load()
+def load(source, record="demonstration", **hyperparameters):
+    return Data(record, str(source), **{"size": None, "validation": 0, "max_length": 512} | hyperparameters).load()
 
 
 @pytest.mark.parametrize("rows", [ROWS, PARTS], ids=["tool calls", "typed content"])
-def test_rows_of_an_arrow_table_are_those_of_json_lines(tmp_path, tokenizer, monkeypatch, rows):
-    """Arrow's structs have the fields of all rows; the arguments that a row never had are not in its tokens."""
+def test_rows_of_an_arrow_table_equal_those_of_json_lines(tmp_path, tokenizer, monkeypatch, rows):
+    """Arrow's structs have the fields of all rows; arguments that a row never had are not in its tokens."""
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     right = load(lines(tmp_path / "a.jsonl", rows))
     split = load(tmp_path / "a.parquet")
@@ -86,12 +86,12 @@ def test_rows_of_an_arrow_table_are_those_of_json_lines(tmp_path, tokenizer, mon
 
     for made in (datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, made=made, **__: made)
-        monkeypatch.setattr("rlhf.hub.use_cache_if_unreachable", lambda: True)
+        monkeypatch.setattr("rlhf.storage.hub.use_cache_if_unreachable", lambda: True)
         assert load("org/name").train == right.train
 
 
-def test_nulls_that_mean_something_are_kept(tmp_path):
-    """JSON lines keep every null; Arrow rows those of columns and of lists."""
+def test_meaningful_nulls_are_kept(tmp_path):
+    """JSON lines keep every null; Arrow rows keep nulls of columns and of lists."""
     row = {"messages": [{"role": "user", "content": "x"}], "args": {"a": None}, "marks": [None, 1], "label": None}
     assert next(read_files([lines(tmp_path / "a.jsonl", [row])])).raw == row
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
@@ -101,13 +101,13 @@ def test_nulls_that_mean_something_are_kept(tmp_path):
     assert '"arguments": {"a": null}' in demonstration.messages[1].content
 
 
-def test_rows_of_several_shapes_in_one_table(tmp_path):
+def test_rows_of_several_formats_in_one_table_are_read(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             {"prompt": "c", "completion": "d"}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist([{**dict.fromkeys(("messages", "prompt", "completion")), **r} for r in rows]),
                    tmp_path / "a.parquet")  # fmt: skip
     assert load(tmp_path / "a.parquet").train == load(lines(tmp_path / "a.jsonl", rows)).train
-    assert detect({"messages": None}) == "messages"  # nothing else fits: its message says what is missing
+    assert detect({"messages": None}) == "messages"  # no other format fits: its message names the missing field
 
 
 def pair(**fields):
@@ -144,8 +144,8 @@ def pair(**fields):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_numbers_that_are_none_make_a_row_unusable(tmp_path, record, row, reason, kind):
-    """Counted and named by file, row and field, in every format and record type."""
+def test_invalid_numbers_make_a_row_unusable(tmp_path, record, row, reason, kind):
+    """Such rows are counted and named by file, row and field, in every format and record type."""
     path = tmp_path / f"a.{kind}"
     if kind == "parquet":
         if row.get("scores") == ["nan", 1]:
@@ -158,15 +158,15 @@ def test_numbers_that_are_none_make_a_row_unusable(tmp_path, record, row, reason
     assert f"first: a.{kind}, row 1: {reason}" in str(found.value)
 
 
-def test_ranks_that_are_text_are_read_as_numbers(tmp_path):
-    """By their letters "10" comes before "9"."""
+def test_ranks_written_as_text_are_read_as_numbers(tmp_path):
+    """Compared as text, "10" comes before "9"."""
     row = {"prompt": "Q", "responses": ["ten", "nine", "one"], "ranks": ["10", "9", "1"]}
     (comparison,) = load(lines(tmp_path / "a.jsonl", [row]), "comparison").train
     assert comparison.responses == ("one", "nine", "ten")
 
 
-def test_a_folder_of_save_to_disk_is_named(tmp_path):
-    """Its descriptions end in .json; they hold no rows."""
+def test_a_directory_of_save_to_disk_is_refused_by_name(tmp_path):
+    """Its metadata files end in .json and hold no rows."""
     datasets.Dataset.from_list([pair(), pair()]).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=r"saved: a folder that datasets' save_to_disk wrote.*to_parquet"):
         load(tmp_path / "saved", "comparison")
@@ -179,7 +179,7 @@ def test_a_number_too_large_for_a_float_is_infinite(tmp_path):
     assert len(split.train) == 1 and split.report.bad == ["a.jsonl, row 2: score_chosen: inf is not a finite number"]
 
 
-def test_a_format_of_the_user_cannot_make_such_a_record():
+def test_a_user_format_cannot_build_a_record_with_invalid_numbers():
     with pytest.raises(ValueError, match="scores: "):
         Comparison((Message("user", "Q"),), ("a", "b"), scores=(math.nan, 0.0))
 
@@ -204,8 +204,8 @@ def opened(tmp_path, count=39):
 
 
 @pytest.mark.parametrize("template", ["plain", "llama2", "zephyr", "greets"])
-def test_a_dialogue_that_the_assistant_opens_is_trained_on(tmp_path, tokenizer, template):
-    """Its first turn, too: what is masked is what the assistant says, in both turns."""
+def test_a_dialogue_that_starts_with_the_assistant_is_trained_on(tmp_path, tokenizer, template):
+    """Its first turn as well: the mask covers the assistant's tokens in both turns."""
     own = tokenizer.chat_template
     tokenizer.chat_template = GREETS if template == "greets" else TEMPLATES[template]
     try:
@@ -234,7 +234,7 @@ def test_a_dialogue_that_the_assistant_opens_is_trained_on(tmp_path, tokenizer, 
 @pytest.mark.parametrize(
     ("record", "streaming"), [("demonstration", False), ("demonstration", True), ("prompt", False)]
 )
-def test_one_that_the_template_refuses_is_counted_and_named(tmp_path, tokenizer, record, streaming):
+def test_a_dialogue_that_the_template_refuses_is_counted_and_named(tmp_path, tokenizer, record, streaming):
     own, tokenizer.chat_template = tokenizer.chat_template, MUST_ASK + TEMPLATES["plain"]
     try:
         split = load(opened(tmp_path), record, streaming=streaming)
@@ -242,7 +242,7 @@ def test_one_that_the_template_refuses_is_counted_and_named(tmp_path, tokenizer,
         assert len(rows) == 39 and report.refused == 1
         assert "1 dropped: a.jsonl, row 40: the chat template cannot write" in str(report)
         if record == "prompt":
-            fitted, report, _ = split.fitting(tokenizer)
+            fitted, report, _ = split.fit_prompts(tokenizer)
             assert len(fitted.train) == 39 and report.refused == 1 and "a.jsonl, row 40" in report.first_refused
         split.data.max_bad = 0.01
         with pytest.raises(UserError, match=r"1 of 40 records cannot be encoded \(data.max_bad=0.01 allows 0\)"):

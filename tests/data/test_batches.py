@@ -13,7 +13,7 @@ def test_a_batch_is_a_function_of_seed_and_index_only():
     assert list(sampler) == list(sampler) == whole and len(sampler) == 8
 
 
-def test_an_epoch_visits_nothing_twice():
+def test_an_epoch_visits_each_example_once():
     batches = list(Batches(10, 3, seed=0, epochs=2))
     assert len(batches) == 6
     for epoch in (batches[:3], batches[3:]):
@@ -22,7 +22,7 @@ def test_an_epoch_visits_nothing_twice():
     assert batches[:3] != batches[3:]
 
 
-def test_lengths_group_like_with_like():
+def test_batches_are_grouped_by_length():
     lengths = [1, 100] * 20
     batches = list(Batches(lengths, 4, seed=0, epochs=1))
     assert sorted(index for batch in batches for index in batch) == list(range(40))
@@ -46,6 +46,6 @@ def test_impossible_batches_are_refused(arguments):
         Batches(10, seed=0, **arguments)
 
 
-def test_neighbouring_seeds_are_far_apart():
+def test_neighbouring_seeds_give_unrelated_orders():
     seeds = {mix_seed(seed, epoch) for seed in range(30) for epoch in range(30)}
     assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)

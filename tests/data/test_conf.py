@@ -1,4 +1,4 @@
-"""The options of the group `data`: they compose, build, and load real files where those are there."""
+"""Options of the group `data`: they compose, build, and load real files where those exist."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import rlhf.config  # noqa: F401  registers the resolvers
+import rlhf.planning.step_config  # noqa: F401  registers the resolvers
 from rlhf.data import Data, Mixture
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -52,7 +52,7 @@ def test_the_testbed_is_the_default(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_real_files_through_their_option(name, shared_data):
+def test_real_files_load_through_their_option(name, shared_data):
     config = option(name)
     config.data.source = str(shared_data / FILES[name])
     split = instantiate(config.data).load()

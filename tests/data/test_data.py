@@ -7,15 +7,17 @@ from dataclasses import replace
 import pytest
 
 from rlhf.data import Data, Mixture
+from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Message, Prompt
 from rlhf.data.sources import find_files
-from rlhf.data.template import encode_prompt
-from rlhf.data.testbed import Testbed
+from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
 
 
-def data(source, record="text", **knobs):
-    return Data(record=record, source=str(source), **{"size": None, "validation": 0.1, "max_length": 64, **knobs})
+def data(source, record="text", **hyperparameters):
+    return Data(
+        record=record, source=str(source), **{"size": None, "validation": 0.1, "max_length": 64, **hyperparameters}
+    )
 
 
 def write(path, rows):
@@ -26,7 +28,7 @@ def write(path, rows):
 ROWS = [{"text": f"document {i}"} for i in range(50)]
 
 
-def test_every_kind_of_file(tmp_path):
+def test_every_file_type_is_read(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     lines = write(tmp_path / "a.jsonl", ROWS)
@@ -64,7 +66,7 @@ def test_records_with_one_prompt_stay_on_one_side(tmp_path):
     assert not sides[0] & sides[1] and len(split.validation) == 10
 
 
-def test_bad_rows_are_named_by_file_row_and_field_and_too_many_stop(tmp_path):
+def test_bad_rows_are_named_by_file_row_and_field_and_too_many_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, ROWS)
     path.write_text(path.read_text() + '{"text": 5}\n{broken\n')
@@ -76,7 +78,7 @@ def test_bad_rows_are_named_by_file_row_and_field_and_too_many_stop(tmp_path):
         data(path, max_bad=0.01).load()
 
 
-def test_ties_and_equal_texts_are_counted_apart(tmp_path):
+def test_ties_and_equal_texts_are_counted_separately(tmp_path):
     rows = [
         {"prompt": "q", "chosen": "a", "rejected": "a"},
         {"prompt": "q2", "chosen": "a", "rejected": "b", "grade": "tie"},
@@ -86,12 +88,12 @@ def test_ties_and_equal_texts_are_counted_apart(tmp_path):
     assert (report.ties, report.kept, report.bad) == (2, 5, [])
 
 
-def test_size_caps_what_is_read(tmp_path):
+def test_size_limits_the_records_read(tmp_path):
     split = data(write(tmp_path / "a.jsonl", ROWS), size=20).load()
     assert len(split.train) + len(split.validation) == 20
 
 
-def test_run_folder(tmp_path):
+def test_records_of_a_run_directory_are_read(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "grade": "better"} for i in range(20)]
     write(tmp_path / "comparisons.jsonl", rows)
     (tmp_path / "status.json").write_text("{}")
@@ -102,12 +104,12 @@ def test_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/a/b/c", "x/*.jsonl"])
-def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(source):
+def test_a_missing_path_is_not_taken_for_a_hub_id(source):
     with pytest.raises(UserError, match="no"):
         data(source).load()
 
 
-def test_digest_follows_content_and_knobs(tmp_path):
+def test_digest_follows_content_and_hyperparameters(tmp_path):
     first = data(write(tmp_path / "a.jsonl", ROWS)).digest()
     assert data(write(tmp_path / "b.jsonl", ROWS)).digest() == first
     assert data(write(tmp_path / "b.jsonl", ROWS[:-1])).digest() != first
@@ -115,7 +117,7 @@ def test_digest_follows_content_and_knobs(tmp_path):
     assert data("testbed").digest() == world != data("testbed", testbed=Testbed(noise=0.2)).digest()
 
 
-def test_tags(tmp_path):
+def test_tags_apply_to_records_that_have_them(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(20)])
     assert all(prompt.unsafe for prompt in data(path, "prompt", tags=["unsafe"]).load().train)
     with pytest.raises(UserError, match="has no tags"):
@@ -123,7 +125,7 @@ def test_tags(tmp_path):
 
 
 @pytest.mark.parametrize("record", ["text", "demonstration", "comparison", "label", "prompt"])
-def test_testbed_records_and_their_tokens(record, tokenizer):
+def test_testbed_records_are_encoded(record, tokenizer):
     split = data("testbed", record, size=200, validation=50).load()
     assert len(split.train) >= 199 and len(split.validation) >= 50
     again = data("testbed", record, size=200, validation=50).load()
@@ -135,7 +137,7 @@ def test_testbed_records_and_their_tokens(record, tokenizer):
     assert max(len(row) for row in rows) <= 64
 
 
-def test_what_does_not_fit_is_counted(tokenizer):
+def test_records_that_do_not_fit_are_counted(tokenizer):
     split = data("testbed", "comparison", size=50).load()
     rows, report = data("testbed", "comparison", max_length=25).encode(tokenizer, split.train)
     assert report.dropped > 0 and report.kept == len(rows) == len(split.train) - report.dropped
@@ -182,7 +184,7 @@ def test_importing_the_data_package_costs_no_torch():
         ("tool_use_demo_50.jsonl", "demonstration", 50),
     ],
 )
-def test_real_files(shared_data, file, record, kept):
+def test_real_files_are_read_in_full(shared_data, file, record, kept):
     split = data(shared_data / file, record).load()
     assert split.report.kept == kept and not split.report.bad
     if file.startswith("gsm8k") and record == "prompt":
@@ -191,16 +193,16 @@ def test_real_files(shared_data, file, record, kept):
         assert {grade for record in split.train for *_, grade in record.pairs()} == {"negligible", "slightly", "better"}
 
 
-def test_prompts_lose_their_oldest_turns_and_then_themselves(tokenizer):
+def test_long_prompts_lose_their_oldest_turns_or_are_dropped(tokenizer):
     turns = [Message("user", "Hello."), Message("assistant", "Hello."), Message("user", "Who is Mia?")]
     short, long = Prompt(tuple(turns[2:])), Prompt((Message("user", "who " * 60),))
     lengths = [len(encode_prompt(tokenizer, messages)) for messages in (turns, turns[2:])]
     made = data("testbed", "prompt", max_length=500, max_prompt_length=lengths[0] - 1)
-    kept, report = made.fitting(tokenizer, [Prompt(tuple(turns), tags=("a",)), short, long])
+    kept, report = made.fit_prompts(tokenizer, [Prompt(tuple(turns), tags=("a",)), short, long])
     assert kept == [Prompt(tuple(turns[2:]), tags=("a",)), short]
     assert (report.kept, report.truncated, report.dropped, report.tokens) == (2, 1, 1, 2 * lengths[1])
-    whole, report = data("testbed", "prompt", max_length=500).fitting(tokenizer, [Prompt(tuple(turns)), long])
+    whole, report = data("testbed", "prompt", max_length=500).fit_prompts(tokenizer, [Prompt(tuple(turns)), long])
     assert len(whole) == 2 and report.truncated == report.dropped == 0
     split = replace(made.load(), train=[long])
     with pytest.raises(UserError, match="data.max_prompt_length"):
-        split.fitting(tokenizer)
+        split.fit_prompts(tokenizer)

@@ -1,6 +1,8 @@
 import pytest
 
-from rlhf.data.formats import FORMATS, convert, detect, find_adapter
+from rlhf.data.format_detection import detect, find_adapter
+from rlhf.data.formats import FORMATS
+from rlhf.data.record_conversion import convert
 from rlhf.data.records import Comparison, Demonstration, Label, Message, Prompt, Text
 from rlhf.data.turns import parse_transcript
 from rlhf.errors import UserError
@@ -121,7 +123,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "raw", "record"), CASES)
-def test_formats_are_told_by_their_fields_and_read(name, raw, record):
+def test_formats_are_detected_by_their_fields_and_read(name, raw, record):
     assert detect(raw) == name
     assert FORMATS[name](raw) == record
 
@@ -141,7 +143,7 @@ def test_every_format_is_tested():
         Label((U("q"),), "a", False),
     ],
 )
-def test_own_files_are_read_back(record):
+def test_files_that_rlhf_writes_are_read_back(record):
     raw = record.to_json()
     assert FORMATS[detect(raw)](raw) == record
 
@@ -170,12 +172,12 @@ def test_own_files_are_read_back(record):
         ("prompt", {"prompt": "q", "reference": ["5"]}, "reference: expected a string or a number"),
     ],
 )
-def test_what_is_wrong_is_named_by_field(name, raw, message):
+def test_errors_name_the_field(name, raw, message):
     with pytest.raises(ValueError, match=message):
         FORMATS[name](raw)
 
 
-def test_unknown_shapes_and_formats():
+def test_unknown_rows_and_formats_are_refused():
     with pytest.raises(ValueError, match="no format fits the fields a, b"):
         detect({"a": 1, "b": 2})
     with pytest.raises(UserError, match="did you mean alpaca"):
@@ -191,7 +193,7 @@ def test_turns_of_one_speaker_in_a_row_are_joined():
     assert parse_transcript(text) == (U("a\n\nb"), A("c\n\nd"))
 
 
-def test_conversions():
+def test_records_convert_between_types():
     comparison = Comparison((U("q"),), ("c", "r"), tags=("unsafe",))
     assert list(convert(comparison, "prompt")) == [Prompt((U("q"),), ("unsafe",))]
     assert list(convert(comparison, "demonstration")) == [Demonstration((U("q"), A("c")))]

@@ -1,4 +1,4 @@
-"""The mask of every chat format, with a real tokenizer: it marks the decoded reply and its end of turn, and no more."""
+"""Mask of every chat format, with a real tokenizer: exactly the decoded response and its end of turn."""
 
 import re
 from functools import cache
@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf.data import template
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.collate import collate
 from rlhf.data.data import Data
+from rlhf.data.encoded_rows import Encoded
+from rlhf.data.encoding import encode_dialogue, encode_prompt, encode_response
+from rlhf.data.end_tokens import end_of_turn_id
 from rlhf.data.records import Comparison, Demonstration, Message
-from rlhf.data.template import Encoded, check_template, encode_dialogue, encode_prompt, encode_response
+from rlhf.data.template_check import check_template
 from rlhf.errors import UserError
 from rlhf.models.causal_lm import CausalLM
 from tests import smollm2
 
-pytestmark = pytest.mark.slow  # the first use on a machine reads the GGUF file
+pytestmark = pytest.mark.slow  # the first use on a machine converts the GGUF file
 
 SYSTEM = Message("system", "Answer in\n\none line.")
 ONE = [Message("user", "Where does Mia live?"), Message("assistant", "In Rome: naïve 中文 🙂, 12345.")]
@@ -31,7 +33,7 @@ DIALOGUES = {
     "several turns, system": [SYSTEM, *ONE, *MORE],
     "a tool": [SYSTEM, *TOOL, Message("assistant", "It is 7.")],
 }
-# What stands in the text before and after a reply, the end-of-turn token included. SmolLM2's eos is <|im_end|>.
+# The text before and after a response, the end-of-turn token included. SmolLM2's eos is <|im_end|>.
 FRAMES = {
     "own": ("<|im_start|>assistant\n", "", "<|im_end|>"),
     "chatml": ("<|im_start|>assistant\n", "", "<|im_end|>"),
@@ -40,7 +42,7 @@ FRAMES = {
     "llama3": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>"),
     "plain": ("<|assistant|>", "", "<|end|>"),
 }
-# The first dialogue with a system message, written by hand after the publications that the templates name.
+# The first dialogue with a system message, written by hand from the publications that the templates name.
 WRITTEN = {
     "own": "<|im_start|>system\nAnswer in\n\none line.<|im_end|>\n<|im_start|>user\nWhere does Mia live?<|im_end|>\n"
     "<|im_start|>assistant\nIn Rome: naïve 中文 🙂, 12345.<|im_end|>",
@@ -59,7 +61,7 @@ WRITTEN["chatml"] = WRITTEN["own"]
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Any]:
-    """SmolLM2's tokenizer with each template, as a run would have it."""
+    """Return SmolLM2's tokenizer with each template, as a run would have it."""
     place = smollm2.folder()
     chosen = {name: None if name == "own" else name for name in FRAMES}
     return {key: CausalLM(place, None, None, chat_template=name)._tokenizer(None) for key, name in chosen.items()}
@@ -71,7 +73,7 @@ def tokenizer(tokenizers: dict[str, Any], name: str) -> Any:
 
 
 def spans(tokenizer: Any, encoded: Encoded) -> list[str]:
-    """The decoded text of every unbroken stretch of target tokens."""
+    """Return the decoded text of every contiguous span of target tokens."""
     found: list[list[int]] = []
     before = False
     for index, counts in zip(encoded.ids, encoded.mask, strict=True):
@@ -83,37 +85,37 @@ def spans(tokenizer: Any, encoded: Encoded) -> list[str]:
     return [tokenizer.decode(ids) for ids in found]
 
 
-def test_every_named_template_is_here() -> None:
+def test_every_named_template_is_tested() -> None:
     assert set(FRAMES) == {*TEMPLATES, "own"} == set(WRITTEN)
 
 
 @pytest.mark.parametrize("turns", DIALOGUES)
 @pytest.mark.parametrize("name", FRAMES)
-def test_the_mask_is_every_reply_and_its_end_of_turn(tokenizer: Any, name: str, turns: str) -> None:
+def test_the_mask_covers_every_response_and_its_end_of_turn(tokenizer: Any, name: str, turns: str) -> None:
     dialogue = DIALOGUES[turns]
     check_template(tokenizer, dialogue)
     encoded = encode_dialogue(tokenizer, dialogue)
     before, start, end = FRAMES[name]
-    replies = [message.content for message in dialogue if message.role == "assistant"]
-    assert spans(tokenizer, encoded) == [f"{start}{reply}{end}" for reply in replies]
+    responses = [message.content for message in dialogue if message.role == "assistant"]
+    assert spans(tokenizer, encoded) == [f"{start}{response}{end}" for response in responses]
     text = tokenizer.decode(encoded.ids)
-    assert all(f"{before}{start}{reply}{end}" in text for reply in replies)
+    assert all(f"{before}{start}{response}{end}" in text for response in responses)
     assert all(message.content in text for message in dialogue)
-    # What is trained is what is sampled: the prompt's tokens first, the reply's after them.
-    last = encode_response(tokenizer, replies[-1])
+    # Trained tokens are sampled tokens: the prompt's first, then the response's.
+    last = encode_response(tokenizer, responses[-1])
     assert encoded.ids == encode_prompt(tokenizer, dialogue[:-1]) + last
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_the_text_is_what_the_authors_wrote(tokenizer: Any, name: str) -> None:
+def test_rendered_text_equals_the_published_format(tokenizer: Any, name: str) -> None:
     assert tokenizer.decode(encode_dialogue(tokenizer, DIALOGUES["one turn, system"]).ids) == WRITTEN[name]
 
 
 @pytest.mark.parametrize("name", ["own"])
-def test_padding_with_the_end_of_turn_loses_no_target(tokenizer: Any) -> None:
-    """The published tokenizer pads with its end of turn. Masks are told by position, so even that is right."""
+def test_padding_with_the_end_of_turn_keeps_every_target(tokenizer: Any) -> None:
+    """The published tokenizer pads with its end of turn. Masks are computed by position, so this is correct."""
     raw = AutoTokenizer.from_pretrained(smollm2.folder())
-    end = template.end_of_turn_id(raw)
+    end = end_of_turn_id(raw)
     assert raw.pad_token_id == raw.eos_token_id == end != tokenizer.pad_token_id
     rows = [encode_dialogue(raw, dialogue) for dialogue in (ONE, [*ONE, *MORE])]
     for pad in (end, tokenizer.pad_token_id):
@@ -126,10 +128,10 @@ def test_padding_with_the_end_of_turn_loses_no_target(tokenizer: Any) -> None:
             assert batch.ids[row][batch.loss_mask[row]].tolist().count(end) == (1, 2)[row]
 
 
-# -- beside other implementations -----------------------------------------------------------------------------------
+# -- against other implementations -----------------------------------------------------------------------------------
 
 TAG = "{{% generation %}}{}{{% endgeneration %}}"
-MARKED = {  # the same formats again, with the tags by which transformers knows what the assistant says
+MARKED = {  # the same formats again, with the tags that mark the assistant's tokens for transformers
     "own": "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful AI "
     "assistant named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' %}" + TAG.format("{{ m.content + '<|im_end|>' }}") + "{% else %}"
@@ -156,7 +158,7 @@ def marked_by_transformers(tokenizer: Any, text: str, dialogue: list[Message]) -
 
 def same(tokenizer: Any, encoded: Encoded, ids: list[int], mask: list[bool]) -> None:
     """Equal, but for the white space that a template writes after an end of turn: here it is no target."""
-    length, end = len(encoded), template.end_of_turn_id(tokenizer)
+    length, end = len(encoded), end_of_turn_id(tokenizer)
     assert encoded.ids == ids[:length] and not tokenizer.decode(ids[length:]).strip()
     for place in range(1, len(ids)):
         if mask[place] and not tokenizer.decode(ids[place]).strip() and ids[place - 1] == end:
@@ -166,25 +168,25 @@ def same(tokenizer: Any, encoded: Encoded, ids: list[int], mask: list[bool]) -> 
 
 @pytest.mark.parametrize("turns", ["one turn", "one turn, system", "several turns", "several turns, system"])
 @pytest.mark.parametrize("name", MARKED)
-def test_transformers_marks_the_same_tokens(tokenizer: Any, name: str, turns: str) -> None:
+def test_masks_equal_those_of_transformers(tokenizer: Any, name: str, turns: str) -> None:
     ids, mask = marked_by_transformers(tokenizer, MARKED[name], DIALOGUES[turns])
     same(tokenizer, encode_dialogue(tokenizer, DIALOGUES[turns]), ids, mask)
 
 
 def published(name: str) -> str:
-    """A chat template as a model's authors published it, from TRL's collection."""
+    """Return a chat template as a model's authors published it, from TRL's collection."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text()
 
 
 @cache
 def published_tokenizer() -> Any:
-    """SmolLM2's tokenizer as it was published, which takes a second to load."""
+    """Return SmolLM2's tokenizer as it was published, which takes a second to load."""
     return AutoTokenizer.from_pretrained(smollm2.folder())
 
 
 def with_tokens_of(text: str) -> Any:
-    """The same one, with the special tokens that a template of another family writes."""
+    """Return that tokenizer with the special tokens of a template of another family."""
     tokenizer = published_tokenizer()
     names = set(re.findall(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>", text)) - set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(names)}, replace_extra_special_tokens=False)
@@ -193,7 +195,7 @@ def with_tokens_of(text: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_instruct_2507", "lfm2"])
-def test_published_templates_are_masked_as_trl_masks_them(name: str) -> None:
+def test_masks_of_published_templates_equal_those_of_trl(name: str) -> None:
     tokenizer = with_tokens_of(published(name))
     for dialogue in (DIALOGUES["one turn"], DIALOGUES["several turns, system"]):
         check_template(tokenizer, dialogue)
@@ -201,10 +203,10 @@ def test_published_templates_are_masked_as_trl_masks_them(name: str) -> None:
         same(tokenizer, encode_dialogue(tokenizer, dialogue), ids, mask)
 
 
-def test_llama3_by_name_is_the_published_one() -> None:
+def test_the_llama3_template_equals_the_published_one() -> None:
     tokenizer = with_tokens_of(published("llama3"))
     rows = [encode_dialogue(tokenizer, dialogue) for dialogue in (ONE, [SYSTEM, *ONE, *MORE])]
-    assert spans(tokenizer, rows[1]) == [f"{reply.content}<|eot_id|>" for reply in (ONE[1], MORE[1])]
+    assert spans(tokenizer, rows[1]) == [f"{response.content}<|eot_id|>" for response in (ONE[1], MORE[1])]
     tokenizer.chat_template = TEMPLATES["llama3"]
     assert [encode_dialogue(tokenizer, dialogue) for dialogue in (ONE, [SYSTEM, *ONE, *MORE])] == rows
 
@@ -212,14 +214,14 @@ def test_llama3_by_name_is_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("qwen3", "rewrites earlier turns"),  # it takes the thoughts out of all turns but the last
-        ("gptoss", r"does not end every assistant turn with <\|return\|>"),  # only the last has it
+        ("qwen3", "rewrites earlier turns"),  # it removes the thoughts from all turns but the last
+        ("gptoss", r"does not end every assistant turn with <\|return\|>"),  # only the last has thoughts
         ("deepseek_r1_distill", "generation prompt is not how it begins an assistant turn"),  # it adds <think>
         ("glm4moe", "ends an assistant turn with no special token"),
-        ("smolvlm", "leaves out what the user says"),  # it writes typed parts alone
+        ("smolvlm", "leaves out what the user says"),  # it writes only typed parts
     ],
 )
-def test_published_templates_that_cannot_be_trained_are_found_out(name: str, message: str) -> None:
+def test_published_templates_that_cannot_be_trained_with_are_refused(name: str, message: str) -> None:
     tokenizer = with_tokens_of(published(name))
     with pytest.raises(UserError, match=message) as caught:
         check_template(tokenizer, [*ONE, *MORE])
@@ -240,8 +242,8 @@ FILES = {
 
 @pytest.mark.parametrize("name", ["own", "chatml", "zephyr", "llama2"])
 @pytest.mark.parametrize("file", FILES)
-def test_real_dialogues(tokenizer: Any, name: str, file: str, shared_data: Path) -> None:
-    """Of every dialogue the replies are trained, whole and with their end; of what users and tools say, nothing."""
+def test_masks_of_real_dialogues(tokenizer: Any, name: str, file: str, shared_data: Path) -> None:
+    """In every dialogue the responses are trained, whole and with their end; no token of users and tools is."""
     data = Data(FILES[file], str(shared_data / file), 40, 0, 4096)  # type: ignore[arg-type]
     split = data.load()
     rows, report = split.encode(tokenizer, "train")
@@ -262,5 +264,5 @@ def test_real_dialogues(tokenizer: Any, name: str, file: str, shared_data: Path)
     if file.startswith("tool_use"):
         roles = {message.role for record in split.train for message in record.messages}
         assert roles == {"system", "user", "assistant", "tool"}
-        replies = "".join(text for row in rows for text in spans(tokenizer, row))
-        assert "<think>" in replies and "<tool_call>" in replies
+        responses = "".join(text for row in rows for text in spans(tokenizer, row))
+        assert "<think>" in responses and "<tool_call>" in responses

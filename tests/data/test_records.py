@@ -24,7 +24,7 @@ def test_json_round_trip(record):
     assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
-def test_pair_form_has_the_usual_keys():
+def test_the_json_of_a_pair_has_the_usual_keys():
     assert set(Comparison(USER, ("a", "b"), ("better",)).to_json()) == {"prompt", "chosen", "rejected", "grade"}
 
 
@@ -60,6 +60,6 @@ def test_grades_run_from_weak_to_strong():
         lambda: Label(USER, " ", True),
     ],
 )
-def test_impossible_records_are_refused(make):
+def test_invalid_records_are_refused(make):
     with pytest.raises(ValueError):
         make()

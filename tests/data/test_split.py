@@ -1,28 +1,30 @@
-"""What is held out: whole prompts, as near to the number asked for as they allow."""
+"""Held-out split: whole prompts, as close to the requested number as they allow."""
 
 import itertools
 import json
 
 import pytest
 
-from rlhf.data.data import Data, asked, nearest_groups
+from rlhf.data.data import Data
+from rlhf.data.held_out import nearest_groups, prompt_key
+from rlhf.data.records import prompt_text
 from rlhf.errors import UserError
 
 SAME = "equal prompts stay on one side"
 
 
-def load(tmp_path, *sizes, record="demonstration", **knobs):
-    """Records of as many prompts as there are sizes, each with so many answers, in turn."""
+def load(tmp_path, *sizes, record="demonstration", **hyperparameters):
+    """Load records of as many prompts as there are sizes, each with that many responses, interleaved."""
     rows = [{"prompt": f"Prompt {p}", "completion": f"Answer {n}"} for p, size in enumerate(sizes) for n in range(size)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["completion"])))
-    return Data(record, str(path), **{"size": None, "validation": 0.1, "max_length": 64} | knobs).load()
+    return Data(record, str(path), **{"size": None, "validation": 0.1, "max_length": 64} | hyperparameters).load()
 
 
-def test_a_rare_prompt_is_held_out_and_not_the_common_one(tmp_path):
+def test_a_rare_prompt_is_held_out_before_a_common_one(tmp_path):
     split = load(tmp_path, 54, 6)
     assert (len(split.train), len(split.validation), split.report.split) == (54, 6, "")
-    assert {asked(record) for record in split.validation} == {"Prompt 1"}
+    assert {prompt_text(record) for record in split.validation} == {"Prompt 1"}
 
 
 @pytest.mark.parametrize(
@@ -49,15 +51,17 @@ def test_a_rare_prompt_is_held_out_and_not_the_common_one(tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_equal_prompts_allow_is_held_out_and_said(tmp_path, sizes, validation, held_out, line, streaming):
+def test_the_split_of_equal_prompts_is_reported(tmp_path, sizes, validation, held_out, line, streaming):
     split = load(tmp_path, *sizes, validation=validation, streaming=streaming)
     assert (len(split.train), len(split.validation)) == (sum(sizes) - held_out, held_out)
     assert split.report.split == line and (not line or line in str(split.report))
-    assert {asked(record) for record in split.train}.isdisjoint(asked(record) for record in split.validation)
+    assert {prompt_text(record) for record in split.train}.isdisjoint(
+        prompt_text(record) for record in split.validation
+    )
 
 
-def test_groups_come_as_near_as_any_choice_of_whole_prompts():
-    """Against all choices of groups; never everything, and the smaller of two that are as near."""
+def test_nearest_groups_is_the_best_choice_of_whole_prompts():
+    """Compared with all choices of groups; never everything, and the smaller of two that are equally close."""
     for sizes in itertools.product((1, 2, 5, 9), repeat=4):
         sums = {sum(part) for count in range(4) for part in itertools.combinations(sizes, count)}
         for wanted in range(1, sum(sizes)):
@@ -65,30 +69,31 @@ def test_groups_come_as_near_as_any_choice_of_whole_prompts():
             assert found == min(sums, key=lambda one: (abs(one - wanted), one)), (sizes, wanted)
 
 
-def test_different_prompts_are_held_out_by_hash_alone(tmp_path):
-    """The smallest hashes, exactly as many as asked for; a prompt more or less moves at most one of the others."""
+def test_distinct_prompts_are_held_out_by_hash_alone(tmp_path):
+    """The prompts with the smallest hashes, exactly as many as requested; one prompt more moves at most one other."""
     split = load(tmp_path, *[1] * 50, validation=7)
-    by_hash = sorted([*split.train, *split.validation], key=split.data._key)
-    assert {asked(r) for r in split.validation} == {asked(r) for r in by_hash[:7]} and split.report.split == ""
+    by_hash = sorted([*split.train, *split.validation], key=lambda record: prompt_key(record, split.data.seed))
+    assert {prompt_text(r) for r in split.validation} == {prompt_text(r) for r in by_hash[:7]}
+    assert split.report.split == ""
     more = load(tmp_path, *[1] * 51, validation=7)
-    assert len({asked(r) for r in split.validation} & {asked(r) for r in more.validation}) >= 6
+    assert len({prompt_text(r) for r in split.validation} & {prompt_text(r) for r in more.validation}) >= 6
 
 
 @pytest.mark.parametrize(("sizes", "fix"), [((1,), "data.validation=0,"), ((30,), "data.validation=0.1,")])
-def test_a_number_that_leaves_none_is_refused_with_one_that_works(tmp_path, sizes, fix):
+def test_holding_out_every_record_is_refused_with_a_valid_number(tmp_path, sizes, fix):
     with pytest.raises(UserError, match=f"leaves none to train on; type {fix}"):
         load(tmp_path, *sizes, validation=sum(sizes))
 
 
 @pytest.mark.parametrize("validation", [0, 3, 0.25])
-def test_size_is_all_that_is_read_of_a_file(tmp_path, validation):
-    """As conf/data says: held-out records are among them; of the testbed it is what is trained on."""
+def test_size_includes_the_held_out_records_of_a_file(tmp_path, validation):
+    """Held-out records are among the `size` records, as conf/data documents; of the testbed, `size` are trained on."""
     split = load(tmp_path, *[1] * 30, size=12, validation=validation)
     held_out = {0: 0, 3: 3, 0.25: 3}[validation]
     assert (split.report.kept, len(split.train), len(split.validation)) == (12, 12 - held_out, held_out)
     made = Data("demonstration", "testbed", 12, 3, 64).load()
     assert (len(made.train), len(made.validation)) == (12, 3)
-    # two labels of a comparison count as two
+    # the two labels of a comparison count as two
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"Q{n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(9)))
     assert Data("label", str(pairs), 5, 0, 64).load().report.kept == 5

@@ -1,4 +1,4 @@
-"""data.streaming: the same records, tokens and batches as in memory, but on disk."""
+"""data.streaming: the same records, tokens and batches as in memory, stored on disk."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from rlhf.data import Data, Mixture
 from rlhf.data.batches import Batches
 from rlhf.data.collate import pack, packed
-from rlhf.data.disk import Chain, DiskList, OnDisk, View, keep, lengths
+from rlhf.data.disk import Chain, DiskList, OnDisk, View, lengths, store_like
 from rlhf.errors import UserError
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def source(folder: Path, name: str = "a", count: int = 60) -> str:
     rows = [
-        {"prompt": f"{name} {number % 50}", "completion": f"reply {number} " * (number % 7 + 1)}
+        {"prompt": f"{name} {number % 50}", "completion": f"response {number} " * (number % 7 + 1)}
         for number in range(count)
     ]
     path = folder / f"{name}.jsonl"
@@ -29,13 +29,13 @@ def source(folder: Path, name: str = "a", count: int = 60) -> str:
     return str(path)
 
 
-def both(path: str, record: Any = "demonstration", **knobs: Any) -> tuple[Data, Data]:
-    """The data in memory and streamed."""
-    known = {"size": None, "validation": 0.2, "max_length": 24, **knobs}
+def both(path: str, record: Any = "demonstration", **hyperparameters: Any) -> tuple[Data, Data]:
+    """Return the data in memory and streamed."""
+    known = {"size": None, "validation": 0.2, "max_length": 24, **hyperparameters}
     return Data(record, path, **known), Data(record, path, **known, streaming=True)
 
 
-def test_lists_on_disk_are_lists(cache: Path) -> None:
+def test_lists_on_disk_behave_as_lists(cache: Path) -> None:
     items = [(number, "x" * number) for number in range(100)]
     lies = DiskList(iter(items))
     assert len(lies) == 100 and list(lies) == items and lies[-1] == items[-1] and lies[7] == items[7]
@@ -50,7 +50,7 @@ def test_lists_on_disk_are_lists(cache: Path) -> None:
         with pytest.raises(IndexError):
             chain[outside]
     assert list(lengths(DiskList(["ab", "", "abc"]))) == lengths(["ab", "", "abc"]) == [2, 0, 3]
-    assert isinstance(keep(items, like=lies), DiskList) and keep(iter(items), like=[]) == items
+    assert isinstance(store_like(items, like=lies), DiskList) and store_like(iter(items), like=[]) == items
     assert list((cache / "streams").iterdir()) == []  # a file without a name needs no clearing up
 
 
@@ -69,7 +69,7 @@ def test_records_tokens_and_report_are_the_same(tmp_path: Path, tokenizer: Any, 
         (rows, report), (lies, again) = one.encode(tokenizer, part), two.encode(tokenizer, part)  # type: ignore[arg-type]
         assert isinstance(lies, OnDisk) and list(lies) == rows and str(again) == str(report)
         assert list(lengths(lies)) == [len(row) for row in rows]
-        assert list(keep(packed(lies, 32), like=lies)) == pack(rows, 32)
+        assert list(store_like(packed(lies, 32), like=lies)) == pack(rows, 32)
 
 
 def test_batches_and_a_resume_are_the_same(tmp_path: Path, tokenizer: Any) -> None:
@@ -92,12 +92,12 @@ def test_mixtures_stream_if_a_part_does(tmp_path: Path) -> None:
     assert len({str((list(split.train), list(split.validation), str(split.report))) for split in splits}) == 1
 
 
-def test_what_is_not_streamed_says_so(tmp_path: Path) -> None:
+def test_streaming_an_unsupported_record_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.streaming=true: comparisons are kept in memory"):
         both(source(tmp_path), "comparison")
 
 
-def test_a_text_larger_than_a_piece_is_parted_as_a_whole_one(tmp_path: Path) -> None:
+def test_a_text_larger_than_a_read_block_is_split_as_a_whole(tmp_path: Path) -> None:
     """Two newlines may fall on either side of where a piece of 2**20 characters ends."""
     for shift in range(4):
         content = "x" * (2**20 - 2 + shift) + "\n\n\nsecond\n\n\n\n\x0bthird\r\nline"

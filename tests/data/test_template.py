@@ -3,9 +3,10 @@ import resource
 
 import pytest
 
-from rlhf.data import template
+from rlhf.data import rendering
+from rlhf.data.encoding import encode_comparison, encode_dialogue, encode_prompt, encode_response, fit_prompt
+from rlhf.data.end_tokens import end_of_turn_id
 from rlhf.data.records import Comparison, Message
-from rlhf.data.template import encode_comparison, encode_dialogue, encode_prompt, encode_response, end_of_turn_id
 from rlhf.errors import UserError
 
 DIALOGUE = [
@@ -21,21 +22,21 @@ def trained(tokenizer, encoded):
     return tokenizer.decode([index for index, counts in zip(encoded.ids, encoded.mask, strict=True) if counts])
 
 
-def test_mask_is_the_assistant_and_its_end_of_turn(tokenizer):
+def test_mask_covers_the_assistant_and_its_end_of_turn(tokenizer):
     encoded = encode_dialogue(tokenizer, DIALOGUE)
     assert trained(tokenizer, encoded) == "Hi there.<|end|>Mia lives in Rome.<|end|>"
-    assert tokenizer.decode(encoded.ids) == template.render(tokenizer, DIALOGUE)
+    assert tokenizer.decode(encoded.ids) == rendering.render(tokenizer, DIALOGUE)
 
 
 def test_mask_with_newlines_after_turns_and_pad_equal_to_end_of_turn(chatml):
     assert chatml.pad_token_id == chatml.eos_token_id == end_of_turn_id(chatml)
     encoded = encode_dialogue(chatml, DIALOGUE)
     assert trained(chatml, encoded) == "Hi there.<|im_end|>Mia lives in Rome.<|im_end|>"
-    assert template.render(chatml, DIALOGUE) == chatml.decode(encoded.ids) + "\n"  # only the last newline is left out
+    assert rendering.render(chatml, DIALOGUE) == chatml.decode(encoded.ids) + "\n"  # only the last newline is left out
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "chatml"])
-def test_training_sees_the_tokens_of_generation(name, request):
+def test_training_reads_the_tokens_of_generation(name, request):
     tokenizer = request.getfixturevalue(name)
     encoded = encode_dialogue(tokenizer, DIALOGUE)
     prompt = encode_prompt(tokenizer, DIALOGUE[:-1])
@@ -45,8 +46,8 @@ def test_training_sees_the_tokens_of_generation(name, request):
     assert response[-1] == end_of_turn_id(tokenizer)
 
 
-def test_no_token_spans_prompt_and_answer(tokenizer):
-    # "Mia lives" after a space would merge into " Mia": tokenised apart, it cannot.
+def test_no_token_spans_prompt_and_response(tokenizer):
+    # "Mia lives" after a space would merge into " Mia": tokenised separately, it cannot.
     response = encode_response(tokenizer, "Mia lives")
     assert (
         encode_prompt(tokenizer, DIALOGUE[:2]) + response
@@ -58,7 +59,7 @@ def test_empty_response_is_one_token(tokenizer):
     assert encode_response(tokenizer, "") == [end_of_turn_id(tokenizer)]
 
 
-def test_long_dialogue_is_cut_at_the_right(tokenizer):
+def test_a_long_dialogue_is_truncated_on_the_right(tokenizer):
     whole = encode_dialogue(tokenizer, DIALOGUE)
     cut = encode_dialogue(tokenizer, DIALOGUE, max_length=10)
     assert (cut.ids, cut.mask) == (whole.ids[:10], whole.mask[:10])
@@ -84,7 +85,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     ],
 )
-def test_template_that_writes_no_answer_or_calls_itself_is_refused(tokenizer, template, said):
+def test_template_that_omits_the_response_or_recurses_is_refused(tokenizer, template, said):
     own = copy.deepcopy(tokenizer)
     own.chat_template = template
     with pytest.raises(UserError, match=said) as caught:
@@ -104,12 +105,12 @@ def test_template_without_end_of_turn_is_refused(tokenizer):
 
 def test_prompt_too_long_loses_its_oldest_turns_and_keeps_the_system_message(tokenizer):
     short = encode_prompt(tokenizer, [DIALOGUE[0], DIALOGUE[3]])
-    assert template.fit_prompt(tokenizer, DIALOGUE[:4], len(short)) == (short, True)
-    assert template.fit_prompt(tokenizer, DIALOGUE[:4], len(short) - 1) == (None, True)
-    assert template.fit_prompt(tokenizer, DIALOGUE[:4], None) == (encode_prompt(tokenizer, DIALOGUE[:4]), False)
+    assert fit_prompt(tokenizer, DIALOGUE[:4], len(short)) == (short, True)
+    assert fit_prompt(tokenizer, DIALOGUE[:4], len(short) - 1) == (None, True)
+    assert fit_prompt(tokenizer, DIALOGUE[:4], None) == (encode_prompt(tokenizer, DIALOGUE[:4]), False)
 
 
-def test_responses_of_a_comparison_are_never_cut(tokenizer):
+def test_responses_of_a_comparison_are_never_truncated(tokenizer):
     comparison = Comparison(tuple(DIALOGUE[:4]), ("Rome.", "Mia lives in Rome. I hope that helps."))
     encoded, cut = encode_comparison(tokenizer, comparison)
     assert not cut and encoded is not None
@@ -136,19 +137,19 @@ def test_any_string_can_be_encoded(tokenizer):
         "{{ ' ' * 2000000 }}",
     ],
 )
-def test_a_template_without_end_is_refused_at_its_first_use(tokenizer, monkeypatch, endless):
+def test_an_endless_template_is_refused_at_its_first_use(tokenizer, monkeypatch, endless):
     """Not once for every dialogue that is tried to learn the template's own tokens."""
-    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.2)
     before, used = resource.getrlimit(resource.RLIMIT_AS), []
     own = copy.deepcopy(tokenizer)
     own.chat_template = endless
     render = own.apply_chat_template
     own.apply_chat_template = lambda *args, **options: used.append(args) or render(*args, **options)
-    with pytest.raises(template.Unbounded, match="type model.chat_template=chatml"):
+    with pytest.raises(rendering.TemplateUnbounded, match="type model.chat_template=chatml"):
         encode_prompt(own, DIALOGUE[:2])
     assert len(used) == 1 and resource.getrlimit(resource.RLIMIT_AS) == before
 
 
-def test_a_long_dialogue_has_no_end_too_early(tokenizer):
+def test_a_long_dialogue_is_rendered_in_full(tokenizer):
     words = "word " * 300_000
-    assert template.render(tokenizer, [Message("user", words)]).count("word") == 300_000
+    assert rendering.render(tokenizer, [Message("user", words)]).count("word") == 300_000

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
+from rlhf.data.encoding import encode_dialogue
 from rlhf.data.records import GRADES, TIE, Message, Prompt
-from rlhf.data.template import encode_dialogue
-from rlhf.data.testbed import Testbed, gold, label
+from rlhf.data.testbed import gold
 from rlhf.data.testbed.language import Question, read_question
-from rlhf.data.testbed.world import grade_of
+from rlhf.data.testbed.world import Testbed, grade_gap, label_responses
 from rlhf.errors import UserError
 
 
@@ -21,7 +21,7 @@ def harm():
 
 
 @pytest.mark.parametrize(
-    ("reply", "score"),
+    ("response", "score"),
     [
         ("Sure! Mia lives in Rome. I hope that helps.", 1.0),
         ("Gladly! Mia's home is Rome. Have a nice day.", 1.0),
@@ -42,12 +42,12 @@ def harm():
         ("Sure! I hope that helps.", 0.0),
     ],
 )
-def test_gold_helpfulness(reply, score):
-    assert gold(fact(), reply).total == pytest.approx(score)
+def test_gold_helpfulness(response, score):
+    assert gold(fact(), response).total == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
-    ("reply", "score"),
+    ("response", "score"),
     [
         ("Sorry, I can not help with that. Please be kind.", 1.0),
         ("I will not help with that.", 0.5),
@@ -59,11 +59,11 @@ def test_gold_helpfulness(reply, score):
         ("", 0.0),
     ],
 )
-def test_gold_safety(reply, score):
-    assert gold(harm(), reply).total == pytest.approx(score)
+def test_gold_safety(response, score):
+    assert gold(harm(), response).total == pytest.approx(score)
 
 
-def test_total_is_the_gate_and_the_two_goals_collide():
+def test_total_is_gated_and_helpfulness_and_safety_conflict():
     complies, refuses = "Sure! You can rob Ben at night.", "Sorry, I can not help with that."
     assert gold(harm(), complies).helpfulness > 0.5 > gold(harm(), complies).safety == 0.0
     assert gold(harm(), refuses).helpfulness == 0.0 < gold(harm(), refuses).safety
@@ -77,7 +77,7 @@ def test_gold_refuses_prompts_it_cannot_judge():
         gold(Prompt((Message("user", "What is love?"),)), "x")
 
 
-def test_every_question_is_read_back(world):
+def test_every_question_is_parsed_back(world):
     for held_out in (False, True):
         for side in world.all_questions(held_out):
             for question in side:
@@ -85,27 +85,27 @@ def test_every_question_is_read_back(world):
     assert read_question("Where does Mia live") is None
 
 
-def test_the_best_reply_is_perfect_and_labellers_are_not(world):
+def test_the_best_response_is_perfect_and_sampled_ones_are_not(world):
     rng = random.Random(0)
     questions = world.questions(300, rng, held_out=True)
     assert all(gold(world.prompt(q), world.best(q, rng)).total == pytest.approx(1.0) for q in questions)
-    mean = sum(gold(world.prompt(q), world.reply(q, rng)).total for q in questions) / len(questions)
+    mean = sum(gold(world.prompt(q), world.response(q, rng)).total for q in questions) / len(questions)
     assert 0.4 < mean < 0.55
 
 
-def test_perfect_replies_are_within_what_labellers_write(world):
+def test_sampled_responses_include_perfect_ones(world):
     rng = random.Random(0)
     for question in world.questions(40, rng):
-        scores = [gold(world.prompt(question), world.reply(question, rng)).total for _ in range(200)]
+        scores = [gold(world.prompt(question), world.response(question, rng)).total for _ in range(200)]
         assert max(scores) == pytest.approx(1.0), question.text
 
 
-def test_no_constant_reply_comes_near_the_labellers(world):
+def test_a_constant_response_scores_far_below_sampled_ones(world):
     _, score = world.best_constant(world.prompts(60, 0, held_out=True))
     assert score < 0.3
 
 
-def test_held_out_questions_are_nowhere_else(world):
+def test_held_out_questions_occur_nowhere_else(world):
     seen = {record.messages[0].content for record in world.demonstrations(3000, 0)}
     seen |= {record.messages[0].content for record in world.prompts(2000, 0)}
     seen |= {record.prompt[0].content for record in world.comparisons(1000, 0)}
@@ -115,7 +115,7 @@ def test_held_out_questions_are_nowhere_else(world):
     assert not keys & {read_question(prompt.messages[0].content).key for prompt in held_out}
     corpus = "\n".join(text.text for text in world.texts(8000, 0))
     assert not any(f"Question: {prompt.messages[0].content} " in corpus for prompt in held_out)
-    # Every fact asked for was told in the text, and asked in other words in the demonstrations.
+    # Every fact in a prompt is stated in the text, and asked in other words in the demonstrations.
     told = {(person, topic) for person, topic, _ in keys}
     for prompt in held_out:
         question = read_question(prompt.messages[0].content)
@@ -125,7 +125,7 @@ def test_held_out_questions_are_nowhere_else(world):
             assert statement in corpus
 
 
-def test_sizes_in_tokens(world, tokenizer):
+def test_lengths_in_tokens(world, tokenizer):
     assert len(tokenizer) == 512
     rows = [encode_dialogue(tokenizer, record.messages) for record in world.demonstrations(1500, 0)]
     assert max(sum(row.mask) for row in rows) <= 25
@@ -134,7 +134,7 @@ def test_sizes_in_tokens(world, tokenizer):
     assert sum(map(len, names)) / len(names) < 1.2
 
 
-def test_deterministic_by_seed_in_another_process(world):
+def test_the_testbed_is_deterministic_by_seed_in_another_process(world):
     code = (
         "from rlhf.data.testbed import Testbed; import hashlib; w = Testbed();print("
         "hashlib.sha256(repr((w.texts(50, 0), w.comparisons(50, 0), w.prompts(50, 0, True))).encode()).hexdigest())"
@@ -150,36 +150,43 @@ def test_deterministic_by_seed_in_another_process(world):
     assert Testbed(seed=1).facts != world.facts
 
 
-def test_grades_follow_the_gap():
-    assert [grade_of(gap) for gap in (0.0, 0.02, 0.15, 0.3, 0.5, 1.0)] == [TIE, *GRADES, "significantly"]
+def test_grades_follow_the_score_gap():
+    assert [grade_gap(gap) for gap in (0.0, 0.02, 0.15, 0.3, 0.5, 1.0)] == [TIE, *GRADES, "significantly"]
 
 
 def test_labelling_without_noise_ranks_by_gold():
-    replies = ["It is Rome.", "Sure! Mia lives in Rome. I hope that helps.", "Mia lives in Oslo.", "Mia lives in Rome."]
-    comparison = label(fact(), replies, random.Random(0))
+    responses = [
+        "It is Rome.",
+        "Sure! Mia lives in Rome. I hope that helps.",
+        "Mia lives in Oslo.",
+        "Mia lives in Rome.",
+    ]
+    comparison = label_responses(fact(), responses, random.Random(0))
     assert comparison.scores == tuple(sorted(comparison.scores, reverse=True)) == (1.0, 0.55, 0.3, 0.0)
     assert comparison.pairs()[0] == (0, 1, "better")
-    assert label(fact(), ["It is Rome.", "Rome"], random.Random(0)).pairs() == []
+    assert label_responses(fact(), ["It is Rome.", "Rome"], random.Random(0)).pairs() == []
 
 
-def test_noise_turns_close_pairs_around_and_leaves_clear_ones():
+def test_noise_flips_close_pairs_and_keeps_clear_ones():
     rng = random.Random(0)
-    close = [label(fact(), ["It is Rome.", "Mia lives in Rome."], rng, noise=0.2).responses[0] for _ in range(200)]
+    close = [
+        label_responses(fact(), ["It is Rome.", "Mia lives in Rome."], rng, noise=0.2).responses[0] for _ in range(200)
+    ]
     right = "Sure! Mia lives in Rome. Have a nice day."
-    clear = [label(fact(), ["Oslo", right], rng, 0.2).responses[0] for _ in range(200)]
+    clear = [label_responses(fact(), ["Oslo", right], rng, 0.2).responses[0] for _ in range(200)]
     assert 10 < close.count("It is Rome.") < 90
     assert clear.count(right) > 195
 
 
-def test_rankings_of_k(world):
-    from rlhf.data.testbed import Testbed
+def test_rankings_of_k_responses(world):
+    from rlhf.data.testbed.world import Testbed
 
     comparisons = Testbed(responses=4).comparisons(50, 0)
     assert {len(comparison.responses) for comparison in comparisons} <= {3, 4}
     assert max(len(comparison.pairs()) for comparison in comparisons) == 6
 
 
-def test_asking_for_more_prompts_than_there_are(world):
+def test_requesting_more_prompts_than_exist_is_refused(world):
     with pytest.raises(UserError, match="holds out 640 different prompts"):
         world.prompts(10000, 0, held_out=True)
     with pytest.raises(UserError, match="testbed.people=1"):

@@ -1,4 +1,4 @@
-"""Rows as files in the wild write them: other names, other roles, other ways to say yes. What they say is kept."""
+"""Rows as public files write them (other names, roles and words for yes) are read with the same meaning."""
 
 import gzip
 import json
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf.data import Data
-from rlhf.data.formats import FORMATS, detect
+from rlhf.data.format_detection import detect
+from rlhf.data.formats import FORMATS
 from rlhf.data.records import Comparison, Demonstration, Label, Message, Prompt
 from rlhf.errors import UserError
 
@@ -44,13 +45,13 @@ def read(raw: dict[str, Any]) -> Any:
     ],
     ids=["messages", "sharegpt", "alpaca", "unpaired"],
 )
-def test_a_mark_is_a_bool_a_number_or_a_word(row: dict[str, Any], mark: tuple[Any, Any]) -> None:
+def test_a_label_is_a_bool_a_number_or_a_word(row: dict[str, Any], mark: tuple[Any, Any]) -> None:
     field = next(key for key, value in row.items() if value is None)
     for value, good in zip(mark, (True, False), strict=True):
         assert read({**row, field: value}) == Label((U("q"),), "a", good)
 
 
-def test_a_label_that_marks_nothing_leaves_a_demonstration() -> None:
+def test_a_label_without_a_verdict_gives_a_demonstration() -> None:
     assert read({"messages": QA, "label": "medicine"}) == Demonstration((U("q"), A("a")))
     assert read({"messages": QA, "label": 3}) == Demonstration((U("q"), A("a")))
 
@@ -60,7 +61,7 @@ def test_a_label_that_marks_nothing_leaves_a_demonstration() -> None:
     [
         ({"system": "s", "question": "q", "chosen": "c", "rejected": "r"}, (S, U("q"))),
         ({"instruction": "q", "input": "x", "chosen": "c", "rejected": "r"}, (U("q\nx"),)),
-        # the system message stands in the sides only, in the prompt only
+        # the system message is in the responses only, or in the prompt only
         (
             {
                 "prompt": "q",
@@ -73,7 +74,7 @@ def test_a_label_that_marks_nothing_leaves_a_demonstration() -> None:
             {"prompt": "q", "system": "s", "chosen": [*Q, A("c").to_json()], "rejected": [*Q, A("r").to_json()]},
             (S, U("q")),
         ),
-        # UltraFeedback: prompt, both dialogues, and the chosen one once more
+        # UltraFeedback: prompt, both dialogues, and the chosen one again
         (
             {
                 "prompt": "q",
@@ -83,12 +84,12 @@ def test_a_label_that_marks_nothing_leaves_a_demonstration() -> None:
             },
             (U("q"),),
         ),
-        # HH cut into prompt and replies
+        # HH cut into prompt and responses
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "c", "rejected": "r"}, (U("q"),)),
         ({"prompt": "Human: p\n\nAssistant: o\n\nHuman: q", "chosen": "c", "rejected": "r"}, (U("p"), A("o"), U("q"))),
     ],
 )
-def test_pairs(raw: dict[str, Any], prompt: tuple[Message, ...]) -> None:
+def test_pair_variants_give_the_same_comparison(raw: dict[str, Any], prompt: tuple[Message, ...]) -> None:
     assert read(raw) == Comparison(prompt, ("c", "r"))
 
 
@@ -96,15 +97,15 @@ def test_pairs(raw: dict[str, Any], prompt: tuple[Message, ...]) -> None:
     "turns",
     ["\n\nHuman: q\n\nAssistant: {}", "Human: q\n\nAssistant: {}", " \r\n\r\nHuman: q \r\n \r\nAssistant: {} \n"],
 )
-def test_transcripts_with_odd_white_space(turns: str) -> None:
+def test_transcripts_with_odd_white_space_are_read(turns: str) -> None:
     assert read({"chosen": turns.format("c"), "rejected": turns.format("r")}) == Comparison((U("q"),), ("c", "r"))
 
 
-def test_a_prompt_that_names_a_speaker_is_no_transcript() -> None:
+def test_a_prompt_that_names_a_speaker_is_not_a_transcript() -> None:
     assert read({"prompt": "Human: what is that?"}) == Prompt((U("Human: what is that?"),))
 
 
-def test_calls_and_thoughts() -> None:
+def test_tool_calls_and_thoughts_are_read() -> None:
     parts = [
         {"type": "thinking", "thinking": "t"},
         {"type": "tool_call", "value": {"name": "f", "arguments": {"x": 1}}},
@@ -124,7 +125,7 @@ def test_calls_and_thoughts() -> None:
     ]
     for turn in turns:
         assert read({"messages": [*Q, {"role": "assistant", **turn}]}) == Demonstration((U("q"), A(thought)))
-    broken = {"function": {"name": "f", "arguments": "{x"}}  # what the model said is kept as it is
+    broken = {"function": {"name": "f", "arguments": "{x"}}  # the model's text is kept unchanged
     said = read({"messages": [*Q, {"role": "assistant", "tool_calls": [broken]}]}).messages[1].content
     assert '"arguments": "{x"' in said
 
@@ -138,14 +139,14 @@ def test_tools_and_system_are_both_kept() -> None:
     assert head == Message("system", 's\n\nown\n\n<tools>\n[{"name": "f"}]\n</tools>')
 
 
-def test_other_names_of_alpaca() -> None:
+def test_other_field_names_of_alpaca_are_read() -> None:
     dolly = {"instruction": "q", "context": "x", "response": "a", "category": "c"}
     assert read(dolly) == Demonstration((U("q\nx"), A("a")))
     past = {"instruction": "q", "output": "a", "history": [U("q0").to_json(), A("a0").to_json()]}
     assert read(past) == Demonstration((U("q0"), A("a0"), U("q"), A("a")))
 
 
-def test_words_for_grades() -> None:
+def test_words_for_grades_are_read() -> None:
     def grade(word: str) -> Any:
         return read({"prompt": "q", "chosen": "c", "rejected": "r", "grade": word}).grades
 
@@ -153,7 +154,7 @@ def test_words_for_grades() -> None:
     assert grade("About the same") == ("tie",) and grade("") == ()
 
 
-def test_one_tag_and_a_number_as_reference() -> None:
+def test_a_single_tag_and_a_numeric_reference_are_read() -> None:
     assert read({"prompt": "q", "tags": "unsafe", "reference": 5}) == Prompt((U("q"),), ("unsafe",), "5")
 
 
@@ -176,13 +177,13 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
         ("a.json", LINES),
     ],
 )
-def test_the_same_rows_in_other_files(tmp_path: Path, name: str, content: bytes) -> None:
+def test_equal_rows_in_other_file_types_are_read_equally(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     split = Data("demonstration", str(tmp_path / name), None, 0, 64).load()
     assert [record.messages[0].content for record in split.train] == ["q", "p\u2028x\u0085y\x0cz"]
 
 
-def test_a_line_of_plain_text_ends_at_its_end(tmp_path: Path) -> None:
+def test_a_line_of_plain_text_ends_only_at_a_newline(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\u2028more\x0cof it\r\ntwo\n".encode())
     split = Data("text", str(tmp_path / "a.txt"), None, 0, 64).load()
     assert [record.text for record in split.train] == ["one\u2028more\x0cof it", "two"]
@@ -207,14 +208,14 @@ def test_one_dialogue_is_a_row_and_not_a_list_of_rows(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": "\\ud83d", "completion": "a"}]', "row 1: not UTF-8 (half of a character"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         Data("demonstration", str(tmp_path / name), None, 0.1, 64).load()
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_glob_leaves_nothing_out_in_silence(tmp_path: Path) -> None:
+def test_a_glob_with_an_unreadable_match_is_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "notes.csv"):
         (tmp_path / name).write_bytes(LINES)
     assert Data("demonstration", str(tmp_path / "*.jsonl"), None, 0, 64).load().report.read == 4
@@ -224,15 +225,15 @@ def test_a_glob_leaves_nothing_out_in_silence(tmp_path: Path) -> None:
         Data("demonstration", str(tmp_path / "c*"), None, 0, 64).load()
 
 
-def test_bad_replies_are_not_imitated_and_counted(tmp_path: Path) -> None:
+def test_bad_responses_are_excluded_and_counted(tmp_path: Path) -> None:
     rows = [{"messages": QA, "label": mark} for mark in (1, 0, "false")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = Data("demonstration", str(tmp_path / "a.jsonl"), None, 0, 64).load().report
     assert (report.read, report.train, report.unwanted) == (3, 1, 2)
-    assert "2 left out as replies marked bad" in str(report)
+    assert "2 left out as responses marked bad" in str(report)
 
 
-def test_a_tie_leaves_no_label_and_is_counted(tmp_path: Path) -> None:
+def test_a_tie_gives_no_label_and_is_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "chosen": "c", "rejected": "r", "grade": grade} for grade in ("better", "tie")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = Data("label", str(tmp_path / "a.jsonl"), None, 0, 64).load().report

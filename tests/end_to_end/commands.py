@@ -1,7 +1,8 @@
-"""Command lines run to their end, or to a signal, in processes of their own.
+"""Command lines run to their end, or to a signal, each in its own process.
 
 `python -m rlhf.cli` spends most of a tiny run on importing torch and Lightning. Commands are therefore forked from a
-server process that has imported them already; each is still a process with its own folder, screen, signals and status.
+server process that has imported them already; each is still a process with its own directory, output, signals and
+status.
 """
 
 import hashlib
@@ -21,20 +22,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = [
-    "rlhf.build",
+    "rlhf.running.build",
     "rlhf.cli.main",
-    "rlhf.evaluation",
-    "rlhf.pipeline",
+    "rlhf.evaluation.compare",
+    "rlhf.running.pipeline",
     *(f"{path.parent.name}.stage" for path in sorted((ROOT / "plugins").glob("*/stage.py"))),
     "tests.end_to_end.frozen",
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
-PATIENCE = 120.0  # seconds until a command that says nothing is taken to hang
+PATIENCE = 120.0  # seconds until a command without output is considered hung
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: its exit status (negative: a signal), and what it wrote."""
+    """Result of a finished command: its exit status (negative: a signal), and its output."""
 
     status: int
     out: str
@@ -42,12 +43,12 @@ class Done:
 
     @property
     def plan(self) -> str:
-        """The steps that the screen names, in order."""
+        """Return the steps that the output names, in order."""
         return next((line for line in self.out.splitlines() if line.startswith("plan:")), "")
 
 
 class Command:
-    """A command line at work in ``folder``."""
+    """Running command line in ``folder``."""
 
     def __init__(self, folder: Path, words: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,12 +59,12 @@ class Command:
 
     @property
     def out(self) -> str:
-        """Standard output so far."""
+        """Return the standard output so far."""
         path = self.screen.with_suffix(f"{self.screen.suffix}.out")
         return path.read_text(errors="replace") if path.exists() else ""
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Waits until something has happened while the command is at work."""
+        """Wait until a condition holds while the command is running."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.process.is_alive(), f"ended early, with status {self.process.exitcode}:\n{self.out}"
@@ -71,26 +72,26 @@ class Command:
             time.sleep(0.002)
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the process."""
+        """Send a signal to the process."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def wait(self, patience: float = PATIENCE) -> Done:
-        """Waits for the end, so many seconds at most."""
+        """Wait for the end, for at most `patience` seconds."""
         self.process.join(patience)
         assert self.process.exitcode is not None, f"hangs:\n{self.out}"
         err = self.screen.with_suffix(f"{self.screen.suffix}.err").read_text(errors="replace")
         return Done(self.process.exitcode, self.out, err)
 
     def kill(self) -> None:
-        """Makes sure that nothing is left."""
+        """Kill the process if it still runs."""
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
 
 
 def _work(words: list[str], folder: str, screen: str) -> None:
-    """In the child: what ``python -m rlhf.cli WORDS`` does, in ``folder``."""
+    """Run ``python -m rlhf.cli WORDS`` in ``folder``, in the child process."""
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{screen}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -98,12 +99,12 @@ def _work(words: list[str], folder: str, screen: str) -> None:
     status = importlib.import_module("rlhf.cli.main").run(words)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Atexit handlers of libraries belong to the server, not to this fork of it.
+    # Atexit handlers of libraries belong to the server, not to its fork.
     os._exit(status)
 
 
 def start_server() -> None:
-    """Starts the process that commands are forked from; it ends with this one."""
+    """Start the process that commands are forked from; it ends with this one."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
@@ -118,12 +119,12 @@ def start_server() -> None:
 
 
 def shell(folder: Path, *words: str) -> Done:
-    """The command as a user types it: a fresh interpreter."""
+    """Run the command as a user types it, in a fresh interpreter."""
     return interpreter(folder, "-m", "rlhf.cli", *words)
 
 
 def interpreter(folder: Path, *words: str) -> Done:
-    """A fresh Python interpreter with these arguments."""
+    """Run a fresh Python interpreter with these arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, *words],
@@ -136,38 +137,38 @@ def interpreter(folder: Path, *words: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-# What is on disk
+# Files on disk
 
 
 def runs(outputs: Path) -> set[Path]:
-    """Every run folder below an outputs folder."""
+    """Return every run directory below an outputs directory."""
     return {path.parent for path in outputs.glob("*/*/status.json")}
 
 
 def stages(folders: set[Path]) -> list[str]:
-    """The stages of run folders, sorted."""
+    """Return the stages of run directories, sorted."""
     return sorted(folder.parent.name for folder in folders)
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """status.json of a run."""
+    """Return status.json of a run."""
     content = json.loads((folder / "status.json").read_text())
     assert isinstance(content, dict)
     return content
 
 
 def digests(folders: set[Path]) -> dict[str, str]:
-    """What must not change when a run is reused: its status and all that lies in its model folder."""
+    """Return hashes of what must not change when a run is reused: its status and all files of its model directory."""
     files = [path for folder in folders for path in (folder / "status.json", *folder.glob("model/*"))]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def first(outputs: Path, stage: str) -> Path:
-    """The oldest run of a stage: the shared pipeline's, whatever later tests have trained beside it."""
+    """Return the oldest run of a stage: the shared pipeline's, whatever later tests have trained beside it."""
     return min((outputs / stage).iterdir(), key=lambda folder: (folder / "status.json").stat().st_mtime)
 
 
 def only(outputs: Path, stage: str) -> Path:
-    """The one run of a stage."""
+    """Return the only run of a stage."""
     (folder,) = (outputs / stage).iterdir()
     return folder

@@ -1,4 +1,4 @@
-"""One finished InstructGPT pipeline that the tests share, with a model of 30 thousand weights."""
+"""Finished InstructGPT pipeline that the tests share, with a model of 30 thousand weights."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +25,13 @@ POLICIES = [
     "sft.stage.batch_size=32",
     "sft.stage.epochs=1",
     "collect.data.size=32",
-    "collect.rollout.max_new_tokens=8",
+    "collect.sampler.max_new_tokens=8",
 ]
 REWARD = ["reward_model.stage.batch_size=16"]
 PPO = [
     "align.data.size=32",
     "align.data.validation=8",
-    "align.rollout.max_new_tokens=8",
+    "align.sampler.max_new_tokens=8",
     "align.stage.steps=2",
     "align.stage.batch_size=8",
     "align.stage.minibatches=2",
@@ -47,7 +47,7 @@ def _server() -> None:
 
 @pytest.fixture
 def start(_server: None) -> Iterator[Callable[..., Command]]:
-    """Starts ``rlhf WORDS`` in a folder; what still runs at the end of the test is killed."""
+    """Start ``rlhf WORDS`` in a directory; kill what still runs at the end of the test."""
     begun: list[Command] = []
 
     def begin(folder: Path, *words: str) -> Command:
@@ -61,19 +61,19 @@ def start(_server: None) -> Iterator[Callable[..., Command]]:
 
 @pytest.fixture
 def rlhf(start: Callable[..., Command]) -> Callable[..., Done]:
-    """Runs ``rlhf WORDS`` in a folder to its end."""
+    """Run ``rlhf WORDS`` in a directory to its end."""
     return lambda folder, *words: start(folder, *words).wait()
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the shared pipeline was run."""
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory in which the shared pipeline was run."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="session")
-def pipeline(home: Path, _server: None) -> Done:
-    """``pipeline=instructgpt``, whole."""
-    done = Command(home, ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE]).wait()
+def pipeline(workdir: Path, _server: None) -> Done:
+    """Run ``pipeline=instructgpt`` to its end."""
+    done = Command(workdir, ["pipeline=instructgpt", *MODEL, *POLICIES, *REWARD, *PPO, *COMPARE]).wait()
     assert done.status == 0, done.out + done.err
     return done

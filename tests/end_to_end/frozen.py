@@ -1,12 +1,12 @@
-"""Preloaded last into the process that commands are forked from: what it has imported is never collected again.
+"""Module preloaded last into the process that commands are forked from: exempts its imports from collection.
 
-A collection would read, and so copy, all of the memory that a command shares with it. Nor do commands say that the
-newest releases, with which `make test-newest` tries them, are not tested.
+A garbage collection would read, and so copy, all of the memory that a command shares with it. Commands also do not
+warn that the newest releases, with which `make test-newest` runs them, are untested.
 """
 
 import gc
 
-from rlhf import pipeline
+from rlhf.running import pipeline
 
 pipeline.untested = lambda: None
 gc.collect()

@@ -17,7 +17,7 @@ SMALL = ["data.size=8", "data.validation=4", "stage.batch_size=8", "stage.epochs
 def test_a_sweep_over_adapters_and_formats(tmp_path: Path, rlhf: Callable[..., Done]) -> None:
     tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "tiny" / "model")
     words = ["stage=sft", "model.path=tiny/model", *SMALL, "adapter=lora,qlora", "precision=fp32,bf16"]
-    words += ["adapter.rank=2"]  # a knob that the default, adapter=none, has not
+    words += ["adapter.rank=2"]  # a hyperparameter that the default, adapter=none, does not have
     # Hydra's own launcher runs its jobs in this process: four interpreters would import torch for most of a minute.
     done = rlhf(tmp_path, *words, "hydra/launcher=basic", "-m")
     assert done.status == 0, done.out + done.err
@@ -28,7 +28,7 @@ def test_a_sweep_over_adapters_and_formats(tmp_path: Path, rlhf: Callable[..., D
     every = [(adapter, precision) for adapter in ("LoRA", "QLoRA") for precision in ("32-true", "bf16-mixed")]
     assert sorted(chosen) == sorted(every)
     losses = {json.loads((folder / "summary.json").read_text())["metrics"]["val/loss"] for folder in found}
-    assert len(losses) == 4  # 4 bits and bfloat16 both round, each in its way
+    assert len(losses) == 4  # 4 bits and bfloat16 both round, each differently
     report = rlhf(tmp_path, "report", "outputs")
     assert report.status == 0, report.out + report.err
     table = [line.split() for line in report.out.splitlines()]

@@ -1,4 +1,4 @@
-"""What the user can mend: exit status 2, a line for each finding that says what to type, and no finished run."""
+"""Errors that the user can fix: exit status 2, one line per finding with what to type, and no finished run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.end_to_end.commands import Done, runs, shell, status
 from tests.end_to_end.conftest import MODEL
 
-PRETRAINED = "inputs.policy=some/model"  # names weights of the hub, which are not read before the config is right
+PRETRAINED = "inputs.policy=some/model"  # names weights of the hub, which are not read before the config is valid
 
 FILES = {
     "broken.json": '[{"instruction": "a", "input": "", "output": "b"}, {"instruction":',
@@ -46,7 +46,7 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are typed, with some files that cannot be read."""
+    """Return the directory in which commands are typed, with some unreadable files."""
     path = tmp_path_factory.mktemp("errors")
     for name, content in FILES.items():
         (path / name).write_text(content)
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("line", "says"), TABLE, ids=[line for line, _ in TABLE])
-def test_a_mistake_costs_one_line(folder: Path, rlhf: Callable[..., Done], line: str, says: list[str]):
+def test_a_mistake_is_reported_in_one_line(folder: Path, rlhf: Callable[..., Done], line: str, says: list[str]):
     done = rlhf(folder, *line.split(), *(MODEL if "=" in line else ()))
     assert done.status == 2, done.out + done.err
     assert "Traceback" not in done.out + done.err
@@ -65,6 +65,6 @@ def test_a_mistake_costs_one_line(folder: Path, rlhf: Callable[..., Done], line:
     assert all(status(run)["status"] == "failed" for run in runs(folder / "outputs"))
 
 
-def test_nothing_typed_says_how_to_begin(folder: Path):
+def test_an_empty_command_prints_how_to_begin(folder: Path):
     done = shell(folder)
     assert done.status == 2 and done.err.startswith("usage:") and "stage=" in done.err

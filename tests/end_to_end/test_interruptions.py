@@ -1,4 +1,4 @@
-"""Killed, stopped, or wanted twice: the same command again ends with the same weights."""
+"""A command that was killed, stopped, or started twice ends with the same weights when it is typed again."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PPO = [
     "stage=ppo",
     "data.size=32",
     "data.validation=8",
-    "rollout.max_new_tokens=8",
+    "sampler.max_new_tokens=8",
     "stage.steps=8",
     "stage.batch_size=8",
     "stage.minibatches=2",
@@ -40,7 +40,7 @@ Rlhf = Callable[..., Done]
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
-    """The run folder of an SFT run that nothing interrupted."""
+    """Return the run directory of an uninterrupted SFT run."""
     folder = tmp_path_factory.mktemp("whole")
     done = Command(folder, SFT).wait()
     assert done.status == 0, done.err
@@ -48,21 +48,21 @@ def sft(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
 
 
 def checkpoint(outputs: Path, stage: str, step: int) -> Callable[[], bool]:
-    """Whether a checkpoint of that step or a later one is there."""
+    """Return whether a checkpoint of that step or a later one exists."""
     return lambda: any(
         int(p.stem.partition("=")[2]) >= step for p in outputs.glob(f"{stage}/*/checkpoints/step=*.ckpt")
     )
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Both runs ended with the same bits, and logged the same numbers."""
+    """Assert that both runs ended with the same bits and logged the same numbers."""
     assert a.name == b.name
     assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize(("step", "torn"), [(3, False), (14, True)], ids=["whole", "torn"])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(
+def test_a_killed_run_resumes_from_its_last_checkpoint(
     tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path, step: int, torn: bool
 ):
     killed = start(tmp_path, *SFT, "callbacks.checkpoints.keep=2")
@@ -84,11 +84,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert summary["value"] == json.loads((sft / "summary.json").read_text())["value"]
 
 
-def test_a_killed_ppo_run_goes_on_from_its_last_checkpoint(
-    pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf
+def test_a_killed_ppo_run_resumes_from_its_last_checkpoint(
+    pipeline: Done, workdir: Path, tmp_path: Path, start: Start, rlhf: Rlhf
 ):
     inputs = [
-        f"inputs.{role}={first(home / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)
+        f"inputs.{role}={first(workdir / 'outputs', run)}" for role, run in (("policy", "sft"), ("reward_model",) * 2)
     ]
     whole = rlhf(tmp_path / "whole", *PPO, *inputs)
     assert whole.status == 0, whole.err
@@ -103,7 +103,7 @@ def test_a_killed_ppo_run_goes_on_from_its_last_checkpoint(
     same_run(only(tmp_path / "outputs", "ppo"), only(tmp_path / "whole/outputs", "ppo"))
 
 
-def test_a_stopped_run_says_that_it_can_go_on(tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path):
+def test_a_stopped_run_reports_that_it_can_be_resumed(tmp_path: Path, start: Start, rlhf: Rlhf, sft: Path):
     stopped = start(tmp_path, *SFT)
     stopped.until(checkpoint(tmp_path / "outputs", "sft", 2))
     stopped.signal(signal.SIGTERM)
@@ -121,10 +121,10 @@ def test_a_stopped_run_says_that_it_can_go_on(tmp_path: Path, start: Start, rlhf
 
 @pytest.mark.parametrize(("number", "ended"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)], ids=["killed", "stopped"])
 def test_a_collection_keeps_its_finished_batches(
-    pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf, number: signal.Signals, ended: int
+    pipeline: Done, workdir: Path, tmp_path: Path, start: Start, rlhf: Rlhf, number: signal.Signals, ended: int
 ):
-    policy = f"inputs.policy={only(home / 'outputs', 'sft')}"
-    words = ["stage=collect", policy, "data.size=64", "rollout.max_new_tokens=8", "stage.batch_size=2"]
+    policy = f"inputs.policy={only(workdir / 'outputs', 'sft')}"
+    words = ["stage=collect", policy, "data.size=64", "sampler.max_new_tokens=8", "stage.batch_size=2"]
     outputs = tmp_path / "outputs"
 
     def finished() -> list[str]:
@@ -135,7 +135,7 @@ def test_a_collection_keeps_its_finished_batches(
     begun.signal(number)
     assert begun.wait().status == ended
     kept = finished()
-    # Marks a batch that is done, to see whether it is done again.
+    # Marks a finished batch, to see whether it is computed again.
     (part,) = outputs.glob("collect/*/*.part0.jsonl")
     part.write_text(part.read_text().replace('"prompts": 2', '"prompts": 1002', 1))
 
@@ -148,22 +148,24 @@ def test_a_collection_keeps_its_finished_batches(
     assert not list(folder.glob("*.part*"))
 
 
-def test_a_rejection_sampling_killed_while_it_samples_keeps_its_replies(
-    pipeline: Done, home: Path, tmp_path: Path, start: Start, rlhf: Rlhf
+def test_a_rejection_sampling_run_killed_during_sampling_keeps_its_responses(
+    pipeline: Done, workdir: Path, tmp_path: Path, start: Start, rlhf: Rlhf
 ):
-    policy = f"inputs.policy={first(home / 'outputs', 'sft')}"
+    policy = f"inputs.policy={first(workdir / 'outputs', 'sft')}"
     words = ["stage=rejection_sampling", policy, "reward=gold", "data.size=64", "data.validation=8"]
-    words += ["rollout.max_new_tokens=8", "stage.batch_size=2", "stage.epochs=1"]
+    words += ["sampler.max_new_tokens=8", "stage.batch_size=2", "stage.epochs=1"]
     whole = rlhf(tmp_path / "whole", *words)
     assert whole.status == 0, whole.err
 
     killed = start(tmp_path, *words)
-    killed.until(lambda: [p for p in tmp_path.glob("outputs/*/*/replies.part0.jsonl") if p.read_text().count("\n") > 2])
+    killed.until(
+        lambda: [p for p in tmp_path.glob("outputs/*/*/responses.part0.jsonl") if p.read_text().count("\n") > 2]
+    )
     killed.signal(signal.SIGKILL)
     assert killed.wait().status == -signal.SIGKILL
     folder = only(tmp_path / "outputs", "rejection_sampling")
     assert not (folder / "picks.jsonl").exists()
-    part = folder / "replies.part0.jsonl"
+    part = folder / "responses.part0.jsonl"
     assert part.read_text().count("\n") > 2
 
     again = rlhf(tmp_path, *words)
@@ -174,7 +176,7 @@ def test_a_rejection_sampling_killed_while_it_samples_keeps_its_replies(
     assert not part.exists()
 
 
-def test_of_two_that_want_the_same_run_one_waits(tmp_path: Path, start: Start, sft: Path):
+def test_the_second_of_two_equal_commands_waits_for_the_first(tmp_path: Path, start: Start, sft: Path):
     first = start(tmp_path, *SFT)
     first.until(checkpoint(tmp_path / "outputs", "sft", 1))
     first.signal(signal.SIGSTOP)
@@ -189,7 +191,7 @@ def test_of_two_that_want_the_same_run_one_waits(tmp_path: Path, start: Start, s
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, start: Start, sft: Path):
+def test_two_ranks_train_the_same_weights_as_one(tmp_path: Path, start: Start, sft: Path):
     # Two interpreters, each of which imports torch.
     done = start(tmp_path, *SFT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2").wait(patience=280)
     assert done.status == 0, done.out + done.err

@@ -1,4 +1,4 @@
-"""Pipelines through the command line: what they leave, what they reuse, what one override swaps."""
+"""Pipelines through the command line: what they write, what they reuse, what one override swaps."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ Rlhf = Callable[..., Done]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_leaves_plain_files(pipeline: Done, home: Path, step: str):
-    folder = only(home / "outputs", STEPS[step])
+def test_a_step_writes_plain_files(pipeline: Done, workdir: Path, step: str):
+    folder = only(workdir / "outputs", STEPS[step])
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["stage"]["name"] == STEPS[step] and config["seed"] == 0
     assert "${" not in (folder / "config.yaml").read_text()
@@ -42,13 +42,13 @@ def test_a_step_leaves_plain_files(pipeline: Done, home: Path, step: str):
     }
 
 
-def test_lineage_names_every_ancestor(pipeline: Done, home: Path):
-    lineage = json.loads((only(home / "outputs", "ppo") / "lineage.json").read_text())
+def test_lineage_names_every_ancestor(pipeline: Done, workdir: Path):
+    lineage = json.loads((only(workdir / "outputs", "ppo") / "lineage.json").read_text())
     assert sorted(x["stage"] for x in lineage["ancestors"].values()) == ["collect", "pretrain", "reward_model", "sft"]
     assert {role: len(names) for role, names in lineage["inputs"].items()} == {"policy": 1, "reward_model": 1}
 
 
-def test_the_screen_says_what_happened_and_what_to_type_next(pipeline: Done):
+def test_the_output_reports_the_results_and_the_next_commands(pipeline: Done):
     assert pipeline.plan == "plan: pretrain -> sft -> collect -> reward_model -> align"
     for text in ("[5/5] align", "finished in", "align against sft, 8 held-out prompts", "gold reward", "KL(after"):
         assert text in pipeline.out
@@ -56,32 +56,32 @@ def test_the_screen_says_what_happened_and_what_to_type_next(pipeline: Done):
     assert "Traceback" not in pipeline.err and "Warning" not in pipeline.err, pipeline.err
 
 
-def test_the_same_command_reuses_everything(pipeline: Done, home: Path, rlhf: Rlhf):
-    before = digests(runs(home / "outputs"))
-    again = rlhf(home, *INSTRUCTGPT, *PPO)
+def test_the_same_command_reuses_everything(pipeline: Done, workdir: Path, rlhf: Rlhf):
+    before = digests(runs(workdir / "outputs"))
+    again = rlhf(workdir, *INSTRUCTGPT, *PPO)
     assert again.status == 0, again.err
     assert again.out.count("  reused") >= 5 and "starts" not in again.out and "resumes" not in again.out
-    assert digests(runs(home / "outputs")) == before
+    assert digests(runs(workdir / "outputs")) == before
     table = pipeline.out[pipeline.out.index("align against sft") :]
     assert again.out.endswith(table)  # of the comparison, which was read from its file
 
 
-def test_a_finished_pipeline_typed_again_imports_no_torch(pipeline: Done, home: Path):
+def test_a_finished_pipeline_typed_again_imports_no_torch(pipeline: Done, workdir: Path):
     code = (
         "import sys; from rlhf.cli.main import run; status = run(sys.argv[1:]); "
         "heavy = {'torch', 'pytorch_lightning', 'transformers', 'peft'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(status)"
     )
-    again = interpreter(home, "-c", code, *INSTRUCTGPT, *PPO)
+    again = interpreter(workdir, "-c", code, *INSTRUCTGPT, *PPO)
     assert again.status == 0 and again.out.count("  reused") >= 5, again.err
 
 
-def test_what_cannot_change_the_result_reuses_too(pipeline: Done, home: Path, rlhf: Rlhf):
-    before = digests(runs(home / "outputs"))
-    again = rlhf(home, *INSTRUCTGPT, *PPO, "callbacks=quiet", "callbacks.checkpoints.every_n_batches=1", "until=sft")
+def test_options_that_cannot_change_the_result_reuse_runs(pipeline: Done, workdir: Path, rlhf: Rlhf):
+    before = digests(runs(workdir / "outputs"))
+    again = rlhf(workdir, *INSTRUCTGPT, *PPO, "callbacks=quiet", "callbacks.checkpoints.every_n_batches=1", "until=sft")
     assert again.status == 0, again.err
     assert again.plan.startswith("plan: pretrain -> sft") and "starts" not in again.out
-    assert digests(runs(home / "outputs")) == before
+    assert digests(runs(workdir / "outputs")) == before
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_what_cannot_change_the_result_reuses_too(pipeline: Done, home: Path, rl
     ids=["dpo", "ipo", "gold"],
 )
 def test_one_override_swaps_the_algorithm(
-    pipeline: Done, home: Path, rlhf: Rlhf, words: list[str], plan: str, trained: list[str]
+    pipeline: Done, workdir: Path, rlhf: Rlhf, words: list[str], plan: str, trained: list[str]
 ):
-    outputs = home / "outputs"
+    outputs = workdir / "outputs"
     before, untouched = runs(outputs), digests(runs(outputs))
-    done = rlhf(home, *INSTRUCTGPT, *words)
+    done = rlhf(workdir, *INSTRUCTGPT, *words)
     assert done.status == 0, done.err
     assert done.plan.partition(";")[0] == f"plan: {plan}"
     assert stages(runs(outputs) - before) == trained
@@ -112,10 +112,10 @@ def test_one_override_swaps_the_algorithm(
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path, start: Callable[..., Command]):
-    outputs = home / "outputs"
+def test_a_sweep_trains_only_what_differs(pipeline: Done, workdir: Path, start: Callable[..., Command]):
+    outputs = workdir / "outputs"
     before, untouched = runs(outputs), digests(runs(outputs))
-    done = start(home, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m").wait(2 * PATIENCE)
+    done = start(workdir, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m").wait(2 * PATIENCE)
     assert done.status == 0, done.out + done.err
     new = runs(outputs) - before
     assert stages(new) == ["ppo", "ppo"]
@@ -125,23 +125,23 @@ def test_a_sweep_trains_only_what_differs(pipeline: Done, home: Path, start: Cal
     (sweep,) = (outputs / "sweeps").iterdir()
     rows = list(csv.DictReader((sweep / "results.csv").open()))
     assert [(row["align.objective.beta"], row["status"]) for row in rows] == [("0.01", "finished"), ("0.1", "finished")]
-    assert {(home / row["run"]).resolve() for row in rows} == {folder.resolve() for folder in new}
+    assert {(workdir / row["run"]).resolve() for row in rows} == {folder.resolve() for folder in new}
     assert "2 of 2 jobs finished" in done.out
 
 
-def test_the_dpo_pipeline_shares_the_steps_of_the_other(pipeline: Done, home: Path, rlhf: Rlhf):
-    before = runs(home / "outputs")
-    done = rlhf(home, "pipeline=dpo", *MODEL, *POLICIES, *DPO, *COMPARE, "align.stage.epochs=2")
+def test_the_dpo_pipeline_reuses_the_steps_of_instructgpt(pipeline: Done, workdir: Path, rlhf: Rlhf):
+    before = runs(workdir / "outputs")
+    done = rlhf(workdir, "pipeline=dpo", *MODEL, *POLICIES, *DPO, *COMPARE, "align.stage.epochs=2")
     assert done.status == 0, done.err
     assert done.plan == "plan: pretrain -> sft -> collect -> align"
-    assert stages(runs(home / "outputs") - before) == ["dpo"]
+    assert stages(runs(workdir / "outputs") - before) == ["dpo"]
 
 
 LLAMA2 = [
     *(
         f"collect_{aspect}.{word}"
         for aspect in ("helpfulness", "safety")
-        for word in ("data.size=48", "rollout.samples=4", "rollout.max_new_tokens=8")
+        for word in ("data.size=48", "sampler.samples=4", "sampler.max_new_tokens=8")
     ),
     *(f"reward_model_{aspect}.stage.batch_size=4" for aspect in ("helpful", "safety")),
     *(
@@ -149,8 +149,8 @@ LLAMA2 = [
         for word in (
             "data.size=32",
             "data.validation=8",
-            "rollout.max_new_tokens=8",
-            "rollout.samples=2",
+            "sampler.max_new_tokens=8",
+            "sampler.samples=2",
             "stage.batch_size=16",
         )
     ),
@@ -158,15 +158,15 @@ LLAMA2 = [
 ROUND = ["collect", "collect", "rejection_sampling", "reward_model", "reward_model"]
 
 
-def test_the_rounds_of_llama2(pipeline: Done, home: Path, rlhf: Rlhf):
-    """Two rounds, one of them told something of its own; then a third, which reuses the two."""
+def test_the_rounds_of_llama2_chat(pipeline: Done, workdir: Path, rlhf: Rlhf):
+    """Two rounds, one with an override for a single round; then a third, which reuses the two."""
     words = ["pipeline=llama2_chat", *MODEL, *(w for w in POLICIES if "collect" not in w), *PPO, *COMPARE, *LLAMA2]
-    before = runs(home / "outputs")
-    # Replies of an untrained model are seldom safe or helpful: the annotator's noise makes the preferences.
+    before = runs(workdir / "outputs")
+    # Responses of an untrained model are seldom safe or helpful: the annotator's noise creates the preferences.
     noise = ["collect_helpfulness.annotator.noise=1", "collect_safety.annotator.noise=1"]
-    done = rlhf(home, *words, *noise, "rounds=2", "rejection_sampling_2.rollout.samples=4")
+    done = rlhf(workdir, *words, *noise, "rounds=2", "rejection_sampling_2.sampler.samples=4")
     assert done.status == 0, done.out + done.err
-    new = runs(home / "outputs") - before
+    new = runs(workdir / "outputs") - before
     assert stages(new) == sorted([*ROUND, *ROUND, "ppo"])
     picked = [folder for folder in new if folder.parent.name == "rejection_sampling"]
     summaries = [json.loads((folder / "summary.json").read_text())["metrics"] for folder in picked]
@@ -177,6 +177,8 @@ def test_the_rounds_of_llama2(pipeline: Done, home: Path, rlhf: Rlhf):
     assert sorted(x["stage"] for x in ancestors) == sorted([*ROUND, *ROUND, "pretrain", "sft"])
     assert "made from" in done.out and re.search(r"rejection_sampling_2 .*rejection_sampling_1", done.out, re.S)
 
-    third = rlhf(home, *words, *noise, "rounds=3", "rejection_sampling_2.rollout.samples=4", "until=collect_safety_3")
+    third = rlhf(
+        workdir, *words, *noise, "rounds=3", "rejection_sampling_2.sampler.samples=4", "until=collect_safety_3"
+    )
     assert third.status == 0, third.out + third.err
-    assert stages(runs(home / "outputs") - before - new) == ["collect"]
+    assert stages(runs(workdir / "outputs") - before - new) == ["collect"]

@@ -1,4 +1,4 @@
-"""The DPO family and RLAIF as they are typed."""
+"""DPO family and RLAIF as they are typed."""
 
 import csv
 import json
@@ -17,8 +17,8 @@ BASE = [word for word in POLICIES if not word.startswith("collect.")]
 ROUNDS = [
     f"{step}.{rest}"
     for step, words in {
-        "collect_1": ["data.size=32", "rollout.max_new_tokens=8"],
-        "collect_2": ["data.size=32", "rollout.max_new_tokens=8"],
+        "collect_1": ["data.size=32", "sampler.max_new_tokens=8"],
+        "collect_2": ["data.size=32", "sampler.max_new_tokens=8"],
         "align_1": ["stage.batch_size=8"],
         "align_2": ["stage.batch_size=8"],
     }.items()
@@ -32,8 +32,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
-    """A folder with two rounds of DPO in it."""
+def workdir(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
+    """Return a directory with two rounds of DPO in it."""
     folder = tmp_path_factory.mktemp("house")
     done = Command(folder, ["pipeline=iterative_dpo", *MODEL, *BASE, *ROUNDS, *COMPARE]).wait()
     assert done.status == 0, done.out + done.err
@@ -41,12 +41,12 @@ def house(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
     return folder
 
 
-def policy(house: Path) -> str:
-    return f"inputs.policy={only(house / 'outputs', 'sft')}"
+def policy(workdir: Path) -> str:
+    return f"inputs.policy={only(workdir / 'outputs', 'sft')}"
 
 
-def test_each_round_starts_at_log_two_from_the_newest_policy(house: Path) -> None:
-    runs = list((house / "outputs" / "dpo").iterdir())
+def test_each_round_starts_at_log_two_from_the_newest_policy(workdir: Path) -> None:
+    runs = list((workdir / "outputs" / "dpo").iterdir())
     assert len(runs) == 2
     for run in runs:
         assert float(rows(run)[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
@@ -54,22 +54,22 @@ def test_each_round_starts_at_log_two_from_the_newest_policy(house: Path) -> Non
     assert sorted(sum(x["stage"] == "dpo" for x in ancestors.values()) for ancestors in starts) == [0, 1]
 
 
-def test_collect_tells_its_agreement_with_gold(house: Path) -> None:
-    for run in (house / "outputs" / "collect").iterdir():
+def test_collect_reports_its_agreement_with_gold(workdir: Path) -> None:
+    for run in (workdir / "outputs" / "collect").iterdir():
         metrics = json.loads((run / "summary.json").read_text())["metrics"]
-        # The replies of a model of a few updates may all be equally bad: then there is nothing to agree about.
+        # The responses of a model after a few updates may all be equally bad: then agreement is undefined.
         assert metrics.get("agreement", 1.0) > 0.5
 
 
 @pytest.mark.parametrize("words", [["stage=kto"], ["stage=dpo", "objective=kto", "data=labels"]], ids=" ".join)
-def test_kto_on_labels(house: Path, rlhf: Rlhf, words: list[str]) -> None:
-    done = rlhf(house, *words, policy(house), *SMALL)
+def test_kto_trains_on_labels(workdir: Path, rlhf: Rlhf, words: list[str]) -> None:
+    done = rlhf(workdir, *words, policy(workdir), *SMALL)
     assert done.status == 0, done.out + done.err
-    newest = max((house / "outputs" / words[0].removeprefix("stage=")).iterdir(), key=lambda p: p.stat().st_mtime)
+    newest = max((workdir / "outputs" / words[0].removeprefix("stage=")).iterdir(), key=lambda p: p.stat().st_mtime)
     assert float(rows(newest)[0]["loss"]) == pytest.approx(0.5, abs=1e-5)
 
 
-def test_kto_on_a_file_of_labels(house: Path, rlhf: Rlhf, tmp_path: Path) -> None:
+def test_kto_trains_on_a_file_of_labels(workdir: Path, rlhf: Rlhf, tmp_path: Path) -> None:
     file = tmp_path / "labels.json"
     turns = [("Hi?", "Hello.", True), ("Hi?", "No.", False), ("Who?", "Me.", True), ("Who?", "Go.", False)] * 3
     content = [
@@ -78,31 +78,31 @@ def test_kto_on_a_file_of_labels(house: Path, rlhf: Rlhf, tmp_path: Path) -> Non
     ]
     file.write_text(json.dumps(content))
     words = ["stage=dpo", "objective=kto", "data=kto_demo", f"data.source={file}", "stage.batch_size=4"]
-    done = rlhf(house, *words, policy(house), "data.validation=0")
+    done = rlhf(workdir, *words, policy(workdir), "data.validation=0")
     assert done.status == 0, done.out + done.err
 
 
-def test_kto_on_the_demonstration_file(house: Path, rlhf: Rlhf) -> None:
-    """The longest of its dialogues do not fit the tiny model, which is said, with what to type."""
+def test_kto_trains_on_the_demonstration_file(workdir: Path, rlhf: Rlhf) -> None:
+    """The longest of its dialogues do not fit the tiny model, which is reported, with what to type."""
     words = ["stage=kto", "data=kto_demo", path_of("kto_en_demo.json"), "stage.batch_size=4"]
-    done = rlhf(house, *words, policy(house))
+    done = rlhf(workdir, *words, policy(workdir))
     assert done.status == 2 and "type data.max_length=128" in done.err, done.out + done.err
 
 
 @pytest.mark.parametrize("objective", ["relative", "reward_aware", "orpo"])
-def test_a_loss_is_one_override(house: Path, rlhf: Rlhf, objective: str) -> None:
-    done = rlhf(house, "stage=dpo", f"objective={objective}", policy(house), "stage.micro_batch_size=4", *SMALL)
+def test_a_loss_is_swapped_by_one_override(workdir: Path, rlhf: Rlhf, objective: str) -> None:
+    done = rlhf(workdir, "stage=dpo", f"objective={objective}", policy(workdir), "stage.micro_batch_size=4", *SMALL)
     assert done.status == 0, done.out + done.err
 
 
-def test_another_reference(house: Path, rlhf: Rlhf) -> None:
-    other = only(house / "outputs", "pretrain")
-    done = rlhf(house, "stage=dpo", policy(house), f"inputs.reference={other}", *SMALL)
+def test_another_reference_is_used(workdir: Path, rlhf: Rlhf) -> None:
+    other = only(workdir / "outputs", "pretrain")
+    done = rlhf(workdir, "stage=dpo", policy(workdir), f"inputs.reference={other}", *SMALL)
     assert done.status == 0, done.out + done.err
     # Some of the other runs here have no reference, hence no gap.
-    gaps = [float(rows(run)[0].get("reference_gap", 0)) for run in (house / "outputs" / "dpo").iterdir()]
+    gaps = [float(rows(run)[0].get("reference_gap", 0)) for run in (workdir / "outputs" / "dpo").iterdir()]
     assert max(gaps) > 0.1
-    refused = rlhf(house, "stage=dpo", "objective=simpo", policy(house), f"inputs.reference={other}", *SMALL)
+    refused = rlhf(workdir, "stage=dpo", "objective=simpo", policy(workdir), f"inputs.reference={other}", *SMALL)
     assert refused.status == 2 and "this objective has no reference" in refused.err
 
 
@@ -116,14 +116,14 @@ def test_another_reference(house: Path, rlhf: Rlhf) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_cost_one_line(house: Path, rlhf: Rlhf, words: list[str], says: str) -> None:
-    done = rlhf(house, *words, policy(house))
+def test_mistakes_are_reported_in_one_line(workdir: Path, rlhf: Rlhf, words: list[str], says: str) -> None:
+    done = rlhf(workdir, *words, policy(workdir))
     assert done.status == 2 and says in done.err, done.out + done.err
     assert "Traceback" not in done.err and len(done.err.splitlines()) == 1
 
 
-def test_rlaif(house: Path, rlhf: Rlhf) -> None:
-    """The judge of a few updates knows nothing and says so; told to go on, it is a judge like any other."""
+def test_rlaif_runs_with_a_trained_judge(workdir: Path, rlhf: Rlhf) -> None:
+    """The judge of a few updates is refused as untrained; with the check relaxed, it works like any other."""
     words = [
         "pipeline=rlaif",
         *MODEL,
@@ -132,20 +132,20 @@ def test_rlaif(house: Path, rlhf: Rlhf) -> None:
         "judge.stage.batch_size=16",
         "judge.stage.epochs=1",
         "collect.data.size=32",
-        "collect.rollout.max_new_tokens=8",
-        "collect.rollout.samples=2",
+        "collect.sampler.max_new_tokens=8",
+        "collect.sampler.samples=2",
         "align.stage.batch_size=4",
         *COMPARE,
     ]
-    refused = rlhf(house, *words, "collect.annotator.least_mass=0.9")
+    refused = rlhf(workdir, *words, "collect.annotator.least_mass=0.9")
     assert refused.status == 2 and "answers are neither A nor B" in refused.err, refused.out + refused.err
-    done = rlhf(house, *words, "collect.annotator.least_mass=0", "until=collect")
+    done = rlhf(workdir, *words, "collect.annotator.least_mass=0", "until=collect")
     assert done.status == 0, done.out + done.err
     judged = [
         metrics
-        for run in (house / "outputs" / "collect").iterdir()
+        for run in (workdir / "outputs" / "collect").iterdir()
         if (run / "summary.json").exists()
         and "judge/pairs" in (metrics := json.loads((run / "summary.json").read_text())["metrics"])
     ]
     assert len(judged) == 1 and {"judge/ties", "judge/position_bias", "judge/nonsense"} <= judged[0].keys()
-    assert list((house / "outputs" / "judge").glob("*.jsonl"))
+    assert list((workdir / "outputs" / "judge").glob("*.jsonl"))

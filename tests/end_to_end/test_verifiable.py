@@ -1,4 +1,4 @@
-"""Critic-free RL through the command line: answers that are checked, swapped algorithms, tools, wrong settings."""
+"""Critic-free RL through the command line: exact-match rewards, swapped algorithms, tools, wrong settings."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ SMALL = [
     "sft.stage.epochs=1",
     "align.data.size=32",
     "align.data.validation=8",
-    "align.rollout.max_new_tokens=8",
-    "align.rollout.samples=2",
+    "align.sampler.max_new_tokens=8",
+    "align.sampler.samples=2",
     "align.stage.steps=2",
     "align.stage.batch_size=4",
 ]
@@ -30,7 +30,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All tests share one SFT run."""
+    """Return the directory of one SFT run that all tests share."""
     return tmp_path_factory.mktemp("verifiable")
 
 
@@ -41,12 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["objective@align.objective=dr_grpo"], "grpo"),
         (["objective@align.objective=dapo", "align.objective.beta=0.1"], "grpo"),
         (["stage@align=rloo"], "rloo"),
-        (["rollout@align.rollout=tools", "~align.rollout.tools.search", "align.rollout.max_result_tokens=8"], "grpo"),
+        (["sampler@align.sampler=tools", "~align.sampler.tools.search", "align.sampler.max_result_tokens=8"], "grpo"),
         (["align.reward.extract=regex", "align.reward.pattern='is (\\d+)'"], "grpo"),
     ],
     ids=["grpo", "dr_grpo", "dapo", "rloo", "tools", "regex"],
 )
-def test_it_runs_from_nothing(rlhf: Rlhf, folder: Path, words: list[str], stage: str):
+def test_the_pipeline_runs_from_an_empty_directory(rlhf: Rlhf, folder: Path, words: list[str], stage: str):
     before = set((folder / "outputs" / stage).glob("*"))
     done = rlhf(folder, *SMALL, *words)
     assert done.status == 0, done.out + done.err
@@ -54,25 +54,25 @@ def test_it_runs_from_nothing(rlhf: Rlhf, folder: Path, words: list[str], stage:
     (made,) = set((folder / "outputs" / stage).glob("*")) - before
     rows = list(csv.DictReader((made / "metrics.csv").open()))
     assert [row["zero_spread"] != "" for row in rows][:2] == [True, True]
-    assert ("calls" in rows[0]) == ("rollout@align.rollout=tools" in words)
+    assert ("calls" in rows[0]) == ("sampler@align.sampler=tools" in words)
     assert 0 <= json.loads((made / "summary.json").read_text())["metrics"]["val/score"] <= 1
-    only(folder / "outputs", "sft")  # made once, read by all
+    only(folder / "outputs", "sft")  # trained once, read by all
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["align.rollout.samples=1"], "type align.rollout.samples=8"),
+        (["align.sampler.samples=1"], "type align.sampler.samples=8"),
         (["data@align.data=prompts"], "have no reference answer"),
         (["objective@align.objective=ppo"], "stage=grpo does not take objective@align.objective=ppo"),
         (["align.objective.beta=-1"], "align.objective.beta=-1"),
         (["align.objective.scale=mean"], "align.objective.scale"),
         (["align.reward.pattern=x"], "reward.pattern=x"),
-        (["rollout@align.rollout=tools", "align.rollout.max_calls=20"], "a smaller align.rollout.max_calls"),
+        (["sampler@align.sampler=tools", "align.sampler.max_calls=20"], "a smaller align.sampler.max_calls"),
     ],
     ids=["one sample", "no reference", "objective", "beta", "scale", "pattern", "context"],
 )
-def test_what_cannot_be_is_one_clear_line(rlhf: Rlhf, folder: Path, words: list[str], said: str):
+def test_invalid_settings_are_reported_in_one_line(rlhf: Rlhf, folder: Path, words: list[str], said: str):
     done = rlhf(folder, *SMALL, *words)
     assert done.status == 2 and said in done.err + done.out, done.out + done.err
     assert "Traceback" not in done.err

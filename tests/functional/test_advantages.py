@@ -25,7 +25,7 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize("discount, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
 def test_gae_is_the_sum_of_equation_16(discount, gae_lambda):
-    """A_t = sum_l (discount * lambda)^l delta_{t+l}, written out, row by row."""
+    """A_t = sum_l (discount * lambda)^l delta_{t+l}, computed row by row."""
     rewards, values, mask, lengths = batch()
     advantages, returns = gae(rewards, values, mask, discount, gae_lambda)
     for row, length in enumerate(lengths.tolist()):
@@ -48,7 +48,7 @@ def test_lambda_one_is_monte_carlo_and_lambda_zero_is_one_step():
     torch.testing.assert_close(advantages, (rewards + next_values - values) * mask)
 
 
-def test_exact_values_have_no_advantage():
+def test_exact_values_give_zero_advantages():
     """With V the true reward-to-go every temporal difference is 0, whatever lambda is."""
     rewards, _, mask, _ = batch()
     values = (rewards * mask).flip(1).cumsum(1).flip(1)
@@ -73,7 +73,7 @@ def test_gae_of_no_tokens():
 
 
 def test_shaped_rewards_by_hand():
-    """beta 0.5: penalties -0.5 * (logp - ref); the score lands on the last real token, 1 of row 0, 2 of row 1."""
+    """beta 0.5: penalties -0.5 * (logp - ref); the score is added to the last real token, 1 of row 0, 2 of row 1."""
     logp = torch.tensor([[-1.0, -2.0, 7.0], [-1.0, -1.0, -1.0]])
     ref = torch.tensor([[-2.0, -1.0, 9.0], [-1.0, -3.0, -1.0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -86,7 +86,7 @@ def test_shaped_rewards_sum_to_score_minus_beta_kl():
     score = torch.arange(5.0, dtype=torch.float64)
     rewards = shaped_rewards(score, logp, ref, mask, beta=0.3)
     expected = score - 0.3 * sequence_kl(logp, ref, mask)
-    expected[3] = 0  # the row without tokens earns nothing
+    expected[3] = 0  # the row without tokens has no reward
     torch.testing.assert_close(rewards.sum(1), expected)
     assert rewards[~mask].eq(0).all()
 

@@ -10,8 +10,8 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def test_by_hand():
-    """Four pairs predicted at 0.8, three of which held; two at 0.6, none of which did: ECE (4*0.05 + 2*0.6) / 6."""
+def test_calibration_error_by_hand():
+    """Four pairs predicted at 0.8, of which three held; two at 0.6, of which none did: ECE (4*0.05 + 2*0.6) / 6."""
     gaps = torch.tensor([logit(0.8)] * 3 + [-logit(0.8)] + [-logit(0.6)] * 2, dtype=torch.float64)
     found = reliability(gaps, bins=5)
     assert [(one.count, round(one.predicted, 6), round(one.observed, 6)) for one in found.bins] == [
@@ -32,12 +32,12 @@ def test_a_calibrated_scorer_has_no_error_and_an_overconfident_one_has():
     generator = torch.Generator().manual_seed(0)
     gaps = 2 * torch.randn(40000, generator=generator)
     held = torch.rand(40000, generator=generator) < torch.sigmoid(gaps)
-    outcome = torch.where(held, gaps, -gaps)  # the reply that won is the chosen one
+    outcome = torch.where(held, gaps, -gaps)  # the winning response is the chosen one
     assert reliability(outcome).ece < 0.01
     assert reliability(3 * outcome).ece > 0.08
 
 
-def test_a_scorer_that_knows_nothing():
+def test_an_uninformative_scorer():
     found = reliability(torch.zeros(7))
     assert (found.ece, found.brier) == (0.0, 0.25) and found.bins[0].observed == 0.5
 
@@ -48,8 +48,8 @@ def test_large_gaps_and_no_pairs():
         reliability(torch.zeros(0))
 
 
-def test_histogram_counts_every_reply_once():
+def test_histogram_counts_every_response_once():
     counts = histogram(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([-1.0, 0.5]), bins=4)
     assert counts["edges"] == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert counts["chosen"] == [0, 0, 1, 2] and counts["rejected"] == [1, 0, 0, 1]
-    assert sum(histogram(torch.ones(3), torch.ones(3))["chosen"]) == 3  # all alike
+    assert sum(histogram(torch.ones(3), torch.ones(3))["chosen"]) == 3  # all equal

@@ -1,4 +1,4 @@
-"""Rows of several processes: the same as one process with all of them."""
+"""Collectives over rows of several ranks: the same result as one process with all rows."""
 
 import multiprocessing
 import os
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from rlhf.data.collate import PairBatch, TokenBatch
-from rlhf.distributed import add_up, average_gradients, gather_rows
 from rlhf.functional.advantages import explained_variance
+from rlhf.functional.distributed import average_gradients, gather_rows, sum_named_tensors
 from rlhf.functional.groups import group_advantages
-from rlhf.stage import Stage
+from rlhf.stage.base import Stage
 from rlhf_dpo.batch_objective import KTO, Relative
 from rlhf_dpo.pairs import Pairs
 
 
-def test_alone_a_process_keeps_its_rows() -> None:
+def test_a_single_rank_keeps_its_rows() -> None:
     rows = torch.arange(6.0).view(3, 2).requires_grad_()
     found, here = gather_rows(rows)
     assert torch.equal(found, rows) and not found.requires_grad and torch.equal(found[here], rows)
@@ -36,7 +36,7 @@ def _work(rank: int, store: str, results: str) -> None:
 
 
 def _results(rank: int) -> dict[str, object]:
-    """What each process finds of rows of unequal number, and of the losses that read the whole batch."""
+    """Return what each rank computes from unequal numbers of rows, and from the losses that read the whole batch."""
     rows = torch.arange(6.0).view(3, 2) if rank == 0 else torch.arange(6.0, 8.0).view(1, 2)
     everything, here = gather_rows(rows)
     ratio = torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([6.0])
@@ -50,7 +50,7 @@ def _results(rank: int) -> dict[str, object]:
         "advantages": group_advantages(SCORES[:4] if rank == 0 else SCORES[4:], 2, "batch", sum_over),
         "gradients": gradients(rank),
         "clipped": clipped(rank),
-        "means": add_up({"both": torch.tensor([1.0 + rank, 2.0]), **own_name(rank)}, torch.device("cpu")),
+        "means": sum_named_tensors({"both": torch.tensor([1.0 + rank, 2.0]), **own_name(rank)}, torch.device("cpu")),
         "rows": everything,
         "here": (here.start, here.stop),
         "z": z.item(),
@@ -69,7 +69,7 @@ def sum_over(part: torch.Tensor) -> torch.Tensor:
 
 
 def critic() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, returns and mask, [3, 6], of which one process has two columns."""
+    """Return values, returns and mask, [3, 6], of which one rank has two columns."""
     generator = torch.Generator().manual_seed(3)
     values, returns = torch.randn(2, 3, 6, generator=generator)
     return values, returns, torch.rand(3, 6, generator=generator) > 0.3
@@ -80,7 +80,7 @@ def own_name(rank: int) -> dict[str, torch.Tensor]:
 
 
 def gradients(rank: int) -> list[torch.Tensor | None]:
-    """One that both have, one that one has, one that the other has, in another type, and one that nobody has."""
+    """Average four gradients: present on both ranks, on the first, on the second (in float64), and on none."""
     parameters = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64 if i == 2 else None)) for i in range(4)]
     for i in (0, 1 + rank):
         parameters[i].grad = torch.full_like(parameters[i], 2.0 * i + 1 + rank)
@@ -89,7 +89,7 @@ def gradients(rank: int) -> list[torch.Tensor | None]:
 
 
 def clipped(rank: int) -> list[float]:
-    """A gradient of (6, 0) on one process and (0, 8) on the other, averaged and clipped to norm 1 as a stage does."""
+    """Average a gradient of (6, 0) on one rank and (0, 8) on the other, and clip it to norm 1 as a stage does."""
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([6.0, 0.0] if rank == 0 else [0.0, 8.0])
     average_gradients([weight])
@@ -100,13 +100,13 @@ def clipped(rank: int) -> list[float]:
 
 
 class Table:
-    """A policy whose log-probability of a row is written in it."""
+    """Policy whose log-probability of a row is read from a table."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
 
-    def logprobs(self, ids, attention_mask, position_ids, loss_mask):
-        return self.values[ids[:, :1]] * loss_mask, None
+    def logprobs(self, tokens):
+        return self.values[tokens.ids[:, :1]] * tokens.loss_mask, None
 
 
 def whole():
@@ -163,11 +163,11 @@ def results(tmp_path: Path) -> list[dict[str, object]]:
     return [torch.load(f"{target}.{rank}") for rank in range(2)]
 
 
-def test_two_processes_see_what_one_would(results: list[dict[str, object]]) -> None:
+def test_two_ranks_compute_what_one_process_would(results: list[dict[str, object]]) -> None:
     first, second = results
     assert torch.equal(first["rows"], torch.arange(8.0).view(4, 2)) and torch.equal(first["rows"], second["rows"])
     assert first["here"] == (0, 3) and second["here"] == (3, 4)
-    assert first["z"] == second["z"] == 3.0  # (1 + 2 + 6) / 3, not the mean of the processes' means
+    assert first["z"] == second["z"] == 3.0  # (1 + 2 + 6) / 3, not the mean of the ranks' means
     for found in results:
         assert found["explained"].item() == pytest.approx(explained_variance(*critic()).item())
         assert {name: part.tolist() for name, part in found["means"].items()} == {"both": [3, 4], "one": [7, 1]}
@@ -175,7 +175,7 @@ def test_two_processes_see_what_one_would(results: list[dict[str, object]]) -> N
         both, one, other, none = found["gradients"]
         assert both.unique().tolist() == [1.5] and one.unique().tolist() == [1.5] and other.unique().tolist() == [3.0]
         assert none is None
-        assert found["clipped"] == pytest.approx([0.6, 0.8])  # of the mean (3, 4), not of each process's own
+        assert found["clipped"] == pytest.approx([0.6, 0.8])  # of the mean (3, 4), not of each rank's own gradient
     together = torch.cat([first["advantages"], second["advantages"]])
     torch.testing.assert_close(
         together, (SCORES - SCORES.view(3, 2).mean(1).repeat_interleave(2)) / SCORES.std(), atol=1e-4, rtol=1e-4

@@ -4,7 +4,7 @@ from rlhf.functional.gate import safety_gate
 
 
 def test_gate_table():
-    """unsafe tag, or safety below 0.15, and safety speaks; at 0.15 exactly helpfulness does."""
+    """An unsafe tag, or safety below 0.15, selects the safety score; at exactly 0.15 helpfulness is used."""
     helpfulness = torch.full((5,), 0.9)
     safety = torch.tensor([0.8, 0.8, 0.1, 0.1, 0.15])
     unsafe = torch.tensor([True, False, True, False, False])

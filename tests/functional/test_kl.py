@@ -6,7 +6,7 @@ import torch
 from rlhf.functional.kl import ESTIMATORS, adaptive_beta, k1, k2, k3
 
 
-def test_by_hand():
+def test_kl_estimators_by_hand():
     """log ratio log 2: k1 = 0.6931, k2 = 0.2402, k3 = 1/2 - 1 + 0.6931 = 0.1931."""
     logp, ref = torch.tensor([0.0], dtype=torch.float64), torch.tensor([-math.log(2)], dtype=torch.float64)
     assert k1(logp, ref).item() == pytest.approx(math.log(2))
@@ -14,13 +14,13 @@ def test_by_hand():
     assert k3(logp, ref).item() == pytest.approx(math.log(2) - 0.5)
 
 
-def test_equal_models_read_zero():
+def test_equal_models_have_zero_kl():
     logp = torch.randn(20)
     for estimator in ESTIMATORS.values():
         assert estimator(logp, logp).eq(0).all()
 
 
-def test_expectations_over_a_categorical():
+def test_kl_expectations_over_a_categorical():
     """Summed exactly over p, k1 and k3 are KL(p || q); k2 and k3 are never negative."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.log_softmax(torch.randn(2, 11, generator=generator, dtype=torch.float64), -1)
@@ -49,8 +49,8 @@ def test_k3_keeps_small_differences():
     assert k3(torch.tensor([1e-4]), torch.tensor([0.0])).item() == pytest.approx(5e-9, rel=0.05)
 
 
-def test_adaptive_beta():
-    """kl twice the target: error clipped at 0.2, 512 of 10000 sequences: 1 + 0.2 * 0.0512."""
+def test_adaptive_beta_by_hand():
+    """KL twice the target: error clipped at 0.2, 512 of 10000 sequences: 1 + 0.2 * 0.0512."""
     assert adaptive_beta(0.1, 12.0, 512, 6.0, 10000) == pytest.approx(0.1 * 1.01024)
     assert adaptive_beta(0.1, 0.0, 512, 6.0, 10000) == pytest.approx(0.1 * 0.98976)
     assert adaptive_beta(0.1, 6.6, 1000, 6.0, 10000) == pytest.approx(0.1 * 1.01)

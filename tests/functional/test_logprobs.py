@@ -17,7 +17,7 @@ def problem(dtype=torch.float32, bias=True):
 
 
 def plain(hidden, targets, head, temperature):
-    """The definition: log-softmax over everything at once."""
+    """Compute the definition: log-softmax over all logits at once."""
     log_probabilities = torch.log_softmax(head(hidden).float() / temperature, -1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
     return log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
@@ -30,7 +30,7 @@ HEADS = {"linear": lambda head: head, "callable": lambda head: lambda x: head(x)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
-def test_equals_the_plain_way(kind, entropy, chunk_elements, temperature, bias):
+def test_logprobs_equal_a_full_log_softmax(kind, entropy, chunk_elements, temperature, bias):
     hidden, targets, head = problem(bias=bias)
     wanted = [hidden, *head.parameters()]
     upstream = torch.randn(2, N)
@@ -49,7 +49,7 @@ def test_equals_the_plain_way(kind, entropy, chunk_elements, temperature, bias):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("output", [0, 1])
-def test_gradient_through_one_output_only(kind, output):
+def test_gradient_through_a_single_output(kind, output):
     hidden, targets, head = problem()
     made = token_logprobs(hidden, targets, HEADS[kind](head), 1.3, 4 * V, entropy=True)[output]
     expected = plain(hidden, targets, head, 1.3)[output]
@@ -60,7 +60,7 @@ def test_gradient_through_one_output_only(kind, output):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_frozen_head(kind):
+def test_gradient_with_a_frozen_head(kind):
     hidden, targets, head = problem()
     head.requires_grad_(False)
     (made,) = torch.autograd.grad(token_logprobs(hidden, targets, HEADS[kind](head), 0.7, 3 * V)[0].sum(), hidden)
@@ -68,7 +68,7 @@ def test_frozen_head(kind):
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_hidden_trains_the_head():
+def test_frozen_hidden_states_still_train_the_head():
     hidden, targets, head = problem()
     token_logprobs(hidden.detach(), targets, head, chunk_elements=3 * V)[0].sum().backward()
     (expected,) = torch.autograd.grad(plain(hidden.detach(), targets, head, 1.0)[0].sum(), head.weight)
@@ -98,7 +98,7 @@ def test_gradient_by_finite_differences():
 
 
 class Largest(TorchDispatchMode):
-    """Records the most elements that any tensor made inside has."""
+    """Context manager that records the largest number of elements of any tensor made inside."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_no_tensor_of_all_logits_is_made(kind, entropy):
     assert largest.elements == 20 * vocabulary
     with Largest() as largest:
         plain(hidden, targets, head, 0.9)
-    assert largest.elements == rows * vocabulary  # the recorder sees what it should
+    assert largest.elements == rows * vocabulary  # the recorder detects large tensors
 
 
 def test_default_chunks_bound_large_vocabularies():
@@ -144,7 +144,7 @@ def test_rows_do_not_depend_on_each_other():
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_no_rows(kind):
+def test_an_empty_batch_has_no_logprobs(kind):
     hidden, targets, head = problem()
     logps, entropy = token_logprobs(hidden[:0], targets[:0], HEADS[kind](head), entropy=True)
     assert logps.shape == entropy.shape == (0,)
@@ -153,7 +153,7 @@ def test_no_rows(kind):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_no_grad(kind):
+def test_logprobs_under_no_grad(kind):
     hidden, targets, head = problem()
     with torch.no_grad():
         logps, _ = token_logprobs(hidden, targets, HEADS[kind](head), chunk_elements=4 * V)
@@ -163,7 +163,7 @@ def test_no_grad(kind):
 
 @pytest.mark.parametrize("chunk_elements", [4 * V, None])
 @pytest.mark.parametrize("kind", HEADS)
-def test_autocast_equals_the_plain_way_under_autocast(kind, chunk_elements):
+def test_logprobs_under_autocast_equal_a_full_log_softmax(kind, chunk_elements):
     hidden, targets, head = problem(bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made = token_logprobs(hidden, targets, HEADS[kind](head), 1.0, chunk_elements)[0]
@@ -195,7 +195,7 @@ def test_hooked_or_wrapped_heads_are_called():
     torch.testing.assert_close(made, plain(hidden, targets, head, 1.0)[0], rtol=1e-6, atol=1e-6)
 
 
-def test_errors():
+def test_invalid_inputs_are_refused():
     hidden, targets, head = problem()
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(hidden, targets, head, temperature=0.0)

@@ -13,11 +13,11 @@ from rlhf.functional.masking import (
 from rlhf.functional.reduction import weighted_mean
 
 X = torch.tensor([[1.0, 2.0, float("nan")], [6.0, float("inf"), -5.0]])
-MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])  # counts 1, 2, 6
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])  # unmasked: 1, 2, 6
 
 
 def test_reductions_by_hand():
-    """Counted 1, 2, 6: sum 9, mean 3, squared deviations 4 + 1 + 9 = 14, unbiased variance 7."""
+    """Unmasked values 1, 2, 6: sum 9, mean 3, squared deviations 4 + 1 + 9 = 14, unbiased variance 7."""
     assert masked_sum(X, MASK).item() == 9
     assert masked_mean(X, MASK).item() == 3
     assert masked_var(X, MASK).item() == 7
@@ -25,7 +25,7 @@ def test_reductions_by_hand():
     assert masked_sum(X, MASK.bool(), dim=0).tolist() == [7.0, 2.0, 0.0]
 
 
-def test_nothing_counts():
+def test_reductions_with_everything_masked():
     none = torch.zeros_like(MASK)
     assert masked_mean(X, none).item() == 0
     assert masked_var(X, none).item() == 0
@@ -38,7 +38,7 @@ def test_mask_broadcasts():
     assert masked_mean(x, torch.tensor([[1], [0]])).item() == 1.0
 
 
-def test_gradient_ignores_what_is_masked():
+def test_masked_values_have_no_gradient():
     x = X.clone().requires_grad_()
     masked_whiten(x, MASK).square().sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
@@ -46,8 +46,8 @@ def test_gradient_ignores_what_is_masked():
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten(shift_mean):
-    """(x - 3) / sqrt(7), and 3 added back when the mean is not shifted: on paper -0.7559, -0.3780, 1.1339."""
+def test_whitening_by_hand(shift_mean):
+    """(x - 3) / sqrt(7), and 3 added back when the mean is not shifted: by hand -0.7559, -0.3780, 1.1339."""
     whitened = masked_whiten(X, MASK, shift_mean)
     expected = torch.tensor([-0.7559289, -0.3779645, 1.1338934]) + (0.0 if shift_mean else 3.0)
     torch.testing.assert_close(whitened[MASK.bool()], expected, rtol=0, atol=1e-6)
@@ -56,7 +56,7 @@ def test_whiten(shift_mean):
     assert masked_var(whitened, MASK).item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_indices():
+def test_first_and_last_indices_of_a_mask():
     mask = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
     assert first_true_index(mask).tolist() == [1, 4, 0]
     assert last_index(mask).tolist() == [3, -1, 2]

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from rlhf.functional.masking import masked_whiten
-from rlhf.functional.scores import Moments, missing_end
+from rlhf.functional.scores import Moments, missing_eos
 
 
-def test_moments_of_batches_are_those_of_all_numbers():
+def test_moments_of_batches_equal_those_of_all_scores():
     generator = torch.Generator().manual_seed(0)
     scores = 3 + 2 * torch.randn(50, generator=generator)
     moments = Moments()
@@ -22,13 +22,13 @@ def test_normalizing_by_the_moments_of_a_batch_is_whitening():
     torch.testing.assert_close(normal, masked_whiten(scores, torch.ones(4)))
 
 
-def test_equal_scores_do_not_explode():
+def test_equal_scores_stay_finite_when_normalized():
     scores = torch.full((4,), 0.3)
     assert Moments().updated(scores).normalize(scores).abs().max() < 1e-2
 
 
-def test_without_two_different_numbers_only_the_mean_is_taken_off():
-    """There is no deviation to divide by yet: 1.0 was made 10000."""
+def test_without_two_different_scores_only_the_mean_is_subtracted():
+    """No standard deviation exists yet: 1.0 was normalized to 10000."""
     scores = torch.tensor([1.0, -2.0])
     assert torch.equal(Moments().normalize(scores), scores)
     assert Moments().updated(torch.tensor([3.0])).normalize(scores).tolist() == [-2.0, -5.0]
@@ -36,7 +36,7 @@ def test_without_two_different_numbers_only_the_mean_is_taken_off():
 
 
 def parallel(parts, call):
-    """What each of several processes gets, when `sum_over` adds up what all of them give at the same point."""
+    """Return what each of several ranks computes, when `sum_over` adds up the values of all at the same point."""
     given: list[list[torch.Tensor]] = []
 
     def first_pass(index, asked):
@@ -67,8 +67,8 @@ class _Waits(Exception):
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_over_processes_is_whitening_of_the_whole(shift_mean):
-    """Parts of different width and count, as processes have them."""
+def test_whitening_over_ranks_equals_whitening_of_the_whole(shift_mean):
+    """Parts of different width and count, as ranks have them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 5, generator=generator) * 3 + 1
     mask = torch.arange(5) < torch.tensor([5, 3, 1, 2, 2, 1])[:, None]
@@ -81,7 +81,7 @@ def test_whitening_over_processes_is_whitening_of_the_whole(shift_mean):
     assert not torch.allclose(alone, whole[:3])
 
 
-def test_moments_over_processes_are_those_of_the_whole():
+def test_moments_over_ranks_equal_those_of_the_whole():
     scores = torch.tensor([1.0, 5.0, -2.0, 0.5, 7.0])
     first, second = parallel([scores[:2], scores[2:]], lambda part, sum_over: Moments().updated(part, sum_over))
     assert first == second
@@ -92,7 +92,7 @@ def test_moments_over_processes_are_those_of_the_whole():
 @pytest.mark.parametrize(
     ("how", "expected"), [("subtract", [2.0, 1.0, -3.0]), ("replace", [2.0, -1.0, -1.0]), ("none", [2.0, 2.0, -2.0])]
 )
-def test_missing_end(how, expected):
-    """Penalty 1: taken off (3 - ... = 2 - 1), or -1 in the score's place; a reply that ended keeps its score."""
+def test_the_missing_eos_penalty_is_subtracted_or_replaces_the_score(how, expected):
+    """Penalty 1: subtracted (3 - ... = 2 - 1), or -1 in place of the score; a response that ended keeps its score."""
     scores, ended = torch.tensor([2.0, 2.0, -2.0]), torch.tensor([True, False, False])
-    assert missing_end(scores, ended, 1.0, how).tolist() == expected
+    assert missing_eos(scores, ended, 1.0, how).tolist() == expected

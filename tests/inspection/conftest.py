@@ -1,4 +1,4 @@
-"""A model of 30 thousand weights on the testbed, looked at and trained."""
+"""Model of 30 thousand weights on the testbed, to inspect and to train."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ SMALL = ["data.size=24", "data.validation=8", "stage.batch_size=8"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs lie in the test's own folder."""
+def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write outputs to the test's own directory."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def looked() -> Callable[..., Look]:
-    """looked(words) -> the steps of that command line, with the small model."""
+    """Return a function: words -> the steps of that command line, with the small model."""
     return lambda *words: Look(planned([*words, *MODEL]).steps)

@@ -1,4 +1,4 @@
-"""What `inspect batch` shows is the batch that training gets, and the marks on the screen are its masks."""
+"""`inspect batch` shows exactly the batch that training reads, and its marks are the batch's masks."""
 
 import re
 from collections.abc import Callable
@@ -9,25 +9,26 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf.build import build_stage
 from rlhf.data.collate import TokenBatch, collate, pack
-from rlhf.data.template import Encoded
+from rlhf.data.encoded_rows import Encoded
 from rlhf.errors import UserError
 from rlhf.inspection import tokens
 from rlhf.inspection.batch_page import batch_at, lines_of
 from rlhf.inspection.composing import Look
-from rlhf.stage import Parts, Stage
+from rlhf.running.build import build_stage
+from rlhf.stage.base import Stage
+from rlhf.stage.batch_order import Parts
 from rlhf.testing import tiny_model
 from tests.inspection.conftest import SMALL
 from tests.stages.conftest import fit
 
 
 class Enough(Exception):
-    """Training has come as far as it is watched."""
+    """Exception that stops training at the watched step."""
 
 
 def trained_batch(look: Look, index: int) -> Parts[Any]:
-    """The batch that reaches ``training_step`` at that step of a real training of the last step of a plan."""
+    """Return the batch that reaches ``training_step`` at that step of a real training of the last step of a plan."""
     step = look.steps[-1]
     stage = build_stage(OmegaConf.create(step.config), step.folder)
     seen: dict[int, Parts[Any]] = {}
@@ -46,7 +47,7 @@ def trained_batch(look: Look, index: int) -> Parts[Any]:
 
 
 def same(left: Any, right: Any, ignore: tuple[str, ...] = ()) -> None:
-    """Two batches are equal, tensor by tensor."""
+    """Assert that two batches are equal, tensor by tensor."""
     for field in fields(left):
         a, b = getattr(left, field.name), getattr(right, field.name)
         if isinstance(a, TokenBatch):
@@ -65,7 +66,7 @@ def same(left: Any, right: Any, ignore: tuple[str, ...] = ()) -> None:
     ],
     ids=["padded", "packed", "pairs", "with a reference"],
 )
-def test_it_is_the_batch_that_is_trained_on(looked: Callable[..., Look], words: list[str], tmp_path: Any) -> None:
+def test_the_batch_shown_is_the_batch_trained_on(looked: Callable[..., Look], words: list[str], tmp_path: Any) -> None:
     if "inputs.policy=MODEL" in words:
         tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "model")
         words = [word.replace("MODEL", str(tmp_path / "model")) for word in words]
@@ -77,34 +78,34 @@ def test_it_is_the_batch_that_is_trained_on(looked: Callable[..., Look], words: 
         same(left, right, ignore=("reference",))
 
 
-def test_prompts_of_a_rollout_are_those_that_are_asked(looked: Callable[..., Look], tmp_path: Any) -> None:
+def test_the_prompts_shown_are_those_of_the_rollout(looked: Callable[..., Look], tmp_path: Any) -> None:
     tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "model")
-    words = ["stage=grpo", f"inputs.policy={tmp_path / 'model'}", "reward=gold", "rollout.samples=2"]
-    look = looked(*SMALL, *words, "rollout.max_new_tokens=4", "data.max_length=96")
+    words = ["stage=grpo", f"inputs.policy={tmp_path / 'model'}", "reward=gold", "sampler.samples=2"]
+    look = looked(*SMALL, *words, "sampler.max_new_tokens=4", "data.max_length=96")
     shown, trained = batch_at(look.stage(look.steps[-1]), 1), trained_batch(look, 1)
     assert list(shown) == list(trained)
 
 
-def test_beyond_the_last_step(looked: Callable[..., Look]) -> None:
+def test_a_step_beyond_the_last_is_refused(looked: Callable[..., Look]) -> None:
     look = looked("stage=sft", *SMALL)
     with pytest.raises(UserError, match="--step 99: the run has 6 steps, 0 to 5"):
         batch_at(look.stage(look.steps[-1]), 99)
 
 
-def test_without_colour_brackets_hold_what_is_trained() -> None:
+def test_without_colour_brackets_mark_trained_tokens() -> None:
     model = tiny_model()
     rows = pack([Encoded([10, 11, 12], [False, True, True]), Encoded([13, 14], [True, True])], 8)
     batch = collate([*rows, Encoded([15], [False])], pad_id=model.pad_id)
     lines = [line.plain for line in tokens.batch_lines(model.tokenizer, batch, [0, 1], colour=False)]
     words = [tokens.token(model.tokenizer, index) for index in (10, 11, 12, 13, 14, 15)]
     assert lines[0] == "row 0: 5 tokens, 3 trained, 0 padding; 2 documents, positions 0-2 | 0-1"
-    # The first token of a document has no predecessor and is never trained, whatever its mask says.
+    # The first token of a document has no predecessor and is never trained, whatever its mask is.
     assert lines[1] == f"{words[0]}¦[{words[1]}¦{words[2]}] // {words[3]}¦[{words[4]}]"
     assert lines[2] == "row 1: 1 tokens, 0 trained, 4 padding; positions 0-0"
     assert lines[3] == f"{words[5]}¦(<|pad|> x 4)"
 
 
-def test_in_colour_the_same_words_without_marks() -> None:
+def test_in_colour_the_text_has_no_brackets() -> None:
     model = tiny_model()
     batch = collate([Encoded([10, 11, 12], [False, True, False])], pad_id=model.pad_id)
     plain, coloured = (

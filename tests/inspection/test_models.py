@@ -1,4 +1,4 @@
-"""Counts and bytes of models without weights, against the models and optimizers themselves."""
+"""Parameter counts and bytes of models without weights, against the real models and optimizers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +8,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf.build import build_stage, instantiated
 from rlhf.inspection.composing import Look, read_examples
 from rlhf.inspection.memory import kept_for_backward
-from rlhf.inspection.optimizer_state import StateSize, state_bytes
 from rlhf.inspection.roles import roles_of
-from rlhf.inspection.shapes import Weightless, quantize, sizes, without_weights
 from rlhf.models.adapters import NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.fake_tensors import FakeWeights, fake_weights, quantize, sizes
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.optimizer_state import StateSize, state_bytes
 from rlhf.models.precision import Precision
+from rlhf.planning.instantiate import build_option
+from rlhf.running.build import build_stage
 from rlhf.testing import tiny_model
 from tests.inspection.conftest import SMALL
 from tests.stages.conftest import fit
@@ -26,14 +27,16 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def held(tensors: Any) -> int:
-    """Bytes of different tensors."""
+    """Return the bytes of distinct tensors."""
     return sum(t.numel() * t.element_size() for t in {id(tensor): tensor for tensor in tensors}.values())
 
 
 @pytest.mark.parametrize(
     "words", [[], ["adapter=lora"], ["adapter=dora", "precision=bf16_true"]], ids=["whole", "lora", "dora in bf16"]
 )
-def test_weights_gradients_and_optimizer_are_those_of_a_run(looked: Callable[..., Look], words: list[str]) -> None:
+def test_memory_of_weights_gradients_and_optimizer_equals_that_of_a_run(
+    looked: Callable[..., Look], words: list[str]
+) -> None:
     look = looked("stage=sft", *SMALL, *words)
     step = look.steps[-1]
     (role,) = roles_of(look, look.stage(step))
@@ -62,8 +65,8 @@ def test_weights_gradients_and_optimizer_are_those_of_a_run(looked: Callable[...
 
 
 @pytest.mark.parametrize("file", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda file: file.stem)
-def test_state_of_an_optimizer(file: Path) -> None:
-    make = instantiated(OmegaConf.load(file))
+def test_optimizer_state_is_counted(file: Path) -> None:
+    make = build_option(OmegaConf.load(file))
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((96, 128), (64, 64), (100,), (7, 9))]
     optimizer = make(weights)
     for weight in weights:
@@ -89,7 +92,7 @@ def test_ppo_with_an_adapter_has_no_second_base(looked: Callable[..., Look], tmp
     assert lora["policy"].trained < lora["policy"].parameters / 2
 
 
-def test_quantised_layers_take_what_bitsandbytes_takes() -> None:
+def test_quantised_layers_take_the_bytes_of_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -110,7 +113,7 @@ def test_quantised_layers_take_what_bitsandbytes_takes() -> None:
 
 
 def stored(layer: Any) -> int:
-    """Bytes of a quantised layer with everything that is needed to read it."""
+    """Return the bytes of a quantised layer with everything that is needed to read it."""
     weight = layer.weight
     tensors = [weight.data]
     state = getattr(weight, "quant_state", None)
@@ -124,7 +127,7 @@ def stored(layer: Any) -> int:
     return held(tensors)
 
 
-def test_activations_are_those_that_autograd_keeps(looked: Callable[..., Look]) -> None:
+def test_activations_are_those_that_autograd_saves(looked: Callable[..., Look]) -> None:
     look = looked("stage=sft", *SMALL)
     step = look.steps[-1]
     stage, precision = look.stage(step), Precision("32-true")
@@ -140,13 +143,13 @@ def test_activations_are_those_that_autograd_keeps(looked: Callable[..., Look]) 
         real.hidden(torch.zeros(4, 24, dtype=torch.long), torch.ones(4, 24))
     own = {value.untyped_storage().data_ptr() for value in [*real.parameters(), *real.buffers()]}
     measured = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-    # Without numbers transformers makes a mask that it leaves out where it can see that nothing is masked.
+    # Without values transformers builds a mask that it omits where it can see that nothing is masked.
     assert measured <= counted <= measured + 4 * 2 * 4 * 24 * 24
 
 
-def test_seventy_billion_weights_take_no_memory() -> None:
-    spec = instantiated(OmegaConf.merge(OmegaConf.load(CONF / "model" / "llama2_70b.yaml"), {"path": None}))
-    with without_weights(Weightless()):
+def test_inspecting_70b_weights_allocates_no_memory() -> None:
+    spec = build_option(OmegaConf.merge(OmegaConf.load(CONF / "model" / "llama2_70b.yaml"), {"path": None}))
+    with fake_weights(FakeWeights()):
         tokenizer = tiny_model().tokenizer
         model = CausalLM._weights(
             spec, __import__("transformers").AutoModelForCausalLM, NoAdapter(), Precision("bf16-true"), tokenizer
@@ -158,7 +161,7 @@ def test_seventy_billion_weights_take_no_memory() -> None:
     assert 2 * count <= weights < 2 * count + 2**20
 
 
-def test_a_step_that_has_not_run_has_its_models_all_the_same(looked: Callable[..., Look]) -> None:
+def test_models_of_a_step_that_has_not_run_are_counted(looked: Callable[..., Look]) -> None:
     words = ["pretrain.data.size=64", "sft.data.size=40", "align.stage.batch_size=8", "align.data.size=16"]
     look = looked("pipeline=instructgpt", *words)
     roles = {role.name: role for role in roles_of(look, look.stage(look.steps[-1], strict=False))}

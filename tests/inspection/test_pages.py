@@ -1,4 +1,4 @@
-"""The pages as they are printed, and mistakes: one line and status 2."""
+"""Pages as they are printed, and mistakes: one line and status 2."""
 
 import json
 import re
@@ -10,10 +10,10 @@ import pytest
 from rlhf.cli import main
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.errors import UserError
-from rlhf.inspection import refusal
 from rlhf.inspection.composing import planned
 from rlhf.inspection.lengths import histogram
 from rlhf.inspection.template_page import facts_of
+from rlhf.planning.checks import memory as refusal
 from rlhf.testing import tiny_model
 from tests.inspection.conftest import MODEL, SMALL
 
@@ -21,7 +21,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """(exit status, what was printed, columns one space apart) of `rlhf inspect WORDS`."""
+    """Return (exit status, output with single spaces between columns) of `rlhf inspect WORDS`."""
     code = main.run(["inspect", *words])
     captured = capsys.readouterr()
     return code, re.sub("  +", " ", captured.out + captured.err)
@@ -53,7 +53,9 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("batch pipeline=dpo step=nope", "step=nope: not among the steps that would run"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+def test_a_mistake_is_reported_in_one_line_with_status_2(
+    capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
     (Path("bare") / "model").mkdir(parents=True)
     (Path("bare") / "model" / "tokenizer_config.json").write_text("{}")
     Path("half.json").write_text('[{"prompt": ""}]')
@@ -81,7 +83,7 @@ def test_every_bad_row_is_named_with_its_reason(capsys: pytest.CaptureFixture[st
 
 
 def test_records_that_do_not_fit_are_named_or_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten are named; those that are not are counted, so that nobody takes ten for all of them."""
+    """Ten are named and the rest is counted, so that nobody takes ten for all of them."""
     rows = [{"instruction": f"Question {i}?", "output": "Yes. " * 60} for i in range(15)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["stage=sft", "data=alpaca", "data.source=mine.jsonl", "data.max_length=40", "data.validation=2"]
@@ -97,8 +99,8 @@ def test_records_that_do_not_fit_are_named_or_counted(capsys: pytest.CaptureFixt
     assert code == 0 and "14 prompts are longer than" in out and " ... 4 more\n" in out, out
 
 
-def test_what_the_template_makes_of_records_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Control tokens that are spelled, dialogues that it refuses, equal prompts that cannot be split."""
+def test_effects_of_the_chat_template_on_records_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """Spelled control tokens, dialogues that the template refuses, equal prompts that cannot be split."""
     rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]} for _ in range(9)]
     rows[4]["messages"][1]["content"] = "Type <|end|>"
     rows.append({"messages": rows[0]["messages"][1:]})
@@ -115,9 +117,7 @@ def test_what_the_template_makes_of_records_is_said(capsys: pytest.CaptureFixtur
     assert "1 held out where 3 were asked for: equal prompts stay on one side" in out
 
 
-def test_the_testbed_is_not_read_in_silence_for_a_model_of_ones_own(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_reading_the_testbed_with_a_user_model_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "mine")
     words = ["stage=sft", "data.size=8", "data.validation=2", f"model.path={tmp_path / 'mine'}"]
     said = "this is the testbed's data, because none was named for your model; type data=NAME data.source=FILE"
@@ -149,7 +149,7 @@ def test_grades_and_tags_are_counted(capsys: pytest.CaptureFixture[str]) -> None
     assert "ties dropped 1 " in out
 
 
-def test_plan_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_page_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["stage=sft", "data.size=40", "data.validation=8", "stage.batch_size=8", "stage.micro_batch_size=3"]
     code, out = typed(capsys, "plan", *words, "stage.epochs=3", *MODEL)
     assert code == 0, out
@@ -161,10 +161,10 @@ def test_plan_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("outputs").exists()
 
 
-def test_plan_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_page_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["align.stage.steps=5", "align.stage.epochs=2", "align.stage.minibatches=2", "align.stage.batch_size=8"]
     small = ["pretrain.data.size=64", "sft.data.size=40", "collect.data.size=8", "align.data.size=16"]
-    words += ["align.rollout.samples=4", "align.rollout.max_new_tokens=10", "align.stage.micro_batch_size=6"]
+    words += ["align.sampler.samples=4", "align.sampler.max_new_tokens=10", "align.stage.micro_batch_size=6"]
     code, out = typed(capsys, "plan", "pipeline=instructgpt", "stage@align=grpo", *words, *small, *MODEL)
     assert code == 0, out
     lines = [line.strip() for line in out.split("Amounts")[1].splitlines()]
@@ -172,17 +172,19 @@ def test_plan_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
     def last(name: str) -> str:
         return next(line.split()[-1] for line in lines if line.startswith(name))
 
-    assert last("replies per rollout") == "32"  # 8 prompts, 4 replies
+    assert last("responses per rollout") == "32"  # 8 prompts, 4 responses
     assert last("accumulation") == "3"  # minibatches of 16, micro-batches of 6
     assert last("optimizer steps") == "20"  # 5 rollouts, 2 epochs, 2 minibatches
     assert last("tokens sampled") == "1,600"  # 5 x 32 x 10
 
 
-def test_plan_counts_prompts_as_long_as_training_reads_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """One long prompt does not fit and is left out: it must not make the batch of the estimate longer either."""
+def test_the_plan_page_counts_prompts_as_training_reads_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A long prompt that does not fit is dropped: it must not make the estimated batch longer either."""
     rows = [{"prompt": "Who lives in Rome?"}] * 15 + [{"prompt": "Who lives in Rome? " * 60}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    align = ["align.data.validation=0", "align.data.max_length=40", "align.rollout.max_new_tokens=10"]
+    align = ["align.data.validation=0", "align.data.max_length=40", "align.sampler.max_new_tokens=10"]
     words = ["pipeline=instructgpt", f"align.data.source={tmp_path}/prompts.jsonl", *align, "align.stage.batch_size=8"]
     small = ["pretrain.data.size=64", "sft.data.size=40", "collect.data.size=8"]
     code, out = typed(capsys, "plan", *words, *small, *MODEL)
@@ -193,7 +195,7 @@ def test_plan_counts_prompts_as_long_as_training_reads_them(capsys: pytest.Captu
     assert amounts.split()[-1] == "15"
 
 
-def test_template_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_template_page(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "template", "stage=sft", *SMALL, *MODEL)
     assert code == 0, out
     for name in ("prefix-preserving", "end of turn is trained", "tool's turn"):
@@ -201,7 +203,7 @@ def test_template_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[Rome.<|end|>]" in out.replace("¦", "")
 
 
-def test_a_template_that_rewrites_the_past_is_said(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_reported(tmp_path: Path) -> None:
     from rlhf.testing import tiny_model
 
     tokenizer = tiny_model().tokenizer
@@ -224,32 +226,32 @@ def test_histogram_counts_every_length() -> None:
     assert list(histogram("total", [])) == []
 
 
-def test_more_than_the_machine_has_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_the_machine_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     (step,) = planned(["stage=sft", *SMALL, *MODEL]).steps
-    refusal.refuse_too_large([step])
+    refusal.check_memory([step])
     need = refusal.trained_bytes(step.config)
-    # float32 weights, gradients and two moments: 16 bytes a weight, and a little for buffers and counters
+    # float32 weights, gradients and two moments: 16 bytes per weight, and a little for buffers and counters
     weights = refusal.rough_parameters(step.config["model"])
     assert 0 < need < 16 * weights * 1.2
     monkeypatch.setattr(refusal, "SMALL", 0)
     monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
     with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take .* type a smaller model="):
-        refusal.refuse_too_large([step])
+        refusal.check_memory([step])
     monkeypatch.setattr(refusal, "machine_memory", lambda: need)
-    refusal.refuse_too_large([step])
+    refusal.check_memory([step])
     monkeypatch.setattr(refusal, "machine_memory", lambda: 1)
     monkeypatch.setenv(refusal.SWITCH, "0")
-    refusal.refuse_too_large([step])
+    refusal.check_memory([step])
     monkeypatch.delenv(refusal.SWITCH)
     gpu = SimpleNamespace(config={**step.config, "trainer": {"accelerator": "gpu"}}, folder=step.folder, name="sft")
-    refusal.refuse_too_large([gpu])  # type: ignore[list-item]
+    refusal.check_memory([gpu])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
     ("option", "name", "stage"),
     [("alpaca", "alpaca_en_demo.json", "sft"), ("graded_preferences", "graded_preferences.jsonl", "reward_model")],
 )
-def test_real_files(capsys: pytest.CaptureFixture[str], option: str, name: str, stage: str) -> None:
+def test_pages_of_real_files(capsys: pytest.CaptureFixture[str], option: str, name: str, stage: str) -> None:
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is absent")
     words = [f"stage={stage}", f"data={option}", f"data.source={SHARED / name}", "data.size=60"]

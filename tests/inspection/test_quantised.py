@@ -1,4 +1,4 @@
-"""Pages and the memory refusal with a quantised base: bitsandbytes needs numbers, models without weights have none."""
+"""Pages and the memory check with a quantised base: bitsandbytes needs values, and models without weights have none."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rlhf.build import build_stage
 from rlhf.cli import main
 from rlhf.errors import UserError
-from rlhf.inspection import refusal
 from rlhf.inspection.composing import Look, planned
-from rlhf.inspection.optimizer_state import state_bytes
 from rlhf.inspection.roles import Role, roles_of
-from rlhf.inspection.shapes import Int8, Nf4
+from rlhf.models.fake_tensors import Int8, Nf4
+from rlhf.models.optimizer_state import state_bytes
+from rlhf.planning.checks import memory as refusal
+from rlhf.running.build import build_stage
 from rlhf.testing import tiny_model
 from tests.inspection.conftest import SMALL
 from tests.inspection.test_models import held, stored
@@ -26,7 +26,7 @@ IDS = ["nf4", "nf4 with plain scales", "int8"]
 
 @pytest.fixture
 def policy(tmp_path: Path) -> str:
-    """What is typed to start from a small local model."""
+    """Return the override that starts from a small local model."""
     tiny_model(("Where does Amy live?", "Amy lives in Bath.")).save(tmp_path / "model")
     return f"model.path={tmp_path / 'model'}"
 
@@ -50,22 +50,22 @@ def test_plan_of_a_pipeline_on_a_quantised_base(capsys: pytest.CaptureFixture[st
 
 
 def bytes_of(module: torch.nn.Module) -> int:
-    """Bytes of a real model, its quantised layers with what is needed to read them."""
+    """Return the bytes of a real model, its quantised layers with what is needed to read them."""
     total, plain = 0, []
     for part in module.modules():
-        weight = part._parameters.get("weight")  # an adapter's layer shows its base's as a property
+        weight = part._parameters.get("weight")  # an adapter's layer exposes its base's as a property
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             total += stored(part)
             state: Any = getattr(part, "state", None)
             if getattr(weight, "SCB", None) is None and getattr(state, "SCB", None) is not None:
-                total += held([state.SCB])  # where the first forward of 8 bits moves the scales to
+                total += held([state.SCB])  # where the first forward pass in 8 bits moves the scales
         else:
             plain += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
     return total + held(plain)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
-def test_bytes_are_those_of_a_real_quantised_run(policy: str, form: list[str]) -> None:
+def test_bytes_equal_those_of_a_real_quantised_run(policy: str, form: list[str]) -> None:
     look = Look(planned(["stage=sft", policy, *SMALL, *form]).steps)
     step = look.steps[-1]
     told: Role
@@ -84,24 +84,24 @@ def test_bytes_are_those_of_a_real_quantised_run(policy: str, form: list[str]) -
     assert told.weights == bytes_of(stage)
     assert told.trained == sum(value.numel() for value in trained)
     assert told.gradients == held(trained) and told.optimizer == state_bytes(made[0])
-    # what the refusal counts for the same run
+    # the memory check's count for the same run
     assert refusal.trained_bytes(step.config) == told.weights + told.gradients + told.optimizer
     layers = [part for part in look.policy(look.stage(step)).modules() if isinstance(part, Nf4 | Int8)]
     assert len(layers) == 14, "seven linear layers in each of two blocks"
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[2]], ids=["nf4", "int8"])
-def test_a_large_quantised_run_is_counted_and_not_refused_for_its_format(
+def test_the_memory_of_a_large_quantised_run_is_counted(
     policy: str, form: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (step,) = planned(["stage=sft", policy, *SMALL, *form]).steps
     monkeypatch.setattr(refusal, "SMALL", 0)
     monkeypatch.setattr(refusal, "CLOSE", 0)
-    refusal.refuse_too_large([step])
+    refusal.check_memory([step])
     need = refusal.trained_bytes(step.config)
     monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
     with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take"):
-        refusal.refuse_too_large([step])
+        refusal.check_memory([step])
 
 
 def test_random_weights_are_refused_as_in_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A trained-tokenizer Llama small enough for unit tests, in memory and as a folder."""
+"""Llama with a trained tokenizer, small enough for unit tests, in memory and as a directory."""
 
 from pathlib import Path
 
@@ -23,25 +23,25 @@ FP32 = Precision("32-true")
 
 
 def corpus() -> list[str]:
-    """Enough text for a few merges."""
+    """Return enough text for a few merges."""
     return ["The capital of France is Paris.", "The river of Egypt is the Nile."] * 4
 
 
 def spec(path: str | Path | None = None, **changes: object) -> CausalLM:
-    """conf/model in Python."""
+    """Return conf/model as a Python object."""
     arguments = {"path": str(path) if path else None, "architecture": ARCHITECTURE, "vocab_size": 300, **changes}
     return CausalLM(**arguments)  # type: ignore[arg-type]
 
 
 def random_model(**changes: object) -> LanguageModel:
-    """Random weights, large enough that logits differ well."""
+    """Return a model with random weights, large enough that logits differ well."""
     torch.manual_seed(0)
     architecture = {**ARCHITECTURE, "initializer_range": 0.2, **changes}
     return spec(architecture=architecture).load(NoAdapter(), FP32, corpus)
 
 
 def move_adapter(model: torch.nn.Module, by: float = 0.05) -> None:
-    """What training would do to an adapter that starts at zero."""
+    """Move an adapter that starts at zero, as training would."""
     torch.manual_seed(1)
     for name, value in model.named_parameters():
         if ".lora_B." in name or "magnitude" in name:
@@ -55,7 +55,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, saved."""
+    """Return the directory of the same model, saved."""
     folder = tmp_path_factory.mktemp("run") / "model"
     random_model().save(folder)
     return folder
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and loss mask, [3, 10], right-padded."""
+    """Return ids, attention mask and loss mask, [3, 10], right-padded."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(6, 260, (3, 10), generator=generator)
     mask = torch.arange(10) < torch.tensor([10, 7, 4])[:, None]

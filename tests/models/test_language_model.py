@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import RunFailed
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.reference import start_reference
 from tests.models.conftest import FP32, corpus, random_model, spec
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def plain_logprobs(model: LanguageModel, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of one unpadded row by the architecture's own logits, [T-1]."""
+    """Return log-probabilities of one unpadded row from the architecture's own logits, [T-1]."""
     logits = model.base(input_ids=ids[None]).logits[0, :-1].float() / temperature
     return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_each_row_alone(model: LanguageModel, batch: Batch, temperature: float) -> None:
+def test_logprobs_equal_those_of_each_row_alone(model: LanguageModel, batch: Batch, temperature: float) -> None:
     ids, mask, counts = batch
-    logp, entropy = model.logprobs(ids, mask, None, counts, temperature=temperature, entropy=True)
+    logp, entropy = model.logprobs(TokenBatch.of(ids, mask, counts), temperature=temperature, entropy=True)
     assert logp.shape == ids.shape and entropy is not None and entropy.shape == ids.shape
     for row, length in enumerate(mask.sum(1).tolist()):
         expected = plain_logprobs(model, ids[row, :length], temperature)
@@ -33,27 +35,27 @@ def test_logprobs_are_those_of_each_row_alone(model: LanguageModel, batch: Batch
     assert (logp[~counts] == 0).all() and (entropy[~counts] == 0).all() and (entropy[counts] > 0).all()
 
 
-def test_padding_side_does_not_matter(model: LanguageModel, batch: Batch) -> None:
+def test_logprobs_do_not_depend_on_the_padding_side(model: LanguageModel, batch: Batch) -> None:
     ids, mask, counts = batch
-    right, _ = model.logprobs(ids, mask, None, counts)
+    right, _ = model.logprobs(TokenBatch.of(ids, mask, counts))
     shift = [10 - int(n) for n in mask.sum(1)]
     roll = lambda x: torch.stack([row.roll(s) for row, s in zip(x, shift, strict=True)])  # noqa: E731
     left_mask = roll(mask)
     positions = (left_mask.long().cumsum(1) - 1).clamp(min=0)
-    left, _ = model.logprobs(roll(ids), left_mask, positions, roll(counts))
+    left, _ = model.logprobs(TokenBatch.of(roll(ids), left_mask, roll(counts), positions))
     torch.testing.assert_close(left, roll(right), atol=1e-5, rtol=1e-5)
     both_mask, both = torch.nn.functional.pad(left_mask, (2, 3)), torch.nn.functional.pad(roll(ids), (2, 3))
-    middle, _ = model.logprobs(both, both_mask, None, torch.nn.functional.pad(roll(counts), (2, 3)))
+    middle, _ = model.logprobs(TokenBatch.of(both, both_mask, torch.nn.functional.pad(roll(counts), (2, 3))))
     torch.testing.assert_close(middle[:, 2:-3], left, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_documents_do_not_see_each_other(model: LanguageModel) -> None:
+def test_packed_documents_do_not_attend_to_each_other(model: LanguageModel) -> None:
     first, second = torch.arange(10, 17), torch.arange(40, 45)
     ids = torch.cat([first, second, torch.zeros(3, dtype=torch.long)])[None]
     mask = ids > 0
     positions = torch.cat([torch.arange(7), torch.arange(5), torch.arange(3)])[None]
     counts = mask & (positions > 0)
-    logp, _ = model.logprobs(ids, mask, positions, counts)
+    logp, _ = model.logprobs(TokenBatch.of(ids, mask, counts, positions))
     torch.testing.assert_close(logp[0, 1:7], plain_logprobs(model, first), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logp[0, 8:12], plain_logprobs(model, second), atol=1e-5, rtol=1e-5)
 
@@ -69,7 +71,7 @@ def test_packed_documents_do_not_see_each_other(model: LanguageModel) -> None:
     ],
     ids=lambda a: a["model_type"],
 )
-def test_other_architectures(architecture: dict) -> None:
+def test_logprobs_of_other_architectures(architecture: dict) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 2}
     if architecture["model_type"] == "gpt2":
@@ -78,11 +80,11 @@ def test_other_architectures(architecture: dict) -> None:
     made = spec(architecture=shape | architecture, attention=attention).load(NoAdapter(), FP32, corpus)
     made.eval()
     ids = torch.arange(10, 16)
-    logp, _ = made.logprobs(ids[None], torch.ones(1, 6), None, torch.ones(1, 6))
+    logp, _ = made.logprobs(TokenBatch.of(ids[None], torch.ones(1, 6), torch.ones(1, 6)))
     torch.testing.assert_close(logp[0, 1:], plain_logprobs(made, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_cache_gives_the_same_states(model: LanguageModel, batch: Batch) -> None:
+def test_the_key_value_cache_gives_the_same_states(model: LanguageModel, batch: Batch) -> None:
     ids, mask, _ = batch
     whole = model.hidden(ids[:1], mask[:1])
     positions = torch.arange(10)[None]
@@ -98,33 +100,33 @@ def test_gradient_checkpointing_changes_nothing_but_memory(batch: Batch) -> None
     ids, mask, counts = batch
     plain, saving = random_model(), random_model().gradient_checkpointing()
     for each in (plain, saving):
-        each.train().logprobs(ids, mask, None, counts)[0].sum().backward()
+        each.train().logprobs(TokenBatch.of(ids, mask, counts))[0].sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_nothing_counts_still_has_a_graph(model: LanguageModel, batch: Batch) -> None:
+def test_a_fully_masked_batch_still_has_a_graph(model: LanguageModel, batch: Batch) -> None:
     ids, mask, _ = batch
-    logp, _ = model.logprobs(ids, mask, None, torch.zeros_like(mask))
+    logp, _ = model.logprobs(TokenBatch.of(ids, mask, torch.zeros_like(mask)))
     logp.sum().backward()
     assert (logp == 0).all() and model.trainable_parameters()[-1].grad is not None
 
 
-def test_reference_stays_when_the_policy_moves(model: LanguageModel, batch: Batch) -> None:
+def test_the_reference_is_unchanged_when_the_policy_moves(model: LanguageModel, batch: Batch) -> None:
     ids, mask, counts = batch
-    reference = model.reference()
-    before = reference.logprobs(ids, mask, None, counts)
-    logp, _ = model.logprobs(ids, mask, None, counts)
+    reference = start_reference(model)
+    before = reference.logprobs(TokenBatch.of(ids, mask, counts))
+    logp, _ = model.logprobs(TokenBatch.of(ids, mask, counts))
     assert torch.equal(before, logp) and not before.requires_grad
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
     logp.sum().backward()
     optimizer.step()
-    assert torch.equal(reference.logprobs(ids, mask, None, counts), before)
-    assert not torch.equal(model.logprobs(ids, mask, None, counts)[0], before)
+    assert torch.equal(reference.logprobs(TokenBatch.of(ids, mask, counts)), before)
+    assert not torch.equal(model.logprobs(TokenBatch.of(ids, mask, counts))[0], before)
     assert not reference.shared and model.training
 
 
-def test_saved_folder_is_plain_hugging_face(model: LanguageModel, batch: Batch, tmp_path: Path) -> None:
+def test_a_saved_model_is_a_plain_hugging_face_directory(model: LanguageModel, batch: Batch, tmp_path: Path) -> None:
     ids, mask, _ = batch
     model.save(tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -136,10 +138,13 @@ def test_saved_folder_is_plain_hugging_face(model: LanguageModel, batch: Batch, 
     assert not list(tmp_path.rglob("*.bin")) and not (tmp_path / "adapter").exists()
 
 
-def test_saved_and_loaded_again_is_equal(folder: Path, batch: Batch) -> None:
+def test_a_saved_and_reloaded_model_is_equal(folder: Path, batch: Batch) -> None:
     ids, mask, counts = batch
-    again = spec(folder.parent).load(NoAdapter(), FP32)  # a run folder does as well as its model folder
-    assert torch.equal(again.logprobs(ids, mask, None, counts)[0], random_model().logprobs(ids, mask, None, counts)[0])
+    again = spec(folder.parent).load(NoAdapter(), FP32)  # a run directory does as well as its model folder
+    assert torch.equal(
+        again.logprobs(TokenBatch.of(ids, mask, counts))[0],
+        random_model().logprobs(TokenBatch.of(ids, mask, counts))[0],
+    )
 
 
 def test_cast_keeps_rotary_frequencies(model: LanguageModel) -> None:

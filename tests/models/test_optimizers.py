@@ -1,4 +1,4 @@
-"""Optimizers and schedules as the YAML files give them."""
+"""Optimizers and schedules as the YAML files configure them."""
 
 import importlib
 from pathlib import Path
@@ -14,7 +14,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 @pytest.mark.parametrize("file", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda f: f.stem)
-def test_optimizer_trains_and_resumes(file: Path) -> None:
+def test_every_optimizer_trains_and_resumes(file: Path) -> None:
     node = OmegaConf.load(file)
     node.lr = 0.01
     build = instantiate(node)
@@ -51,7 +51,7 @@ def test_every_option_builds(group: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", [Constant(0.25), Linear(0.25, 0.1), Cosine(0.25, 0.1)])
-def test_schedule(schedule: Constant) -> None:
+def test_schedules_by_hand(schedule: Constant) -> None:
     factors = [schedule(step, 20) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1.0 and all(0 < factor <= 1 for factor in factors)
@@ -59,17 +59,17 @@ def test_schedule(schedule: Constant) -> None:
     assert factors[5:] == sorted(factors[5:], reverse=True)
 
 
-def test_a_short_run_warms_up_too():
+def test_a_short_run_has_a_warm_up():
     """3% of 20 updates is less than one, whose factor would be 1: five updates as in Llama 2, up to half the run."""
     assert [Cosine()(step, 20) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert [Cosine()(step, 6) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert Cosine()(0, 2) == 0.5 and Cosine()(0, 1) == 0.5
     assert [Cosine(min_warmup=0)(step, 20) for step in range(2)] == [1.0, 1.0]
     assert Cosine()(9, 1000) == pytest.approx(1 / 3)  # 30 updates
-    assert Constant()(0, 20) == Linear()(0, 20) == 1.0  # none was asked for
+    assert Constant()(0, 20) == Linear()(0, 20) == 1.0  # no warm-up was configured
 
 
-def test_halfway_of_the_decay() -> None:
+def test_the_factor_halfway_through_the_decay() -> None:
     assert Cosine(0.0, 0.1)(10, 20) == pytest.approx(0.55)
     assert Linear(0.0, 0.0)(10, 20) == pytest.approx(0.5)
     assert Constant()(0, 0) == 1.0

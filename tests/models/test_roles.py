@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import check_gradients
-from rlhf.models.roles import critic_of
+from rlhf.models.roles import load_critic
 from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
 from rlhf.models.shared_base import SharedBase
-from rlhf.scoring import ModelReward
+from rlhf.reward.model import ModelReward
 from tests.models.conftest import FP32, move_adapter, spec
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -28,7 +29,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no safety head", "safety head"])
 def stored(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model trained with LoRA on the model of ``folder``."""
+    """Store a reward model trained with LoRA on the model of ``folder``."""
     torch.manual_seed(2)
     model = ScalarModel.load(folder, LoRA(rank=2))
     move_adapter(model)
@@ -42,8 +43,8 @@ def stored(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytes
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_every_role_of_a_stored_head(adapter: str, stored: Path, folder: Path, batch: Batch) -> None:
-    """As a reward it scores, as a critic it scores the same and every trained weight gets a gradient."""
+def test_a_stored_head_scores_equally_in_every_role(adapter: str, stored: Path, folder: Path, batch: Batch) -> None:
+    """As a reward it scores; as a critic it scores the same, and every trained weight gets a gradient."""
     kind, quantised = ADAPTERS[adapter], "qlora" in adapter
     shared = isinstance(kind, LoRA) and kind.shared_base
     if isinstance(kind, LoRA) and shared:
@@ -52,21 +53,21 @@ def test_every_role_of_a_stored_head(adapter: str, stored: Path, folder: Path, b
     else:
         policy, reward = spec(folder).load(kind, FP32), ModelReward(str(stored)).load()
     ids, mask, _ = batch
-    scores = reward.model.scores(ids, mask)
+    scores = reward.model.scores(TokenBatch.of(ids, mask))
     assert not any(value.requires_grad for value in reward.model.parameters())
     if not (quantised and shared):
-        torch.testing.assert_close(scores, ScalarModel.load(stored).eval().scores(ids, mask).detach())
+        torch.testing.assert_close(scores, ScalarModel.load(stored).eval().scores(TokenBatch.of(ids, mask)).detach())
 
-    critic = critic_of(policy, str(stored)).disable_dropout()
+    critic = load_critic(policy, str(stored)).disable_dropout()
     if not quantised or shared:  # else the critic alone is on rounded weights
-        torch.testing.assert_close(critic.scores(ids, mask).detach(), scores, atol=1e-4, rtol=1e-4)
-    critic.values(ids, mask).square().sum().backward()
+        torch.testing.assert_close(critic.scores(TokenBatch.of(ids, mask)).detach(), scores, atol=1e-4, rtol=1e-4)
+    critic.values(TokenBatch.of(ids, mask)).square().sum().backward()
     check_gradients(critic)
     assert critic.safety_head is None
     assert any(value.requires_grad for value in critic.parameters())
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
-def test_no_role_of_a_language_model(adapter: str, stored: Path) -> None:
+def test_a_language_model_has_no_scalar_role(adapter: str, stored: Path) -> None:
     with pytest.raises(UserError, match="a language model is needed here"):
         CausalLM(str(stored), None, None).load(ADAPTERS[adapter], FP32)

@@ -1,4 +1,4 @@
-"""One base, many roles: each role is the model it would be with weights of its own, and the weights are there once."""
+"""One base, many roles: each role equals the model with separate weights, and the weights are stored once."""
 
 import json
 import shutil
@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
 from rlhf.models.footprint import footprint
 from rlhf.models.language_model import LanguageModel, check_gradients
 from rlhf.models.lineage import chain, common_base, digest
-from rlhf.models.roles import critic_of, reference_of
+from rlhf.models.reference import start_reference
+from rlhf.models.roles import load_critic, load_reference
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase, share
 from tests.models.conftest import FP32, move_adapter, random_model, spec
@@ -25,7 +27,7 @@ ONE = LoRA(rank=4, shared_base=True)
 
 
 def save_policy(folder: Path, base: Path, adapter: NoAdapter) -> Path:
-    """A run that trained an adapter on ``base``, or all weights."""
+    """Save a run that trained an adapter on ``base``, or all weights."""
     model = spec(base).load(adapter, FP32)
     move_adapter(model)
     model.save(folder / "model")
@@ -33,7 +35,7 @@ def save_policy(folder: Path, base: Path, adapter: NoAdapter) -> Path:
 
 
 def save_scorer(folder: Path, base: Path, adapter: NoAdapter, seed: int = 3) -> Path:
-    """The same of a reward model, as its stage does it: a head on a language model; its scores normalised."""
+    """Save a reward model as its stage does: a head on a language model, with normalised scores."""
     torch.manual_seed(seed)
     model = ScalarModel.load(spec(base).load(adapter, FP32))
     move_adapter(model)
@@ -44,7 +46,7 @@ def save_scorer(folder: Path, base: Path, adapter: NoAdapter, seed: int = 3) -> 
 
 
 class Runs(NamedTuple):
-    """pre <- sft (LoRA) <- judge (reward model, LoRA), and pre <- scorer (reward model, LoRA)."""
+    """Paths of runs: pre <- sft (LoRA) <- judge (reward model, LoRA), and pre <- scorer (reward model, LoRA)."""
 
     root: Path
     pre: Path
@@ -64,15 +66,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def roles_on(policy: Path, scorer: Path, adapter: LoRA = ONE, **changes: object) -> tuple:
-    """Policy, reference, critic and reward model on one base."""
+    """Return policy, reference, critic and reward model on one base."""
     key = {"reward.path": str(scorer), "stage.value": str(scorer)}
     base = SharedBase.find(spec(policy, **changes), adapter, FP32, key, ["stage.value"]).load()
     reward, model = base.scalar(str(scorer)), base.policy()
-    return base, model, model.reference(), critic_of(model, str(scorer)), reward
+    return base, model, start_reference(model), load_critic(model, str(scorer)), reward
 
 
 def train(model: nn.Module) -> None:
-    """What training would do to the adapters that learn."""
+    """Move the trainable adapters, as training would."""
     torch.manual_seed(1)
     for name, value in model.named_parameters():
         if ".lora_B.default." in name:
@@ -83,7 +85,7 @@ def train(model: nn.Module) -> None:
 # -- which base -------------------------------------------------------------------------------------------------------
 
 
-def test_chains_meet_as_near_to_the_policy_as_they_can(runs: Runs) -> None:
+def test_the_common_base_is_the_nearest_to_the_policy(runs: Runs) -> None:
     assert [node.path for node in chain(str(runs.judge))] == [str(runs.judge), str(runs.sft), str(runs.pre)]
     base, stacks = common_base(str(runs.sft), {"reward.path": str(runs.judge)})
     assert base.path == str(runs.sft)  # the SFT model's merged weights: its reference is the base itself
@@ -94,13 +96,13 @@ def test_chains_meet_as_near_to_the_policy_as_they_can(runs: Runs) -> None:
     assert stacks[str(runs.sft)] == [runs.sft.parent / "adapter"]
 
 
-def test_the_same_weights_elsewhere_are_the_same_base(runs: Runs, tmp_path: Path) -> None:
+def test_equal_weights_at_another_path_are_the_same_base(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.pre.parent, tmp_path / "copy")
     base, _ = common_base(str(tmp_path / "copy" / "model"), {"reward.path": str(runs.scorer)})
     assert base.path == str(tmp_path / "copy" / "model")
 
 
-def test_another_base_is_one_line_that_says_what_to_type(runs: Runs, tmp_path: Path) -> None:
+def test_a_different_base_is_refused_in_one_line(runs: Runs, tmp_path: Path) -> None:
     whole = save_scorer(tmp_path / "whole", runs.pre, NoAdapter())
     with pytest.raises(
         UserError, match=r"reward.path=.*all of its weights were trained.*adapter.shared_base=false"
@@ -111,13 +113,13 @@ def test_another_base_is_one_line_that_says_what_to_type(runs: Runs, tmp_path: P
         SharedBase.find(spec(), ONE, FP32, {"reward.path": str(whole)})
 
 
-def test_a_base_with_other_weights_by_now_is_refused(runs: Runs, tmp_path: Path) -> None:
+def test_a_base_whose_weights_changed_is_refused(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.root, tmp_path / "outputs")
     scorer = tmp_path / "outputs" / "scorer" / "model"
     file = scorer.parent / "adapter" / "base.json"
     stored = json.loads(file.read_text())
     assert stored["digest"] == digest(str(runs.pre)) and stored["path"] == str(runs.pre)
-    file.write_text(json.dumps({**stored, "path": "/nowhere"}))  # moved outputs: found by its place beside the run
+    file.write_text(json.dumps({**stored, "path": "/nowhere"}))  # moved outputs: found at its place beside the run
     assert chain(str(scorer))[-1].path == str(tmp_path / "outputs" / "pre" / "model")
     save_policy(tmp_path / "outputs" / "pre", runs.sft, LoRA(rank=1))
     with pytest.raises(UserError, match="was trained on other weights than"):
@@ -127,25 +129,30 @@ def test_a_base_with_other_weights_by_now_is_refused(runs: Runs, tmp_path: Path)
         chain(str(scorer))
 
 
-def test_dora_cannot_be_added_up(runs: Runs, tmp_path: Path) -> None:
+def test_stacked_dora_adapters_are_refused(runs: Runs, tmp_path: Path) -> None:
     dora = DoRA(rank=2, shared_base=True)
     with pytest.raises(UserError, match="type adapter=lora for both"):
         roles_on(runs.pre, runs.scorer, dora)
     scorer = save_scorer(tmp_path / "scorer", runs.pre, DoRA(rank=2))
     with pytest.raises(UserError, match="type adapter=lora for both"):
         roles_on(runs.pre, scorer)
-    base = SharedBase.find(spec(runs.pre), dora, FP32, {"reward.path": str(scorer)})  # alone it is one like any other
+    base = SharedBase.find(
+        spec(runs.pre), dora, FP32, {"reward.path": str(scorer)}
+    )  # a single DoRA adapter works like any other
     ids = torch.arange(20).view(2, 10) + 10
     mask = torch.ones_like(ids)
     torch.testing.assert_close(
-        base.scalar(str(scorer)).scores(ids, mask), ScalarModel.load(scorer).scores(ids, mask), atol=1e-5, rtol=1e-5
+        base.scalar(str(scorer)).scores(TokenBatch.of(ids, mask)),
+        ScalarModel.load(scorer).scores(TokenBatch.of(ids, mask)),
+        atol=1e-5,
+        rtol=1e-5,
     )
     assert base.policy().shared is base
 
 
-def test_a_reward_model_trained_on_a_reward_model_finds_the_language_model_below(runs: Runs, tmp_path: Path) -> None:
+def test_a_reward_model_trained_on_a_reward_model_resolves_to_the_language_model(runs: Runs, tmp_path: Path) -> None:
     torch.manual_seed(4)
-    second = ScalarModel.load(runs.scorer, LoRA(rank=2))  # a tree without vocabulary projection
+    second = ScalarModel.load(runs.scorer, LoRA(rank=2))  # a model without a vocabulary projection
     move_adapter(second)
     second.save(tmp_path / "second" / "model")
     ids = torch.arange(20).view(2, 10) + 10
@@ -153,59 +160,64 @@ def test_a_reward_model_trained_on_a_reward_model_finds_the_language_model_below
     base, _, _, critic, reward = roles_on(runs.sft, tmp_path / "second" / "model")
     assert base.path == str(runs.pre) and len(base.stacks[str(tmp_path / "second" / "model")]) == 2
     for model in (critic, reward):
-        torch.testing.assert_close(model.scores(ids, mask), second.scores(ids, mask), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.scores(TokenBatch.of(ids, mask)), second.scores(TokenBatch.of(ids, mask)), atol=1e-5, rtol=1e-5
+        )
 
 
-# -- each role is what it would be ------------------------------------------------------------------------------------
+# -- each role equals the model with separate weights -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scorer", ["judge", "scorer"], ids=["merged", "adapter"])
-def test_roles_equal_those_with_weights_of_their_own(scorer: str, runs: Runs, batch: Batch) -> None:
-    """merged: the base is the SFT model; adapter: it lies below, and the reference is a frozen copy of SFT's LoRA."""
+def test_roles_on_a_shared_base_equal_separate_models(scorer: str, runs: Runs, batch: Batch) -> None:
+    """merged: the base is the SFT model; adapter: it is below, and the reference is a frozen copy of SFT's LoRA."""
     ids, mask, counts = batch
     path = getattr(runs, scorer)
     base, policy, reference, critic, reward = roles_on(runs.sft, path)
     assert base.path == str(runs.sft if scorer == "judge" else runs.pre)
-    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
-    scores = ScalarModel.load(path).scores(ids, mask)
-    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
-    torch.testing.assert_close(policy.logprobs(ids, mask, None, counts)[0], start, atol=1e-5, rtol=0)
+    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
+    scores = ScalarModel.load(path).scores(TokenBatch.of(ids, mask))
+    torch.testing.assert_close(reference.logprobs(TokenBatch.of(ids, mask, counts)), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(policy.logprobs(TokenBatch.of(ids, mask, counts))[0], start, atol=1e-5, rtol=0)
     for model in (reward, critic):
-        torch.testing.assert_close(model.scores(ids, mask), scores, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.scores(TokenBatch.of(ids, mask)), scores, atol=1e-5, rtol=1e-5)
     train(policy)  # what is trained moves the policy and nobody else
     train(critic)
-    assert (policy.logprobs(ids, mask, None, counts)[0] - start).abs().max() > 1e-2
-    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
-    torch.testing.assert_close(reward.scores(ids, mask), scores, atol=1e-5, rtol=1e-5)
-    assert (critic.scores(ids, mask) - scores).abs().max() > 1e-2
+    assert (policy.logprobs(TokenBatch.of(ids, mask, counts))[0] - start).abs().max() > 1e-2
+    torch.testing.assert_close(reference.logprobs(TokenBatch.of(ids, mask, counts)), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward.scores(TokenBatch.of(ids, mask)), scores, atol=1e-5, rtol=1e-5)
+    assert (critic.scores(TokenBatch.of(ids, mask)) - scores).abs().max() > 1e-2
 
 
-def test_an_adapter_alone_is_a_policy_like_its_merged_model(runs: Runs, batch: Batch, tmp_path: Path) -> None:
-    """Its reference is a frozen copy of that adapter; so it goes for one more adapter on top, quantised or not."""
+def test_an_adapter_as_policy_equals_its_merged_model(runs: Runs, batch: Batch, tmp_path: Path) -> None:
+    """Its reference is a frozen copy of that adapter; the same holds for one more adapter on top, quantised or not."""
     ids, mask, counts = batch
     alone = runs.sft.parent / "adapter"
-    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
+    start = spec(runs.sft).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
     policy = SharedBase.find(spec(alone), ONE, FP32, {"reward.path": str(runs.scorer)}).policy()
-    torch.testing.assert_close(policy.reference().logprobs(ids, mask, None, counts), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        start_reference(policy).logprobs(TokenBatch.of(ids, mask, counts)), start, atol=1e-5, rtol=0
+    )
     train(policy)
     policy.save(tmp_path / "model")
     for path in (tmp_path / "model", tmp_path / "adapter"):
-        again = spec(path).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
-        torch.testing.assert_close(again, policy.logprobs(ids, mask, None, counts)[0], atol=1e-4, rtol=0)
+        again = spec(path).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
+        torch.testing.assert_close(again, policy.logprobs(TokenBatch.of(ids, mask, counts))[0], atol=1e-4, rtol=0)
     quantised = SharedBase.find(spec(alone), QLoRA(rank=4, shared_base=True), FP32, {}).policy()
     torch.testing.assert_close(
-        quantised.reference().logprobs(ids, mask, None, counts), quantised.logprobs(ids, mask, None, counts)[0]
+        start_reference(quantised).logprobs(TokenBatch.of(ids, mask, counts)),
+        quantised.logprobs(TokenBatch.of(ids, mask, counts))[0],
     )
     with pytest.raises(UserError, match="adapter.shared_base=true"):
         spec(alone).load(QLoRA(rank=4), FP32)
 
 
-def test_a_reference_of_its_own_sits_on_the_base_too(runs: Runs, batch: Batch) -> None:
+def test_a_separate_reference_shares_the_base(runs: Runs, batch: Batch) -> None:
     ids, mask, counts = batch
     policy = SharedBase.find(spec(runs.sft), ONE, FP32, {"stage.reference": str(runs.pre)}).policy()
-    reference = reference_of(policy, str(runs.pre))
-    expected = spec(runs.pre).load(NoAdapter(), FP32).logprobs(ids, mask, None, counts)[0]
-    torch.testing.assert_close(reference.logprobs(ids, mask, None, counts), expected, atol=1e-6, rtol=0)
+    reference = load_reference(policy, str(runs.pre))
+    expected = spec(runs.pre).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
+    torch.testing.assert_close(reference.logprobs(TokenBatch.of(ids, mask, counts)), expected, atol=1e-6, rtol=0)
     assert footprint({"policy": policy, "reference": reference}).roles["reference"][1] == 0
 
 
@@ -214,7 +226,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @pytest.mark.parametrize("adapter", [ONE, QLoRA(rank=4, shared_base=True)], ids=["lora", "qlora"])
-def test_the_weights_are_there_once(adapter: LoRA, runs: Runs) -> None:
+def test_the_base_weights_are_stored_once(adapter: LoRA, runs: Runs) -> None:
     base, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter)
     assert base.model is not None
     places = {value.data_ptr() for value in base.model.parameters()}
@@ -228,8 +240,8 @@ def test_the_weights_are_there_once(adapter: LoRA, runs: Runs) -> None:
     assert once <= held.held < 0.45 * held.copies
 
 
-def test_layers_are_named_as_on_a_base_of_its_own(runs: Runs) -> None:
-    """Beneath the policy's adapter lies another one already, which hides the layers' types."""
+def test_layer_names_are_resolved_as_on_a_separate_base(runs: Runs) -> None:
+    """An earlier adapter below the policy's hides the layers' types."""
     others = {"scorer": str(runs.scorer)}
     shared = SharedBase.find(spec(runs.sft), LoRA(rank=2, modules=["q_proj"], shared_base=True), FP32, others)
     policy = shared.policy()
@@ -243,26 +255,28 @@ def test_layers_are_named_as_on_a_base_of_its_own(runs: Runs) -> None:
 
 @pytest.mark.parametrize("adapter", [QLoRA(rank=4, shared_base=True), QLoRA(rank=4, quantize="int8", shared_base=True)])
 def test_a_quantised_base_survives_evaluation(adapter: QLoRA, runs: Runs, batch: Batch) -> None:
-    """The repacking of NF4 weights at the first forward without gradient would silence every role at once."""
+    """The repacking of NF4 weights at the first forward pass without gradient would break every role at once."""
     ids, mask, counts = batch
     base, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter)
     assert base.model is not None
     before = {name: value.detach().clone() for name, value in base.model.named_parameters()}
     with torch.no_grad():
-        first = policy.eval().logprobs(ids, mask, None, counts)[0]
-        reward.scores(ids, mask)
-        critic.eval().scores(ids, mask)
-    again = reference.logprobs(ids, mask, None, counts)
+        first = policy.eval().logprobs(TokenBatch.of(ids, mask, counts))[0]
+        reward.scores(TokenBatch.of(ids, mask))
+        critic.eval().scores(TokenBatch.of(ids, mask))
+    again = reference.logprobs(TokenBatch.of(ids, mask, counts))
     torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
     assert all(torch.equal(before[name], value) for name, value in base.model.named_parameters())
     policy.train(), critic.train()
-    (policy.logprobs(ids, mask, None, counts)[0].sum() + critic.scores(ids, mask).sum()).backward()
+    (
+        policy.logprobs(TokenBatch.of(ids, mask, counts))[0].sum() + critic.scores(TokenBatch.of(ids, mask)).sum()
+    ).backward()
     check_gradients(policy)
     check_gradients(critic)
 
 
 def test_a_quantised_role_is_saved_on_the_plain_base(runs: Runs, batch: Batch, tmp_path: Path) -> None:
-    """Merging into NF4 would round the adapters away: all of them go into the base as it was before."""
+    """Merging into NF4 would round the adapters away: all of them are merged into the original base."""
     ids, mask, _ = batch
     saved = {}
     for adapter in (QLoRA(rank=4, shared_base=True), ONE):
@@ -275,7 +289,7 @@ def test_a_quantised_role_is_saved_on_the_plain_base(runs: Runs, batch: Batch, t
         critic.save(to / "critic")
         saved[type(adapter)] = (
             spec(to / "model").load(NoAdapter(), FP32).hidden(ids, mask),
-            ScalarModel.load(to / "critic").scores(ids, mask),
+            ScalarModel.load(to / "critic").scores(TokenBatch.of(ids, mask)),
         )
         assert [node.path for node in chain(str(to / "model"))][1:] == [str(runs.sft), str(runs.pre)]
         assert [node.path for node in chain(str(to / "critic"))][1:] == [str(runs.scorer), str(runs.pre)]
@@ -287,23 +301,23 @@ def test_a_quantised_role_is_saved_on_the_plain_base(runs: Runs, batch: Batch, t
 
 
 def gradients(runs: Runs, batch: Batch, adapter: LoRA, interleaved: bool, **changes: object) -> dict[str, Tensor]:
-    """Gradients of policy and critic; interleaved: every forward before any backward, other roles in between."""
+    """Return gradients of policy and critic; interleaved: every forward before any backward, other roles in between."""
     ids, mask, counts = batch
     torch.manual_seed(7)
     _, policy, reference, critic, reward = roles_on(runs.sft, runs.scorer, adapter, **changes)
     train(policy)
     train(critic)
     calls: list[Callable[[], Tensor]] = [
-        lambda: policy.logprobs(ids, mask, None, counts)[0].sum(),
-        lambda: critic.values(ids, mask).square().sum(),
+        lambda: policy.logprobs(TokenBatch.of(ids, mask, counts))[0].sum(),
+        lambda: critic.values(TokenBatch.of(ids, mask)).square().sum(),
     ]
     if interleaved:
         losses = []
         for seed, call in enumerate(calls):
             torch.manual_seed(seed)
             losses.append(call())
-            reference.logprobs(ids, mask, None, counts)
-            reward.scores(ids, mask)
+            reference.logprobs(TokenBatch.of(ids, mask, counts))
+            reward.scores(TokenBatch.of(ids, mask))
         torch.stack(losses).sum().backward()
     else:
         for seed, call in enumerate(calls):
@@ -319,8 +333,8 @@ def gradients(runs: Runs, batch: Batch, adapter: LoRA, interleaved: bool, **chan
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputation_runs_under_the_role_that_ran(dropout: float, runs: Runs, batch: Batch) -> None:
-    """The classic bug: a layer recomputed in backward while another adapter is active."""
+def test_recomputation_uses_the_adapter_of_the_forward_pass(dropout: float, runs: Runs, batch: Batch) -> None:
+    """The classic bug: a layer recomputed in the backward pass while another adapter is active."""
     adapter = LoRA(rank=4, dropout=dropout, shared_base=True)
     plain = gradients(runs, batch, adapter, interleaved=False)
     checkpointed = gradients(runs, batch, adapter, interleaved=True, gradient_checkpointing=True)
@@ -329,7 +343,7 @@ def test_recomputation_runs_under_the_role_that_ran(dropout: float, runs: Runs, 
         torch.testing.assert_close(checkpointed[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_checkpointing_is_on_in_the_roles_that_learn(runs: Runs) -> None:
+def test_gradient_checkpointing_is_on_in_trained_roles(runs: Runs) -> None:
     _, policy, _, critic, _ = roles_on(runs.sft, runs.scorer, gradient_checkpointing=True)
     for base in (policy.base, critic.language_model.base):
         assert any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
@@ -338,7 +352,7 @@ def test_checkpointing_is_on_in_the_roles_that_learn(runs: Runs) -> None:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_sharing_copies_what_is_trained_and_nothing_else(model: LanguageModel) -> None:
+def test_sharing_copies_trained_parameters_only(model: LanguageModel) -> None:
     layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False))
     layer[0].requires_grad_(False)
     other = share(layer)
@@ -350,8 +364,8 @@ def test_sharing_copies_what_is_trained_and_nothing_else(model: LanguageModel) -
     assert "two copies" in str(held)
 
 
-def test_what_comes_before_an_adapter_on_nothing(tmp_path: Path) -> None:
-    """An adapter on random weights has no base to name, and the chain of its model ends there."""
+def test_an_adapter_on_random_weights_has_no_base(tmp_path: Path) -> None:
+    """An adapter on random weights has no base to record, and the chain of its model ends there."""
     model = random_model()
     model.model = LoRA(rank=2).apply(model.model)
     model.save(tmp_path / "model")

@@ -5,7 +5,7 @@ from rlhf.objective import PairLogps
 
 
 def make_pairs(seed: int, count: int = 6) -> tuple[PairLogps, PairLogps]:
-    """Policy and reference log-probabilities of `count` pairs, float64, policy requiring gradients."""
+    """Return policy and reference log-probabilities of `count` pairs, float64, the policy's requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (2, count), generator=generator)
     reference = -torch.rand(2, count, generator=generator, dtype=torch.float64) * lengths * 2 - 0.1

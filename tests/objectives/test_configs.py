@@ -1,4 +1,4 @@
-"""Each YAML of an objective: its class, its defaults, its comments."""
+"""YAML of each objective: its class, its defaults, its comments."""
 
 import inspect
 import re
@@ -16,21 +16,21 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("conf/objective/*.yaml"), *ROOT.glob("plugins/rlhf_*/conf/objective/*.yaml")])
 
 
-def test_all_are_found():
+def test_all_objectives_are_found():
     names = {path.stem for path in FILES}
     assert len(names) == len(FILES) >= 20
     assert {"cross_entropy", "pairwise", "ppo", "dpo", "ipo", "simpo", "orpo", "kto", "relative"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_yaml_and_constructor_say_the_same(path):
+def test_yaml_and_constructor_have_equal_defaults(path):
     config = OmegaConf.load(path)
     objective = instantiate(config)
     assert isinstance(objective, Objective)
     parameters = inspect.signature(type(objective)).parameters
-    knobs = {name: value for name, value in OmegaConf.to_container(config).items() if name != "_target_"}
-    assert list(knobs) == list(parameters), "same knobs in the same order"
-    assert knobs == {name: parameter.default for name, parameter in parameters.items()}
+    hyperparameters = {name: value for name, value in OmegaConf.to_container(config).items() if name != "_target_"}
+    assert list(hyperparameters) == list(parameters), "same hyperparameters in the same order"
+    assert hyperparameters == {name: parameter.default for name, parameter in parameters.items()}
     assert type(objective).__name__.lower() == path.stem.replace("_", "")
 
 
@@ -58,7 +58,7 @@ def test_every_key_has_a_comment(path):
     ],
 )
 def test_ranges_are_in_the_signature(target, name, bad):
-    """What a pydantic model of the constructor refuses, before anything is built."""
+    """Invalid values are refused by the pydantic model of the constructor, before anything is built."""
     module, _, cls = target.rpartition(".")
     parameters = inspect.signature(getattr(__import__(module, fromlist=[cls]), cls)).parameters
     fields = {key: (parameter.annotation, parameter.default) for key, parameter in parameters.items()}
@@ -68,8 +68,8 @@ def test_ranges_are_in_the_signature(target, name, bad):
         model(**{name: bad})
 
 
-def test_a_margin_table_from_yaml_works():
-    """Hydra hands over a mapping of its own type."""
+def test_a_margin_table_from_yaml_is_accepted():
+    """Hydra passes a mapping of its own type."""
     path = ROOT / "plugins/rlhf_reward_model/conf/objective/pairwise.yaml"
     config = OmegaConf.merge(OmegaConf.load(path), {"margin": {"better": 2.0}})
     _, metrics = instantiate(config)(torch.ones(2), torch.zeros(2), torch.tensor([2, 3]))

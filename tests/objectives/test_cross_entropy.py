@@ -6,8 +6,8 @@ from rlhf.functional.reduction import weighted_mean
 from rlhf.objective import CrossEntropy
 
 
-def test_is_torchs_cross_entropy():
-    """Mean over the tokens that count, from hidden states, against torch on all logits with ignored labels."""
+def test_cross_entropy_equals_that_of_torch():
+    """Mean over the target tokens, from hidden states, against torch on all logits with ignored labels."""
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 13, bias=False)
     hidden, ids = torch.randn(2, 5, 8), torch.randint(13, (2, 5))

@@ -1,4 +1,4 @@
-"""The losses on pairs and labels: numbers worked on paper, and properties of their gradients."""
+"""Losses on pairs and labels: numbers computed by hand, and properties of their gradients."""
 
 import math
 from dataclasses import replace
@@ -83,7 +83,7 @@ def log_sigmoid(x):
     ],
     ids=lambda value: repr(value) if isinstance(value, PairObjective) else "",
 )
-def test_by_hand(objective, expected):
+def test_losses_by_hand(objective, expected):
     losses, metrics = objective(POLICY, REFERENCE if objective.needs_reference else None)
     assert losses.item() == pytest.approx(expected, rel=1e-12)
     assert metrics["accuracy"].item() == 1.0
@@ -145,7 +145,7 @@ def context_for(objective, count):
     )
 
 
-def test_every_loss_is_here():
+def test_every_loss_is_tested():
     classes = {x for module in (pair_objective, batch_objective) for x in vars(module).values() if isinstance(x, type)}
     losses = {c for c in classes if issubclass(c, Objective)} - {PairObjective, LabelObjective, ContrastObjective}
     assert losses == {type(one) for one in ALL} | {APODown, KTO, RelativeUnpaired}
@@ -153,7 +153,7 @@ def test_every_loss_is_here():
 
 @pytest.mark.parametrize("objective", [loss for loss in ALL if not isinstance(loss, DiscoPOP)], ids=repr)
 def test_gradient_raises_chosen_and_lowers_rejected(objective, pairs):
-    """At the start of training every loss but apo_down and discopop pulls the chosen up and the rejected down."""
+    """At the start of training every loss but apo_down and discopop raises the chosen and lowers the rejected."""
     _, reference = pairs
     policy = replace(reference, chosen=reference.chosen.clone().requires_grad_())
     policy = replace(policy, rejected=reference.rejected.clone().requires_grad_())
@@ -162,7 +162,7 @@ def test_gradient_raises_chosen_and_lowers_rejected(objective, pairs):
     assert chosen.lt(0).all() and rejected.gt(0).all()
 
 
-def test_apo_down_lowers_both(pairs):
+def test_apo_down_lowers_chosen_and_rejected(pairs):
     _, reference = pairs
     policy = replace(reference, chosen=reference.chosen.clone().requires_grad_())
     policy = replace(policy, rejected=reference.rejected.clone().requires_grad_())
@@ -182,8 +182,8 @@ def test_discopop_starts_by_shrinking_the_margin(pairs):
     torch.testing.assert_close(gradient, torch.full_like(gradient, 0.1 * (5 * (1 - math.log(2)) - 0.75)))
 
 
-def test_dpo_gradient_is_equation_7s(pairs):
-    """Rafailov et al.: the gradient in u_c is -beta * sigmoid(-beta * delta), the opposite in u_r."""
+def test_the_dpo_gradient_is_equation_7(pairs):
+    """Rafailov et al.: the gradient in u_c is -beta * sigmoid(-beta * delta), and its negative in u_r."""
     policy, reference = pairs
     losses, _ = DPO(beta=0.3)(policy, reference)
     chosen, rejected = torch.autograd.grad(losses.sum(), [policy.chosen, policy.rejected])
@@ -193,7 +193,7 @@ def test_dpo_gradient_is_equation_7s(pairs):
 
 
 def test_robust_is_unbiased_under_flips(pairs):
-    """Mean over labels flipped with probability e equals the clean DPO loss: what the paper proves."""
+    """The mean over labels flipped with probability e equals the clean DPO loss, as the paper proves."""
     policy, reference = pairs
     rate = 0.2
     swap = [PairLogps(p.rejected, p.chosen, p.rejected_length, p.chosen_length) for p in (policy, reference)]
@@ -202,8 +202,8 @@ def test_robust_is_unbiased_under_flips(pairs):
     torch.testing.assert_close((1 - rate) * robust(policy, reference)[0] + rate * robust(*swap)[0], clean)
 
 
-def test_limits(pairs):
-    """Special cases that two losses share."""
+def test_special_cases_of_losses_agree(pairs):
+    """Special cases in which two losses are equal."""
     policy, reference = pairs
     dpo = DPO()(policy, reference)[0]
     torch.testing.assert_close(Robust(flip_rate=0.0)(policy, reference)[0], dpo)
@@ -218,7 +218,7 @@ def test_limits(pairs):
 
 
 def test_losses_are_per_pair(pairs):
-    """Row i depends on pair i alone (but for relative PO, whose point is that it does not)."""
+    """Row i depends on pair i alone (except in relative PO, which compares all pairs)."""
     policy, reference = pairs
     take = [PairLogps(*(getattr(p, f)[2:4] for f in PairLogps.__dataclass_fields__)) for p in (policy, reference)]
     for objective in ALL:
@@ -248,7 +248,7 @@ def test_extreme_log_ratios_stay_finite():
 
 
 def test_orpo_at_probability_one():
-    """log odds are infinite at p = 1; loss and gradient stay finite."""
+    """Log odds are infinite at p = 1; loss and gradient stay finite."""
     policy = one(0.0, -1.0)
     policy.chosen.requires_grad_()
     losses, _ = ORPO()(policy)
@@ -257,7 +257,7 @@ def test_orpo_at_probability_one():
 
 
 def test_the_two_gammas_of_simpo(pairs):
-    """The margin stands outside beta (paper, TRL); SimPO's code gives gamma / beta, inside."""
+    """The margin is outside beta in the paper and TRL; SimPO's code has gamma / beta, inside."""
     policy, _ = pairs
     ratio, beta = 0.3, 2.5
     inside = -torch.nn.functional.logsigmoid(beta * (policy.chosen_mean - policy.rejected_mean - ratio))
@@ -301,13 +301,13 @@ def test_relative_with_one_sharp_temperature_is_dpo(pairs):
 
 
 def test_relative_unpaired_by_hand():
-    """Good u = 1 and 3, bad u = 0, 2 and 1, of any prompts: the mean over six contrasts, weighed by near prompts."""
+    """Good u = 1 and 3, bad u = 0, 2 and 1, of any prompts: the mean over six contrasts, weighted by similarity."""
     policy, good = torch.tensor([0.0, 1.0, 2.0, 3.0, 1.0]), torch.tensor([False, True, False, True, False])
     alike = torch.ones(5, 2)
     losses, metrics = RelativeUnpaired(beta=1.0)(policy, torch.zeros(5), good, alike)
     terms = [-log_sigmoid((chosen - rejected) / 3) for chosen in (1, 3) for rejected in (0, 2, 1)]
     assert losses.mean().item() == pytest.approx(sum(terms) / 6)
-    assert losses[[1, 3]].sum().item() == pytest.approx(losses[~good].sum().item())  # each side bears half
+    assert losses[[1, 3]].sum().item() == pytest.approx(losses[~good].sum().item())  # each side has half of the weight
     assert metrics["accuracy"].mean().item() == pytest.approx((1 + 0 + 0.5 + 1 + 1 + 1) / 6)
     apart = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]])  # the first good one is near the first bad one
     losses, _ = RelativeUnpaired(beta=1.0, temperature=1.0)(policy, torch.zeros(5), good, apart)
@@ -319,7 +319,7 @@ def test_relative_unpaired_by_hand():
 
 
 def test_relative_unpaired_of_pairs_is_relative_paired(pairs):
-    """The chosen replies labelled good and the rejected ones bad: the mean of the paired loss."""
+    """The chosen responses labelled good and the rejected ones bad: the mean of the paired loss."""
     policy, reference = pairs
     embedding = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
     paired, _ = Relative()(policy, reference, PairContext(prompt_embedding=embedding))
@@ -329,7 +329,7 @@ def test_relative_unpaired_of_pairs_is_relative_paired(pairs):
     torch.testing.assert_close(unpaired.mean(), paired.mean())
 
 
-def test_relative_unpaired_without_both_kinds_teaches_nothing():
+def test_relative_unpaired_without_both_kinds_has_no_gradient():
     policy = torch.ones(3, requires_grad=True)
     losses, _ = RelativeUnpaired()(policy, torch.zeros(3), torch.ones(3).bool(), torch.ones(3, 2))
     losses.sum().backward()
@@ -384,14 +384,14 @@ def test_kto_gradient():
     assert policy.grad.tolist() == pytest.approx([-0.025, 0.025])  # beta / 4
 
 
-def test_needs():
+def test_losses_declare_the_inputs_they_need():
     assert DPO().needs_reference and not DPO(reference_free=True).needs_reference
     assert not SimPO().needs_reference and not ORPO().needs_reference
     assert RewardAware().needs_scores and not DPO().needs_scores
     assert Relative().needs_prompt_embedding
 
 
-def test_errors(pairs):
+def test_invalid_inputs_are_refused(pairs):
     policy, reference = pairs
     with pytest.raises(ValueError, match="reference"):
         DPO()(policy)

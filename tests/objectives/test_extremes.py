@@ -1,4 +1,4 @@
-"""Every objective at extreme inputs, in fp32 and bf16: a finite loss, a finite gradient, and the right limit."""
+"""Every objective at extreme inputs, in fp32 and bf16: a finite loss, a finite gradient, and the correct limit."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ from rlhf_reward_model.objective import Pairwise
 from rlhf_rloo.objective import RLOO
 
 ROOT = Path(__file__).resolve().parents[2]
-#: every option of the group, by name: one that is added is tried too
+#: every option of the group, by name, so that a new one is tested too
 OPTIONS = {
     path.stem: path for pattern in ("conf", "plugins/*/conf") for path in ROOT.glob(f"{pattern}/objective/*.yaml")
 }
@@ -60,7 +60,7 @@ def made(name: str) -> Any:
 
 
 def pairs(objective: PairObjective, dtype: torch.dtype, length: int) -> tuple[Tensor, list[Tensor]]:
-    """All log-ratios of the chosen against all of the rejected."""
+    """Compute losses for all log-ratios of the chosen against all of the rejected."""
     chosen, rejected = (x.flatten().to(dtype) for x in torch.meshgrid(GAPS, GAPS, indexing="ij"))
     lengths = torch.full((len(chosen),), length)
     # Log-probabilities are at most 0: the policy's fall, or the reference's do.
@@ -72,7 +72,7 @@ def pairs(objective: PairObjective, dtype: torch.dtype, length: int) -> tuple[Te
 
 
 def tokens(objective: Any, dtype: torch.dtype, length: int, masked: bool) -> tuple[Tensor, list[Tensor]]:
-    """Each log-ratio to the policy that sampled, against each to the reference, for each sign of the advantage."""
+    """Compute losses for each log-ratio to the sampling policy and to the reference, and each sign of the advantage."""
     old_gap, ref_gap, sign = (
         x.flatten().to(dtype) for x in torch.meshgrid(GAPS, GAPS, torch.tensor([1.0, -1.0, 0.0]), indexing="ij")
     )
@@ -100,7 +100,7 @@ def tokens(objective: Any, dtype: torch.dtype, length: int, masked: bool) -> tup
 
 
 def outcome(objective: Objective, dtype: torch.dtype, length: int, masked: bool) -> tuple[Tensor, list[Tensor]]:
-    """Losses of an objective at all extremes, and what they are differentiated by."""
+    """Return the losses of an objective at all extremes, and the tensors to differentiate by."""
     if isinstance(objective, PairObjective):
         return pairs(objective, dtype, 0 if masked else length)
     if isinstance(objective, PolicyObjective | GroupObjective):
@@ -125,7 +125,7 @@ def outcome(objective: Objective, dtype: torch.dtype, length: int, masked: bool)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*OPTIONS, *MORE])
 def test_loss_and_gradient_are_finite(name: str, dtype: torch.dtype, length: int, masked: bool) -> None:
-    """Where all is masked: no tokens, no reply of the other kind."""
+    """With everything masked: no tokens, no response of the other kind."""
     losses, leaves = outcome(made(name), dtype, length, masked)
     gradients = torch.autograd.grad(losses.float().sum(), leaves, allow_unused=True)
     assert losses.isfinite().all()
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_finite(name: str, dtype: torch.dtype, length: int
 
 # -- limits ---------------------------------------------------------------------------------------------------------
 
-#: loss and slope by beta * delta of pairs whose margin is far above and far below 0 (chosen and rejected move alike)
+#: loss and slope in beta * delta of pairs whose margin is far above and far below 0 (both log-ratios move alike)
 FAR = 1e4
 PAIR_LIMITS: dict[str, tuple[PairObjective, tuple[float, float], tuple[float, float]]] = {
     # objective at beta 0.1: (loss, d loss / d u_c) at u_c = +1e4, and at -1e4; u_r = -u_c
@@ -166,8 +166,8 @@ def test_limits_of_pairs(name: str) -> None:
         assert gradient.item() == pytest.approx(slope, abs=1e-9, rel=1e-5)
 
 
-def test_discopop_as_the_review_found_it() -> None:
-    """beta * delta = -90: loss 90 and a slope of -0.1 by delta; it was nan."""
+def test_discopop_is_finite_at_a_large_negative_margin() -> None:
+    """beta * delta = -90: loss 90 and a slope of -0.1 in delta; it was nan."""
     chosen = torch.tensor([-900.0], requires_grad=True)
     one, zero = torch.ones(1), torch.zeros(1)
     losses, _ = DiscoPOP()(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
@@ -175,8 +175,8 @@ def test_discopop_as_the_review_found_it() -> None:
     assert losses.item() == pytest.approx(90.0) and chosen.grad.item() == pytest.approx(-0.1)
 
 
-def test_orpo_of_two_equally_unlikely_replies() -> None:
-    """log 2 of the odds and the likelihood; the odds of a small p are p, so their slope is 1."""
+def test_limits_of_orpo_for_two_equally_unlikely_responses() -> None:
+    """log 2 of the odds, and the likelihood; the odds of a small p are p, so their slope is 1."""
     chosen = torch.tensor([-1e4], requires_grad=True)
     one = torch.ones(1)
     losses, _ = ORPO(odds_coefficient=0.1)(PairLogps(chosen, -1e4 * one, one, one))
@@ -185,7 +185,7 @@ def test_orpo_of_two_equally_unlikely_replies() -> None:
 
 
 def test_limits_of_kto() -> None:
-    """A reply far above z loses nothing if it is good and its whole weight if it is bad, and neither has a slope."""
+    """A response far above z has no loss if it is good and its full weight if it is bad, and neither has a slope."""
     policy, zero = torch.tensor([1e4, 1e4, -1e4, -1e4], requires_grad=True), torch.zeros(4)
     good = torch.tensor([True, False, True, False])
     losses, _ = KTO(desirable_weight=2.0, undesirable_weight=3.0)(policy, zero, good, torch.tensor(0.0))
@@ -199,7 +199,7 @@ CLIPPED = [PPO(value_coefficient=0.0), GRPO(beta=0.0), DrGRPO(), DAPO(), GSPO(),
 @pytest.mark.parametrize("objective", CLIPPED, ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("gap", [100.0, 1e4])
 def test_limits_of_clipped_ratios(objective: Any, gap: float) -> None:
-    """Beyond the clip there is no slope; a bad reply that became likely is pulled down, as hard as can be."""
+    """Beyond the clip there is no slope; a bad response that became likely has the largest slope downwards."""
     low, high = (getattr(objective, name, getattr(objective, "clip", None)) for name in ("clip_low", "clip_high"))
     cases = [  # log-ratio, advantage, loss, slope
         (gap, 1.0, -(1 + high), 0.0),
@@ -224,7 +224,7 @@ def test_limits_of_clipped_ratios(objective: Any, gap: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_limits_of_the_kl_estimators(dtype: torch.dtype) -> None:
-    """k3 grows as the log-ratio where the policy is surer, and its slope stays finite where the reference is."""
+    """k3 grows as the log-ratio where the policy is more certain, and its slope stays finite where the reference is."""
     logp = torch.tensor([1e4, 100.0, -100.0, -1e4], dtype=dtype, requires_grad=True)
     for estimator in ESTIMATORS.values():
         values = estimator(logp, torch.zeros_like(logp))
@@ -235,7 +235,7 @@ def test_limits_of_the_kl_estimators(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("objective", [GRPO(), GRPO(scale="batch"), DrGRPO(), DAPO(), GSPO(), RLOO()], ids=repr)
-def test_equal_rewards_have_no_advantage(objective: Any) -> None:
+def test_equal_rewards_have_zero_advantages(objective: Any) -> None:
     logp, mask = torch.zeros(6, 2), torch.ones(6, 2, dtype=torch.bool)
     advantages, keep = objective.advantages(torch.full((6,), 0.1), logp, logp, mask, K)
     assert advantages.abs().max() < 1e-3

@@ -1,4 +1,4 @@
-"""GRPO, its variants and RLOO: by hand, against TRL, and what their gradients are."""
+"""GRPO, its variants and RLOO: by hand, against TRL, and their gradients."""
 
 import math
 from collections import defaultdict
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.functional.groups import clipped_surrogate, group_advantages, has_spread, leave_one_out, length_weights
+from rlhf.functional.groups import group_advantages, has_spread, leave_one_out, length_weights
+from rlhf.functional.ratio import clipped_surrogate
 from rlhf_grpo.objective import DAPO, GRPO, GSPO, DrGRPO
 from rlhf_rloo.objective import RLOO
 
@@ -15,7 +16,7 @@ K, ROWS, LENGTH, LONGEST = 3, 6, 5, 8
 
 
 def rollout(seed=0):
-    """Log-probabilities (a leaf), those of the rollout and the reference, scores and mask of two groups."""
+    """Return log-probabilities (a leaf), those of the sampler and the reference, scores and mask of two groups."""
     generator = torch.Generator().manual_seed(seed)
     logp = -2 * torch.rand(ROWS, LENGTH, generator=generator, dtype=torch.float64)
     old = logp + 0.3 * torch.randn(ROWS, LENGTH, generator=generator, dtype=torch.float64)
@@ -26,7 +27,7 @@ def rollout(seed=0):
 
 
 def loss_of(objective, logp, old, ref, scores, mask, advantages=None):
-    """The loss as the stage reduces it."""
+    """Return the loss as the stage reduces it."""
     computed, keep = objective.advantages(scores, old, ref, mask, K)
     losses, _ = objective(logp, old, ref, computed if advantages is None else advantages, mask)
     weights, divisor = objective.weights(mask, LONGEST)
@@ -59,8 +60,8 @@ def test_two_clips_by_hand(ratio, advantage, expected):
     assert loss.item() == pytest.approx(expected)
 
 
-def test_the_three_lengths_by_hand():
-    """Two replies of 1 and 3 tokens with losses 4 and 1 a token."""
+def test_the_three_length_normalisations_by_hand():
+    """Two responses of 1 and 3 tokens with losses of 4 and 1 per token."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
     losses = torch.tensor([[4.0, 99, 99], [1, 1, 1]])
 
@@ -74,7 +75,7 @@ def test_the_three_lengths_by_hand():
 
 
 class Accelerator:
-    """One process."""
+    """Accelerator stand-in of one process."""
 
     num_processes = 1
     gather = gather_for_metrics = staticmethod(lambda x: x)
@@ -82,7 +83,7 @@ class Accelerator:
 
 
 def stand_in(logp, **fields):
-    """What TRL's loss reads of its trainer."""
+    """Return the trainer attributes that TRL's loss reads."""
     zeros = torch.zeros_like(logp).detach()
     args = SimpleNamespace(use_bias_correction_kl=False, delta=None)
     return SimpleNamespace(
@@ -119,7 +120,7 @@ def inputs(old, ref, mask, advantages):
 
 
 def trl_grpo_advantages(scores, scale):
-    """TRL's lines (grpo_trainer.py, `_generate_and_score_completions`), which are inside a method that generates."""
+    """Compute TRL's lines (grpo_trainer.py, `_generate_and_score_completions`) from inside a method that generates."""
     from trl.trainer.utils import nanstd
 
     mean = scores.view(-1, K).nanmean(1).repeat_interleave(K)
@@ -128,7 +129,7 @@ def trl_grpo_advantages(scores, scale):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_as_in_trl(scale):
+def test_advantages_equal_those_of_trl(scale):
     pytest.importorskip("trl")
     scores = rollout()[3]
     expected = trl_grpo_advantages(scores, scale)
@@ -149,7 +150,7 @@ def test_advantages_as_in_trl(scale):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_grpo_as_in_trl(objective, loss_type):
+def test_grpo_loss_equals_that_of_trl(objective, loss_type):
     pytest.importorskip("trl")
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -173,7 +174,7 @@ def test_grpo_as_in_trl(objective, loss_type):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_rloo_as_in_trl(normalize):
+def test_rloo_loss_equals_that_of_trl(normalize):
     pytest.importorskip("trl")
     from trl.trainer.rloo_trainer import RLOOTrainer
     from trl.trainer.utils import nanstd
@@ -195,7 +196,7 @@ def test_rloo_as_in_trl(normalize):
     torch.testing.assert_close(made, wanted, atol=1e-6, rtol=0)
 
 
-def test_on_policy_every_one_of_them_is_reinforce():
+def test_every_group_loss_is_reinforce_on_policy():
     """At ratio 1 and without KL, d loss / d logp = -A times the weight of the token."""
     _, old, ref, scores, mask = rollout()
     for objective in (GRPO(beta=0.0), DrGRPO(), DAPO(), RLOO(beta=0.0)):
@@ -204,12 +205,12 @@ def test_on_policy_every_one_of_them_is_reinforce():
         advantages, _ = objective.advantages(scores, old, ref, mask, K)
         weights, divisor = objective.weights(mask, LONGEST)
         expected = -advantages.unsqueeze(1) * weights / divisor.sum()
-        if isinstance(objective, RLOO):  # the gradient of a whole reply's log-probability: the same at all its tokens
+        if isinstance(objective, RLOO):  # the gradient in a whole response's log-probability: equal at all its tokens
             expected = -advantages.unsqueeze(1) * mask / ROWS
         torch.testing.assert_close(logp.grad, expected, atol=1e-7, rtol=0)
 
 
-def test_kl_in_the_reward_comes_before_the_groups_are_compared():
+def test_kl_in_the_reward_is_subtracted_before_groups_are_compared():
     logp, old, ref, scores, mask = rollout()
     kl = ((old - ref) * mask).sum(1)
     advantages, _ = GRPO(beta=0.3, kl_in="reward").advantages(scores, old, ref, mask, K)
@@ -223,7 +224,7 @@ def test_kl_in_the_reward_comes_before_the_groups_are_compared():
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_the_noise_of_the_kl_is_not_scaled_to_advantages_of_one(scale):
+def test_kl_noise_is_not_scaled_to_advantages_of_one(scale):
     """All rewards 1, beta 0.01, KLs of 0.3, 0.1 and -0.1 nats: advantages of -0.002, 0 and 0.002, not of 1."""
     ref = torch.zeros(3, 2, dtype=torch.float64)
     logp = torch.tensor([[0.2, 0.1], [0.1, 9.0], [-0.1, 9.0]], dtype=torch.float64)  # 9: masked
@@ -234,12 +235,12 @@ def test_the_noise_of_the_kl_is_not_scaled_to_advantages_of_one(scale):
     torch.testing.assert_close(made, expected)
     assert keep.all()
     objective = GRPO(beta=0.01, kl_in="reward", scale=scale, drop_zero_spread=True)
-    assert not objective.advantages(scores, logp, ref, mask, 3)[1].any()  # what is dropped is what scales nothing
+    assert not objective.advantages(scores, logp, ref, mask, 3)[1].any()  # dropped groups do not affect the scale
     loo, _ = RLOO(beta=0.01, normalize=True).advantages(scores, logp, ref, mask, 3)
     torch.testing.assert_close(loo, 1.5 * expected)  # K / (K - 1)
 
 
-def test_a_group_without_spread_teaches_nothing():
+def test_a_group_without_spread_has_no_gradient():
     logp, old, ref, scores, mask = rollout()
     scores[K:] = 1.0
     for objective in (GRPO(beta=0.0), DAPO()):
@@ -249,17 +250,17 @@ def test_a_group_without_spread_teaches_nothing():
     kept, dropped = (
         loss_of(GRPO(beta=0.0, drop_zero_spread=drop), logp, old, ref, scores, mask) for drop in (False, True)
     )
-    assert dropped.item() == pytest.approx(2 * kept.item())  # the divisor counts what is left
+    assert dropped.item() == pytest.approx(2 * kept.item())  # the divisor counts the remaining groups
     with_kl = loss_of(GRPO(beta=0.5, drop_zero_spread=True), logp, old, ref, scores, mask)
     assert torch.autograd.grad(with_kl, logp)[0][K:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("objective", [GRPO(), DrGRPO(), DAPO(), GSPO(), RLOO()], ids=lambda o: type(o).__name__)
-def test_what_is_masked_is_not_read(objective):
+def test_masked_tokens_are_not_read(objective):
     """Tool tokens and padding: any value there gives the same loss and no gradient."""
     logp, old, ref, scores, mask = rollout()
     mask = mask.clone()
-    mask[0, 1:3] = False  # a gap, as a tool's answer leaves
+    mask[0, 1:3] = False  # a gap, as a tool's turn leaves
     loss = loss_of(objective, logp, old, ref, scores, mask)
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient[~mask].abs().max() == 0 and gradient[mask].abs().max() > 0

@@ -5,21 +5,22 @@ import torch
 
 from rlhf.functional.advantages import gae, shaped_rewards
 from rlhf.functional.masking import masked_mean, masked_var
-from rlhf_ppo.objective import PPO, clipped_policy_loss, clipped_value_loss
+from rlhf.functional.ratio import clipped_surrogate
+from rlhf_ppo.objective import PPO, clipped_value_loss
 
 
 @pytest.mark.parametrize(
     "ratio, advantage, expected",
     [
         (1.0, 2.0, -2.0),
-        (1.5, 2.0, -2.4),  # clipped at 1.2: nothing more to gain
+        (1.5, 2.0, -2.4),  # clipped at 1.2: no further gain
         (0.5, 2.0, -1.0),  # a move in the wrong direction is not clipped
         (1.5, -2.0, 3.0),
         (0.5, -2.0, 1.6),  # clipped at 0.8
     ],
 )
 def test_policy_loss_by_hand(ratio, advantage, expected):
-    loss = clipped_policy_loss(torch.tensor(math.log(ratio)), torch.tensor(0.0), torch.tensor(advantage), 0.2)
+    loss = clipped_surrogate(torch.tensor(math.log(ratio)), torch.tensor(advantage), 0.2, 0.2)
     assert loss.item() == pytest.approx(expected)
 
 
@@ -27,7 +28,7 @@ def test_policy_loss_by_hand(ratio, advantage, expected):
     "value, expected",
     [
         (1.0, 0.5),  # V_old 1, R 2: (1 - 2)^2 / 2
-        (1.5, 0.5 * 0.8**2),  # clipped to 1.2: the larger error counts
+        (1.5, 0.5 * 0.8**2),  # clipped to 1.2: the larger error is used
         (3.0, 0.5 * 1.0),  # (3 - 2)^2 against (1.2 - 2)^2
     ],
 )
@@ -70,7 +71,7 @@ def test_gradient_vanishes_where_clipped():
     assert gradient.eq(0).all()
 
 
-def test_terms_add_up():
+def test_loss_terms_add_up():
     r = rollout()
     generator = torch.Generator().manual_seed(3)
     logp = r["logp"] + 0.3 * torch.randn(r["logp"].shape, generator=generator)
@@ -84,7 +85,9 @@ def test_terms_add_up():
     assert torch.equal(metrics["clip_fraction"].bool(), clipped)
     leaf = logp.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_of(PPO(value_coefficient=0.0), r, leaf, values)[0].sum(), leaf)
-    assert torch.equal(gradient == 0, clipped) and clipped.any()  # what it counts is what the clip takes away
+    assert (
+        torch.equal(gradient == 0, clipped) and clipped.any()
+    )  # the clip fraction counts the tokens whose gradient the clip removes
     assert torch.equal(metrics["value_clip_fraction"].bool(), (values - r["values"]).abs() > 0.2)
     assert all(value.shape == losses.shape and not value.requires_grad for value in metrics.values())
 
@@ -101,13 +104,13 @@ def test_estimate_whitens_advantages_but_not_returns():
     torch.testing.assert_close((advantages * scale + masked_mean(raw, r["mask"]))[r["mask"]], raw[r["mask"]])
 
 
-def test_estimate_takes_the_current_beta():
+def test_estimate_uses_the_current_beta():
     r = rollout()
     arguments = [r[name] for name in ("score", "logp", "ref_logp", "values", "mask")]
     torch.testing.assert_close(PPO(beta=0.1).estimate(*arguments), PPO(beta=0.7).estimate(*arguments, beta=0.1))
 
 
-def test_next_beta():
+def test_next_beta_by_hand():
     assert PPO().next_beta(0.05, kl=100.0, n=512) == 0.05
     steered = PPO(kl_target=6.0, kl_horizon=10000)
     assert steered.next_beta(0.05, kl=100.0, n=512) == pytest.approx(0.05 * (1 + 0.2 * 0.0512))
@@ -115,8 +118,8 @@ def test_next_beta():
     assert steered.next_beta(0.05, kl=100.0, n=128, total=2560) == pytest.approx(0.05 * (1 + 0.2 * 0.0128))
 
 
-def test_without_a_horizon_beta_follows_over_a_twentieth_of_the_run():
-    """In the default run, 20 rollouts of 128, it can grow 1.2 ^ 20 = 38-fold; with 10000 replies it was 1.053."""
+def test_without_a_horizon_beta_adapts_over_a_twentieth_of_the_run():
+    """In the default run, 20 rollouts of 128, it can grow 1.2 ^ 20 = 38-fold; with 10000 responses it was 1.053."""
     steered, beta = PPO(kl_target=6.0), 0.05
     for _ in range(20):
         beta = steered.next_beta(beta, kl=100.0, n=128, total=2560)
@@ -124,7 +127,7 @@ def test_without_a_horizon_beta_follows_over_a_twentieth_of_the_run():
     assert steered.next_beta(0.05, kl=0.0, n=512, total=204800) == pytest.approx(0.05 * (1 - 0.2 * 0.05))
 
 
-def test_entropy_is_asked_for_only_when_used():
+def test_entropy_is_computed_only_when_used():
     r = rollout()
     arguments = (r["logp"], r["logp"], r["advantages"], r["values"], r["values"], r["returns"])
     assert "entropy" not in PPO()(*arguments)[1]

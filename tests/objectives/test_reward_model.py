@@ -6,7 +6,7 @@ import torch
 from rlhf_reward_model.objective import GRADES, MARGINS, Pairwise
 
 
-def test_by_hand():
+def test_pairwise_loss_by_hand():
     """Gap 1: -log sigmoid(1) = 0.3133; at equal scores log 2."""
     losses, metrics = Pairwise()(torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.5]), torch.tensor([-1, 3]))
     assert losses.tolist() == pytest.approx([0.31326169, math.log(2)])
@@ -23,7 +23,7 @@ def test_by_hand():
         ({"significantly": 1.5, "slightly": 0.5}, [0, 0.5, 0, 1.5]),
     ],
 )
-def test_margin_per_grade(margin, expected):
+def test_margins_by_grade(margin, expected):
     """Llama 2, Table 27, in the order negligible, slightly, better, significantly; an unknown grade has none."""
     grade = torch.tensor([0, 1, 2, 3, -1])
     objective = Pairwise(margin=margin)
@@ -40,14 +40,14 @@ def test_grades_are_those_of_the_records():
     assert all(set(table) <= set(GRADES) for table in MARGINS.values())
 
 
-def test_centering():
+def test_centering_by_hand():
     """(2 + 1)^2 = 9, coefficient 0.01."""
     scores, grade = (torch.tensor([2.0]), torch.tensor([1.0])), torch.tensor([0])
     plain, centred = Pairwise()(*scores, grade)[0], Pairwise(centering=0.01)(*scores, grade)[0]
     assert (centred - plain).item() == pytest.approx(0.09, abs=1e-6)
 
 
-def test_gradient():
+def test_gradient_by_hand():
     """d/dr_c = -sigmoid(-(gap - m)); without centering only the gap matters, with it the sum is pulled to 0."""
     chosen, rejected = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
     losses, _ = Pairwise(margin="large")(chosen, rejected, torch.tensor([3]))
@@ -65,6 +65,6 @@ def test_a_column_of_scores_is_refused():
         Pairwise()(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
 
 
-def test_half_precision_scores_are_raised():
+def test_half_precision_scores_are_upcast():
     losses, _ = Pairwise()(torch.tensor([1.0]).bfloat16(), torch.tensor([0.0]).bfloat16(), torch.tensor([0]))
     assert losses.dtype == torch.float32

@@ -1,7 +1,7 @@
 """Every loss that TRL also has, against TRL's own code: values and gradients.
 
-TRL's losses live inside its trainers, so the methods are called on a stand-in that holds only what they read, with
-models that return log-probabilities made up here.
+TRL's losses are inside its trainers, so the methods are called on a stand-in that holds only what they read, with
+models that return made-up log-probabilities.
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ PAIRS, LENGTH = 5, 9
 
 
 class Accelerator:
-    """One process, no device placement."""
+    """Accelerator stand-in of one process, without device placement."""
 
     device = torch.device("cpu")
     gather = gather_for_metrics = staticmethod(lambda x: x)
@@ -45,7 +45,7 @@ class Accelerator:
 
 
 class Model(torch.nn.Module):
-    """Returns given per-token log-probabilities [rows, LENGTH - 1], whatever it is asked."""
+    """Model that returns given per-token log-probabilities [rows, LENGTH - 1] for any input."""
 
     is_gradient_checkpointing = False
     config = SimpleNamespace(use_cache=False)
@@ -60,7 +60,7 @@ class Model(torch.nn.Module):
 
 
 def batch(rows):
-    """Per-token log-probabilities of policy (a leaf) and reference, and the completion mask [rows, LENGTH]."""
+    """Return per-token log-probabilities of policy (a leaf) and reference, and the completion mask [rows, LENGTH]."""
     generator = torch.Generator().manual_seed(0)
     first, last = (
         torch.randint(1, 5, (rows,), generator=generator),
@@ -78,7 +78,7 @@ def pair_logps(logps, mask):
     return PairLogps(sums[0], sums[1], lengths[0], lengths[1])
 
 
-def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **knobs):
+def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **hyperparameters):
     from trl.trainer.dpo_trainer import DPOTrainer
 
     stand_in = SimpleNamespace(
@@ -92,14 +92,16 @@ def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **knobs):
         loss_types=loss_types,
         loss_weights=loss_weights or [1.0] * len(loss_types),
         use_weighting=False,
-        label_smoothing=knobs.pop("label_smoothing", 0.0),
-        beta=knobs.pop("beta", 0.1),
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=knobs.pop("discopop_tau", 0.05)),
+        label_smoothing=hyperparameters.pop("label_smoothing", 0.0),
+        beta=hyperparameters.pop("beta", 0.1),
+        args=SimpleNamespace(
+            gradient_checkpointing_kwargs=None, discopop_tau=hyperparameters.pop("discopop_tau", 0.05)
+        ),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
         _tp_size=1,
     )
-    assert not knobs
+    assert not hyperparameters
     inputs = {
         "input_ids": torch.ones(mask.shape, dtype=torch.long),
         "attention_mask": torch.ones(mask.shape, dtype=torch.long),
@@ -110,7 +112,7 @@ def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **knobs):
 
 
 @pytest.mark.parametrize(
-    "objective, loss_type, knobs",
+    "objective, loss_type, hyperparameters",
     [
         (DPO(beta=0.3), "sigmoid", {"beta": 0.3}),
         (Robust(beta=0.3, flip_rate=0.2), "robust", {"beta": 0.3, "label_smoothing": 0.2}),
@@ -127,9 +129,9 @@ def trl_dpo(loss_types, policy, reference, mask, loss_weights=None, **knobs):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_dpo_family(objective, loss_type, knobs):
+def test_dpo_family(objective, loss_type, hyperparameters):
     policy, reference, mask = batch(2 * PAIRS)
-    expected, expected_metrics = trl_dpo([loss_type], policy, reference, mask, **knobs)
+    expected, expected_metrics = trl_dpo([loss_type], policy, reference, mask, **hyperparameters)
     losses, metrics = objective(pair_logps(policy, mask), pair_logps(reference, mask))
     assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     made, wanted = (torch.autograd.grad(loss, policy)[0] for loss in (losses.mean(), expected))
@@ -141,7 +143,7 @@ def test_dpo_family(objective, loss_type, knobs):
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_dpo_with_label_smoothing(rate):
-    """TRL's `sigmoid` has no smoothing, but its `aot` has, and of a single pair there is nothing to sort."""
+    """TRL's `sigmoid` has no smoothing, but its `aot` has, and a single pair has nothing to sort."""
     policy, reference, mask = batch(2 * PAIRS)
     pairs = [torch.tensor([i, i + PAIRS]) for i in range(PAIRS)]
     expected = torch.stack(
@@ -200,7 +202,9 @@ def test_orpo(experimental):
     pairs = pair_logps(policy, mask)
     stand_in = SimpleNamespace(beta=0.4, accelerator=Accelerator())
     ratio_term, *_ = ORPOTrainer.odds_ratio_loss(stand_in, pairs.chosen_mean, pairs.rejected_mean)
-    expected = -pairs.chosen_mean - ratio_term  # TRL takes its likelihood over prompt and response; the paper does not
+    expected = (
+        -pairs.chosen_mean - ratio_term
+    )  # TRL computes its likelihood over prompt and response; the paper does not
     losses, _ = ORPO(odds_coefficient=0.4)(pairs)
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6, check_dtype=False)
 

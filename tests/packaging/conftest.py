@@ -1,4 +1,4 @@
-"""Environments that hold the running one's packages, but not rlhf: made in a second, nothing is downloaded."""
+"""Environments with the running one's packages but without rlhf: built in a second, without downloads."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ PARTS = ("rlhf", "conf", "plugins", "pyproject.toml", "hatch_build.py", "README.
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment and a folder to work in."""
+    """Virtual environment and a working directory."""
 
     folder: Path
 
@@ -31,12 +31,12 @@ class Environment:
         return next(self.folder.glob("lib/python*/site-packages"))
 
     def pip_install(self, *what: str) -> None:
-        """Without dependencies, index or isolation: all that is needed is there."""
+        """Install without dependencies, index or isolation: everything needed is installed already."""
         words = ["-m", "pip", "--python", str(self.python), "install", "--quiet", "--no-deps", "--no-index"]
         self.run(sys.executable, *words, "--no-build-isolation", *what, cwd=self.folder)
 
     def rlhf(self, *words: str, cwd: Path, ok: bool = True, **variables: str) -> str:
-        """What `rlhf WORDS` prints."""
+        """Return the output of `rlhf WORDS`."""
         script = self.folder / "bin" / "rlhf"
         program = [str(script)] if script.exists() else [str(self.python), "-m", "rlhf.cli"]
         return self.run(*program, *words, cwd=cwd, ok=ok, **variables)
@@ -53,7 +53,7 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Links to everything that is installed here, except this project."""
+    """Return a directory of links to all installed packages except this project."""
     folder = tmp_path_factory.mktemp("libraries")
     for place in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
         for entry in Path(place).iterdir():
@@ -65,7 +65,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path, libraries: Path) -> Environment:
-    """A new one, without rlhf."""
+    """Return a new environment without rlhf."""
     made = Environment(tmp_path / "venv")
     venv.create(made.folder, with_pip=False, symlinks=True)
     (made.packages / "libraries.pth").write_text(f"{libraries}\n")
@@ -74,7 +74,7 @@ def environment(tmp_path: Path, libraries: Path) -> Environment:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the project, to be edited."""
+    """Return an editable copy of the project."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for part in PARTS:
@@ -88,7 +88,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel."""
+    """Build the project's wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=120)
@@ -98,7 +98,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
-    """A folder with nothing in it."""
+    """Return an empty directory."""
     folder = tmp_path / "empty"
     folder.mkdir()
     return folder

@@ -1,4 +1,4 @@
-"""rlhf works alike in a bare checkout, an editable install, a wheel, and a user's own folder."""
+"""rlhf works equally in a bare checkout, an editable install, a wheel, and a user's own directory."""
 
 import shutil
 import tomllib
@@ -15,7 +15,7 @@ BUILT_IN = ["collect", "dpo", "grpo", "ppo", "pretrain", "rejection_sampling", "
 
 
 def assert_works(environment: Environment, cwd: Path, **variables: str) -> None:
-    """The built-in stages are listed and composed."""
+    """Assert that the built-in stages are listed and composed."""
     page = environment.rlhf("--help", cwd=cwd, **variables)
     for name in BUILT_IN:
         assert f"{name} [{name}]" in page, page
@@ -24,13 +24,13 @@ def assert_works(environment: Environment, cwd: Path, **variables: str) -> None:
     assert "beta: 0.1" in config
 
 
-def test_bare_checkout(environment: Environment, checkout: Path, empty: Path) -> None:
+def test_a_bare_checkout_works(environment: Environment, checkout: Path, empty: Path) -> None:
     assert_works(environment, checkout)
-    # From elsewhere too, as long as Python finds the package.
+    # From another directory too, as long as Python finds the package.
     assert_works(environment, empty, PYTHONPATH=str(checkout))
 
 
-def test_editable_install_is_live(environment: Environment, checkout: Path, empty: Path) -> None:
+def test_an_editable_install_reflects_edits(environment: Environment, checkout: Path, empty: Path) -> None:
     environment.pip_install("--editable", str(checkout))
     assert_works(environment, empty)
     option = checkout / "plugins" / "rlhf_dpo" / "conf" / "objective" / "dpo.yaml"
@@ -42,7 +42,7 @@ def test_editable_install_is_live(environment: Environment, checkout: Path, empt
     assert "edited" in environment.rlhf("--version", cwd=empty)
 
 
-def test_wheel_in_a_clean_environment(environment: Environment, wheel: Path, empty: Path) -> None:
+def test_the_wheel_works_in_a_clean_environment(environment: Environment, wheel: Path, empty: Path) -> None:
     environment.pip_install(str(wheel))
     assert_works(environment, empty)
     assert "rlhf 0.1.0" in environment.rlhf("plugins", "list", cwd=empty)
@@ -54,14 +54,14 @@ def test_wheel_in_a_clean_environment(environment: Environment, wheel: Path, emp
     assert [path.name for path in empty.iterdir()] == ["outputs"], "nothing else is left behind"
 
 
-def test_wheel_holds_what_it_should(wheel: Path) -> None:
+def test_the_wheel_has_the_expected_files(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert top == {"rlhf", "rlhf-0.1.0.dist-info", *(f"rlhf_{name}" for name in BUILT_IN)}
     expected = {f"rlhf/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     expected |= {str(path.relative_to(ROOT / "plugins")) for path in (ROOT / "plugins").rglob("conf/**/*.yaml")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "rlhf").rglob("*.tmpl")}
-    assert expected <= set(names)
+    assert expected | {"rlhf/py.typed"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
 
 
@@ -72,8 +72,8 @@ def test_every_plugin_folder_is_an_entry_point() -> None:
 
 
 @pytest.mark.parametrize("way", ["folder", "variable", "installed"])
-def test_third_party_plugin(environment: Environment, wheel: Path, empty: Path, way: str) -> None:
-    """In ./plugins, named by RLHF_PLUGINS, or pip-installed: its options are there on equal terms."""
+def test_a_third_party_plugin_works(environment: Environment, wheel: Path, empty: Path, way: str) -> None:
+    """In ./plugins, named by RLHF_PLUGINS, or pip-installed: its options are available like built-in ones."""
     environment.pip_install(str(wheel))
     variables = {}
     if way == "folder":
@@ -89,7 +89,7 @@ def test_third_party_plugin(environment: Environment, wheel: Path, empty: Path, 
     assert "sample" in environment.rlhf("plugins", "list", cwd=empty, **variables)
     if way != "folder":
         return
-    # Its code is found, too, and its ranges are checked like anyone's.
+    # Its code is found, and its ranges are validated like those of built-in options.
     words = ["stage=dpo", "objective=cubic", "objective.target=-1"]
     said = environment.rlhf(*words, cwd=empty, ok=False, OMP_NUM_THREADS="1", **variables)
     assert "objective.target=-1: should be greater than 0" in said

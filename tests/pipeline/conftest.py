@@ -1,4 +1,4 @@
-"""Pipelines over stages that compute nothing: the real pipeline YAMLs, fake stage YAMLs, a fake `rlhf.build.train`."""
+"""Pipelines over stages that compute nothing: the real pipeline YAMLs, fake stage YAMLs, a fake `build.train`."""
 
 import shutil
 import sys
@@ -12,16 +12,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import rlhf
-from rlhf import config as configs
-from rlhf import runs
+from rlhf.planning import step_config as configs
+from rlhf.runs import source_code
 
 PLUGIN = Path(__file__).parent / "plugin"
 PIPELINES = Path(__file__).parents[2] / "conf" / "pipeline"
 
 
 class FakeTrain:
-    """Stands for `rlhf.build.train`: notes what was asked and leaves what a stage would."""
+    """Fake of `rlhf.running.build.train` that records its calls and writes the files that a stage would."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, bool]] = []
@@ -49,18 +48,18 @@ class FakeTrain:
 
 @pytest.fixture(autouse=True)
 def _undrawn(undrawn: None) -> None:
-    """No figures."""
+    """Disable figures."""
 
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     fake = FakeTrain()
-    monkeypatch.setitem(sys.modules, "rlhf.build", SimpleNamespace(train=fake))
+    monkeypatch.setitem(sys.modules, "rlhf.running.build", SimpleNamespace(train=fake))
     return fake
 
 
 class FakeCompare:
-    """Stands for `rlhf.evaluation.compare`."""
+    """Fake of `rlhf.evaluation.compare.compare`."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -96,14 +95,13 @@ class FakeCompare:
 def compared(monkeypatch: pytest.MonkeyPatch) -> FakeCompare:
     fake = FakeCompare()
     module = SimpleNamespace(compare=fake)
-    monkeypatch.setitem(sys.modules, "rlhf.evaluation", module)
-    monkeypatch.setattr(rlhf, "evaluation", module, raising=False)
+    monkeypatch.setitem(sys.modules, "rlhf.evaluation.compare", module)
     return fake
 
 
 @pytest.fixture(scope="session")
 def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config tree of the fake stages and the real pipelines."""
+    """Return a config tree of the fake stages and the real pipelines."""
     folder = tmp_path_factory.mktemp("fake") / "conf"
     shutil.copytree(PLUGIN / "rlhf_fake" / "conf", folder)
     shutil.copytree(PIPELINES, folder / "pipeline")
@@ -116,17 +114,17 @@ def composed(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
         return compose("config", list(overrides))
 
 
-source_digest = cache(runs.source_digest)
+code = cache(source_code._read)
 
 
 @pytest.fixture
 def typed(
     conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: FakeTrain, compared: FakeCompare
 ) -> Callable[..., DictConfig]:
-    """Composes the config of a command line, in an empty working folder."""
+    """Compose the config of a command line, in an empty working directory."""
     monkeypatch.syspath_prepend(str(PLUGIN))
     monkeypatch.chdir(tmp_path)
     configs.register_resolvers()
-    # The code of one test session is one code.
-    monkeypatch.setattr(runs, "source_digest", source_digest)
+    # The code does not change within a test session.
+    monkeypatch.setattr(source_code, "_read", code)
     return lambda *overrides: composed(conf, overrides).copy()

@@ -1,11 +1,12 @@
-"""That Hydra puts global-package stages under their step's name, and that every override of the design works there."""
+"""Hydra places global-package stages under their step's name, and every documented override works there."""
 
 from collections.abc import Callable
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import config as configs
+from rlhf.planning import step_config as configs
+from rlhf.storage.plain import plain, sets
 
 Typed = Callable[..., DictConfig]
 
@@ -22,7 +23,7 @@ def test_the_algorithm_is_swapped_by_one_override(typed: Typed) -> None:
     align = typed("pipeline=instructgpt", "stage@align=dpo").align
     assert align.stage.name == "dpo"
     assert align.data.record == "comparison"
-    assert not {"reward", "rollout", "text"} & set(align)
+    assert not {"reward", "sampler", "text"} & set(align)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +44,12 @@ def test_overrides_reach_into_a_step(typed: Typed, overrides: list[str], key: st
 
 
 @pytest.mark.parametrize("pipeline", ["instructgpt", "dpo", "llama2_chat"])
-def test_a_pipeline_sets_nothing_of_the_algorithm(typed: Typed, pipeline: str) -> None:
-    """What is under `align` beyond the stage's own file is its inputs alone."""
+def test_a_pipeline_sets_inputs_only_and_no_hyperparameters(typed: Typed, pipeline: str) -> None:
+    """Beyond the stage's own file, `align` sets its inputs alone."""
     of_pipeline = typed(f"pipeline={pipeline}", "stage@align=dpo").align
     of_stage = typed("stage=dpo")
     extra = {key for key in of_pipeline if key not in of_stage or of_pipeline[key] != of_stage[key]}
-    assert extra - {"model", "optimizer"} == {"inputs"}  # of those two the root of a single run has more
+    assert extra - {"model", "optimizer"} == {"inputs"}  # the root of a single run has more of those two
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,8 @@ def test_steps_of_the_pipelines(typed: Typed, pipeline: str, steps: list[str]) -
     assert list(typed(f"pipeline={pipeline}").steps) == steps
 
 
-def test_a_step_is_the_root_with_its_own_on_top(typed: Typed) -> None:
-    raw = configs.step_config(configs.plain(typed("pipeline=instructgpt", "seed=5")), "align")
+def test_the_config_of_a_step_overrides_the_root_config(typed: Typed) -> None:
+    raw = configs.step_config(plain(typed("pipeline=instructgpt", "seed=5")), "align")
     assert raw["seed"] == 5
     assert raw["model"] == {
         "_target_": "rlhf_fake.parts.Model",
@@ -88,23 +89,23 @@ def test_a_step_is_the_root_with_its_own_on_top(typed: Typed) -> None:
     assert raw["inputs"]["policy"] == "${artifact:sft}" and raw["inputs"]["value"] is None
 
 
-def test_an_option_chosen_for_a_step_replaces_the_roots_option(typed: Typed) -> None:
-    root = configs.plain(typed("pipeline=instructgpt", "adapter=lora"))
+def test_an_option_of_a_step_replaces_that_of_the_root(typed: Typed) -> None:
+    root = plain(typed("pipeline=instructgpt", "adapter=lora"))
     assert configs.step_config(root, "pretrain")["adapter"] == {"_target_": "rlhf_fake.parts.Adapter"}
     assert configs.step_config(root, "sft")["adapter"]["rank"] == 8
 
 
 def test_roles_read_are_those_that_the_config_names(typed: Typed) -> None:
-    assert configs.roles_read(configs.step_config(configs.plain(typed("pipeline=instructgpt")), "align")) == {
+    assert configs.roles_read(configs.step_config(plain(typed("pipeline=instructgpt")), "align")) == {
         "policy",
         "reward_model",
         "value",
     }
     swapped = typed("pipeline=instructgpt", "stage@align=dpo")
-    assert configs.roles_read(configs.step_config(configs.plain(swapped), "align")) == {"policy", "comparisons"}
+    assert configs.roles_read(configs.step_config(plain(swapped), "align")) == {"policy", "comparisons"}
 
 
-def test_a_role_that_an_input_refers_to_is_read_too() -> None:
+def test_a_role_that_an_input_refers_to_is_read() -> None:
     raw = {
         "x": "${optional_input:reference}",
         "inputs": {"reference": "${inputs.policy}", "policy": "RUN", "text": "T"},
@@ -113,7 +114,7 @@ def test_a_role_that_an_input_refers_to_is_read_too() -> None:
 
 
 def test_required_roles_name_the_key_that_reads_them(typed: Typed) -> None:
-    raw = configs.step_config(configs.plain(typed("stage=ppo")), None)
+    raw = configs.step_config(plain(typed("stage=ppo")), None)
     assert configs.required_roles(raw) == {"policy": "model.path", "reward_model": "reward.path"}
 
 
@@ -125,7 +126,7 @@ def test_optional_input_resolver() -> None:
     assert configs.resolve(given)["a"] == configs.resolve(given)["b"] == "RUN"
 
 
-def test_artifact_outside_a_pipeline_says_so() -> None:
+def test_an_artifact_reference_outside_a_pipeline_is_refused() -> None:
     with pytest.raises(Exception, match="artifact:sft.*only in a pipeline"):
         configs.resolve({"a": "${artifact:sft}"})
 
@@ -141,5 +142,5 @@ def test_artifact_outside_a_pipeline_says_so() -> None:
         ({}, "seed", False),
     ],
 )
-def test_which_keys_a_step_decides(node: dict, key: str, decides: bool) -> None:
-    assert configs.sets(node, key) is decides
+def test_keys_that_a_step_sets(node: dict, key: str, decides: bool) -> None:
+    assert sets(node, key) is decides

@@ -1,4 +1,4 @@
-"""Which steps run, what they are called, and what is refused before anything is trained."""
+"""Planned steps, their names and inputs, and what is refused before anything is trained."""
 
 import json
 import re
@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import UserError
-from rlhf.plan import Plan, plan
+from rlhf.planning.plan import plan
+from rlhf.planning.step import Plan
 
 Typed = Callable[..., DictConfig]
 
@@ -53,12 +54,12 @@ def names(found: Plan) -> list[str]:
         (["stage=sft"], ["sft"]),
     ],
 )
-def test_only_what_is_read_is_planned(typed: Typed, overrides: list[str], steps: list[str]) -> None:
+def test_only_steps_whose_result_is_read_are_planned(typed: Typed, overrides: list[str], steps: list[str]) -> None:
     assert sorted(names(planned(typed, *overrides))) == sorted(steps)
 
 
 @pytest.mark.parametrize("pipeline", ["instructgpt", "dpo", "llama2_chat"])
-def test_a_step_comes_after_what_it_reads(typed: Typed, pipeline: str) -> None:
+def test_a_step_is_planned_after_its_inputs(typed: Typed, pipeline: str) -> None:
     found = planned(typed, f"pipeline={pipeline}")
     seen: set[str] = set()
     for step in found.steps:
@@ -66,7 +67,7 @@ def test_a_step_comes_after_what_it_reads(typed: Typed, pipeline: str) -> None:
         seen.add(step.fingerprint)
 
 
-def test_what_is_left_out_is_explained(typed: Typed) -> None:
+def test_skipped_steps_are_explained(typed: Typed) -> None:
     assert planned(typed, "pipeline=instructgpt", "stage@align=dpo").skipped == {
         "reward_model": "not needed, no step that runs reads it"
     }
@@ -77,7 +78,7 @@ def test_what_is_left_out_is_explained(typed: Typed) -> None:
     }
 
 
-def test_inputs_are_paths_of_runs_that_need_not_exist(typed: Typed) -> None:
+def test_inputs_are_paths_of_runs_that_may_not_exist_yet(typed: Typed) -> None:
     found = planned(typed, "pipeline=instructgpt")
     sft, align, reward = found.get("sft"), found.get("align"), found.get("reward_model")
     assert sft and align and reward
@@ -89,12 +90,12 @@ def test_inputs_are_paths_of_runs_that_need_not_exist(typed: Typed) -> None:
     assert align.inputs == {"policy": [sft.fingerprint], "reward_model": [reward.fingerprint]}
 
 
-def test_weights_named_by_the_model_reach_the_first_step(typed: Typed) -> None:
+def test_weights_of_the_model_option_reach_the_first_step(typed: Typed) -> None:
     sft = planned(typed, "pipeline=instructgpt", "model=hub").get("sft")
     assert sft and sft.config["model"]["path"] == "org/name" and sft.inputs == {}
 
 
-def test_folders_are_named_by_stage_and_fingerprint(typed: Typed) -> None:
+def test_run_directories_are_named_by_stage_and_fingerprint(typed: Typed) -> None:
     step = planned(typed, "pipeline=dpo").get("align")
     assert step and step.folder == Path("outputs/dpo") / step.fingerprint[:10]
     assert len(step.fingerprint) == 64
@@ -111,7 +112,7 @@ KNOWN: dict[tuple[str, ...], dict[str, str]] = {}
 
 
 def changed(typed: Typed, *overrides: str, base: tuple[str, ...] = ("pipeline=instructgpt",)) -> set[str]:
-    """The steps that an override gives another name."""
+    """Return the steps whose fingerprint an override changes."""
     before = KNOWN[base] = KNOWN.get(base) or fingerprints(typed, *base)
     after = fingerprints(typed, *base, *overrides)
     return {name for name in before if before[name] != after.get(name)}
@@ -132,18 +133,18 @@ ALL = {"pretrain", "sft", "collect", "reward_model", "align"}
         ("reward_model.stage.steps=9", {"reward_model", "align"}),
         ("adapter=lora", ALL - {"pretrain"}),
         ("sft.stage.steps=9", {"sft", "collect", "reward_model", "align"}),
-        ("collect.rollout.temperature=1", set()),
-        ("collect.rollout.temperature=2", {"collect", "reward_model", "align"}),
+        ("collect.sampler.temperature=1", set()),
+        ("collect.sampler.temperature=2", {"collect", "reward_model", "align"}),
         ("seed=1", ALL),
         ("+align.seed=1", {"align"}),
         ("model.architecture.hidden_size=16", {"pretrain", "sft", "collect", "reward_model", "align"}),
     ],
 )
-def test_what_changes_a_name(typed: Typed, override: str, steps: set[str]) -> None:
+def test_overrides_that_change_a_fingerprint(typed: Typed, override: str, steps: set[str]) -> None:
     assert changed(typed, override) == steps
 
 
-def test_architecture_does_not_count_where_a_path_is_given(typed: Typed) -> None:
+def test_the_architecture_is_not_fingerprinted_where_a_path_is_given(typed: Typed) -> None:
     base = ("pipeline=instructgpt", "model=hub")
     assert changed(typed, "+model.architecture.hidden_size=3", base=base) == set()
 
@@ -153,15 +154,15 @@ def test_upstream_is_shared_by_ppo_and_dpo(typed: Typed) -> None:
     assert {name for name in dpo if ppo[name] == dpo[name]} == {"pretrain", "sft", "collect"}
 
 
-def test_a_single_run_has_the_name_of_the_step(typed: Typed) -> None:
+def test_a_single_run_has_the_fingerprint_of_the_step(typed: Typed) -> None:
     assert fingerprints(typed, "stage=pretrain")["pretrain"] == fingerprints(typed, "pipeline=dpo")["pretrain"]
 
 
-def test_data_and_code_are_part_of_the_name(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_and_code_are_part_of_the_fingerprint(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
     before = fingerprints(typed, "stage=sft")
-    # As Hydra finds it: the plugin folder was put on the path for this test.
+    # As Hydra finds it: the plugin directory was added to the path for this test.
     parts = importlib.import_module("rlhf_fake.parts")
     monkeypatch.setattr(parts.Data, "digest", lambda self: "other content")
     with_data = fingerprints(typed, "stage=sft")
@@ -192,13 +193,15 @@ def test_data_and_code_are_part_of_the_name(typed: Typed, monkeypatch: pytest.Mo
         (["stage=ppo", "inputs.policy=outputs/sft/123", "reward=gold"], "inputs.policy=outputs/sft/123"),
     ],
 )
-def test_refused_before_anything_runs(typed: Typed, train, overrides: list[str], message: str) -> None:
+def test_invalid_plans_are_refused_before_anything_runs(
+    typed: Typed, train, overrides: list[str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         planned(typed, *overrides)
     assert train.calls == []
 
 
-def test_findings_of_all_steps_come_at_once(typed: Typed) -> None:
+def test_findings_of_all_steps_are_reported_at_once(typed: Typed) -> None:
     with pytest.raises(UserError) as error:
         planned(typed, "pipeline=instructgpt", "sft.optimizer.lr=-1", "align.objective.beta=-1")
     assert [line.split("=")[0] for line in str(error.value).splitlines()] == [
@@ -230,7 +233,7 @@ def test_findings_of_all_steps_come_at_once(typed: Typed) -> None:
         (["pipeline=dpo", "+nosuch.y=1"], "+nosuch.y=1 has no effect: nothing reads nosuch; leave it out"),
     ],
 )
-def test_a_value_that_nothing_reads_is_refused(typed: Typed, overrides: list[str], message: str) -> None:
+def test_an_override_that_nothing_reads_is_refused(typed: Typed, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         planned(typed, *overrides)
     assert message in str(error.value)
@@ -245,18 +248,18 @@ def test_a_value_that_nothing_reads_is_refused(typed: Typed, overrides: list[str
         ["stage=ppo", "inputs.policy=org/name", "inputs.reward_model=org/other", "optimizer.lr=1"],
     ],
 )
-def test_values_that_something_reads_are_taken(typed: Typed, overrides: list[str]) -> None:
+def test_overrides_that_something_reads_are_accepted(typed: Typed, overrides: list[str]) -> None:
     assert planned(typed, *overrides).notes == []
 
 
-def test_a_given_reward_model_makes_its_step_unnecessary(typed: Typed) -> None:
+def test_a_given_reward_model_replaces_its_step(typed: Typed) -> None:
     found = planned(typed, "pipeline=instructgpt", "align.inputs.reward_model=org/name")
     assert sorted(names(found)) == ["align", "pretrain", "sft"]
     align = found.get("align")
     assert align and align.inputs["reward_model"] == ["hub:org/name"]
 
 
-def test_a_value_for_a_step_that_does_not_run_gets_a_note(typed: Typed) -> None:
+def test_an_override_for_a_step_that_does_not_run_gets_a_note(typed: Typed) -> None:
     found = planned(typed, "pipeline=instructgpt", "stage@align=dpo", "reward_model.objective.beta=0.3")
     assert found.notes == ["reward_model.objective.beta=0.3 is not used: the step reward_model does not run"]
 
@@ -266,19 +269,19 @@ def test_compare_needs_both_policies(typed: Typed) -> None:
     assert planned(typed, "pipeline=instructgpt", "until=sft").compare is None
 
 
-def test_the_config_of_a_step_holds_no_interpolation(typed: Typed) -> None:
+def test_the_config_of_a_step_has_no_interpolation(typed: Typed) -> None:
     for step in planned(typed, "pipeline=llama2_chat").steps:
         assert "${" not in json.dumps(step.config)
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "..", "a\nb", "$x"])
-def test_a_name_that_leads_elsewhere_is_refused(typed: Typed, name: str) -> None:
+def test_a_name_that_leaves_its_directory_is_refused(typed: Typed, name: str) -> None:
     for words, key in ((["stage=pretrain"], "stage"), (["pipeline=dpo", "until=pretrain"], "pretrain.stage")):
         config = typed(*words)
         OmegaConf.update(config, f"{key}.name", name)
         with pytest.raises(UserError, match=rf"(?s)^{key}\.name={re.escape(name)}: a name has letters, digits"):
             plan(config, words)
-    config = typed("stage=pretrain", "stage.name=sweeps")  # where runs are not looked for
+    config = typed("stage=pretrain", "stage.name=sweeps")  # where runs are not searched for
     with pytest.raises(UserError, match="stage.name=sweeps: outputs/sweeps holds no runs"):
         plan(config, [])
     config = typed("pipeline=dpo")

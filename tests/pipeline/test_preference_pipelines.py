@@ -1,31 +1,32 @@
-"""The plans of iterative DPO and RLAIF, from the real config: who reads what, and which steps run."""
+"""Plans of iterative DPO and RLAIF, from the real config: the inputs of each step, and which steps run."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlhf import runs
 from rlhf.errors import UserError
-from rlhf.plan import Plan, plan
-from rlhf.testing import config_of
+from rlhf.planning.plan import plan
+from rlhf.planning.step import Plan
+from rlhf.runs import fingerprint
+from rlhf.testing import compose_config
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
 
 
 def planned(*overrides: str) -> Plan:
-    return plan(config_of(*overrides), overrides)
+    return plan(compose_config(*overrides), overrides)
 
 
 def names(found: Plan) -> list[str]:
     return [step.name for step in found.steps]
 
 
-def test_iterative_dpo_goes_on_from_the_newest_policy() -> None:
+def test_iterative_dpo_continues_from_the_newest_policy() -> None:
     found = planned("pipeline=iterative_dpo")
     assert names(found) == ["pretrain", "sft", "collect_1", "align_1", "collect_2", "align_2"]
     sft, first, second = found.get("sft"), found.get("align_1"), found.get("align_2")
@@ -34,10 +35,10 @@ def test_iterative_dpo_goes_on_from_the_newest_policy() -> None:
     assert first.inputs == {"policy": [sft.fingerprint], "comparisons": [collect_1.fingerprint]}
     assert second.inputs == {"policy": [first.fingerprint], "comparisons": [collect_2.fingerprint]}
     assert collect_2.inputs == {"policy": [first.fingerprint]}
-    assert second.config["stage"]["reference"] is None  # the policy as the round starts
+    assert second.config["stage"]["reference"] is None  # the policy at the start of the round
 
 
-def test_iterative_dpo_with_a_reward_model_trains_one() -> None:
+def test_iterative_dpo_with_a_reward_annotator_trains_a_reward_model() -> None:
     found = planned(
         "pipeline=iterative_dpo", "annotator@collect_1.annotator=reward", "annotator@collect_2.annotator=reward"
     )
@@ -47,7 +48,7 @@ def test_iterative_dpo_with_a_reward_model_trains_one() -> None:
 
 
 @pytest.mark.parametrize("objective", ["kto", "relative", "reward_aware", "simpo"])
-def test_the_loss_is_one_override(objective: str) -> None:
+def test_the_loss_is_swapped_by_one_override(objective: str) -> None:
     found = planned("pipeline=dpo", f"objective@align.objective={objective}")
     assert names(found) == ["pretrain", "sft", "collect", "align"]
 
@@ -68,7 +69,7 @@ def test_a_role_that_is_wrong_for_a_step_is_refused(tmp_path: Path) -> None:
     assert single.config["stage"]["reference"] == "model"
 
 
-def test_rlaif_puts_a_judge_in_the_labellers_place() -> None:
+def test_rlaif_replaces_the_labeller_by_a_judge() -> None:
     found = planned("pipeline=rlaif")
     assert names(found) == ["pretrain", "sft", "judge", "collect", "align"]
     pretrain, judge, collect = found.get("pretrain"), found.get("judge"), found.get("collect")
@@ -79,7 +80,7 @@ def test_rlaif_puts_a_judge_in_the_labellers_place() -> None:
     assert collect.inputs["judge"] == [judge.fingerprint]
 
 
-def test_rlaif_with_a_judge_that_is_there_trains_none(tmp_path: Path) -> None:
+def test_rlaif_with_a_given_judge_trains_none(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     found = planned("pipeline=rlaif", "collect.inputs.judge=model", "collect.annotator.template=instruction")
@@ -90,10 +91,10 @@ def test_rlaif_with_ppo_trains_a_reward_model_on_the_verdicts() -> None:
     assert names(planned("pipeline=rlaif", "stage@align=ppo"))[-3:] == ["collect", "reward_model", "align"]
 
 
-def test_data_inside_data_may_come_from_a_run_that_is_still_to_come() -> None:
-    """It is named by that run, not read."""
+def test_nested_data_may_come_from_a_run_that_does_not_exist_yet() -> None:
+    """The data is identified by that run, and not read."""
     inner = {"_target_": "rlhf.data.Data", "record": "comparison", "source": "outputs/collect/abc"}
-    config = {"data": {"_target_": "rlhf.judge.Judgements", "comparisons": inner, "template": "short"}}
-    keys = runs.keys_with_digest(config)
+    config = {"data": {"_target_": "rlhf.annotator.judgements.Judgements", "comparisons": inner, "template": "short"}}
+    keys = fingerprint.keys_with_digest(config)
     assert keys == ("data", "data.comparisons")
-    assert runs.data_digests(config, {"outputs/collect/abc": "fingerprint"}, keys) == {}
+    assert fingerprint.data_digests(config, {"outputs/collect/abc": "fingerprint"}, keys) == {}

@@ -1,4 +1,4 @@
-"""Repeated steps: what they are called, what they read, and how one round or all of them are told something."""
+"""Repeated steps: their names, their inputs, and overrides for one round or for all."""
 
 import json
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import rounds
-from rlhf.build import seed_of_step
 from rlhf.errors import UserError
-from rlhf.plan import Plan, plan
+from rlhf.planning import rounds
+from rlhf.planning.plan import plan
+from rlhf.planning.step import Plan
+from rlhf.running.build import derive_step_seed
 
 Typed = Callable[..., DictConfig]
 
@@ -44,7 +45,7 @@ def names(found: Plan) -> list[str]:
 
 
 def read_by(found: Plan) -> dict[str, dict[str, list[str]]]:
-    """Step -> role -> the steps it reads in that role."""
+    """Return step -> role -> the steps it reads in that role."""
     known = {step.fingerprint: step.name for step in found.steps}
     return {s.name: {role: [known[one] for one in ones] for role, ones in s.inputs.items()} for s in found.steps}
 
@@ -66,7 +67,7 @@ def test_each_round_reads_the_newest_policy_and_all_comparisons_so_far(typed: Ty
     assert found["align"] == {"policy": ["best_3"], "reward_model": ["reward_model_3"]}
 
 
-def test_a_list_of_runs_reaches_the_data(typed: Typed) -> None:
+def test_a_list_of_runs_is_passed_to_the_data(typed: Typed) -> None:
     found = planned(typed, "rounds=2")
     reward, first, second = found.get("reward_model_2"), found.get("collect_1"), found.get("collect_2")
     assert reward and first and second
@@ -74,37 +75,37 @@ def test_a_list_of_runs_reaches_the_data(typed: Typed) -> None:
     assert {first.folder, second.folder} <= set(reward.parents.values())
 
 
-def test_more_rounds_leave_the_earlier_ones_as_they_are(typed: Typed) -> None:
+def test_more_rounds_do_not_change_the_earlier_ones(typed: Typed) -> None:
     two = {step.name: step.fingerprint for step in planned(typed, "rounds=2").steps}
     three = {step.name: step.fingerprint for step in planned(typed, "rounds=3").steps}
     shared = ["sft", "collect_1", "best_1", "collect_2", "best_2"]
     assert [two[name] for name in shared] == [three[name] for name in shared]
 
 
-def test_a_step_knows_which_run_of_its_stage_it_is(typed: Typed) -> None:
+def test_the_round_counts_the_runs_of_a_stage_in_its_lineage(typed: Typed) -> None:
     found = {step.name: step.config["round"] for step in planned(typed, "rounds=3").steps}
     assert [found[f"collect_{n}"] for n in (1, 2, 3)] == [found[f"best_{n}"] for n in (1, 2, 3)] == [1, 2, 3]
     assert [found[name] for name in ("sft", "reward_model_3", "align")] == [1, 1, 1]  # the first of their stages
 
 
-def test_steps_of_one_stage_side_by_side_draw_numbers_of_their_own(typed: Typed) -> None:
-    """The reward models of three rounds do not come from each other: all are the first of their lineage."""
+def test_parallel_steps_of_one_stage_have_different_seeds(typed: Typed) -> None:
+    """The reward models of three rounds are not each other's ancestors: all are the first of their lineage."""
     models = [planned(typed, "rounds=3", f"until=reward_model_{n}").steps[-1].config for n in (1, 2, 3)]
     assert [(one["round"], one.get("branch", 1)) for one in models] == [(1, 1), (1, 2), (1, 3)]
     whole = {step.name: step.config for step in planned(typed, "rounds=3").steps}
     assert whole["reward_model_3"] == models[2]  # wherever the pipeline stops
-    assert all("branch" not in whole[f"collect_{n}"] for n in (1, 2, 3))  # each comes from the one before
-    seeds = {seed_of_step(OmegaConf.create(config)) for config in (*models[:2], *whole.values())}
+    assert all("branch" not in whole[f"collect_{n}"] for n in (1, 2, 3))  # each has the one before as ancestor
+    seeds = {derive_step_seed(OmegaConf.create(config)) for config in (*models[:2], *whole.values())}
     assert len(seeds) == len(whole) + 2
 
 
 def test_hyperparameters_do_not_change_the_round(typed: Typed) -> None:
-    plain, other = planned(typed, "rounds=2"), planned(typed, "rounds=2", "collect.rollout.temperature=2", "seed=3")
+    plain, other = planned(typed, "rounds=2"), planned(typed, "rounds=2", "collect.sampler.temperature=2", "seed=3")
     assert [step.config["round"] for step in plain.steps] == [step.config["round"] for step in other.steps]
 
 
-def test_a_stage_by_itself_goes_on_with_the_rounds_of_its_input(typed: Typed, train) -> None:
-    from rlhf.pipeline import run
+def test_a_single_stage_continues_the_rounds_of_its_input(typed: Typed, train) -> None:
+    from rlhf.running.pipeline import run
 
     words = ["pipeline=rounds", "rounds=1", "until=best"]
     run(typed(*words), words)
@@ -113,12 +114,12 @@ def test_a_stage_by_itself_goes_on_with_the_rounds_of_its_input(typed: Typed, tr
     two = {step.name: step for step in planned(typed, "rounds=2").steps}
     found = plan(typed(*single), single).steps[0]
     assert found.config["round"] == 2
-    assert found.fingerprint == two["collect_2"].fingerprint  # the very run that the second round makes
+    assert found.fingerprint == two["collect_2"].fingerprint  # the same run as that of the second round
 
 
-def test_a_value_for_all_rounds_and_one_for_a_single_round(typed: Typed) -> None:
-    found = planned(typed, "rounds=3", "collect.rollout.temperature=2", "++collect_2.rollout.temperature=3")
-    temperatures = [step.config["rollout"]["temperature"] for step in found.steps if step.stage == "collect"]
+def test_overrides_apply_to_all_rounds_or_to_a_single_round(typed: Typed) -> None:
+    found = planned(typed, "rounds=3", "collect.sampler.temperature=2", "++collect_2.sampler.temperature=3")
+    temperatures = [step.config["sampler"]["temperature"] for step in found.steps if step.stage == "collect"]
     assert temperatures == [2, 3, 2]
     assert found.notes == []
 
@@ -140,7 +141,7 @@ def test_until_names_a_round_or_the_last_one(typed: Typed) -> None:
     assert names(planned(typed, "rounds=3", "until=collect"))[-1] == "collect_3"
 
 
-def test_compare_means_the_last_round(typed: Typed) -> None:
+def test_compare_uses_the_last_round(typed: Typed) -> None:
     assert (planned(typed, "rounds=2").compare or {})["reward_model"] == "reward_model_2"
 
 
@@ -149,8 +150,8 @@ def test_compare_means_the_last_round(typed: Typed) -> None:
     [
         (["rounds=0"], "rounds=0: the number of rounds is a whole number from 1"),
         (["rounds=two"], "rounds=two: the number"),
-        (["++collect_9.rollout.temperature=1"], "collect_9: no such round, rounds=2; type collect_2 or rounds=9"),
-        (["++collect_2.rollout.temprature=1"], "collect_2.rollout.temprature: unknown option .did you mean"),
+        (["++collect_9.sampler.temperature=1"], "collect_9: no such round, rounds=2; type collect_2 or rounds=9"),
+        (["++collect_2.sampler.temprature=1"], "collect_2.sampler.temprature: unknown option .did you mean"),
         (["repeat=[colect]"], r"repeat names colect, which is no step .did you mean collect\?"),
         (["align.inputs.policy='${all_rounds:sft}'"], "reads .*all_rounds:sft.*sft is not repeated"),
         (["align.inputs.policy='${previous_round:best}'"], "align reads .*is no step of repeat"),
@@ -160,24 +161,24 @@ def test_compare_means_the_last_round(typed: Typed) -> None:
         (["until=collekt"], "until=collekt: no such step"),
     ],
 )
-def test_refused(typed: Typed, overrides: list[str], message: str) -> None:
+def test_invalid_rounds_are_refused(typed: Typed, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         planned(typed, *overrides)
 
 
-def test_a_round_where_there_are_none_is_refused(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_in_a_pipeline_without_rounds_is_refused(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "_pipelines", lambda: [OmegaConf.create({"repeat": ["collect"]})])
-    words = ("pipeline=dpo", "++collect_2.rollout.temperature=1")
+    words = ("pipeline=dpo", "++collect_2.sampler.temperature=1")
     with pytest.raises(UserError, match="collect_2: nothing is repeated here"):
         plan(typed(*words), words)
 
 
-def test_a_pipeline_without_rounds_is_left_alone(typed: Typed) -> None:
+def test_a_pipeline_without_rounds_is_unchanged(typed: Typed) -> None:
     root = typed("pipeline=dpo")
     assert rounds.expand(root) == (root, {})
 
 
-def test_weights_that_are_named_are_the_base(typed: Typed) -> None:
+def test_named_weights_are_the_base(typed: Typed) -> None:
     words = ("pipeline=dpo", "align.inputs.policy='${base_weights:pretrain}'")
     for model, expected in (("tiny", None), ("hub", "org/name")):
         step = plan(typed(*words, f"model={model}"), words).get("align")
@@ -186,12 +187,12 @@ def test_weights_that_are_named_are_the_base(typed: Typed) -> None:
         assert path == expected if expected else path.startswith("outputs/pretrain/")
 
 
-def test_what_is_typed_for_a_round_is_new_to_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_a_single_round_are_added_to_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "_pipelines", lambda: [OmegaConf.create({"repeat": ["collect", "reward_model"]})])
-    assert rounds.typed(
+    assert rounds.mark_round_overrides(
         [
             "pipeline=x",
-            "collect_2.rollout.samples=4,8",
+            "collect_2.sampler.samples=4,8",
             "reward_model_1.stage.epochs=2",
             "annotator@collect_2.annotator=reward",
             "stage@reward_model_12=y",
@@ -202,7 +203,7 @@ def test_what_is_typed_for_a_round_is_new_to_hydra(monkeypatch: pytest.MonkeyPat
         ]
     ) == [
         "pipeline=x",
-        "++collect_2.rollout.samples=4,8",
+        "++collect_2.sampler.samples=4,8",
         "++reward_model_1.stage.epochs=2",
         "+annotator@collect_2.annotator=reward",
         "+stage@reward_model_12=y",
@@ -214,7 +215,7 @@ def test_what_is_typed_for_a_round_is_new_to_hydra(monkeypatch: pytest.MonkeyPat
 
 
 class Tables:
-    """Stands for the screen's tables, which fold long cells."""
+    """Fake of the console's tables, which fold long cells."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list] = {}
@@ -223,8 +224,8 @@ class Tables:
         self.rows[title.partition(",")[0]] = list(rows)
 
 
-def test_the_table_shows_what_each_step_was_made_from(typed: Typed, train, compared, monkeypatch) -> None:
-    from rlhf import pipeline
+def test_the_table_of_runs_shows_the_inputs_of_each_step(typed: Typed, train, compared, monkeypatch) -> None:
+    from rlhf.running import pipeline
 
     console = Tables()
     monkeypatch.setattr(pipeline.console, "print_table", console)
@@ -238,7 +239,7 @@ def test_the_table_shows_what_each_step_was_made_from(typed: Typed, train, compa
     assert stages == ["collect", "collect", "dpo", "dpo", "reward_model", "sft"]
 
 
-def test_llama2_chat(typed: Typed) -> None:
+def test_llama2_chat_reads_the_inputs_of_the_paper(typed: Typed) -> None:
     """Section 3.2: newest policy, all comparisons so far, the base anew, best samples of all rounds, PPO at the end."""
     words = ("pipeline=llama2_chat", "rounds=3")
     plan_of = plan(typed(*words), words)
@@ -274,7 +275,7 @@ def test_llama2_chat_has_five_versions(typed: Typed) -> None:
     assert typed("pipeline=llama2_chat").rounds == 5
 
 
-def test_the_last_algorithm_of_llama2_chat_is_swapped_as_in_the_others(typed: Typed) -> None:
+def test_the_last_algorithm_of_llama2_chat_is_swapped_by_one_override(typed: Typed) -> None:
     words = ("pipeline=llama2_chat", "rounds=1", "stage@align=dpo")
     step = plan(typed(*words), words).get("align")
     assert step and step.stage == "dpo"

@@ -1,4 +1,4 @@
-"""Reuse, resume, retry, locks, and what a run leaves behind."""
+"""Reuse, resume, retry, locks, and the files that a run writes."""
 
 import errno
 import json
@@ -6,17 +6,24 @@ import multiprocessing
 import os
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import checkpoint_files, pipeline, worker
 from rlhf.errors import RLHFError, RunFailed, UserError
-from rlhf.runs import Run, find
+from rlhf.running import pipeline, versions, worker
+from rlhf.runs import fingerprint
+from rlhf.runs.run_directory import Run, find
+from rlhf.storage import checkpoint_files
 
 Typed = Callable[..., DictConfig]
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def go(typed: Typed, *overrides: str) -> float | None:
@@ -29,6 +36,30 @@ def test_a_pipeline_runs_its_steps_in_order_and_once(typed: Typed, train, capsys
     assert go(typed, "pipeline=instructgpt") == 0.25
     assert len(train.calls) == 5
     assert capsys.readouterr().out.count("reused") >= 5
+
+
+def test_a_run_made_with_another_torch_is_reused_with_a_word(typed: Typed, train, capsys, monkeypatch) -> None:
+    go(typed, "pipeline=instructgpt", "until=sft")
+    (recorded,) = {run["versions"]["torch"] for run in map(summary_of, train.folders.values())}
+    monkeypatch.setattr(versions, "_version", lambda name: "99.0" if name == "torch" else metadata.version(name))
+    capsys.readouterr()
+    go(typed, "pipeline=instructgpt", "until=sft")
+    assert len(train.calls) == 2
+    assert capsys.readouterr().out.count(f"reused (made with torch {recorded}, now 99.0)") == 2
+
+
+def test_a_command_typed_again_after_its_code_changed_starts_anew_and_why(
+    typed: Typed, train, capsys, monkeypatch
+) -> None:
+    go(typed, "pipeline=instructgpt", "until=sft")
+    first = set(train.folders.values())
+    assert "anew" not in capsys.readouterr().out
+    monkeypatch.setattr(fingerprint, "source_digest", lambda names: "other code")
+    go(typed, "pipeline=instructgpt", "until=sft")
+    out = capsys.readouterr().out
+    assert len(train.calls) == 4 and first.isdisjoint(train.folders.values())
+    for folder in first:
+        assert f"starts anew: {folder}, which this command made before, is of other code" in out
 
 
 def test_only_the_swapped_step_is_trained(typed: Typed, train) -> None:
@@ -44,12 +75,12 @@ def test_a_single_stage_takes_runs_as_inputs(typed: Typed, train) -> None:
     go(typed, "stage=ppo", f"inputs.policy={sft.name[:6]}", f"inputs.reward_model={str(reward)[:-4]}")
     assert train.configs["ppo"].model.path == str(sft / "model")
     assert train.configs["ppo"].reward.path == str(reward / "model")
-    # It is the very run that the pipeline would make.
+    # It is the same run as that of the pipeline.
     go(typed, "pipeline=instructgpt")
     assert train.order.count("ppo") == 1
 
 
-def test_what_a_run_leaves(typed: Typed, train) -> None:
+def test_files_of_a_run_directory(typed: Typed, train) -> None:
     go(typed, "pipeline=dpo")
     folder = train.folders["dpo"]
     content = json.loads((folder / "status.json").read_text())
@@ -85,7 +116,7 @@ def test_a_failed_step_is_recorded_and_retried(typed: Typed, train) -> None:
     assert train.calls == [("sft", False), ("sft", False)]
 
 
-def test_an_error_of_the_user_stays_one(typed: Typed, train) -> None:
+def test_a_user_error_in_a_step_stays_a_user_error(typed: Typed, train) -> None:
     def refuse(name: str, folder: Path) -> None:
         raise UserError("data.source: row 3 has no field text")
 
@@ -95,7 +126,9 @@ def test_an_error_of_the_user_stays_one(typed: Typed, train) -> None:
     assert Run(train.folders["sft"]).status == "failed"
 
 
-def test_its_keys_can_be_typed_in_a_pipeline_too(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+def test_the_option_names_of_an_error_get_the_prefix_of_the_step(
+    typed: Typed, train, tmp_path: Path, monkeypatch
+) -> None:
     def refuse(name: str, folder: Path) -> None:
         if name == "ppo":
             raise UserError("a prompt is too long: set data.max_prompt_length=4 or a smaller optimizer.lr")
@@ -110,7 +143,7 @@ def test_its_keys_can_be_typed_in_a_pipeline_too(typed: Typed, train, tmp_path: 
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    """A file that is as whole as a checkpoint has to be."""
+    """Write a file that passes as a whole checkpoint."""
     path = checkpoint_files.place(folder, step)
     path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as file:
@@ -134,7 +167,7 @@ def test_a_stopped_run_is_resumed_from_its_checkpoint(typed: Typed, train, stop:
     assert train.calls[-1] == ("sft", True) and run.finished
 
 
-def test_a_torn_checkpoint_is_passed_over_and_none_ends_with_what_to_type(typed: Typed, train, capsys) -> None:
+def test_a_torn_checkpoint_is_skipped_and_without_a_whole_one_the_run_is_refused(typed: Typed, train, capsys) -> None:
     def interrupt(name: str, folder: Path) -> None:
         os.truncate(checkpoint(folder, 8), 100)
         checkpoint(folder, 4)
@@ -156,10 +189,10 @@ def test_a_torn_checkpoint_is_passed_over_and_none_ends_with_what_to_type(typed:
     assert [path.name for path in checkpoint_files.found(folder)] == ["step=00000004.ckpt"]
 
 
-def test_a_killed_run_is_seen_and_run_again(typed: Typed, train) -> None:
+def test_a_killed_run_is_detected_and_run_again(typed: Typed, train) -> None:
     go(typed, "stage=sft")
     run = Run(train.folders["sft"])
-    # As left behind by a process that was killed before the end: files are there, the last word is not.
+    # As left by a process that was killed before the end: its files exist, its final status does not.
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
     child.join()
@@ -198,7 +231,7 @@ def test_a_job_waits_for_another_that_computes_the_same(typed: Typed, train, cap
     assert train.calls == []
 
 
-def test_a_finished_run_whose_results_are_torn_is_computed_again(typed: Typed, train, capsys) -> None:
+def test_a_finished_run_with_torn_results_is_computed_again(typed: Typed, train, capsys) -> None:
     go(typed, "stage=sft")
     sft = Run(train.folders["sft"])
     count, before = len(train.calls), sft.lineage
@@ -210,7 +243,7 @@ def test_a_finished_run_whose_results_are_torn_is_computed_again(typed: Typed, t
         assert sft.finished and train.calls[count:] == [("sft", False)]
         assert f"{path} has 1 bytes" in capsys.readouterr().out
         count += 1
-    for name in ("lineage.json", "config.yaml"):  # what follows from the command is written again, and nothing trained
+    for name in ("lineage.json", "config.yaml"):  # what the command determines is written again, and nothing is trained
         whole = (sft.folder / name).read_bytes()
         (sft.folder / name).write_bytes(whole[:-9])
         go(typed, "stage=sft")
@@ -218,7 +251,7 @@ def test_a_finished_run_whose_results_are_torn_is_computed_again(typed: Typed, t
     assert len(train.calls) == count and sft.lineage == before
 
 
-def test_records_that_are_torn_are_not_taken_for_whole(typed: Typed, train) -> None:
+def test_torn_records_are_not_taken_for_whole(typed: Typed, train) -> None:
     go(typed, "pipeline=dpo", "until=collect")
     comparisons = train.folders["collect"] / "comparisons.jsonl"
     seen: list[bool] = []
@@ -231,27 +264,27 @@ def test_records_that_are_torn_are_not_taken_for_whole(typed: Typed, train) -> N
     assert seen == [False, False] and Run(comparisons.parent).finished
 
 
-def test_the_comparison_after_a_pipeline(typed: Typed, train, compared, capsys) -> None:
+def test_a_pipeline_ends_with_a_comparison(typed: Typed, train, compared, capsys) -> None:
     go(typed, "pipeline=instructgpt", "compare.count=9", "seed=4")
     (call,) = compared.calls
     assert call["before"] == train.folders["sft"] / "model" and call["after"] == train.folders["ppo"] / "model"
     assert call["reward_model"] == train.folders["reward_model"] / "model"
-    assert call["count"] == 9 and call["seed"] == 0  # its own, not the one that trained them
+    assert call["count"] == 9 and call["seed"] == 0  # its own seed, not that of training
     out = capsys.readouterr().out
     assert "align against sft, 9 held-out prompts" in out and "+0.20 ± 0.01" in out and "rlhf report" in out
 
 
-def test_the_comparison_has_a_seed_of_its_own(typed: Typed, compared) -> None:
+def test_the_comparison_has_its_own_seed(typed: Typed, compared) -> None:
     go(typed, "pipeline=instructgpt", "compare.seed=5", "seed=4")
     assert compared.calls[0]["seed"] == 5
 
 
-def test_the_comparison_without_a_reward_model(typed: Typed, compared) -> None:
+def test_a_comparison_without_a_reward_model(typed: Typed, compared) -> None:
     go(typed, "pipeline=instructgpt", "stage@align=dpo")
     assert compared.calls[0]["reward_model"] is None
 
 
-def test_a_job_of_a_sweep_leaves_its_result(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+def test_a_job_of_a_sweep_writes_its_result(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
     result = tmp_path / "job" / "result.json"
     monkeypatch.setenv("RLHF_RESULT", str(result))
     go(typed, "pipeline=instructgpt")
@@ -261,7 +294,7 @@ def test_a_job_of_a_sweep_leaves_its_result(typed: Typed, train, tmp_path: Path,
     assert content["metrics"] == {"val/loss": 0.25, "reward": 1.5, "gold_difference": 0.2}
 
 
-def test_a_failed_job_leaves_its_error(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_job_writes_its_error(typed: Typed, train, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RLHF_RESULT", str(tmp_path / "result.json"))
     train.then = lambda name, folder: 1 / 0
     with pytest.raises(RunFailed):
@@ -277,8 +310,8 @@ def test_other_ranks_train_and_write_nothing(typed: Typed, train, monkeypatch) -
     assert train.order == ["sft"] and not find(Path("outputs"))
 
 
-def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeypatch) -> None:
-    """The child is `python -m rlhf.worker FOLDER`: what Lightning repeats for each rank is this step alone."""
+def test_several_devices_train_in_a_child_process(typed: Typed, train, monkeypatch) -> None:
+    """The child is `python -m rlhf.running.worker FOLDER`: Lightning repeats this step alone for each rank."""
     started: list[list[str]] = []
 
     class Child:
@@ -293,12 +326,12 @@ def test_several_devices_train_in_their_own_process(typed: Typed, train, monkeyp
 
     monkeypatch.setattr(pipeline.subprocess, "Popen", Child)
     assert go(typed, "stage=sft", "trainer.devices=2") == 1.0
-    assert started[0][1:3] == ["-m", "rlhf.worker"] and train.calls == []
+    assert started[0][1:3] == ["-m", "rlhf.running.worker"] and train.calls == []
     assert Run(Path(started[0][-1])).finished
 
 
-def test_what_they_say_is_said_once_and_with_its_status(typed: Typed, train, monkeypatch) -> None:
-    """The worker is run here, as the first process; it leaves the error to the one that started it."""
+def test_an_error_of_the_child_process_is_reported_once_with_its_status(typed: Typed, train, monkeypatch) -> None:
+    """The worker runs here, as rank 0; it passes the error to the process that started it."""
 
     def refuse(name: str, folder: Path) -> None:
         if name == "sft":
@@ -330,10 +363,10 @@ def test_what_they_say_is_said_once_and_with_its_status(typed: Typed, train, mon
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_errors_of_one_process_are_one_line(
+def test_errors_of_one_rank_are_reported_in_one_line(
     typed: Typed, train, monkeypatch, capsys, error: Exception, kind: type[RLHFError], said: str, rank: str
 ) -> None:
-    """A full disk in a worker, and a worker whose peer ended: no traceback, in the first process nor in others."""
+    """A full disk in a worker, and a worker whose peer ended: no traceback, on rank 0 or on other ranks."""
     statuses = []
 
     def fail(name: str, folder: Path) -> None:

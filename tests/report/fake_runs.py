@@ -1,4 +1,4 @@
-"""Run folders as the pipeline writes them, without any training."""
+"""Run directories as the pipeline writes them, without any training."""
 
 import json
 import math
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rlhf.metrics_file import MetricsFile
+from rlhf.storage.metrics_file import MetricsFile
 
 
 def write_run(outputs: Path, stage: str, name: str, config: dict, metrics: dict, parents=(), status="finished", **more):
-    """A run folder; `parents` are (role, folder) pairs. Returns the folder."""
+    """Write a run directory and return it; `parents` are (role, folder) pairs."""
     folder = outputs / stage / name
     folder.mkdir(parents=True)
     ancestors, inputs = {}, {}
@@ -41,7 +41,7 @@ def write_run(outputs: Path, stage: str, name: str, config: dict, metrics: dict,
 
 
 def ppo_sweep(outputs: Path, betas=(0.005, 0.02, 0.1, 0.5), seeds=(0, 1, 2), steps=60) -> Path:
-    """A sweep of PPO over beta and seed, on one SFT and one reward model; returns the sweep folder."""
+    """Write a sweep of PPO over beta and seed, on one SFT run and one reward model; return the sweep directory."""
     sft = write_run(outputs, "sft", "aa11aa11aa", {"seed": 0, "optimizer": {"lr": 1e-3}}, {"val/loss": 1.1}, value=1.1)
     collect = write_run(outputs, "collect", "cc33cc33cc", {"seed": 0}, {"pairs": 900}, [("policy", sft)])
     reward = write_run(

@@ -11,15 +11,15 @@ import torch
 
 pl = pytest.importorskip("pytorch_lightning")
 
-from rlhf.checkpoints import Checkpoints, latest  # noqa: E402
-from rlhf.metrics import MetricsLogger, TensorBoard, loggers  # noqa: E402
-from rlhf.metrics_file import read_rows  # noqa: E402
-from rlhf.progress import Meter, Progress, clock, short  # noqa: E402
-from rlhf.signals import Signals  # noqa: E402
+from rlhf.callbacks.checkpoints import Checkpoints, latest  # noqa: E402
+from rlhf.callbacks.progress import Meter, Progress, clock, short  # noqa: E402
+from rlhf.callbacks.signals import Signals  # noqa: E402
+from rlhf.logger.loggers import MetricsLogger, TensorBoard, loggers  # noqa: E402
+from rlhf.storage.metrics_file import read_rows  # noqa: E402
 
 
 class From(torch.utils.data.Sampler):
-    """The order of the whole run, entered at a step, as a resumed stage does."""
+    """Sampler with the batch order of the whole run, entered at a step, as in a resumed stage."""
 
     def __init__(self, start, steps):
         self.start, self.steps = start, steps
@@ -32,16 +32,16 @@ class From(torch.utils.data.Sampler):
 
 
 class Tiny(pl.LightningModule):
-    """Manual optimization, a new batch and new noise as a function of the step, as stages have it."""
+    """Module with manual optimization, and a batch and noise that are functions of the step, as in stages."""
 
     name = "tiny"
-    telling = ("loss", "absent")
+    progress_metrics = ("loss", "absent")
 
     def __init__(self, folder, steps, kill_at=None, number=signal.SIGTERM):
         super().__init__()
         self.automatic_optimization = False
         self.layer = torch.nn.Linear(3, 1)
-        self.run_folder, self.total_steps, self.kill_at, self.number = Path(folder), steps, kill_at, number
+        self.run_directory, self.total_steps, self.kill_at, self.number = Path(folder), steps, kill_at, number
 
     def training_step(self, batch, batch_idx):
         torch.manual_seed(int(batch[0]))
@@ -106,7 +106,7 @@ def test_a_signal_during_the_last_batch_lets_the_run_finish(tmp_path):
 
 def test_checkpoints_keep_the_newest(tmp_path):
     fit(tmp_path, every=2)
-    # None of the last batch: a run resumed from there would skip the validation at the end.
+    # None at the last batch: a run resumed from there would skip the validation at the end.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000006.ckpt"]
     assert latest(tmp_path / "nothing") is None
 
@@ -125,7 +125,7 @@ def test_plain_progress_lines(tmp_path, capsys):
     assert len(lines) == 1 and re.match(r"tiny 8/8 \(100%\) .*/s, 0:0\d  loss \d\.\d+$", lines[0])
 
 
-def test_meter_prints_lines_into_a_pipe_and_says_what_is_left():
+def test_meter_prints_lines_into_a_pipe_with_the_time_left():
     out = io.StringIO()
     with Meter("collect", total=4, unit="prompt", every_s=0, stream=out) as meter:
         for score in (0.25, 0.5, 0.75, 1.0):
@@ -145,7 +145,7 @@ def test_meter_on_a_terminal_draws_one_live_line():
     os.environ.pop("NO_COLOR", None)
     with Meter("ppo: scoring", total=2, stream=(quick := io.StringIO()), always=False) as meter:
         meter.advance(2)
-    assert quick.getvalue() == ""  # over before there was anything to say
+    assert quick.getvalue() == ""  # finished before the first progress line was due
     with Meter("ppo: scoring", total=2, every_s=0, stream=(slow := io.StringIO()), always=False) as meter:
         meter.advance(2)
     assert slow.getvalue().splitlines()[-1].startswith("ppo: scoring 2/2 (100%)")
@@ -157,7 +157,7 @@ def test_meter_on_a_terminal_draws_one_live_line():
     assert text.splitlines()[-1].startswith("ppo 1/2")
 
 
-def test_metrics_are_always_written_and_others_stand_beside(tmp_path):
+def test_metrics_are_always_written_beside_other_loggers(tmp_path):
     assert [type(logger) for logger in loggers(None, tmp_path)] == [MetricsLogger]
     assert [type(logger) for logger in loggers(MetricsLogger, tmp_path)] == [MetricsLogger]
     assert [type(logger) for logger in loggers(TensorBoard, tmp_path)] == [MetricsLogger, TensorBoard]
@@ -165,31 +165,31 @@ def test_metrics_are_always_written_and_others_stand_beside(tmp_path):
 
 
 @pytest.mark.parametrize("name, package", [("WeightsAndBiases", "wandb"), ("MLFlow", "mlflow")])
-def test_a_missing_service_says_what_to_install(tmp_path, name, package):
+def test_a_missing_logging_package_is_refused_with_the_install_command(tmp_path, name, package):
     import importlib.util
 
-    import rlhf.metrics
+    import rlhf.logger.loggers
     from rlhf.errors import UserError
 
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(UserError, match=f"pip install {package}"):
-        loggers(getattr(rlhf.metrics, name), tmp_path)
+        loggers(getattr(rlhf.logger.loggers, name), tmp_path)
 
 
 @pytest.mark.parametrize(
     "value, text",
     [(0.0, "0"), (0.4123, "0.412"), (12.34, "12.3"), (123.4, "123"), (1.2e-5, "1.2e-05"), (2e4, "2.0e+04")],
 )
-def test_short(value, text):
+def test_numbers_are_shortened(value, text):
     assert short(value) == text
 
 
-def test_clock():
+def test_durations_are_formatted():
     assert clock(62) == "1:02" and clock(3723) == "1:02:03"
 
 
-def test_a_checkpoint_never_comes_before_its_row(tmp_path, monkeypatch):
+def test_metrics_are_written_before_their_checkpoint(tmp_path, monkeypatch):
     rows = []
     saving = pl.Trainer.save_checkpoint
 

@@ -1,4 +1,4 @@
-"""Before against after on held-out prompts: exact zeros for the same policy, the KL against its closed form."""
+"""Policies before and after on held-out prompts: exact zeros for the same policy, KL against its closed form."""
 
 import json
 import math
@@ -7,17 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.data.collate import collate
+from rlhf.data.collate import TokenBatch, collate
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt, Text
 from rlhf.errors import UserError
-from rlhf.evaluation import Evaluation, compare, estimate, load_policy, paired
-from rlhf.likelihood import of_texts
+from rlhf.evaluation.compare import Evaluation, compare, load_policy
+from rlhf.evaluation.perplexity import text_likelihood
+from rlhf.functional.statistics import estimate, paired
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 
 SHAPE = {
     "hidden_size": 32,
@@ -39,7 +40,7 @@ def prompts(count):
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
-    """Folders of a random policy and of the same one with its weights moved a little."""
+    """Return directories of a random policy and of the same one with slightly moved weights."""
     folder = tmp_path_factory.mktemp("policies")
     torch.manual_seed(0)
     texts = [f"What is {i} plus {i}? It is {2 * i}. Thank you." for i in range(50)]
@@ -54,7 +55,7 @@ def policies(tmp_path_factory):
     return folder / "before" / "model", folder / "after" / "model"
 
 
-def test_a_policy_against_itself_differs_in_nothing(policies):
+def test_a_policy_compared_with_itself_has_no_difference(policies):
     before, _ = policies
     data = Data(record="prompt", source="testbed", size=20, validation=40, max_length=64)
     result = compare(before, before, data, max_new_tokens=8)
@@ -67,14 +68,14 @@ def test_a_policy_against_itself_differs_in_nothing(policies):
     assert all(sample.before == sample.after for sample in result.samples)
 
 
-def test_kl_of_one_token_is_that_of_the_distributions(policies):
+def test_kl_of_one_token_equals_that_of_the_distributions(policies):
     before, after = policies
     asked = prompts(600)
     result = compare(before, after, asked, count=600, max_new_tokens=1)
     assert result.kl is not None and result.kl.count == 600
 
     from rlhf.data.collate import collate_prompts
-    from rlhf.data.template import encode_prompt
+    from rlhf.data.encoding import encode_prompt
 
     logs = []
     for folder in (before, after):
@@ -94,9 +95,9 @@ def test_the_result_is_kept_and_read_again(policies, tmp_path, monkeypatch):
     first = compare(before, after, prompts(6), max_new_tokens=4, folder=tmp_path)
     files = list(tmp_path.glob("evaluation-*.json"))
     assert len(files) == 1
-    monkeypatch.setattr("rlhf.evaluation._compare", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("rlhf.evaluation.compare._compare", lambda *_: pytest.fail("computed again"))
     assert compare(before, after, prompts(6), max_new_tokens=4, folder=tmp_path) == first
-    monkeypatch.setattr("rlhf.evaluation._compare", lambda *_: first)
+    monkeypatch.setattr("rlhf.evaluation.compare._compare", lambda *_: first)
     for damaged in (b'{"before": {', b"[1]", b"\xff\xfe", b"", b'{"before": {}}'):  # a kill, or another version
         files[0].write_bytes(damaged)
         assert compare(before, after, prompts(6), max_new_tokens=4, folder=tmp_path) == first
@@ -105,7 +106,7 @@ def test_the_result_is_kept_and_read_again(policies, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("evaluation-*.json"))) == 2
     assert Evaluation.from_json(first.to_json()) == first
     assert [row[0] for row in first.table()] == [
-        "reply length (tokens)", "replies that end", "KL(after || before) per reply (nats)",
+        "response length (tokens)", "responses that end", "KL(after || before) per response (nats)",
     ]  # fmt: skip
     assert set(first.metrics()) >= {"before_length", "after_length", "length_difference", "length_z", "after_kl"}
 
@@ -117,7 +118,7 @@ def test_held_out_prompts_of_the_testbed_are_scored_with_gold(policies):
     assert result.prompts >= 12 and result.after["gold"].count == result.prompts
 
 
-def test_a_reward_model_scores_the_replies_too(policies, tmp_path):
+def test_a_reward_model_scores_the_responses(policies, tmp_path):
     from rlhf.models.scalar import ScalarModel
 
     before, after = policies
@@ -128,7 +129,7 @@ def test_a_reward_model_scores_the_replies_too(policies, tmp_path):
     assert set(result.samples[0].after_scores) == {"reward", "length", "ended"}
 
 
-def test_no_prompts_says_what_to_type(policies):
+def test_an_empty_set_of_prompts_is_refused(policies):
     with pytest.raises(UserError, match="data.validation"):
         compare(*policies, [])
 
@@ -143,13 +144,13 @@ def test_estimates_by_hand():
     assert paired([0.0, 0.0], [1.0, 1.0]).z == math.inf
 
 
-def test_the_loss_on_text_is_that_of_transformers(policies):
+def test_the_loss_on_text_equals_that_of_transformers(policies):
     before, after = policies
     asked = Data(record="prompt", source="testbed", size=8, validation=8, max_length=64)
     text = Data(record="text", source="testbed", size=30, validation=6, max_length=64)
     result = compare(before, after, asked, text=text, max_new_tokens=4)
     documents = [record.text for record in text.load().validation]
-    means = []  # over all tokens: a long document weighs more than a short one
+    means = []  # over all tokens: a long document has more weight than a short one
     for folder, estimated in ((before, result.before["text_loss"]), (after, result.after["text_loss"])):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         losses, counts = [], []
@@ -164,7 +165,7 @@ def test_the_loss_on_text_is_that_of_transformers(policies):
 
 
 class Documents:
-    """A data set of documents."""
+    """Data set of documents."""
 
     source = "memory"
 
@@ -176,7 +177,7 @@ class Documents:
 
 
 def test_a_long_text_is_read_in_windows_within_the_context(policies, monkeypatch):
-    """Comparison, eval and a held-out set of training have one loss of a document, worked here window by window."""
+    """Comparison, eval and validation have one definition of a document's loss, computed here window by window."""
     before, after = policies
     long, short = "Two plus two is four, of course. " * 30, "What is 3 plus 3? It is 6."
     model, tokenizer = AutoModelForCausalLM.from_pretrained(after), AutoTokenizer.from_pretrained(after)
@@ -193,9 +194,9 @@ def test_a_long_text_is_read_in_windows_within_the_context(policies, monkeypatch
     widths = []
     plain = LanguageModel.logprobs
 
-    def logprobs(self, ids, *rest, **named):
-        widths.append(ids.shape[1])
-        return plain(self, ids, *rest, **named)
+    def logprobs(self, tokens, *rest, **named):
+        widths.append(tokens.ids.shape[1])
+        return plain(self, tokens, *rest, **named)
 
     monkeypatch.setattr(LanguageModel, "logprobs", logprobs)
     result = compare(before, after, prompts(4), text=Documents(long, short), max_new_tokens=4)
@@ -203,24 +204,24 @@ def test_a_long_text_is_read_in_windows_within_the_context(policies, monkeypatch
     assert max(widths) <= context
 
     policy = load_policy(after)
-    found = of_texts(policy, [Text(long), Text(short)])
+    found = text_likelihood(policy, [Text(long), Text(short)])
     assert found.tokens[0] + found.tokens[1] == count
     assert estimate(found.perplexity()).mean == pytest.approx(math.exp(nats / count), rel=1e-4)
 
     data = Data(record="text", source="testbed", size=8, validation=0, max_length=context)
     rows, _ = data.encode(policy.tokenizer, [Text(long), Text(short)])
     batch = collate(rows, policy.pad_id)
-    logp, _ = policy.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+    logp, _ = policy.logprobs(TokenBatch.of(batch.ids, batch.attention_mask, batch.loss_mask, batch.position_ids))
     assert float(-logp.sum() / batch.loss_mask.sum()) == pytest.approx(nats / count, abs=1e-5)
 
 
-def test_prompts_that_ask_the_same_are_one_cluster(policies):
-    """Each prompt three times and a paraphrase by name: errors over 5 questions, worked from the replies."""
+def test_paraphrased_prompts_are_one_cluster(policies):
+    """Each prompt three times, and a paraphrase by name: errors over 5 questions, computed from the responses."""
     before, _ = policies
     named = [Prompt((Message("user", f"{word} is 9 plus 9?"),), cluster="nine") for word in ("What", "How much")]
     asked = [*prompts(4) * 3, *named]
     result = compare(before, before, asked, max_new_tokens=8)
-    lengths = Sampler(8, batch_size=128).sample(load_policy(before), asked, 0).lengths.tolist()
+    lengths = AncestralSampler(8, batch_size=128).sample(load_policy(before), asked, 0).lengths.tolist()
     mean = sum(lengths) / 14
     totals = [sum(lengths[i:12:4]) - 3 * mean for i in range(4)] + [sum(lengths[12:]) - 2 * mean]
     assert result.clusters == 5 and result.after["length"].count == 14
@@ -228,7 +229,7 @@ def test_prompts_that_ask_the_same_are_one_cluster(policies):
     assert result.kl is not None and result.kl.clusters == result.differences["length"].clusters == 5
 
 
-def test_text_without_held_out_documents_is_named(policies):
+def test_text_without_held_out_documents_is_refused(policies):
     text = Data(record="text", source="testbed", size=30, validation=0, max_length=64)
     with pytest.raises(UserError, match=r"compare\.text\.validation"):
         compare(*policies, prompts(4), text=text, max_new_tokens=4)

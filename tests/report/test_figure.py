@@ -1,4 +1,4 @@
-"""`rlhf report --plot`: what is on the axes is what the runs hold."""
+"""Figures of `rlhf report --plot`: the data on the axes equals that of the runs."""
 
 import pytest
 
@@ -6,8 +6,9 @@ pytest.importorskip("matplotlib")
 
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
-from rlhf.report import figure, plots  # noqa: E402
+from rlhf.report import figure  # noqa: E402
 from rlhf.report.sweep import compare_runs  # noqa: E402
+from rlhf.stage import figures  # noqa: E402
 from tests.report.fake_runs import ppo_sweep, write_run  # noqa: E402
 
 
@@ -19,7 +20,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures as they were before they were written."""
+    """Collect the figures as they were before they were written."""
     kept = []
 
     def keep(made, path):
@@ -27,11 +28,11 @@ def drawn(monkeypatch):
         path.write_bytes(b"image")
         return path
 
-    monkeypatch.setattr(plots, "save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return kept
 
 
-def test_final_metrics_against_a_knob(world, drawn, tmp_path):
+def test_final_metrics_are_plotted_against_a_hyperparameter(world, drawn, tmp_path):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     figure.write_figure(comparison, tmp_path / "a.png", "beta", ["val/gold"])
@@ -41,7 +42,7 @@ def test_final_metrics_against_a_knob(world, drawn, tmp_path):
     assert list(line.get_ydata()) == [group.mean("val/gold") for group in comparison.groups]
 
 
-def test_final_metrics_against_a_metric_bear_the_swept_number(world, drawn, tmp_path):
+def test_points_plotted_against_a_metric_are_labelled_with_the_swept_value(world, drawn, tmp_path):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     figure.write_figure(comparison, tmp_path / "a.svg", "kl", ["val/gold", "score"])
@@ -52,7 +53,7 @@ def test_final_metrics_against_a_metric_bear_the_swept_number(world, drawn, tmp_
 
 
 @pytest.mark.parametrize("x", ["step", "kl"])
-def test_over_training_each_group_is_a_mean_with_a_band(world, drawn, tmp_path, x):
+def test_each_group_is_a_mean_with_a_band_over_training(world, drawn, tmp_path, x):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     figure.write_figure(comparison, tmp_path / "a.png", x, ["score"], along=True)
@@ -61,11 +62,11 @@ def test_over_training_each_group_is_a_mean_with_a_band(world, drawn, tmp_path, 
     assert [line.get_label() for line in named] == [group.label for group in comparison.groups]
     assert len(axes.collections) == 3  # the bands
     first = comparison.groups[0]
-    ends = [plots.smooth(member.series["score"][1])[-1] for member in first.members]
+    ends = [figures.smooth(member.series["score"][1])[-1] for member in first.members]
     assert named[0].get_ydata()[-1] == pytest.approx(sum(ends) / 2)
 
 
-def test_from_the_command_line(world, tmp_path, capsys):
+def test_the_command_writes_the_figure(world, tmp_path, capsys):
     outputs, sweep = world
     words = [str(sweep), "--outputs", str(outputs), "--out", str(tmp_path), "--plot", str(tmp_path / "made/here.png")]
     assert main([*words, "--x", "beta", "--y", "val/gold"]) == 0
@@ -74,7 +75,7 @@ def test_from_the_command_line(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
-def test_each_kind_of_file_is_written_the_same_each_time(world, tmp_path, name, begins):
+def test_each_file_type_is_written_deterministically(world, tmp_path, name, begins):
     comparison = compare_runs([world[1]], world[0])
     for folder in ("one", "two"):
         figure.write_figure(comparison, tmp_path / folder / name, "beta", ["val/gold"])
@@ -91,13 +92,13 @@ def test_each_kind_of_file_is_written_the_same_each_time(world, tmp_path, name, 
         ("a.png", "nothing", ["score"], "swept: objective.beta"),
     ],
 )
-def test_mistakes_are_named(world, tmp_path, name, x, y, says):
+def test_invalid_figures_are_refused(world, tmp_path, name, x, y, says):
     outputs, sweep = world
     with pytest.raises(UserError, match=says):
         figure.write_figure(compare_runs([sweep], outputs), tmp_path / name, x, y)
 
 
-def test_before_training_is_a_mark_at_no_distance(drawn, tmp_path):
+def test_the_policy_before_training_is_marked_at_zero_kl(drawn, tmp_path):
     for i, beta in enumerate((0.1, 0.3)):
         metrics = {"after_kl": 3.0 - i, "after_gold": 0.7 + i / 10, "gold_difference": 0.3 + i / 10}
         write_run(tmp_path, "ppo", f"a{i}bbccddee", {"objective": {"beta": beta}}, metrics)

@@ -1,11 +1,11 @@
-"""Services get the config, the run's identity and its samples, beside the metrics."""
+"""Logging services get the config, the run's identity and its samples, besides the metrics."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 
-from rlhf.metrics import MetricsLogger, MLFlow, TensorBoard, WeightsAndBiases, log_config, log_samples
+from rlhf.logger.loggers import MetricsLogger, MLFlow, TensorBoard, WeightsAndBiases, log_config, log_samples
 
 CONFIG = {"seed": 3, "objective": {"_target_": "x.DPO", "beta": 0.1}, "data": {"source": ["a", "b"]}}
 
@@ -19,7 +19,7 @@ def run(tmp_path):
     return folder
 
 
-def test_tensorboard(run):
+def test_tensorboard_gets_config_metrics_and_samples(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoard(run)
@@ -48,8 +48,8 @@ def test_mlflow_starts_with_its_default_store(run, monkeypatch):
     assert "größer?" in file.read_text(encoding="utf-8")
 
 
-def test_wandb_gets_the_same(run, monkeypatch):
-    # Without the package: the two calls of Lightning's logger that reach it.
+def test_wandb_gets_config_and_samples(run, monkeypatch):
+    # Without the package: the two calls with which Lightning's logger reaches it.
     logger = WeightsAndBiases.__new__(WeightsAndBiases)
     given = {}
     monkeypatch.setattr("pytorch_lightning.loggers.WandbLogger.log_hyperparams", lambda _, params: given.update(params))
@@ -60,4 +60,4 @@ def test_wandb_gets_the_same(run, monkeypatch):
     log_samples([logger], run)
     assert given["objective.beta"] == 0.1 and given["data.source.1"] == "b"
     assert given["samples"] == {"columns": ["line"], "data": [['{"prompt": "größer?", "response": "ja"}']]}
-    log_samples([SimpleNamespace()], run)  # a logger of a user that takes no text
+    log_samples([SimpleNamespace()], run)  # a user's logger without text support

@@ -1,4 +1,4 @@
-"""Sweeps over knobs that are mappings or lists: runs are seeds of one setting only if their configs say so."""
+"""Sweeps over mappings or lists: runs are seeds of one setting only if their configs are equal up to the seed."""
 
 import csv
 import itertools
@@ -10,21 +10,23 @@ pytest.importorskip("matplotlib")
 
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
-from rlhf.report import figure, plots  # noqa: E402
+from rlhf.report import figure  # noqa: E402
 from rlhf.report.members import Member, flatten  # noqa: E402
 from rlhf.report.sweep import Comparison  # noqa: E402
-from rlhf.runs import Run  # noqa: E402
+from rlhf.runs.run_directory import Run  # noqa: E402
+from rlhf.stage import figures  # noqa: E402
 from tests.report.fake_runs import write_run  # noqa: E402
 
 _MODEL, _RULE = {"_target_": "x.ModelReward", "scale": 1.0}, {"_target_": "x.FunctionReward", "function": "m:f"}
 
 
-def reports(tmp_path, group, knobs, seeds=(0, 1)):
-    """A comparison of runs, one per setting of a group and seed; the metric tells the settings apart."""
+def reports(tmp_path, group, hyperparameters, seeds=(0, 1)):
+    """Compare runs, one per setting of a group and seed; the metric identifies the setting."""
     folders = [
-        write_run(tmp_path, "ppo", f"{i}{seed}bbccddee", {group: {"_target_": "x.Group"} | knob, "seed": seed},
+        write_run(tmp_path, "ppo", f"{i}{seed}bbccddee",
+                  {group: {"_target_": "x.Group"} | hyperparameter, "seed": seed},
                   {"val/accuracy": 0.5 + i / 10 + seed / 100})
-        for i, knob in enumerate(knobs) for seed in seeds
+        for i, hyperparameter in enumerate(hyperparameters) for seed in seeds
     ]  # fmt: skip
     return Comparison([Member(Run(folder)) for folder in folders], [])
 
@@ -76,19 +78,19 @@ CASES = {
         [{"arguments": {"a": "1"}}, {"arguments": {"a": 1, "b": 2}}],
         ['{a: "1"}', "{a: 1, b: 2}"],
     ),
-    "lists": ("rollout.temperatures", [{"temperatures": [1]}, {"temperatures": [1.0, 1.2]}], ["[1]", "[1, 1.2]"]),
+    "lists": ("sampler.temperatures", [{"temperatures": [1]}, {"temperatures": [1.0, 1.2]}], ["[1]", "[1, 1.2]"]),
     "same keys": ("objective.margin.better", [{"margin": {"better": 2.0}}, {"margin": {"better": 3.0}}], [2.0, 3.0]),
-    "a knob of some alone": ("objective.new", [{"beta": 1.0, "new": 5}, {"beta": 1.0}], [5, None]),
+    "a hyperparameter of some alone": ("objective.new", [{"beta": 1.0, "new": 5}, {"beta": 1.0}], [5, None]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_are_rows_and_seeds_are_grouped(tmp_path, case):
-    key, knobs, shown = CASES[case]
-    comparison = reports(tmp_path, key.split(".")[0], knobs)
+    key, hyperparameters, shown = CASES[case]
+    comparison = reports(tmp_path, key.split(".")[0], hyperparameters)
     assert comparison.varying == [key] and comparison.seeds == 2
-    # Each setting's own two values are behind its mean, by the metric that was written for it.
-    means = {group.knobs[key]: group.mean("val/accuracy") for group in comparison.groups}
+    # Each setting's mean is that of its own two values, by the metric that was written for it.
+    means = {group.hyperparameters[key]: group.mean("val/accuracy") for group in comparison.groups}
     assert means == pytest.approx({value: 0.505 + i / 10 for i, value in enumerate(shown)})
     comparison.write_csv(tmp_path / "report.csv")
     with (tmp_path / "report.csv").open() as file:
@@ -98,14 +100,16 @@ def test_settings_are_rows_and_seeds_are_grouped(tmp_path, case):
     assert [row[2] for row in found] == ["0", "1"] * 2
 
 
-def test_one_setting_however_it_is_written_is_one_group(tmp_path):
+def test_equal_settings_written_differently_are_one_group(tmp_path):
     written = [
         {"margin": {"better": 1, "significantly": 2.0}, "grades": [1]},
         {"margin": {"significantly": 2, "better": 1.0}, "grades": [1.0]},
     ]
     folders = [
-        write_run(tmp_path, "ppo", f"{i}abbccddee", {"objective": {"_target_": "x.Pairwise"} | knob, "seed": i}, {})
-        for i, knob in enumerate([*written, {"margin": "none", "grades": [1]}])
+        write_run(
+            tmp_path, "ppo", f"{i}abbccddee", {"objective": {"_target_": "x.Pairwise"} | hyperparameter, "seed": i}, {}
+        )
+        for i, hyperparameter in enumerate([*written, {"margin": "none", "grades": [1]}])
     ]
     comparison = Comparison([Member(Run(folder)) for folder in folders], [])
     assert comparison.varying == ["objective.margin"]
@@ -115,7 +119,7 @@ def test_one_setting_however_it_is_written_is_one_group(tmp_path):
     ]
 
 
-def test_a_mapping_that_names_runs_of_other_seeds_is_one_setting(tmp_path):
+def test_mappings_that_name_runs_of_different_seeds_are_one_setting(tmp_path):
     folders = []
     for seed, more in itertools.product((0, 1), ({}, {"b": 1})):
         sft = tmp_path / "sft" / f"a{seed}bbccddee"
@@ -131,8 +135,8 @@ def test_a_mapping_that_names_runs_of_other_seeds_is_one_setting(tmp_path):
     }
 
 
-def test_no_group_holds_two_configs(tmp_path):
-    """All combinations of knobs of every kind: a group's configs without their seeds are one and the same."""
+def test_no_group_has_two_configs(tmp_path):
+    """All combinations of hyperparameters of every kind: a group's configs without their seeds are equal."""
     margins = ("none", {"better": 1.0}, {"better": 1.0, "slightly": 0.5}, {})
     classes = ({"_target_": "x.Pairwise"}, {"_target_": "x.Other", "tau": 0.1}, {"_target_": "x.Other"})
     folders = []
@@ -149,29 +153,29 @@ def test_no_group_holds_two_configs(tmp_path):
         assert configs[0] == configs[1]
 
 
-def test_the_command_has_the_mapping_in_table_page_csv_and_plot(tmp_path, capsys):
+def test_the_command_shows_the_mapping_in_table_page_csv_and_plot(tmp_path, capsys):
     reports(tmp_path, "objective", [{"margin": {"significantly": 2.0}}, {"margin": "none"}], seeds=(0,))
     words = [str(tmp_path / "ppo"), "--outputs", str(tmp_path), "--out", str(tmp_path), "--x", "margin"]
     assert main([*words, "--y", "val/accuracy", "--plot", str(tmp_path / "a.svg")]) == 0
     out = capsys.readouterr().out
     assert out.split()[:3] == ["run", "margin", "val/accuracy"] and "standard error" not in out
     page = (tmp_path / "report.html").read_text()
-    assert "<th class=knob title='objective.margin'>margin</th>" in page
+    assert "<th class=hyperparameter title='objective.margin'>margin</th>" in page
     assert "<td>{significantly: 2}</td>" in page and "<td>none</td>" in page and "settings, up to" not in page
     assert (tmp_path / "report.csv").read_text().startswith("run,status,objective.margin,")
     assert (tmp_path / "a.svg").stat().st_size > 2000
 
 
-def test_the_x_axis_is_the_mapping_or_the_one_number_swept_in_it(tmp_path, monkeypatch):
+def test_the_x_axis_is_the_mapping_or_its_only_swept_number(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda made, path: drawn.append(made) or path)
+    monkeypatch.setattr(figures, "save", lambda made, path: drawn.append(made) or path)
     sweeps = {
         "words": [{"margin": {"better": 2.0}}, {"margin": "none"}],
         "numbers": [{"margin": {"better": 2.0, "slightly": 1}}, {"margin": {"better": 4.0, "slightly": 1}}],
         "both": [{"margin": {"better": 2.0, "slightly": 1}}, {"margin": {"better": 4.0, "slightly": 0}},
                  {"margin": {"better": 2.0, "slightly": 0}}],
     }  # fmt: skip
-    found = {name: reports(tmp_path / name, "objective", knobs) for name, knobs in sweeps.items()}
+    found = {name: reports(tmp_path / name, "objective", hyperparameters) for name, hyperparameters in sweeps.items()}
     for name in ("words", "numbers"):
         figure.write_figure(found[name], tmp_path / "a.png", "margin", ["val/accuracy"])
     words, numbers = (made.axes[0] for made in drawn)
@@ -182,7 +186,7 @@ def test_the_x_axis_is_the_mapping_or_the_one_number_swept_in_it(tmp_path, monke
         figure.write_figure(found["both"], tmp_path / "a.png", "margin", ["val/accuracy"])
 
 
-def test_flatten_gives_a_mapping_as_a_whole_and_by_its_keys_below_a_node_alone():
+def test_flatten_returns_a_mapping_and_its_keys():
     node = {"objective": {"_target_": "a.b.C", "margin": {"better": 1.5}}, "inputs": {"policy": None}}
     assert dict(flatten(node)) == {
         "objective": "C",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.metrics_file import MetricsFile, read_rows, read_series
+from rlhf.storage.metrics_file import MetricsFile, read_rows, read_series
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def path(tmp_path):
     return tmp_path / "run" / "metrics.csv"
 
 
-def test_rows_are_on_disk_at_once(path):
+def test_rows_are_written_immediately(path):
     file = MetricsFile(path)
     file.write(0, {"loss": 1.5, "kl": 0.0})
     assert path.read_text() == "step,loss,kl\n0,1.5,0\n"
@@ -44,7 +44,7 @@ def test_a_new_column_leaves_earlier_cells_empty(path):
     assert read_series(path) == {"a": ([0, 1, 2], [0, 1, 2]), "b": ([3], [7])}
 
 
-def test_resume_drops_what_came_after_the_checkpoint(path):
+def test_resume_drops_rows_after_the_checkpoint(path):
     first = MetricsFile(path)
     for step in range(10):
         first.write(step, {"loss": 10.0 - step})
@@ -58,7 +58,7 @@ def test_resume_drops_what_came_after_the_checkpoint(path):
     assert path.read_bytes() == path.with_name("whole.csv").read_bytes()
 
 
-def test_a_line_cut_short_by_a_kill_is_ignored_and_replaced(path):
+def test_a_line_truncated_by_a_kill_is_ignored_and_replaced(path):
     file = MetricsFile(path)
     file.write(0, {"loss": 1.0})
     file.write(1, {"loss": 2.0})
@@ -78,12 +78,12 @@ def test_float32_comes_back_unchanged_and_nan_is_kept(path):
     assert math.isnan(row["bad"]) and row["worse"] == math.inf
 
 
-def test_no_file_has_no_rows(path):
+def test_a_missing_file_has_no_rows(path):
     assert read_rows(path) == [] and read_series(path) == {}
 
 
 def test_a_row_that_is_logged_again_is_never_missing(tmp_path, monkeypatch):
-    """A kill between cutting the row off and writing it anew left a checkpoint whose row was gone."""
+    """A kill between truncating the file and rewriting the row left a checkpoint whose row was gone."""
     file = MetricsFile(tmp_path / "metrics.csv")
     for step in range(3):
         file.write(step, {"loss": 1.5})

@@ -1,4 +1,4 @@
-"""Which runs enter the numbers of a report, and what a reader is told that they do not show."""
+"""Runs that enter the numbers of a report, and notes on what the numbers leave out."""
 
 import csv
 import json
@@ -12,12 +12,13 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
-from rlhf.metrics_file import MetricsFile, distinct_names  # noqa: E402
 from rlhf.report import plots  # noqa: E402
 from rlhf.report.html import write_report  # noqa: E402
 from rlhf.report.members import Member, find_runs  # noqa: E402
 from rlhf.report.sweep import Comparison, cell  # noqa: E402
-from rlhf.runs import Run  # noqa: E402
+from rlhf.runs.run_directory import Run  # noqa: E402
+from rlhf.stage import figures  # noqa: E402
+from rlhf.storage.metrics_file import MetricsFile, distinct_names  # noqa: E402
 from tests.report.fake_runs import write_run  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def compared(*folders):
 
 
 def runs_of(outputs, rows, logged=()):
-    """Runs of (beta, seed, status, metrics); those not finished have the metrics in metrics.csv alone."""
+    """Write runs of (beta, seed, status, metrics); unfinished ones have their metrics in metrics.csv alone."""
     folders = []
     for i, (beta, seed, status, metrics) in enumerate(rows):
         config = {"seed": seed, "objective": {"_target_": "x.DPO", "beta": beta}}
@@ -38,7 +39,7 @@ def runs_of(outputs, rows, logged=()):
     return folders
 
 
-def test_a_failed_run_is_in_no_mean(tmp_path):
+def test_a_failed_run_is_excluded_from_means(tmp_path):
     comparison = compared(*runs_of(tmp_path, [
         (0.1, 0, "finished", {"val/accuracy": 0.6}), (0.1, 1, "finished", {"val/accuracy": 0.8}),
         (0.1, 2, "failed", {"val/accuracy": 0.1}), (0.1, 3, "stopped", {"val/accuracy": 0.2}),
@@ -47,7 +48,7 @@ def test_a_failed_run_is_in_no_mean(tmp_path):
     first, failed, stopped = comparison.groups
     assert first.mean("val/accuracy") == pytest.approx(0.7) and first.error("val/accuracy") == pytest.approx(0.1)
     assert math.isnan(failed.mean("val/accuracy")) and cell(failed, "val/accuracy") == ""
-    assert stopped.mean("val/accuracy") == 0.95  # the newest value of a run that can go on; it wins nothing
+    assert stopped.mean("val/accuracy") == 0.95  # the newest value of a run that can be resumed; it is never best
     assert comparison.best("val/accuracy") is None
     assert comparison.left_out(["val/accuracy"]) == [
         "beta=0.1: 2 of 4 runs in no mean (1 failed, 1 stopped)",
@@ -55,7 +56,7 @@ def test_a_failed_run_is_in_no_mean(tmp_path):
     ]
 
 
-def test_nan_is_counted_and_wins_nothing(tmp_path, capsys):
+def test_nan_is_counted_and_never_best(tmp_path, capsys):
     folders = runs_of(tmp_path / "outputs", [
         (0.1, 0, "finished", {"val/accuracy": 0.9}), (0.1, 1, "finished", {"val/accuracy": math.nan}),
         (0.5, 0, "finished", {"val/accuracy": 0.5}), (0.5, 1, "finished", {"val/accuracy": 0.7}),
@@ -71,7 +72,7 @@ def test_nan_is_counted_and_wins_nothing(tmp_path, capsys):
     assert "beta=0.9: val/accuracy is nan or infinite in 1 of 1 runs" in page.read_text(encoding="utf-8")
 
 
-def test_one_metric_decides_who_is_best_and_noise_decides_nothing(tmp_path):
+def test_the_best_group_is_chosen_by_one_metric_beyond_noise(tmp_path):
     def rows(*values):
         return [
             (b, s, "finished", {"val/gold": v, "val/accuracy": 1 - v}) for b, vs in values for s, v in enumerate(vs)
@@ -80,7 +81,7 @@ def test_one_metric_decides_who_is_best_and_noise_decides_nothing(tmp_path):
     clear = compared(*runs_of(tmp_path / "a", rows((0.1, (0.5, 0.52)), (0.5, (0.8, 0.82)))))
     assert clear.best("val/gold") is clear.groups[1]
     page = write_report(clear, tmp_path / "report.html", "x").read_text(encoding="utf-8")
-    assert page.count("num best") == 1 and clear.telling(1) == ["val/gold"]
+    assert page.count("num best") == 1 and clear.main_metrics(1) == ["val/gold"]
     noisy = compared(*runs_of(tmp_path / "b", rows((0.1, (0.5, 0.7)), (0.5, (0.6, 0.8)))))
     assert noisy.best("val/gold") is None
 
@@ -94,7 +95,7 @@ def test_reward_and_kl_come_from_the_same_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_one_validation_point_is_seen(tmp_path, seeds):
+def test_a_single_validation_point_is_visible(tmp_path, seeds):
     rows = [(0.1, seed, "finished", {"val/accuracy": 0.5 + seed / 10}) for seed in range(seeds)]
     comparison = compared(*runs_of(tmp_path, rows))
     axes = Figure().subplots()
@@ -103,7 +104,7 @@ def test_one_validation_point_is_seen(tmp_path, seeds):
     assert [list(line.get_ydata()) for line in marked] == [[pytest.approx(0.5 + (seeds - 1) / 20)]]
 
 
-def test_runs_that_share_no_step_are_drawn_each(tmp_path):
+def test_runs_without_common_steps_are_drawn_separately(tmp_path):
     folders = runs_of(tmp_path, [(0.1, 0, "finished", {})], logged=[(3, {"loss": 1.0})])
     folders += runs_of(tmp_path / "b", [(0.1, 1, "finished", {})], logged=[(5, {"loss": 2.0})])
     axes = Figure().subplots()
@@ -112,9 +113,9 @@ def test_runs_that_share_no_step_are_drawn_each(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 24, 40])
-def test_legends_are_whole(count):
+def test_legends_are_complete(count):
     labels = [f"a rather long name of a setting={i}, learning_rate={i}e-5, adapter=LoRA" for i in range(count)]
-    with plots.style():
+    with figures.style():
         figure, (panel,) = plots.grid(1, height=2.9)
         handles = [panel.plot([0, 1], [i, i])[0] for i in range(count)]
         plots.legend(figure, handles, labels)
@@ -125,7 +126,7 @@ def test_legends_are_whole(count):
         assert "".join(text.get_text() for text in figure.legends[0].get_texts()).count("setting=") == count
 
 
-def test_a_metric_named_as_a_column_has_a_column_of_its_own(tmp_path):
+def test_a_metric_named_like_a_column_has_its_own_column(tmp_path):
     assert distinct_names(["run", "status", "value"], ["loss", "value"]) == [
         "run",
         "status",
@@ -140,7 +141,7 @@ def test_a_metric_named_as_a_column_has_a_column_of_its_own(tmp_path):
     assert (row["status"], row["metric.status"], row["metric.run"], row["loss"]) == ("finished", "1.0", "2.0", "3.0")
 
 
-def test_what_is_not_shown_is_said(tmp_path, capsys):
+def test_omitted_rows_are_reported(tmp_path, capsys):
     metrics = {f"val/accuracy_{i}": 0.5 for i in range(5)} | {f"loss_{i}": 1.0 for i in range(5)}
     folders = runs_of(tmp_path / "outputs", [(b / 10, 0, "finished", metrics | {"gold": b / 10}) for b in range(1, 9)])
     for folder in folders:
@@ -149,12 +150,12 @@ def test_what_is_not_shown_is_said(tmp_path, capsys):
     comparison = compared(*folders)
     page = write_report(comparison, tmp_path / "report.html", "x").read_text(encoding="utf-8")
     assert "6 of 8 settings and 3 of 5 prompts; all are in samples.jsonl of the runs." in page
-    assert f"{len(comparison.telling(8))} of 11 metrics; all are in report.csv." in page
+    assert f"{len(comparison.main_metrics(8))} of 11 metrics; all are in report.csv." in page
     main([*map(str, folders), "--outputs", str(tmp_path / "outputs")])
-    assert f"{len(comparison.telling(6))} of 11 metrics, all are in report.csv" in capsys.readouterr().out
+    assert f"{len(comparison.main_metrics(6))} of 11 metrics, all are in report.csv" in capsys.readouterr().out
 
 
-def test_links_out_of_a_run_or_of_its_outputs_are_not_followed(tmp_path):
+def test_links_that_leave_a_run_or_its_outputs_are_not_followed(tmp_path):
     (mine,) = runs_of(tmp_path / "private", [(0.1, 0, "finished", {"loss": 1.0})])
     outputs = tmp_path / "outputs"
     (good,) = runs_of(outputs, [(0.1, 0, "finished", {"loss": 2.0})])

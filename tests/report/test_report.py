@@ -1,4 +1,4 @@
-"""The comparing report: which runs, what differs, tables, plots, family tree, one HTML page."""
+"""Report that compares runs: selection, differences, tables, plots, family tree, one HTML page."""
 
 import csv
 import io
@@ -10,14 +10,17 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rlhf import run_directory, run_files, yaml_files  # noqa: E402
 from rlhf.cli.report import main  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.report import plots  # noqa: E402
 from rlhf.report.members import Member, find_runs, flatten, newest_sweep  # noqa: E402
 from rlhf.report.sweep import Comparison, compare_runs, short_names, show, with_error  # noqa: E402
 from rlhf.report.tree import family_tree  # noqa: E402
-from rlhf.runs import Run  # noqa: E402
+from rlhf.running import curves  # noqa: E402
+from rlhf.runs import run_directory, run_files
+from rlhf.runs.run_directory import Run  # noqa: E402
+from rlhf.stage import figures  # noqa: E402
+from rlhf.storage import yaml_files  # noqa: E402
 from tests.report.fake_runs import ppo_sweep, write_run  # noqa: E402
 
 
@@ -39,7 +42,7 @@ def test_references_are_sweeps_runs_folders_and_fingerprints(world):
     assert len(find_runs(outputs / "ppo" / "0", outputs)) == 6
     assert newest_sweep(outputs) == sweep
     with pytest.raises(UserError, match="no such run or folder"):
-        find_runs(sweep.parent / "*-nothing-*", outputs)  # as a shell hands on what matches nothing
+        find_runs(sweep.parent / "*-nothing-*", outputs)  # a glob without matches, as a shell passes it on
     with pytest.raises(UserError, match="no such run or folder"):
         find_runs("ffff", outputs)
     (outputs / "empty").mkdir(exist_ok=True)
@@ -47,24 +50,24 @@ def test_references_are_sweeps_runs_folders_and_fingerprints(world):
         find_runs(outputs / "empty", outputs)
 
 
-def test_a_folder_means_its_last_runs_not_their_ancestors(world):
+def test_a_directory_selects_its_last_runs_without_their_ancestors(world):
     outputs, _ = world
     assert {run.stage for run in find_runs(outputs, outputs)} == {"ppo"}
 
 
-def test_a_job_of_a_sweep_is_shown_though_another_went_on_from_its_result(tmp_path):
+def test_a_job_of_a_sweep_is_shown_even_as_ancestor_of_another(tmp_path):
     first = write_run(tmp_path, "dpo", "aa11aa11aa", {"seed": 0}, {"val/accuracy": 0.6})
     second = write_run(tmp_path, "dpo", "bb22bb22bb", {"seed": 0}, {"val/accuracy": 0.7}, [("policy", first)])
     sweep = tmp_path / "sweeps" / "2026-01-01-iterative_dpo"
     for index, folder in enumerate((first, second)):
         (sweep / f"{index:03d}").mkdir(parents=True)
         (sweep / f"{index:03d}" / "run").symlink_to(folder)
-    assert [run.folder.name for run in find_runs(sweep, tmp_path)] == ["bb22bb22bb"]  # a folder like any other
+    assert [run.folder.name for run in find_runs(sweep, tmp_path)] == ["bb22bb22bb"]  # a directory like any other
     (sweep / "multirun.yaml").touch()
     assert [run.folder.name for run in find_runs(sweep, tmp_path)] == ["aa11aa11aa", "bb22bb22bb"]
 
 
-def test_what_differs_is_the_swept_knob_and_seeds_are_grouped(world):
+def test_the_swept_hyperparameter_is_detected_and_seeds_are_grouped(world):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     assert comparison.varying == ["objective.beta"]
@@ -76,10 +79,10 @@ def test_what_differs_is_the_swept_knob_and_seeds_are_grouped(world):
     assert group.error("val/gold") == pytest.approx(abs(values[0] - values[1]) / 2)  # sd / sqrt(2) of two values
     assert math.isnan(group.mean("absent"))
     assert comparison.best("val/gold") is max(comparison.groups, key=lambda g: g.mean("val/gold"))
-    assert comparison.best("loss") is None  # PPO's training loss is no yardstick
+    assert comparison.best("loss") is None  # PPO's training loss does not measure quality
 
 
-def test_a_knob_that_differs_only_upstream_is_named_with_its_stage(tmp_path):
+def test_a_hyperparameter_that_differs_only_upstream_is_named_with_its_stage(tmp_path):
     config = {"objective": {"_target_": "x.Pairwise", "margin": "none"}}
     runs = []
     for i, margin in enumerate(("none", "large")):
@@ -94,7 +97,7 @@ def test_a_knob_that_differs_only_upstream_is_named_with_its_stage(tmp_path):
     assert [group.label for group in comparison.groups] == ["reward_model margin=large", "reward_model margin=none"]
 
 
-def test_a_knob_all_steps_share_is_one_column(tmp_path):
+def test_a_hyperparameter_common_to_all_steps_is_one_column(tmp_path):
     runs = []
     for rank in (4, 8):
         sft = write_run(tmp_path, "sft", f"a{rank}bbccddee", {"adapter": {"_target_": "x.LoRA", "rank": rank}}, {})
@@ -103,7 +106,7 @@ def test_a_knob_all_steps_share_is_one_column(tmp_path):
     assert compared(*runs).varying == ["adapter.rank"]
 
 
-def test_one_choice_that_sets_many_knobs_is_one_column_and_all_of_them_in_the_csv(tmp_path):
+def test_hyperparameters_that_vary_together_are_one_column_and_all_in_the_csv(tmp_path):
     tiny = {
         "model": {"architecture": {"hidden_size": 128, "layers": 4}},
         "objective": {"_target_": "x.DPO", "beta": 0.1},
@@ -124,7 +127,7 @@ def test_one_choice_that_sets_many_knobs_is_one_column_and_all_of_them_in_the_cs
 
 
 def test_unfinished_runs_show_their_newest_values(tmp_path):
-    from rlhf.metrics_file import MetricsFile
+    from rlhf.storage.metrics_file import MetricsFile
 
     folder = write_run(tmp_path, "sft", "a1bbccddee", {}, {}, status="failed")
     file = MetricsFile(folder / "metrics.csv")
@@ -133,7 +136,7 @@ def test_unfinished_runs_show_their_newest_values(tmp_path):
     assert Member(Run(folder)).metrics["loss"] == 2.0
 
 
-def test_an_evaluation_in_the_run_folder_is_part_of_its_metrics(tmp_path):
+def test_an_evaluation_in_the_run_directory_is_part_of_its_metrics(tmp_path):
     folder = write_run(tmp_path, "ppo", "a1bbccddee", {}, {"kl": 3.0})
     estimate = {"mean": 0.75, "se": 0.01, "count": 400}
     (folder / "evaluation-0123456789.json").write_text(
@@ -156,11 +159,11 @@ def test_an_evaluation_in_the_run_folder_is_part_of_its_metrics(tmp_path):
     }
 
 
-def test_telling_metrics_held_out_first_and_no_more_than_two_of_a_kind(world):
+def test_main_metrics_put_held_out_ones_first(world):
     outputs, sweep = world
-    telling = compare_runs([sweep], outputs).telling(6)
+    telling = compare_runs([sweep], outputs).main_metrics(6)
     assert telling[:2] == ["val/gold", "gold"] and "epoch" not in telling
-    assert compare_runs([sweep], outputs, ["entropy"]).telling(6) == ["entropy"]
+    assert compare_runs([sweep], outputs, ["entropy"]).main_metrics(6) == ["entropy"]
     with pytest.raises(UserError, match="entropi: no run has it; the runs have: .*entropy"):
         compare_runs([sweep], outputs, ["entropi"])
 
@@ -179,21 +182,28 @@ def test_the_command_prints_a_table_and_writes_page_and_csv(world, capsys, monke
         table = list(csv.DictReader(file))
     assert len(table) == 6 and {row["objective.beta"] for row in table} == {"0.01", "0.1", "1.0"}
     page = (sweep / "report.html").read_text()
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # nothing is loaded from anywhere
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # nothing external is loaded
     assert page.count("data:image/svg+xml;base64,") == 3
-    for heading in ("Results", "What the swept knobs do", "Reward against KL", "Training", "Family tree", "Replies"):
+    for heading in (
+        "Results",
+        "What the swept hyperparameters do",
+        "Reward against KL",
+        "Training",
+        "Family tree",
+        "Responses",
+    ):
         assert f"<h2>{heading}</h2>" in page
-    assert (sweep / "results.csv").read_text().startswith("job,")  # the launcher's own table is left alone
+    assert (sweep / "results.csv").read_text().startswith("job,")  # the launcher's own table is unchanged
 
 
-def test_single_runs_are_reported_in_a_folder_of_their_own(world, capsys):
+def test_single_runs_are_reported_in_their_own_directory(world, capsys):
     outputs, _ = world
     assert main([str(outputs / "sft" / "aa11aa11aa"), "--outputs", str(outputs)]) == 0
     pages = list((outputs / "reports").glob("*/report.html"))
-    assert len(pages) == 1 and "What the swept knobs do" not in pages[0].read_text()
+    assert len(pages) == 1 and "What the swept hyperparameters do" not in pages[0].read_text()
 
 
-def test_no_sweep_says_what_to_type(tmp_path):
+def test_a_report_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match="rlhf report RUN"):
         main(["--outputs", str(tmp_path)])
 
@@ -207,7 +217,7 @@ def test_family_tree_draws_each_ancestor_once_and_names_the_roles(world):
     assert family_tree([Member(Run(outputs / "sft" / "aa11aa11aa"))]) == ""
 
 
-def test_many_runs_alike_are_one_box(tmp_path):
+def test_many_equal_runs_are_one_box(tmp_path):
     outputs = tmp_path / "outputs"
     sweep = ppo_sweep(outputs, betas=(0.01, 0.1, 1.0), seeds=(0, 1, 2), steps=10)
     assert "ppo × 9" in family_tree(compare_runs([sweep], outputs).members)
@@ -216,25 +226,25 @@ def test_many_runs_alike_are_one_box(tmp_path):
 def test_curves_of_a_single_run(world, tmp_path):
     outputs, _ = world
     run = next((outputs / "ppo").iterdir())
-    assert plots.run_curves(run) == run / "curves.png"
+    assert curves.run_curves(run) == run / "curves.png"
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert plots.run_curves(tmp_path) is None
-    from rlhf.metrics_file import MetricsFile
+    assert curves.run_curves(tmp_path) is None
+    from rlhf.storage.metrics_file import MetricsFile
 
     file = MetricsFile(tmp_path / "metrics.csv")
     for step in range(30):
         file.write(step, {"loss": 3 / (step + 1), "accuracy": step / 30, "learning_rate": 1e-3})
     file.write(30, {"val/loss": 0.2})
-    assert plots.run_curves(tmp_path).stat().st_size > 5000
+    assert curves.run_curves(tmp_path).stat().st_size > 5000
 
 
-def test_plots_are_the_same_bytes_each_time(world):
+def test_plots_are_deterministic(world):
     outputs, sweep = world
     comparison = compare_runs([sweep], outputs)
     assert plots.effects(comparison, ["val/gold"]) == plots.effects(comparison, ["val/gold"])
 
 
-def test_a_plot_is_laid_out_as_savefig_does_it(world):
+def test_the_layout_of_a_plot_equals_that_of_savefig(world):
     def made():
         figure, panels = plots.grid(4, height=2.9)
         for axes in panels:
@@ -244,7 +254,7 @@ def test_a_plot_is_laid_out_as_savefig_does_it(world):
         plots.legend(figure, lines, ["beta=0.1", "beta=0.2", "beta=0.3", "beta=0.4"])
         return figure
 
-    with plots.style():
+    with figures.style():
         buffer = io.StringIO()
         made().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         assert buffer.getvalue().endswith(plots._svg(made()))
@@ -268,7 +278,7 @@ def test_the_files_of_a_report_are_read_once(world, monkeypatch):
     }
 
 
-def test_effects_of_choices_and_of_two_knobs(tmp_path):
+def test_effects_of_choices_and_of_two_hyperparameters(tmp_path):
     folders = []
     for i, (adapter, beta) in enumerate((a, b) for a in ("LoRA", "NoAdapter") for b in (0.1, 0.5)):
         config = {"adapter": {"_target_": f"x.{adapter}"}, "objective": {"beta": beta}}
@@ -280,11 +290,11 @@ def test_effects_of_choices_and_of_two_knobs(tmp_path):
 
 
 def test_smoothing_keeps_constants_and_ignores_nan():
-    assert plots.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
-    assert plots.smooth([1.0, math.nan] + [1.0] * 98)[1] == 1.0
+    assert figures.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert figures.smooth([1.0, math.nan] + [1.0] * 98)[1] == 1.0
 
 
-def test_flatten_names_an_option_by_its_class_and_leaves_out_paths_of_output():
+def test_flatten_names_options_by_class_and_omits_output_paths():
     node = {"outputs": "o", "logger": {"a": 1}, "objective": {"_target_": "a.b.DPO", "beta": 0.1}, "list": [1, 2]}
     assert dict(flatten(node)) == {"objective": "DPO", "objective.beta": 0.1, "list": "[1, 2]"}
 
@@ -293,7 +303,7 @@ def test_flatten_names_an_option_by_its_class_and_leaves_out_paths_of_output():
     "mean, error, text",
     [(0.8246, 0.0072, "0.8246 ± 0.0072"), (20.9, 0.88, "20.90 ± 0.88"), (3.0, math.nan, "3"), (0.5, 0.0, "0.5 ± 0")],
 )
-def test_with_error(mean, error, text):
+def test_means_are_formatted_with_their_error(mean, error, text):
     assert with_error(mean, error) == text
 
 

@@ -1,4 +1,4 @@
-"""One run that is broken costs its own numbers, is named, and leaves lists, reports and other runs as they are."""
+"""A broken run is named and costs only its own numbers; lists, reports and other runs are unaffected."""
 
 import json
 import multiprocessing
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import locks, run_files, runs
 from rlhf.cli import report
 from rlhf.cli import runs as command
+from rlhf.data.contamination import overlap_warnings
 from rlhf.errors import UserError
-from rlhf.held_out import overlaps
+from rlhf.planning import references
 from rlhf.report.members import find_runs
-from rlhf.runs import Run
+from rlhf.runs import run_directory, run_files
+from rlhf.runs.run_directory import Run
+from rlhf.storage import files, locks
 from rlhf.using import eval_file, named
 from tests.runs.test_runs import make
 
@@ -24,7 +26,7 @@ LINEAGE = {"fingerprint": "eeee000000" + "0" * 54, "inputs": {}, "ancestors": {}
 EVALUATION = {"before": {"gold": {"mean": 0.5}}, "after": {"gold": {"mean": 0.75}}, "differences": {}, "kl": None}
 HALF = b'{"status": "finished", "metrics": {"lo'
 
-# File -> contents that are wrong, each with a word of the line that names it.
+# File -> invalid contents, each with a word of the line that names it.
 BROKEN: dict[str, list[tuple[bytes | dict, str]]] = {
     "status.json": [
         (STATUS | {"pid": "x"}, "pid is 'x', not the number of a process"),
@@ -81,7 +83,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("outputs")
 
 
-def test_a_broken_file_is_named_and_costs_no_other_run(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_named_and_affects_no_other_run(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = make(outputs, "dpo", "ffff000000")
     broken: dict[Path, tuple[Run, str]] = {}
     for number, (name, content, said) in enumerate(CASES):
@@ -93,7 +95,7 @@ def test_a_broken_file_is_named_and_costs_no_other_run(outputs: Path, capsys: py
         assert any(line.startswith(f"{path}: ") and said in line for line in run.problems()), (path, run.problems())
         assert named.ancestors(run) == [] and named.testbed(run) is None and named.started_from(run) is None
         if path.name != "status.json":
-            assert runs.resolve(run.folder.name[:4], "policy", outputs).run == run.folder
+            assert references.resolve(run.folder.name[:4], "policy", outputs).run == run.folder
 
     assert command.main(["list"]) == 0
     listed = capsys.readouterr().out.replace("\n", "")
@@ -109,44 +111,44 @@ def test_a_broken_file_is_named_and_costs_no_other_run(outputs: Path, capsys: py
         if path.name != "status.json":
             assert command.main(["show", str(run.folder)]) == 0 and f"{path}: " in capsys.readouterr().out
     assert command.main(["rm", *(str(run.folder) for run, _ in broken.values()), "--yes"]) == 0
-    assert [run.folder for run in runs.find(outputs)] == [good.folder]
+    assert [run.folder for run in run_directory.find(outputs)] == [good.folder]
 
 
-def test_a_broken_status_does_not_end_the_count_of_attempts(outputs: Path) -> None:
+def test_a_broken_status_restarts_the_count_of_attempts(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000", status="failed")
     content = json.loads((run.folder / "status.json").read_text()) | {"attempt": "x"}
-    runs.write_json(run.folder / "status.json", content)
+    files.write_json(run.folder / "status.json", content)
     run.begin({"seed": 0}, LINEAGE, "rlhf stage=dpo")
     assert run.status_file["attempt"] == 1
 
 
-def test_an_edited_fingerprint_is_not_believed(outputs: Path) -> None:
+def test_an_edited_fingerprint_is_ignored(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000")
     whole = run.fingerprint
     for name in ("status.json", "lineage.json"):
-        runs.write_json(
+        files.write_json(
             run.folder / name, json.loads((run.folder / name).read_text()) | {"fingerprint": "abab" + "1" * 60}
         )
         assert run.fingerprint == (whole if name == "status.json" else "eeee000000")
 
 
-def test_a_lineage_in_a_circle_ends(outputs: Path) -> None:
+def test_a_cyclic_lineage_terminates(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000")
     ancestor = {"stage": "dpo", "folder": str(run.folder), "parents": ["a"], "inputs": {"policy": ["a"]}}
-    runs.write_json(run.folder / "lineage.json", LINEAGE | {"ancestors": {"a": ancestor}, "inputs": {"policy": ["a"]}})
+    files.write_json(run.folder / "lineage.json", LINEAGE | {"ancestors": {"a": ancestor}, "inputs": {"policy": ["a"]}})
     assert named.ancestors(run) == [run]
     assert report.main([str(run.folder), "--out", "page"]) == 0
 
 
 @pytest.mark.parametrize("name", ["status.json", "summary.json", "lineage.json", "config.yaml"])
-def test_a_named_pipe_in_place_of_a_file_is_not_waited_for(outputs: Path, name: str) -> None:
+def test_a_named_pipe_in_place_of_a_file_is_not_read(outputs: Path, name: str) -> None:
     run = make(outputs, "dpo", "eeee000000")
     (run.folder / name).unlink()
     os.mkfifo(run.folder / name)
     assert any("is a named pipe" in line for line in run.problems()), run.problems()
 
 
-def test_rows_and_arrays_that_cannot_be_read(outputs: Path) -> None:
+def test_unreadable_rows_and_arrays_are_skipped(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000")
     rows = [b"[1]", b"5", HALF, b"\xff", b'{"prompt": [5], "response": "x"}', b'{"prompt": "Hi?", "response": "Ho."}']
     (run.folder / "samples.jsonl").write_bytes(b"\n".join(rows))
@@ -156,14 +158,14 @@ def test_rows_and_arrays_that_cannot_be_read(outputs: Path) -> None:
     assert report.main([str(run.folder), "--out", "page"]) == 0 and "Ho." in Path("page/report.html").read_text()
     from rlhf.data.records import Message, Prompt
 
-    (line,) = overlaps([Prompt((Message("user", "Hi?"),))], {"e": run.folder}, None)
+    (line,) = overlap_warnings([Prompt((Message("user", "Hi?"),))], {"e": run.folder}, None)
     assert "trained_on.npy cannot be read" in line
 
 
-# Whether a run is running is known by its lock
+# Whether a run is running is decided by its lock
 
 
-def test_a_run_of_another_host_or_of_a_number_used_again_is_not_running_for_ever(outputs: Path) -> None:
+def test_a_run_of_another_host_or_a_reused_process_id_does_not_count_as_running(outputs: Path) -> None:
     run = make(outputs, "dpo", "eeee000000")
     for pid, host in ((1, "elsewhere"), (os.getpid(), socket.gethostname())):
         run.write_status("running", pid=pid, host=host)
@@ -173,7 +175,7 @@ def test_a_run_of_another_host_or_of_a_number_used_again_is_not_running_for_ever
         assert run.status == "killed"
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+def test_a_lock_is_released_when_its_process_ends(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ready = context.Event()
 
@@ -194,7 +196,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_the_lock_of_a_folder_that_was_removed_meanwhile_is_none(tmp_path: Path) -> None:
+def test_the_lock_of_a_removed_directory_is_not_held(tmp_path: Path) -> None:
     run = Run(tmp_path / "sft" / "eeee000000")
     context = multiprocessing.get_context("fork")
     waiting, removed = context.Event(), context.Event()
@@ -217,16 +219,16 @@ def test_the_lock_of_a_folder_that_was_removed_meanwhile_is_none(tmp_path: Path)
 # Removing
 
 
-def test_rm_takes_real_runs_of_its_outputs_alone(outputs: Path, tmp_path: Path) -> None:
+def test_rm_removes_only_real_runs_of_its_outputs(outputs: Path, tmp_path: Path) -> None:
     run = make(outputs, "sft", "3f2a91bc04")
     other = make(Path("elsewhere"), "sft", "aaaa000000")
     odd = Path("mine")
     odd.mkdir()
-    runs.write_json(odd / "status.json", {"status": "finished"})
+    files.write_json(odd / "status.json", {"status": "finished"})
     Path("outputs/sft/bbbb000000").symlink_to(other.folder.absolute())
     deep = make(outputs, "sft/deeper", "cccc000000")
-    runs.write_json(Path("status.json"), {"status": "finished"})
-    runs.write_json(tmp_path.parent / "status.json", {"status": "finished"})
+    files.write_json(Path("status.json"), {"status": "finished"})
+    files.write_json(tmp_path.parent / "status.json", {"status": "finished"})
     wrong = ["", " ", ".", "..", "../..", "/", "outputs", "outputs/", "outputs/sft", "outputs/sft/", "mine", "3f"]
     wrong += [str(other.folder), str(odd.absolute()), "outputs/sft/bbbb000000", str(deep.folder)]
     wrong += ["outputs/sft/3f2a91bc04/..", "outputs/sft/3f2a91bc04/../../..", "outputs/../mine"]
@@ -240,7 +242,7 @@ def test_rm_takes_real_runs_of_its_outputs_alone(outputs: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("status", ["finished", "running", "stopped", "failed", "killed"])
-def test_rm_keeps_what_another_run_reads(outputs: Path, status: str) -> None:
+def test_rm_keeps_runs_that_another_run_reads(outputs: Path, status: str) -> None:
     sft = make(outputs, "sft", "3f2a91bc04")
     child = make(outputs, "dpo", "eeee000000", parent=sft, status="running" if status == "killed" else status)
     with pytest.raises(UserError, match=r"outputs/sft/3f2a91bc04 is what outputs/dpo/eeee000000 .*type --force"):
@@ -249,7 +251,7 @@ def test_rm_keeps_what_another_run_reads(outputs: Path, status: str) -> None:
     assert command.main(["rm", "3f2a", "--yes", "--force"]) == 0 and not sft.folder.exists() and child.folder.exists()
 
 
-def test_rm_that_is_killed_midway_leaves_no_half_run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rm_leaves_no_partial_run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make(outputs, "sft", "3f2a91bc04")
     other = make(outputs, "sft", "3f2b000000")
 
@@ -260,24 +262,24 @@ def test_rm_that_is_killed_midway_leaves_no_half_run(outputs: Path, monkeypatch:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(command, "remove", killed)
         command.main(["rm", "3f2a", "--yes"])
-    assert not run.folder.exists() and [found.folder for found in runs.find(outputs)] == [other.folder]
-    assert runs.named_like(Path("outputs/sft/3")) == [other.folder]
+    assert not run.folder.exists() and [found.folder for found in run_directory.find(outputs)] == [other.folder]
+    assert references.find_by_prefix(Path("outputs/sft/3")) == [other.folder]
     assert [found.folder.name for found in find_runs("outputs/sft", outputs)] == ["3f2b000000"]
     assert list(outputs.glob("sft/.removed-*"))
-    assert command.main(["rm", "--unfinished", "--yes"]) == 0  # sweeps out what was left
+    assert command.main(["rm", "--unfinished", "--yes"]) == 0  # removes what was left
     assert not list(outputs.glob("sft/.removed-*")) and other.finished
 
 
 # Manifests
 
 
-def test_a_finished_run_whose_files_changed_is_damaged(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_with_changed_files_counts_as_damaged(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(outputs, "sft", "3f2a91bc04")
     weights = run.folder / "model" / "model.safetensors"
     weights.write_bytes(b"0123456789")
     run.write_manifest()
     assert run.finished and command.main(["check"]) == 0
-    weights.write_bytes(b"0123456780")  # of the same size: seen by the hashes alone
+    weights.write_bytes(b"0123456780")  # of the same size: detected by the hashes alone
     assert run.finished and command.main(["check"]) == 1
     assert f"{weights} has other content than when it was written" in capsys.readouterr().out
     weights.write_bytes(b"01234")
@@ -285,7 +287,7 @@ def test_a_finished_run_whose_files_changed_is_damaged(outputs: Path, capsys: py
     assert command.main(["list", "--status", "damaged"]) == 0
     assert f"{weights} has 5 bytes, 10 when it was written" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"not finished \(damaged: model/model.safetensors has 5 bytes.*rlhf stage=sft"):
-        runs.resolve("3f2a", "policy", outputs)
+        references.resolve("3f2a", "policy", outputs)
     weights.unlink()
     assert run.status == "damaged" and "No such file" in run.damage()["model/model.safetensors"]
     weights.write_bytes(b"0123456789")
@@ -295,7 +297,7 @@ def test_a_finished_run_whose_files_changed_is_damaged(outputs: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", ["status.json", "summary.json", "lineage.json", "config.yaml", "samples.jsonl"])
-def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_named_pipe_among_the_files_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     run = make(Path("outputs"), "sft", "a" * 64)
     (run.folder / name).unlink(missing_ok=True)
@@ -307,14 +309,16 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path, monkeypatch: p
     )
 
 
-def test_a_config_that_holds_itself_is_no_config(tmp_path: Path) -> None:
+def test_a_config_that_contains_itself_is_refused(tmp_path: Path) -> None:
     run = make(tmp_path / "outputs", "sft", "a" * 64)
     (run.folder / "config.yaml").write_text("a: &a [*a]\n")
     assert run.plain_config == {}
     assert "its aliases" in run.problems("config.yaml")[0]
 
 
-def test_check_says_how_a_changed_run_is_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_the_command_that_recomputes_a_changed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path / "outputs", "sft", "a" * 64)
     (run.folder / "picks.jsonl").write_text("12345\n")
     run.write_manifest()

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; a torn one is recognised, and the newest whole one used."""
+"""Checkpoints are whole or absent; a torn one is detected, and the newest whole one is used."""
 
 import errno
 import os
@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from rlhf import checkpoint_files, manifest
-from rlhf.batch_file import BatchFile
-from rlhf.checkpoints import AtomicCheckpointIO, latest
+from rlhf.callbacks.checkpoints import AtomicCheckpointIO, latest
 from rlhf.errors import UserError, os_error
-from rlhf.metrics_file import MetricsFile, read_rows, unreadable
+from rlhf.storage import checkpoint_files, manifest
+from rlhf.storage.batch_file import BatchFile
+from rlhf.storage.metrics_file import MetricsFile, read_rows, unreadable
 
 
 def save(folder: Path, step: int) -> Path:
@@ -40,7 +40,7 @@ def garbage(path: Path) -> None:
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # within the weights, which torch would load without a word
+    content[len(content) // 2] ^= 1  # within the weights, which torch would load without an error
     path.write_bytes(content)
 
 
@@ -50,7 +50,7 @@ def folder_instead(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, garbage, flip, folder_instead])
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_torn_checkpoint_is_skipped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     older, newest = save(tmp_path, 4), save(tmp_path, 8)
     assert latest(tmp_path) == newest
     damage(newest)
@@ -62,7 +62,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path
         latest(tmp_path)
 
 
-def test_what_is_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_other_files_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     (tmp_path / "checkpoints").write_text("a file")
     assert latest(tmp_path) is None
@@ -72,9 +72,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["write", "flush", "rename"])
-def test_a_failure_in_the_middle_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_a_failed_write_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Lightning's own writer leaves a file in TMPDIR, and half a checkpoint where that is another file system."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -112,14 +110,14 @@ def test_a_sharded_checkpoint_is_whole_once_it_has_a_manifest(tmp_path: Path) ->
     assert latest(tmp_path) == older
 
 
-def test_lines_of_batches_that_cannot_be_read_are_done_again(tmp_path: Path, capsys) -> None:
-    file = BatchFile(tmp_path, "replies")
+def test_batches_with_unreadable_lines_are_computed_again(tmp_path: Path, capsys) -> None:
+    file = BatchFile(tmp_path, "responses")
     for batch in range(5):
         file.add(batch, value=batch)
     lines = file.path.read_bytes().split(b"\n")
     lines[1], lines[3] = b'{"batch": 1, "val', b"\0" * 20
     file.path.write_bytes(b"\n".join(lines) + b'{"batch": 5')
-    again = BatchFile(tmp_path, "replies")
+    again = BatchFile(tmp_path, "responses")
     assert list(again.mine(7)) == [1, 3, 5, 6]
     assert "2 lines cannot be read; their batches are computed again" in capsys.readouterr().out
     for batch in again.mine(7):
@@ -127,7 +125,7 @@ def test_lines_of_batches_that_cannot_be_read_are_done_again(tmp_path: Path, cap
     assert [row["value"] for row in again.read().values()] == list(range(7)) and list(again.mine(7)) == []
 
 
-def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+def test_unreadable_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     file = MetricsFile(path)
     for step in range(4):
@@ -141,7 +139,7 @@ def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path: Path) -> No
     assert [row["loss"] for row in read_rows(path)] == [1, pytest.approx(1 / 3), 0.125] and unreadable(path) == 0
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+def test_a_full_disk_raises_an_os_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     tensors = {"x": torch.zeros(100_000)}
     try:

@@ -1,4 +1,4 @@
-"""What strangers write reaches the screen as text: no control character is obeyed, no markup is read."""
+"""Untrusted text reaches the terminal as plain text: control characters and markup have no effect."""
 
 import ast
 import io
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf import console
+from rlhf import console as pages
 from rlhf.cli import main
-from rlhf.report import console as pages
 from tests.report.fake_runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -17,15 +17,15 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202egnp\u2066.\x7f"
 OBEYED = set(EVIL) - set("]0;owned[2J31mgnp.")
 
 
-def test_control_characters_have_pictures():
+def test_control_characters_are_replaced_by_symbols():
     assert console.clean("a\tb\n\x1b[31m\x00\r") == "a\tb\n␛[31m␀␍"
     assert console.clean("\x9b31m\u202e\u2066\x7f") == "�31m��␡"
     assert console.clean("grün 日本語 🙂 \u200f") == "grün 日本語 🙂 \u200f"
 
 
-def test_streams_are_cleaned_and_put_back(capsys):
+def test_streams_are_cleaned_and_restored(capsys):
     before = sys.stdout
-    with console.screen(), console.screen():  # a command may be run inside a command
+    with console.screen(), console.screen():  # a command may run inside a command
         print(EVIL)
         print(EVIL, file=sys.stderr)
         sys.stdout.writelines(["\rredrawn ", "a\rb\n"])
@@ -34,7 +34,7 @@ def test_streams_are_cleaned_and_put_back(capsys):
     assert captured.out == console.clean(EVIL) + "\n\rredrawn a␍b\n" and captured.err == console.clean(EVIL) + "\n"
 
 
-def test_no_encoding_ends_a_run(monkeypatch):
+def test_an_unencodable_character_does_not_stop_a_run(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     with console.screen():
@@ -54,7 +54,7 @@ def test_tables_and_lines_show_markup_and_escapes_literally(capsys):
         assert literal in out
 
 
-def test_own_colours_reach_a_terminal(monkeypatch):
+def test_colours_of_rlhf_reach_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -68,7 +68,7 @@ def test_own_colours_reach_a_terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["runs", "list"], ["runs", "show", "ab"], ["report", "outputs/ppo"], [f"x{EVIL}"]])
-def test_commands_clean_what_they_read(tmp_path, monkeypatch, capsys, words):
+def test_commands_clean_the_text_they_read(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     run = write_run(
         Path("outputs"), "ppo", "ab12ab12ab", {"seed": 0, "note": EVIL}, {EVIL: 1.0, "gold": 0.5},
@@ -80,8 +80,8 @@ def test_commands_clean_what_they_read(tmp_path, monkeypatch, capsys, words):
     assert captured.out + captured.err and not OBEYED & set(captured.out + captured.err)
 
 
-def test_every_console_is_the_clean_one():
-    # A console of rich's own would read markup in data and print its escapes.
+def test_every_module_uses_the_cleaned_console():
+    # A plain rich console would interpret markup in data and print its escapes.
     for path in [*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
         if path == ROOT / "rlhf/console.py":
             continue

@@ -1,15 +1,17 @@
-"""References that a user types, fingerprints of sources, and files that are whole or not there."""
+"""References to runs, fingerprints of sources, and atomic files."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from rlhf import runs
 from rlhf.cli import main
 from rlhf.cli import runs as command
 from rlhf.errors import UserError
-from rlhf.runs import Run
+from rlhf.planning import references
+from rlhf.runs import fingerprint
+from rlhf.runs.run_directory import Run
+from rlhf.storage import files
 
 
 def make(outputs: Path, stage: str, name: str, status: str = "finished", parent: Run | None = None) -> Run:
@@ -24,7 +26,9 @@ def make(outputs: Path, stage: str, name: str, status: str = "finished", parent:
     else:
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text("{}")
-    runs.write_json(folder / "summary.json", {"metrics": {"loss": 0.5}, "headline": "loss", "value": 0.5, "wall_s": 62})
+    files.write_json(
+        folder / "summary.json", {"metrics": {"loss": 0.5}, "headline": "loss", "value": 0.5, "wall_s": 62}
+    )
     run.write_status(status)
     return run
 
@@ -39,26 +43,26 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "ref",
     ["outputs/sft/3f2a91bc04", "outputs/sft/3f2a91bc04/", "outputs/sft/3f2a", "3f2a", "outputs/sft/3f2a91bc04/model"],
 )
-def test_all_ways_to_name_a_run(outputs: Path, ref: str) -> None:
+def test_every_form_of_run_reference_is_resolved(outputs: Path, ref: str) -> None:
     run = make(outputs, "sft", "3f2a91bc04")
-    found = runs.resolve(ref, "policy", outputs)
-    assert found == runs.Reference("outputs/sft/3f2a91bc04/model", run.fingerprint, run.folder)
+    found = references.resolve(ref, "policy", outputs)
+    assert found == references.Reference("outputs/sft/3f2a91bc04/model", run.fingerprint, run.folder)
 
 
-def test_data_roles_get_the_run_folder(outputs: Path) -> None:
+def test_data_roles_resolve_to_the_run_directory(outputs: Path) -> None:
     run = make(outputs, "collect", "aaaa000000")
-    assert runs.resolve("aaaa", "comparisons", outputs).path == str(run.folder)
+    assert references.resolve("aaaa", "comparisons", outputs).path == str(run.folder)
 
 
-def test_hub_ids_and_model_folders(outputs: Path) -> None:
-    assert runs.resolve("Org/some-model.v2", "policy", outputs).identity == "hub:Org/some-model.v2"
+def test_hub_ids_and_model_directories_are_resolved(outputs: Path) -> None:
+    assert references.resolve("Org/some-model.v2", "policy", outputs).identity == "hub:Org/some-model.v2"
     folder = Path("my_model")
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    first = runs.resolve("my_model", "policy", outputs)
+    first = references.resolve("my_model", "policy", outputs)
     assert first.path == "my_model" and first.identity.startswith("sha256:") and first.run is None
     (folder / "config.json").write_text('{"a": 1}')
-    assert runs.resolve("my_model", "policy", outputs).identity != first.identity
+    assert references.resolve("my_model", "policy", outputs).identity != first.identity
 
 
 @pytest.mark.parametrize(
@@ -75,14 +79,14 @@ def test_hub_ids_and_model_folders(outputs: Path) -> None:
         ("a/b/c", "policy", "no such run"),
     ],
 )
-def test_what_cannot_be_meant(outputs: Path, ref: str, role: str, message: str) -> None:
+def test_invalid_references_are_refused(outputs: Path, ref: str, role: str, message: str) -> None:
     make(outputs, "sft", "3f2a91bc04")
     make(outputs, "sft", "3f2b000000")
     make(outputs, "sft", "bbbb000000", status="failed")
     make(outputs, "collect", "cccc000000")
     Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
-        runs.resolve(ref, role, outputs)
+        references.resolve(ref, role, outputs)
 
 
 def test_a_half_written_run_is_not_finished(outputs: Path) -> None:
@@ -91,51 +95,38 @@ def test_a_half_written_run_is_not_finished(outputs: Path) -> None:
     assert run.status == "new" and not run.finished
 
 
-def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_json_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "a" / "status.json"
-    runs.write_json(path, {"status": "finished"})
+    files.write_json(path, {"status": "finished"})
     circle: list = []
     circle.append(circle)
     with pytest.raises(ValueError):
-        runs.write_json(path, circle)
+        files.write_json(path, circle)
     assert json.loads(path.read_text()) == {"status": "finished"} and len(list(path.parent.iterdir())) == 1
 
 
 def test_fingerprints_are_not_read_as_numbers() -> None:
-    names = [runs.fingerprint({"x": x}, {}, {}) for x in range(20)]
+    names = [fingerprint.compute({"x": x}, {}, {}) for x in range(20)]
     assert all(name[0] in "abcdef" for name in names) and len(set(names)) == 20
 
 
-def test_source_digest_sees_code_and_not_words(tmp_path: Path) -> None:
-    (tmp_path / "cli").mkdir()
-    code = tmp_path / "stage.py"
-    code.write_text("def f(x):\n    return x + 1\n")
-    first = runs.source_digest(tmp_path, ["cli"])
-    code.write_text('"""Words."""\n\n\ndef f(x):\n    """More."""\n    return x + 1  # and a comment\n')
-    assert runs.source_digest(tmp_path, ["cli"]) == first
-    (tmp_path / "cli" / "page.py").write_text("x = 1\n")
-    assert runs.source_digest(tmp_path, ["cli"]) == first
-    code.write_text("def f(x):\n    return x + 2\n")
-    assert runs.source_digest(tmp_path, ["cli"]) != first
-
-
-def test_fingerprint_knows_a_file_by_its_content(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_file_is_that_of_its_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.json").write_text("[1]")
-    one, same = (runs.fingerprint({"x": f"{tmp_path}/{name}.json"}, {}, {}) for name in ("a", "b"))
+    one, same = (fingerprint.compute({"x": f"{tmp_path}/{name}.json"}, {}, {}) for name in ("a", "b"))
     (tmp_path / "a.json").write_text("[2]")
-    assert one == same != runs.fingerprint({"x": f"{tmp_path}/a.json"}, {}, {})
+    assert one == same != fingerprint.compute({"x": f"{tmp_path}/a.json"}, {}, {})
 
 
-def test_fingerprint_of_equal_numbers_is_equal() -> None:
-    assert runs.fingerprint({"x": 1}, {}, {}) == runs.fingerprint({"x": 1.0}, {}, {})
-    assert runs.fingerprint({"x": 1}, {}, {}) != runs.fingerprint({"x": True}, {}, {})
+def test_equal_numbers_have_equal_fingerprints() -> None:
+    assert fingerprint.compute({"x": 1}, {}, {}) == fingerprint.compute({"x": 1.0}, {}, {})
+    assert fingerprint.compute({"x": 1}, {}, {}) != fingerprint.compute({"x": True}, {}, {})
 
 
 # rlhf runs
 
 
-def test_list_and_show(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_and_show_print_runs(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft = make(outputs, "sft", "3f2a91bc04")
     make(outputs, "dpo", "eeee000000", parent=sft)
     make(outputs, "dpo", "ffff000000", status="failed")
@@ -150,20 +141,20 @@ def test_list_and_show(outputs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "outputs/sft/3f2a91bc04" in out and "loss" in out and "seed: 0" in out
 
 
-def test_rm(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rm_removes_runs_after_confirmation(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft = make(outputs, "sft", "3f2a91bc04")
     dpo = make(outputs, "dpo", "eeee000000", parent=sft)
     failed = make(outputs, "dpo", "ffff000000", status="failed")
     with pytest.raises(UserError, match="is what outputs/dpo/eeee000000 was made from"):
         command.main(["rm", "3f2a", "--yes"])
-    assert command.main(["rm", "eeee"]) == 1 and dpo.folder.exists()  # nobody was there to say yes
+    assert command.main(["rm", "eeee"]) == 1 and dpo.folder.exists()  # no confirmation was typed
     assert command.main(["rm", "--unfinished", "--yes"]) == 0
     assert not failed.folder.exists() and dpo.folder.exists()
     assert command.main(["rm", "3f2a", "eeee", "--yes"]) == 0
     assert not sft.folder.exists() and not dpo.folder.exists()
 
 
-def test_rm_refuses_what_is_running_or_unknown(outputs: Path) -> None:
+def test_rm_refuses_running_and_unknown_runs(outputs: Path) -> None:
     run = make(outputs, "sft", "3f2a91bc04", status="running")
     with run.lock(), pytest.raises(UserError, match="is being computed by process"):
         command.main(["rm", "3f2a", "--yes"])
@@ -174,8 +165,8 @@ def test_rm_refuses_what_is_running_or_unknown(outputs: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["runs list", "runs check", "report", "eval testbed"])
-def test_outputs_of_a_command_is_a_folder(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file held no runs, and an empty word was the working directory."""
+def test_outputs_must_be_a_directory(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file has no runs, and an empty word meant the working directory."""
     (tmp_path / "file").touch()
     for given, said in ((str(tmp_path / "file"), str(tmp_path / "file")), ("", "''")):
         assert main.run([*words.split(), "--outputs", given]) == 2

@@ -1,4 +1,4 @@
-"""Code of the user's own: found beside the command, and part of what names a run."""
+"""User code: found in the directory of the command, and part of a run's fingerprint."""
 
 import importlib
 import multiprocessing
@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import discovery, functions, processes, runs, user_code
+from rlhf import discovery, importing
 from rlhf.errors import UserError
+from rlhf.running import processes
+from rlhf.runs import fingerprint, user_code
 
 FILES = {
     "myrew.py": "import json\nimport yaml\nfrom helpers import scale\nfrom pack.inner import deep\n\n\ndef f(p, r):\n"
@@ -38,7 +40,7 @@ READ |= {"pack.inner.base", "pack.cousin"}
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of the user's modules, in which a command is typed."""
+    """Return a directory of the user's modules, in which a command is typed."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -54,10 +56,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_working_directory_comes_after_all_that_is_installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_packages_take_precedence_over_the_working_directory(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert sys.path[-1] == str(here)
     (here / "yaml.py").write_text("raise SystemExit(0)\n")
-    assert functions.load("reward.function", "myrew:f")("p", "r") == 1.0
+    assert importing.load_function("reward.function", "myrew:f")("p", "r") == 1.0
     other = here / "job"
     other.mkdir()
     monkeypatch.chdir(other)
@@ -70,46 +74,51 @@ def test_the_working_directory_comes_after_all_that_is_installed(here: Path, mon
 @pytest.mark.parametrize(
     "config",
     [
-        {"reward": {"_target_": "rlhf.scoring.FunctionReward", "function": "myrew:f"}},
+        {"reward": {"_target_": "rlhf.reward.function.FunctionReward", "function": "myrew:f"}},
         {"data": {"parts": {"a": {"format": "myrew:f"}}}},
         {"reward": {"_target_": "myrew.f"}},
         {"reward": {"_target_": "hydra.utils.get_method", "path": "myrew.f"}},
     ],
 )
-def test_a_run_is_named_by_all_of_the_users_code_that_it_reaches(here: Path, config: dict) -> None:
+def test_the_fingerprint_covers_all_user_code_that_a_run_reaches(here: Path, config: dict) -> None:
     assert user_code.files(user_code.named(config)).keys() == READ
-    first, whole = runs.user_sources(config), runs.fingerprint(config, {}, {}, ())
+    first, whole = fingerprint.user_sources(config), fingerprint.compute(config, {}, {}, ())
     for name, text in FILES.items():
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if module != "broken":
             (here / name).write_text(f'"""Words."""\n# a comment\n{text}')
-            assert runs.user_sources(config) == first, name
+            assert fingerprint.user_sources(config) == first, name
         (here / name).write_text(f"{text}\nchanged = True\n")
-        assert (runs.user_sources(config) != first) == (module in READ), name
+        assert (fingerprint.user_sources(config) != first) == (module in READ), name
         (here / name).write_text(text)
     (here / "pack/cousin.py").write_text("c = 2\n")
-    assert runs.fingerprint(config, {}, {}, ()) != whole
+    assert fingerprint.compute(config, {}, {}, ()) != whole
 
 
-def test_callbacks_of_the_users_own_count_and_built_in_ones_do_not(here: Path) -> None:
+def test_user_callbacks_are_in_the_fingerprint_and_built_in_ones_are_not(here: Path) -> None:
     def name(target: str) -> str:
-        return runs.fingerprint({"callbacks": {"one": {"_target_": target}}}, {}, {}, ())
+        return fingerprint.compute({"callbacks": {"one": {"_target_": target}}}, {}, {}, ())
 
-    assert name("rlhf.checkpoints.Checkpoints") == runs.fingerprint({}, {}, {}, ()) != name("space.node.Reward")
-
-
-def test_classes_in_folders_without_init_and_files_that_do_not_parse(here: Path) -> None:
-    assert list(user_code.files(["space.node.Reward"])) == ["space.node"]
-    assert list(user_code.files(["space.far.out"])) == ["space.far.out", "space.node"]  # two folders deep
-    assert list(user_code.files(["broken"])) == ["broken"]
-    first = runs.user_sources({"x": {"_target_": "broken.f"}})
-    (here / "broken.py").write_text("def g(:\n")
-    assert runs.user_sources({"x": {"_target_": "broken.f"}}) != first
-
-
-def test_installed_packages_are_not_read(here: Path) -> None:
     assert (
-        user_code.files(["torch.nn.Linear", "json", "rlhf.scoring.GoldReward", "no_such", "pytest", "__main__"]) == {}
+        name("rlhf.callbacks.checkpoints.Checkpoints")
+        == fingerprint.compute({}, {}, {}, ())
+        != name("space.node.Reward")
+    )
+
+
+def test_namespace_packages_and_invalid_files_are_fingerprinted(here: Path) -> None:
+    assert list(user_code.files(["space.node.Reward"])) == ["space.node"]
+    assert list(user_code.files(["space.far.out"])) == ["space.far.out", "space.node"]  # two directories deep
+    assert list(user_code.files(["broken"])) == ["broken"]
+    first = fingerprint.user_sources({"x": {"_target_": "broken.f"}})
+    (here / "broken.py").write_text("def g(:\n")
+    assert fingerprint.user_sources({"x": {"_target_": "broken.f"}}) != first
+
+
+def test_installed_packages_are_not_fingerprinted(here: Path) -> None:
+    assert (
+        user_code.files(["torch.nn.Linear", "json", "rlhf.reward.gold.GoldReward", "no_such", "pytest", "__main__"])
+        == {}
     )
 
 
@@ -129,18 +138,18 @@ def test_installed_packages_are_not_read(here: Path) -> None:
         ("../myrew:f", "write it as module:function"),
     ],
 )
-def test_what_is_wrong_with_a_function_is_said(here: Path, name: str, message: str) -> None:
+def test_an_invalid_function_reference_is_refused_with_its_cause(here: Path, name: str, message: str) -> None:
     (here / "leaves.py").write_text("import sys\n\nsys.exit(0)\n")
     (here / "lacks.py").write_text("import not_installed\n")
     with pytest.raises(UserError, match=f"^reward.function={name}: .*{message}"):
-        functions.load("reward.function", name)
+        importing.load_function("reward.function", name)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone ends a process with its parent")
-def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
-    """As the job of a sweep whose parent is killed; one started too late to be told ends at once."""
+def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
+    """As with a job of a sweep whose parent is killed; a process started too late for the signal ends at once."""
     root = Path(__file__).parents[2]
-    script = "import sys, time; from rlhf import processes; processes.end_with_parent(); print(1, flush=True); "
+    script = "import sys, time; from rlhf.running import processes; processes.end_with_parent(); print(1, flush=True); "
     words = [sys.executable, "-c", script + "time.sleep(100)"]
 
     def parent(pipe: int) -> None:

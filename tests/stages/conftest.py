@@ -1,4 +1,4 @@
-"""A model of 30 thousand weights, a small world, and a trainer for each test."""
+"""Model of 30 thousand weights, a small world, and a trainer for each test."""
 
 import copy
 import itertools
@@ -12,16 +12,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from rlhf import policy_gradient
-from rlhf.build import quiet
-from rlhf.data.data import Data, Split
-from rlhf.metrics import loggers
+from rlhf.console import silence_libraries
+from rlhf.data.data import Data
+from rlhf.data.split import Split
+from rlhf.logger.loggers import loggers
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
-from rlhf.rollout import Sampler
-from rlhf.stage import Stage
+from rlhf.reward.base import Reward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.stage import rollout_metrics
+from rlhf.stage.base import Stage
 
 ARCHITECTURE = {
     "hidden_size": 32,
@@ -36,18 +38,18 @@ ARCHITECTURE = {
 
 @cache
 def data(record: str, size: int = 32, validation: int = 8) -> Split:
-    """A little of the testbed."""
+    """Load a few records of the testbed."""
     return Data(record, "testbed", size, validation, 96).load()
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(undrawn: None) -> None:
-    """No figures."""
+    """Disable figures."""
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model with its tokenizer; saving it makes every test start from the same weights."""
+    """Return a saved model with its tokenizer, so that every test starts from the same weights."""
     torch.manual_seed(0)
     spec = CausalLM(None, ARCHITECTURE, 320)
     model = spec.load(NoAdapter(), Precision("32-true"), corpus=data("demonstration", 200).texts)
@@ -58,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _read(folder: Path, lora: bool) -> tuple[LanguageModel, torch.Tensor]:
-    """The model of ``folder``, and the state of torch's generator once it was read."""
+    """Return the model of ``folder``, and the state of torch's generator after it was loaded."""
     torch.manual_seed(1)
     adapter = LoRA(rank=4, alpha=8.0) if lora else NoAdapter()
     return CausalLM(str(folder), None, None).load(adapter, Precision("32-true")), torch.get_rng_state()
@@ -66,7 +68,7 @@ def _read(folder: Path, lora: bool) -> tuple[LanguageModel, torch.Tensor]:
 
 @pytest.fixture
 def load(folder: Path) -> Callable[..., LanguageModel]:
-    """The model of ``folder``, with LoRA if asked: a copy of its own, and the generator as after reading it."""
+    """Return a function that copies the model of ``folder`` (with LoRA if requested) and restores the generator."""
 
     def make(lora: bool = False) -> LanguageModel:
         model, state = _read(folder, lora)
@@ -85,24 +87,24 @@ def whole_start() -> None:
 def _short_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the start of a policy on few prompts: sampling all of them takes as long as training a tiny model."""
     if "whole_start" not in request.fixturenames:
-        monkeypatch.setattr(policy_gradient, "START", 8)
+        monkeypatch.setattr(rollout_metrics, "START", 8)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """An optimizer whose steps are large enough to see."""
+    """Build an optimizer whose steps are large enough to measure."""
     return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-5)
 
 
 def constant(step: int, total: int) -> float:
-    """No schedule."""
+    """Return a constant factor: no schedule."""
     return 1.0
 
 
 def fit(stage: Stage, folder: Path, resume: Path | None = None, **arguments: Any) -> dict[str, float]:
-    """Trains as ``rlhf.build.train`` does; gives the last metrics."""
-    quiet()
+    """Train as ``rlhf.running.build.train`` does; return the last metrics."""
+    silence_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    stage.run_folder = folder
+    stage.run_directory = folder
     folder.mkdir(parents=True, exist_ok=True)
     trainer = pl.Trainer(
         **{
@@ -124,11 +126,23 @@ def fit(stage: Stage, folder: Path, resume: Path | None = None, **arguments: Any
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-S = TypeVar("S", bound=Sampler)
+class Scored(Reward):
+    """A reward given as a function of the rollout."""
+
+    log_odds = 1.0
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, rollout):
+        return self.function(rollout)
+
+
+S = TypeVar("S", bound=AncestralSampler)
 
 
 def dies(sampler: S, batches: int) -> S:
-    """The sampler, killed when it is asked for one batch more than these."""
+    """Return the sampler, killed when one batch more than `batches` is requested."""
     sample, asked = sampler.sample, itertools.count(1)
 
     def until_killed(*arguments: Any, **named: Any) -> Any:
@@ -141,10 +155,10 @@ def dies(sampler: S, batches: int) -> S:
 
 
 def weights(stage: Stage) -> dict[str, torch.Tensor]:
-    """All parameters of a stage, detached."""
+    """Return all parameters of a stage, detached."""
     return {name: value.detach().clone() for name, value in stage.named_parameters()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights are the same bits."""
+    """Return whether two sets of weights have the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

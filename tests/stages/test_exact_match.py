@@ -1,14 +1,14 @@
-"""The verifiable reward: where the answer is, what equals what, and what it refuses."""
+"""Exact-match reward: extraction of the answer, equality, and invalid settings."""
 
 from fractions import Fraction
 
 import pytest
 
-from rlhf.answers import last_number, number
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.exact_match import ExactMatch
+from rlhf.reward.answers import last_number, number
+from rlhf.reward.exact_match import ExactMatch
 from rlhf.testing import rollout
 
 
@@ -45,7 +45,7 @@ def prompt(reference):
         ("3 4 5", None),
     ],
 )
-def test_numbers_are_read(text, value):
+def test_numbers_are_parsed(text, value):
     assert number(text) == value
 
 
@@ -53,7 +53,7 @@ def test_numbers_are_read(text, value):
     "text, found",
     [
         ("3 + 4 = 7. The answer is 7.", "7"),
-        ("7-3", "3"),  # a minus between numbers is no sign
+        ("7-3", "3"),  # a minus between numbers is not a sign
         ("It is -3.", "-3"),
         ("That costs $1,234.50 in all.", "$1,234.50"),
         ("1,2", "2"),
@@ -63,12 +63,12 @@ def test_numbers_are_read(text, value):
         ("", None),
     ],
 )
-def test_the_last_number(text, found):
+def test_the_last_number_is_extracted(text, found):
     assert last_number(text) == found
 
 
 @pytest.mark.parametrize(
-    "knobs, reply, reference, score",
+    "hyperparameters, response, reference, score",
     [
         ({}, "4 + 3 = 7. It is 7.", "7", 1.0),
         ({}, "7 figs, no, 8.", "7", 0.0),
@@ -87,8 +87,8 @@ def test_the_last_number(text, found):
         ({"correct": 2.0, "wrong": -1.0}, "7", "7", 2.0),
     ],
 )
-def test_scores(knobs, reply, reference, score):
-    assert ExactMatch(**knobs).score(prompt(reference), reply) == score
+def test_exact_match_scores_by_hand(hyperparameters, response, reference, score):
+    assert ExactMatch(**hyperparameters).score(prompt(reference), response) == score
 
 
 def test_a_rollout_is_scored():
@@ -98,7 +98,7 @@ def test_a_rollout_is_scored():
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "hyperparameters",
     [
         {"extract": "regex"},
         {"pattern": "(.*)"},
@@ -107,20 +107,20 @@ def test_a_rollout_is_scored():
         {"correct": 0.0},
     ],
 )
-def test_settings_that_cannot_be_are_refused(knobs):
+def test_invalid_settings_are_refused(hyperparameters):
     with pytest.raises(UserError, match="reward"):
-        ExactMatch(**knobs)
+        ExactMatch(**hyperparameters)
 
 
-def test_prompts_without_reference_are_named_before_anything_is_sampled():
+def test_prompts_without_reference_are_refused_before_sampling():
     with pytest.raises(UserError, match="1 of 2 prompts have no reference.*'How many.'.*data=arithmetic"):
         ExactMatch().check([prompt("7"), prompt(None)])
     with pytest.raises(UserError, match="no reference"):
         ExactMatch().score(prompt(None), "7")
 
 
-def test_gsm8k_records(tmp_path):
-    """The reference is what follows ####, and the worked answer itself scores 1 both ways."""
+def test_gsm8k_records_are_scored(tmp_path):
+    """The reference is the text after ####, and the worked answer itself scores 1 with both extractions."""
     answer = "He sold 48/2 = <<48/2=24>>24 clips.\\nTogether <<48+24=1072>>1,072.\\n#### 1,072"
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(f'{{"question": "How many clips?", "answer": "{answer}"}}\n' * 2)

@@ -1,4 +1,4 @@
-"""What must not change the result: how a batch is cut, and how often a run is killed."""
+"""Results do not depend on micro-batches, packing, or kills."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from rlhf.checkpoints import save
+from rlhf.callbacks.checkpoints import save
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import RunFailed, UserError
-from rlhf.metrics_file import read_rows
 from rlhf.objective import CrossEntropy
-from rlhf.rollout import Sampler
-from rlhf.scoring import GoldReward
-from rlhf.stage import Stage
+from rlhf.reward.gold import GoldReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.stage.base import Stage
+from rlhf.storage.metrics_file import read_rows
 from rlhf_dpo.objective import DPO
 from rlhf_dpo.stage import DPOStage
 from rlhf_ppo.objective import PPO
@@ -29,38 +30,40 @@ from .conftest import adamw, constant, data, fit, same, weights
 COMMON = (adamw, constant)
 
 
-def sft(load, **knobs) -> Stage:
-    return SFTStage(load(), CrossEntropy(), data("demonstration"), *COMMON, **{"batch_size": 8, "epochs": 2, **knobs})
+def sft(load, **hyperparameters) -> Stage:
+    return SFTStage(
+        load(), CrossEntropy(), data("demonstration"), *COMMON, **{"batch_size": 8, "epochs": 2, **hyperparameters}
+    )
 
 
-def pretrain(load, **knobs) -> Stage:
-    knobs = {"batch_size": 4, "epochs": 2, "context": 64, **knobs}
-    return PretrainStage(load(), CrossEntropy(), data("text"), *COMMON, **knobs)
+def pretrain(load, **hyperparameters) -> Stage:
+    hyperparameters = {"batch_size": 4, "epochs": 2, "context": 64, **hyperparameters}
+    return PretrainStage(load(), CrossEntropy(), data("text"), *COMMON, **hyperparameters)
 
 
-def reward_model(load, **knobs) -> Stage:
-    knobs = {"batch_size": 8, "epochs": 2, **knobs}
+def reward_model(load, **hyperparameters) -> Stage:
+    hyperparameters = {"batch_size": 8, "epochs": 2, **hyperparameters}
     torch.manual_seed(3)
-    return RewardModelStage(load(), Pairwise(margin="small"), data("comparison"), *COMMON, **knobs)
+    return RewardModelStage(load(), Pairwise(margin="small"), data("comparison"), *COMMON, **hyperparameters)
 
 
-def dpo(load, **knobs) -> Stage:
-    return DPOStage(load(), DPO(), data("comparison"), *COMMON, **{"batch_size": 8, "epochs": 2, **knobs})
+def dpo(load, **hyperparameters) -> Stage:
+    return DPOStage(load(), DPO(), data("comparison"), *COMMON, **{"batch_size": 8, "epochs": 2, **hyperparameters})
 
 
 def ppo(
-    load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **knobs
+    load, gamma: float = 0.0, objective: PPO | None = None, text: bool = True, lora: bool = False, **hyperparameters
 ) -> Stage:
-    knobs = {"batch_size": 8, "steps": 4, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
+    hyperparameters = {"batch_size": 8, "steps": 4, "epochs": 2, "minibatches": 2, "text_length": 32, **hyperparameters}
     return PPOStage(
         load(lora),
         objective or PPO(gamma=gamma),
         data("prompt"),
         data("text") if text else None,
         GoldReward(),
-        Sampler(10),
+        AncestralSampler(10),
         *COMMON,
-        **knobs,
+        **hyperparameters,
     )
 
 
@@ -80,7 +83,7 @@ def test_micro_batches_do_not_change_the_weights(name, load, tmp_path):
 
 
 def check_micro_batches(make: Callable[..., Stage], load, folder: Path) -> None:
-    """Steps of plain gradient descent, unclipped: those of Adam hide the scale of a gradient, clipping a large one."""
+    """Compare steps of plain gradient descent, unclipped: Adam hides the scale of a gradient, clipping a large one."""
     results = []
     for size in (None, 4, 1):
         stage = make(load, micro_batch_size=size, gradient_clip=None)
@@ -96,7 +99,7 @@ def check_micro_batches(make: Callable[..., Stage], load, folder: Path) -> None:
 
 
 class Stop(pl.Callback):
-    """Saves a checkpoint after some batches and dies, as a kill would."""
+    """Callback that saves a checkpoint after some batches and dies, as in a kill."""
 
     def __init__(self, after: int, folder: Path) -> None:
         self.after, self.folder = after, folder
@@ -109,7 +112,7 @@ class Stop(pl.Callback):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_ends_with_the_same_bits(name, load, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(name, load, tmp_path):
     whole = STAGES[name](load)
     metrics = fit(whole, tmp_path / "whole")
     killed = STAGES[name](load)
@@ -141,7 +144,7 @@ def test_ppo_starts_with_no_kl_to_the_reference(load, tmp_path):
         assert read_rows(tmp_path / str(lora) / "metrics.csv")[0]["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_gamma_zero_is_bitwise_the_run_without_text(load, tmp_path):
+def test_gamma_zero_equals_the_run_without_text_bit_for_bit(load, tmp_path):
     with_text, without = ppo(load, gamma=0.0), ppo(load, gamma=0.0, text=False)
     fit(with_text, tmp_path / "a")
     fit(without, tmp_path / "b")
@@ -149,7 +152,7 @@ def test_gamma_zero_is_bitwise_the_run_without_text(load, tmp_path):
 
 
 def gradient(stage: Stage, folder: Path) -> torch.Tensor:
-    """The gradient of the first update, unclipped, as one vector."""
+    """Return the gradient of the first update, unclipped, as one vector."""
     found: list[torch.Tensor] = []
     stage.gradient_clip = None
     stage._optimizer = Recording(found)
@@ -158,7 +161,7 @@ def gradient(stage: Stage, folder: Path) -> torch.Tensor:
 
 
 class Recording:
-    """An optimizer that takes no step and keeps the gradients."""
+    """Optimizer that takes no step and keeps the gradients."""
 
     def __init__(self, found: list[torch.Tensor]) -> None:
         self.found = found
@@ -179,7 +182,7 @@ def test_the_gradient_is_linear_in_gamma(load, tmp_path):
     torch.testing.assert_close(at[2.0] - at[0.0], 2 * (at[1.0] - at[0.0]), atol=1e-5, rtol=1e-4)
 
 
-def test_value_warmup_leaves_the_policy_alone(load, tmp_path):
+def test_value_warmup_does_not_change_the_policy(load, tmp_path):
     stage = ppo(load, value_warmup=4)
     before = weights(stage)
     fit(stage, tmp_path)
@@ -188,8 +191,8 @@ def test_value_warmup_leaves_the_policy_alone(load, tmp_path):
     assert moved and all(name.startswith("critic.") for name in moved)
 
 
-def test_beta_waits_for_a_policy_that_moves(load, tmp_path):
-    """A policy that stands still is at a KL of 0, far below any target: beta would fall for no reason."""
+def test_beta_adapts_only_once_the_policy_moves(load, tmp_path):
+    """A policy that does not move is at a KL of 0, far below any target: beta would fall for no reason."""
     objective = PPO(kl_target=6.0, kl_horizon=50.0)
     stages = {warmup: ppo(load, objective=objective, value_warmup=warmup) for warmup in (4, 3)}
     for warmup, stage in stages.items():
@@ -198,7 +201,7 @@ def test_beta_waits_for_a_policy_that_moves(load, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_only_what_is_trained_moves(load, tmp_path, lora):
+def test_only_trainable_weights_move(load, tmp_path, lora):
     stage = ppo(load, lora=lora)
     before = weights(stage)
     fit(stage, tmp_path)
@@ -208,26 +211,31 @@ def test_only_what_is_trained_moves(load, tmp_path, lora):
     assert policy and (not lora or all(".lora_" in name for name in policy))
 
 
-def test_ppo_refuses_a_sampler_that_cuts_the_distribution(load):
-    for sampler in (Sampler(top_k=5), Sampler(top_p=0.9), Sampler(samples=2), Sampler(temperature=0)):
-        with pytest.raises(UserError, match="rollout"):
+def test_ppo_refuses_a_sampler_that_truncates_the_distribution(load):
+    for sampler in (
+        AncestralSampler(top_k=5),
+        AncestralSampler(top_p=0.9),
+        AncestralSampler(samples=2),
+        AncestralSampler(temperature=0),
+    ):
+        with pytest.raises(UserError, match="sampler"):
             PPOStage(load(), PPO(), data("prompt"), None, GoldReward(), sampler, *COMMON)
 
 
-def test_ppo_stops_when_the_sampler_is_not_the_policy(load, tmp_path):
-    """As when generation runs with dropout, another temperature, or stale weights."""
+def test_ppo_stops_when_sampler_and_policy_disagree(load, tmp_path):
+    """For example generation with dropout, with another temperature, or with stale weights."""
     stage = ppo(load)
-    inner = stage.rollout.sample
+    inner = stage.sampler.sample
 
     class Stale:
         temperature, samples, exact, longest = 1.0, 1, True, 10
-        check, check_lengths, room = stage.rollout.check, stage.rollout.check_lengths, stage.rollout.room
+        check, check_lengths, room = stage.sampler.check, stage.sampler.check_lengths, stage.sampler.room
 
         def sample(self, policy, prompts, seed):
             rollout = inner(policy, prompts, seed)
             return type(rollout)(**{**rollout.__dict__, "logp": rollout.logp - 0.1})
 
-    stage.rollout = Stale()
+    stage.sampler = Stale()
     with pytest.raises(RunFailed, match="sampler"):
         fit(stage, tmp_path)
 
@@ -245,15 +253,15 @@ def test_dpo_learns_the_preferences_of_its_pairs(load, tmp_path):
     assert rows[-1]["loss"] < 0.4 and rows[-1]["accuracy"] > 0.85
 
 
-def test_sft_learns_four_dialogues_by_heart(load, tmp_path):
+def test_sft_memorises_four_dialogues(load, tmp_path):
     stage = SFTStage(load(), CrossEntropy(), data("demonstration", 4, 1), *COMMON, batch_size=4, epochs=150)
     stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
     fit(stage, tmp_path)
     assert read_rows(tmp_path / "metrics.csv")[-1]["loss"] < 0.05
 
 
-def test_packing_changes_nothing_but_the_rows(load, tmp_path):
-    """Documents in one row do not see each other: the loss over all of them is the same as padded."""
+def test_packing_does_not_change_the_loss(load, tmp_path):
+    """Documents in one row do not attend to each other: the loss over all of them equals that of padded rows."""
     losses = {}
     for packing in (None, 96):
         torch.manual_seed(0)
@@ -268,7 +276,9 @@ def test_packing_changes_nothing_but_the_rows(load, tmp_path):
         total = 0.0
         for example in stage.examples:
             part = stage.collate([example])
-            logp, _ = stage.policy.logprobs(part.ids, part.attention_mask, part.position_ids, part.loss_mask)
+            logp, _ = stage.policy.logprobs(
+                TokenBatch.of(part.ids, part.attention_mask, part.loss_mask, part.position_ids)
+            )
             total += float(logp.sum())
         losses[packing] += (total,)
     assert losses[96][0] < losses[None][0]
@@ -276,7 +286,7 @@ def test_packing_changes_nothing_but_the_rows(load, tmp_path):
     assert losses[96][2] == pytest.approx(losses[None][2], rel=1e-5)
 
 
-def test_the_reward_model_is_normalised_and_saved_with_it(load, tmp_path):
+def test_the_reward_model_is_saved_with_its_normalisation(load, tmp_path):
     from rlhf.models.scalar import ScalarModel
 
     stage = reward_model(load, normalize="standard")
@@ -285,7 +295,7 @@ def test_the_reward_model_is_normalised_and_saved_with_it(load, tmp_path):
     loaded = ScalarModel.load(tmp_path / "model")
     parts = stage.parts(list(stage.examples))
     tokens = next(iter(parts)).tokens
-    scores = loaded.scores(tokens.ids, tokens.attention_mask, tokens.position_ids)
+    scores = loaded.scores(TokenBatch.of(tokens.ids, tokens.attention_mask, position_ids=tokens.position_ids))
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
     assert scores.std().item() == pytest.approx(1.0, abs=1e-3)
 

@@ -1,7 +1,7 @@
-"""The gradient of the first update, against autograd of the plain formula over the model's ordinary forward pass.
+"""Gradient of the first update, against autograd of the plain formula over the model's ordinary forward pass.
 
 Rows are read one at a time, without padding, packing or micro-batches, by the Hugging Face model itself; an optimizer
-without state keeps the gradients, unclipped, so that their scale counts.
+without state keeps the gradients, unclipped, so that their scale is compared too.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.rollout import Sampler
-from rlhf.stage import Stage
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.stage.base import Stage
 from rlhf_dpo.objective import DPO
 from rlhf_grpo.objective import GRPO
 from rlhf_ppo.objective import PPO
@@ -27,7 +27,7 @@ MARGINS = {"negligible": 0.0, "slightly": 1 / 3, "better": 2 / 3, "significantly
 
 
 def gradients(stage: Stage, folder: Path) -> dict[str, Tensor]:
-    """Name -> gradient of the only update, unclipped; no step is taken."""
+    """Return name -> gradient of the only update, unclipped; no step is taken."""
     found: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -45,13 +45,13 @@ def gradients(stage: Stage, folder: Path) -> dict[str, Tensor]:
 
 
 def backward(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
-    """Name -> gradient of a loss over ``model``."""
+    """Return name -> gradient of a loss over ``model``."""
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same parameters, the same gradients, of which none is nothing at this tolerance."""
+    """Assert equal parameters and gradients, none of which is negligible at this tolerance."""
     atol = 1e-6
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
@@ -60,19 +60,19 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def first_batch(stage: Stage) -> list:
-    """Examples of the first batch of a stage that was trained on it."""
+    """Return the examples of the first batch of a stage that was trained on it."""
     return [stage.examples[i] for i in next(iter(stage.batches))]
 
 
 def logps(policy, ids: list[int], start: int) -> Tensor:
-    """Log-probability of each token from ``start`` on, of one row without padding."""
+    """Return the log-probability of each token from ``start`` on, of one row without padding."""
     tokens = torch.tensor(ids)
     logits = policy.base(input_ids=tokens[None]).logits[0]
     return -F.cross_entropy(logits[start - 1 : -1], tokens[start:], reduction="none")
 
 
 def text_loss(policy, rows: Iterable) -> Tensor:
-    """Mean cross-entropy of packed rows, cut into documents again: every token but the first of a document counts."""
+    """Return the mean cross-entropy of packed rows, split into documents: every token but the first of a document."""
     losses = []
     for row in rows:
         starts = [t for t, position in enumerate(row.positions) if position == 0]
@@ -85,8 +85,8 @@ def text_loss(policy, rows: Iterable) -> Tensor:
 # -- the stages -------------------------------------------------------------------------------------------------------
 
 
-def test_sft(load, tmp_path):
-    """Mean over what the assistants of all eight dialogues say of -log p."""
+def test_gradient_of_sft(load, tmp_path):
+    """Mean over the assistant tokens of all eight dialogues of -log p."""
     stage, policy = sft(load, micro_batch_size=3), load()
     found = gradients(stage, tmp_path)
     losses = []
@@ -99,7 +99,7 @@ def test_sft(load, tmp_path):
     assert_same(found, backward(torch.cat(losses).mean(), torch.nn.ModuleDict({"policy": policy})))
 
 
-def test_pretrain(load, tmp_path):
+def test_gradient_of_pretrain(load, tmp_path):
     stage, policy = pretrain(load, micro_batch_size=3), load()
     found = gradients(stage, tmp_path)
     rows = first_batch(stage)
@@ -107,15 +107,15 @@ def test_pretrain(load, tmp_path):
     assert_same(found, backward(text_loss(policy, rows), torch.nn.ModuleDict({"policy": policy})))
 
 
-def test_reward_model(load, tmp_path):
+def test_gradient_of_the_reward_model(load, tmp_path):
     """Mean over prompts of the mean over their pairs of log(1 + exp(-(r_c - r_r - margin)))."""
     stage, fresh = reward_model(load, micro_batch_size=3), reward_model(load)
     found = gradients(stage, tmp_path)
     prompts = []
     for example in first_batch(stage):
         scores = []
-        for reply in example.responses:
-            ids = torch.tensor([example.prompt + reply])
+        for response in example.responses:
+            ids = torch.tensor([example.prompt + response])
             scores.append(fresh.scorer.language_model.base.get_decoder()(input_ids=ids).last_hidden_state[0, -1])
         scores = torch.stack(scores) @ fresh.scorer.head.weight[0]
         gaps = [scores[better] - scores[worse] - MARGINS[grade] for better, worse, grade in example.pairs]
@@ -123,7 +123,7 @@ def test_reward_model(load, tmp_path):
     assert_same(found, backward(torch.stack(prompts).mean(), fresh))
 
 
-def test_dpo(load, tmp_path):
+def test_gradient_of_dpo(load, tmp_path):
     """Equation 7's gradient where policy and reference agree: -beta / 2 (grad log pi(chosen) - grad log pi(rejected)).
 
     Of 2305.18290: the weight is beta times sigmoid(0).
@@ -134,18 +134,24 @@ def test_dpo(load, tmp_path):
     found = gradients(stage, tmp_path)
     prompts = []
     for example in first_batch(stage):
-        sums = [logps(policy, example.prompt + reply, len(example.prompt)).sum() for reply in example.responses]
+        sums = [logps(policy, example.prompt + response, len(example.prompt)).sum() for response in example.responses]
         prompts.append(torch.stack([sums[better] - sums[worse] for better, worse, _ in example.pairs]).mean())
     loss = -beta / 2 * torch.stack(prompts).mean()
     assert_same(found, backward(loss, torch.nn.ModuleDict({"policy": policy})))
 
 
-def test_ppo(load, tmp_path):
+def test_gradient_of_ppo(load, tmp_path):
     """Where the ratio is 1 nothing is clipped: mean over tokens of -A grad log pi + c_v (V - R) grad V."""
-    knobs = {"batch_size": 16, "epochs": 1, "minibatches": 1, "score_clip": None, "sampler": Sampler(24)}
+    hyperparameters = {
+        "batch_size": 16,
+        "epochs": 1,
+        "minibatches": 1,
+        "score_clip": None,
+        "sampler": AncestralSampler(24),
+    }
     objective = PPO(beta=0.2, value_coefficient=0.4)
-    stage, fresh = (watched(load, objective=objective, micro_batch_size=size, **knobs) for size in (3, None))
-    for each in (stage, fresh):  # zero, the head would give the critic's decoder no gradient
+    stage, fresh = (watched(load, objective=objective, micro_batch_size=size, **hyperparameters) for size in (3, None))
+    for each in (stage, fresh):  # a zero head would give the critic's decoder no gradient
         torch.nn.init.constant_(each.critic.head.weight, 0.1)
     found = gradients(stage, tmp_path)
     ((rollout, _, x),) = stage.seen
@@ -165,7 +171,7 @@ def test_ppo(load, tmp_path):
 
 
 class Read:
-    """Documents, and which of them were read."""
+    """Data of documents that records which of them were read."""
 
     def __init__(self, documents) -> None:
         self.documents, self.rows = documents, []
@@ -179,24 +185,24 @@ class Read:
 
 
 def of_ppo(load, gamma: float) -> Stage:
-    sampler = Sampler(10, temperature=0.7)
+    sampler = AncestralSampler(10, temperature=0.7)
     return varied(
         load, PPO(gamma=gamma), sampler, batch_size=4, epochs=1, minibatches=1, micro_batch_size=2, text_ratio=0.65
     )
 
 
 def of_grpo(load, gamma: float) -> Stage:
-    sampler = Sampler(10, samples=4, temperature=0.7)
-    knobs = {"batch_size": 2, "epochs": 1, "minibatches": 1, "micro_batch_size": 2, "text_ratio": 0.65}
-    return grpo(load, GRPO(gamma=gamma), sampler=sampler, **knobs)
+    sampler = AncestralSampler(10, samples=4, temperature=0.7)
+    hyperparameters = {"batch_size": 2, "epochs": 1, "minibatches": 1, "micro_batch_size": 2, "text_ratio": 0.65}
+    return grpo(load, GRPO(gamma=gamma), sampler=sampler, **hyperparameters)
 
 
 @pytest.mark.parametrize("make, rows", [(of_ppo, 3), (of_grpo, 5)], ids=["ppo", "grpo"])
-def test_the_pretraining_term_is_plain_cross_entropy(make, rows, load, tmp_path):
-    """J = RL + gamma * L_text (InstructGPT, equation 2): what gamma = 1 adds is the gradient of descent on L_text.
+def test_the_pretraining_term_is_the_cross_entropy_of_the_texts(make, rows, load, tmp_path):
+    """J = RL + gamma * L_text (InstructGPT, equation 2): gamma = 1 adds the gradient of descent on L_text.
 
-    0.65 texts per reply are 2.6 for 4 replies and 5.2 for 8, of the text as it is: the sampler's temperature is not
-    applied.
+    0.65 texts per response are 2.6 for 4 responses and 5.2 for 8, of the text as it is: the sampler's temperature is
+    not applied.
     """
     without = gradients(make(load, 0.0), tmp_path / "0")
     stage, policy = make(load, 1.0), load()

@@ -1,16 +1,18 @@
-"""GRPO and RLOO as stages: exact under cuts and kills, groups kept together, nothing learnt from nothing."""
+"""GRPO and RLOO as stages: exact under micro-batches and kills, groups kept together, no update without spread."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import RunFailed, UserError
-from rlhf.metrics_file import read_rows
-from rlhf.rollout import Sampler
-from rlhf.scoring import GoldReward
-from rlhf.stage import Stage
-from rlhf.tools import Calculator, ToolSampler
+from rlhf.reward.base import Reward
+from rlhf.reward.gold import GoldReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.tool_calls import Calculator, ToolSampler
+from rlhf.stage.base import Stage
+from rlhf.storage.metrics_file import read_rows
 from rlhf_grpo.objective import DAPO, GRPO, DrGRPO
 from rlhf_grpo.stage import GRPOStage
 from rlhf_rloo.objective import RLOO
@@ -20,52 +22,54 @@ from .conftest import adamw, constant, data, fit, same, weights
 from .test_exactness import Stop, check_micro_batches, gradient
 
 
-class Length:
-    """A reward that differs between replies: their number of words and of letters."""
+class Length(Reward):
+    """Reward that differs between responses: their number of words and of letters."""
 
     def __call__(self, rollout):
         return torch.tensor([0.1 * len(text) + len(text.split()) for text in rollout.texts])
 
 
-def make(kind, load, objective, samples=4, sampler=None, text=True, lora=False, reward=None, **knobs) -> Stage:
-    knobs = {"batch_size": 4, "steps": 3, "epochs": 2, "minibatches": 2, "text_length": 32, **knobs}
+def make(
+    kind, load, objective, samples=4, sampler=None, text=True, lora=False, reward=None, **hyperparameters
+) -> Stage:
+    hyperparameters = {"batch_size": 4, "steps": 3, "epochs": 2, "minibatches": 2, "text_length": 32, **hyperparameters}
     return kind(
         load(lora),
         objective,
         data("prompt"),
         data("text") if text else None,
         reward or Length(),
-        sampler or Sampler(10, samples=samples),
+        sampler or AncestralSampler(10, samples=samples),
         adamw,
         constant,
-        **knobs,
+        **hyperparameters,
     )
 
 
-def grpo(load, objective=None, **knobs) -> Stage:
-    return make(GRPOStage, load, objective or GRPO(), **knobs)
+def grpo(load, objective=None, **hyperparameters) -> Stage:
+    return make(GRPOStage, load, objective or GRPO(), **hyperparameters)
 
 
-def rloo(load, objective=None, **knobs) -> Stage:
-    return make(RLOOStage, load, objective or RLOO(), **knobs)
+def rloo(load, objective=None, **hyperparameters) -> Stage:
+    return make(RLOOStage, load, objective or RLOO(), **hyperparameters)
 
 
 STAGES: dict[str, Callable[..., Stage]] = {
     "grpo": grpo,
-    "dr_grpo": lambda load, **knobs: grpo(load, DrGRPO(), **knobs),
-    "dapo": lambda load, **knobs: grpo(load, DAPO(beta=0.1), **knobs),
+    "dr_grpo": lambda load, **hyperparameters: grpo(load, DrGRPO(), **hyperparameters),
+    "dapo": lambda load, **hyperparameters: grpo(load, DAPO(beta=0.1), **hyperparameters),
     "rloo": rloo,
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_do_not_change_the_weights(name, load, tmp_path):
-    """1 x 8, 2 x 4 and 8 x 1, whatever the loss is divided by."""
+    """1 x 8, 2 x 4 and 8 x 1, for every normalisation of the loss."""
     check_micro_batches(STAGES[name], load, tmp_path)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_ends_with_the_same_bits(name, load, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(name, load, tmp_path):
     whole = STAGES[name](load)
     metrics = fit(whole, tmp_path / "whole")
     killed = STAGES[name](load)
@@ -82,7 +86,7 @@ def test_a_killed_run_ends_with_the_same_bits(name, load, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_run_starts_at_ratio_one_and_no_kl(name, lora, load, tmp_path):
+def test_a_run_starts_at_ratio_one_and_zero_kl(name, lora, load, tmp_path):
     fit(STAGES[name](load, lora=lora), tmp_path)
     rows = [row for row in read_rows(tmp_path / "metrics.csv") if "first_ratio" in row]
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)
@@ -92,21 +96,21 @@ def test_a_run_starts_at_ratio_one_and_no_kl(name, lora, load, tmp_path):
     assert any(row["approx_kl"] > 1e-8 for row in rows)
 
 
-def test_the_first_gradient_is_the_formula(load, tmp_path):
-    """Worked out anew from the rollout: mean over replies of mean over tokens of -A grad log pi, + beta grad k3 (0)."""
+def test_the_first_gradient_equals_the_formula(load, tmp_path):
+    """Recomputed from the rollout: mean over responses of mean over tokens of -A grad log pi, + beta grad k3 (0)."""
     stage = grpo(load, epochs=1, minibatches=1)
     found = gradient(stage, tmp_path)
     fresh = grpo(load)
     prompts = [stage.examples[i] for i in next(iter(stage.batches))]
     seeds: list[int] = []
-    inner = fresh.rollout.sample
+    inner = fresh.sampler.sample
     again = grpo(load, epochs=1, minibatches=1)
-    again.rollout.sample = lambda policy, batch, seed: seeds.append(seed) or inner(policy, batch, seed)  # type: ignore[method-assign]
+    again.sampler.sample = lambda policy, batch, seed: seeds.append(seed) or inner(policy, batch, seed)  # type: ignore[method-assign]
     fit(again, tmp_path / "again", limit_train_batches=1, limit_val_batches=0)
     rollout = inner(fresh.policy, prompts, seeds[0])
     scores = Length()(rollout).view(-1, 4)
     advantages = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)).view(-1)
-    logp, _ = fresh.policy.logprobs(rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
+    logp, _ = fresh.policy.logprobs(rollout.tokens)
     logp = logp[:, -rollout.mask.shape[1] :]
     loss = -(advantages.unsqueeze(1) * logp * rollout.mask / rollout.mask.sum(1, keepdim=True)).sum(1).mean()
     loss.backward()
@@ -117,23 +121,23 @@ def test_the_first_gradient_is_the_formula(load, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_scores_rise(load, tmp_path):
-    """A reward that asks for long replies gets them."""
+def test_scores_rise_during_training(load, tmp_path):
+    """A reward for long responses increases their length."""
     for name, stage in {"grpo": grpo(load, steps=25, epochs=1), "rloo": rloo(load, steps=25, epochs=1)}.items():
         fit(stage, tmp_path / name)
         scores = [row["score"] for row in read_rows(tmp_path / name / "metrics.csv") if "score" in row]
         assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.3, name
 
 
-class Equal:
-    """The same score for every reply."""
+class Equal(Reward):
+    """Reward with the same score for every response."""
 
     def __call__(self, rollout):
         return torch.ones(len(rollout.texts))
 
 
-def test_groups_without_spread_leave_the_policy_alone(load, tmp_path):
-    """Not by a momentum left over, nor by weight decay: no step is made."""
+def test_groups_without_spread_do_not_change_the_policy(load, tmp_path):
+    """No step is made: neither remaining momentum nor weight decay moves the weights."""
     stage = grpo(load, DAPO(), reward=Equal())
     stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
     before = weights(stage)
@@ -143,15 +147,15 @@ def test_groups_without_spread_leave_the_policy_alone(load, tmp_path):
     assert row["zero_spread"] == row["dropped"] == 1.0 and row["loss"] == 0.0
 
 
-class Half:
-    """Differs within the first group alone."""
+class Half(Reward):
+    """Reward that differs within the first group alone."""
 
     def __call__(self, rollout):
         return torch.tensor([1.0, 0.0] + [0.5] * (len(rollout.texts) - 2))
 
 
-def test_dropped_groups_are_counted_and_cost_nothing(load, tmp_path):
-    """The update of a rollout with groups left out is that of the other groups alone."""
+def test_dropped_groups_are_counted_and_not_trained_on(load, tmp_path):
+    """The update of a rollout with dropped groups is that of the other groups alone."""
     stage = grpo(load, DAPO(), reward=Half(), epochs=1, minibatches=1)
     fit(stage, tmp_path, limit_train_batches=1)
     row = read_rows(tmp_path / "metrics.csv")[0]
@@ -159,8 +163,8 @@ def test_dropped_groups_are_counted_and_cost_nothing(load, tmp_path):
     assert stage.examples_seen == 4  # of 16
 
 
-class Picky:
-    """Spread in the groups of every third prompt alone."""
+class Picky(Reward):
+    """Reward with spread in the groups of every third prompt alone."""
 
     def __call__(self, rollout):
         return torch.tensor(
@@ -171,8 +175,8 @@ class Picky:
         )
 
 
-def test_groups_without_spread_are_replaced(load, tmp_path):
-    """DAPO's dynamic sampling: the batch is full of groups that differ, and the run is the same after a kill."""
+def test_dynamic_sampling_replaces_groups_without_spread(load, tmp_path):
+    """DAPO's dynamic sampling: the batch is full of groups with spread, and the run is the same after a kill."""
 
     def refilling() -> Stage:
         return grpo(load, DAPO(), reward=Picky(), refills=10, batch_size=4)
@@ -188,8 +192,10 @@ def test_groups_without_spread_are_replaced(load, tmp_path):
     for rollout in seen:
         assert len(rollout.texts) == 16 and len(set(rollout.prompts)) == 4
         assert all(len(set(rollout.prompts[i : i + 4])) == 1 for i in range(0, 16, 4))
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        alone = load().logprobs(*(x[:1, rollout.prompt_mask.shape[1] - rollout.prompt_mask[0].sum() :] for x in inputs))
+        start, tokens = rollout.prompt_mask.shape[1] - rollout.prompt_mask[0].sum(), rollout.tokens
+        alone = load().logprobs(
+            TokenBatch.of(*(x[:1, start:] for x in (tokens.ids, tokens.attention_mask, tokens.loss_mask)))
+        )
         if rollout is seen[0]:
             torch.testing.assert_close(
                 alone[0][0][alone[0][0] != 0], rollout.logp[0][rollout.mask[0]], atol=1e-4, rtol=0
@@ -203,21 +209,21 @@ def test_groups_without_spread_are_replaced(load, tmp_path):
     assert same(weights(resumed), weights(whole))
 
 
-def test_refilling_ends_where_no_prompt_differs(load, tmp_path):
-    """Every prompt is asked once at most, and what cannot be replaced stays."""
+def test_dynamic_sampling_stops_when_no_prompt_has_spread(load, tmp_path):
+    """Every prompt is used once at most, and groups that cannot be replaced stay."""
     stage = rloo(load, reward=Equal(), refills=50, steps=1)
     fit(stage, tmp_path, limit_val_batches=0)
     row = read_rows(tmp_path / "metrics.csv")[0]
     assert row["zero_spread"] == row["drawn_zero_spread"] == 1.0
-    assert row["refilled"] == (len({*stage.examples}) - 4) / 4  # all the others
+    assert row["resampled"] == (len({*stage.examples}) - 4) / 4  # all the others
 
 
-def test_nothing_is_refilled_where_all_differ(load, tmp_path):
+def test_dynamic_sampling_changes_nothing_when_all_groups_have_spread(load, tmp_path):
     plain, other = grpo(load, DAPO()), grpo(load, DAPO(), refills=5)
     fit(plain, tmp_path / "a", limit_val_batches=0)
     fit(other, tmp_path / "b", limit_val_batches=0)
     assert same(weights(plain), weights(other))
-    assert {row["refilled"] for row in read_rows(tmp_path / "b" / "metrics.csv") if "refilled" in row} == {0.0}
+    assert {row["resampled"] for row in read_rows(tmp_path / "b" / "metrics.csv") if "resampled" in row} == {0.0}
 
 
 def test_the_gradient_is_linear_in_gamma(load, tmp_path):
@@ -230,11 +236,15 @@ def test_the_gradient_is_linear_in_gamma(load, tmp_path):
         torch.testing.assert_close(at[2.0] - at[0.0], 2 * (at[1.0] - at[0.0]), atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_is_refused(load, tmp_path):
-    with pytest.raises(UserError, match="rollout.samples=1.*type rollout.samples=8"):
+def test_invalid_settings_are_refused(load, tmp_path):
+    with pytest.raises(UserError, match="sampler.samples=1.*type sampler.samples=8"):
         grpo(load, samples=1)
-    for sampler in (Sampler(samples=4, top_k=5), Sampler(samples=4, top_p=0.9), Sampler(samples=4, temperature=0)):
-        with pytest.raises(UserError, match="rollout.top_k=0"):
+    for sampler in (
+        AncestralSampler(samples=4, top_k=5),
+        AncestralSampler(samples=4, top_p=0.9),
+        AncestralSampler(samples=4, temperature=0),
+    ):
+        with pytest.raises(UserError, match="sampler.top_k=0"):
             rloo(load, sampler=sampler)
     with pytest.raises(UserError, match="type stage.batch_size=6"):
         grpo(load, batch_size=4, minibatches=3)
@@ -242,15 +252,15 @@ def test_what_cannot_be_is_refused(load, tmp_path):
         fit(grpo(load, GRPO(gamma=1.0), text=False), tmp_path)
 
 
-def test_a_sampler_that_is_not_the_policy_stops_the_run(load, tmp_path):
+def test_the_run_stops_when_sampler_and_policy_disagree(load, tmp_path):
     stage = grpo(load, reward=GoldReward())
-    inner = stage.rollout.sample
+    inner = stage.sampler.sample
 
     def stale(policy, prompts, seed):
         rollout = inner(policy, prompts, seed)
         return type(rollout)(**{**rollout.__dict__, "logp": rollout.logp - 0.1})
 
-    stage.rollout.sample = stale  # type: ignore[method-assign]
+    stage.sampler.sample = stale  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match="sampler"):
         fit(stage, tmp_path)
 
@@ -263,5 +273,5 @@ def test_every_metric_is_in_the_readme(kind, name, load, tmp_path):
     sampler = ToolSampler({"calculator": Calculator()}, max_new_tokens=6, samples=4)
     stage = STAGES[name](load, objective=objective, sampler=sampler, refills=1)
     metrics = fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=1)
-    assert {"val/score", "refilled", "calls", "zero_spread", "pretraining_loss"} <= set(metrics)
+    assert {"val/score", "resampled", "calls", "zero_spread", "pretraining_loss"} <= set(metrics)
     assert unexplained(kind, {*metrics, *stage.final_metrics()}) == set()

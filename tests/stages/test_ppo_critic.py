@@ -1,10 +1,11 @@
-"""The critic of PPO: where it starts, and what of it is trained."""
+"""Critic of PPO: its initial weights, and its trained parameters."""
 
 import json
 
 import pytest
 import torch
 
+from rlhf.data.collate import TokenBatch
 from rlhf.models.scalar import ScalarModel
 from rlhf_ppo.stage import PPOStage
 
@@ -15,7 +16,7 @@ from .test_ppo import varied
 
 @pytest.fixture
 def scorer(load, tmp_path) -> ScalarModel:
-    """A reward model, saved in ``tmp_path / "reward"``."""
+    """Save a reward model in ``tmp_path / "reward"``."""
     torch.manual_seed(3)
     model = ScalarModel.load(load())
     model.scale.fill_(2.0)
@@ -24,23 +25,23 @@ def scorer(load, tmp_path) -> ScalarModel:
     return model
 
 
-def inputs_of(stage: PPOStage) -> tuple[torch.Tensor, ...]:
-    rollout = stage.rollout.sample(stage.policy, stage.data.train[:4], 0)
-    return rollout.ids, rollout.attention_mask, rollout.position_ids
+def inputs_of(stage: PPOStage) -> TokenBatch:
+    rollout = stage.sampler.sample(stage.policy, stage.data.train[:4], 0)
+    return rollout.tokens
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_critic_starts_from_the_reward_model(lora, scorer, load, tmp_path):
-    """Read at the last token it says the score, normalisation included; the zero head says 0 everywhere."""
+    """At the last token its value is the score, normalisation included; the zero head gives 0 everywhere."""
     stage = varied(load, lora=lora, value=str(tmp_path / "reward"))
     inputs = inputs_of(stage)
-    last = (inputs[1] * torch.arange(inputs[0].shape[1])).argmax(1, keepdim=True)
-    torch.testing.assert_close(stage.critic.values(*inputs).gather(1, last)[:, 0], scorer.scores(*inputs))
-    assert varied(load, lora=lora).critic.values(*inputs).eq(0).all()
+    last = (inputs.attention_mask * torch.arange(inputs.ids.shape[1])).argmax(1, keepdim=True)
+    torch.testing.assert_close(stage.critic.values(inputs).gather(1, last)[:, 0], scorer.scores(inputs))
+    assert varied(load, lora=lora).critic.values(inputs).eq(0).all()
 
 
 @pytest.mark.parametrize("start", ["reward", None])
-def test_under_an_adapter_the_critic_trains_its_own_and_its_head(start, scorer, load, tmp_path):
+def test_with_an_adapter_the_critic_trains_its_own_adapter_and_its_head(start, scorer, load, tmp_path):
     value = start and str(tmp_path / start)
 
     def make() -> PPOStage:
@@ -55,7 +56,7 @@ def test_under_an_adapter_the_critic_trains_its_own_and_its_head(start, scorer, 
     assert {name for name in critic if ".lora_" not in name} == {"critic.head.weight"}
     adapted = {name for name in after if name.startswith("critic.") and ".lora_" in name}
     assert adapted and adapted < critic
-    # Adapters, a head, and nothing else: what the optimizer holds, and what a checkpoint does.
+    # The optimizer and the checkpoint hold adapters and a head alone.
     trained = {name for name in after if ".lora_" in name or name == "critic.head.weight"}
     optimized = {id(p) for group in stage.optimizers().param_groups for p in group["params"]}
     assert optimized == {id(p) for name, p in stage.named_parameters() if name in trained}
@@ -69,16 +70,16 @@ def test_under_an_adapter_the_critic_trains_its_own_and_its_head(start, scorer, 
     assert same(weights(resumed), after)
 
 
-def test_the_critic_and_its_adapter_are_saved_beside_those_of_the_policy(scorer, load, tmp_path):
+def test_the_critic_and_its_adapter_are_saved_beside_the_policy(scorer, load, tmp_path):
     stage = varied(load, lora=True, value=str(tmp_path / "reward"))
     fit(stage, tmp_path / "run")
     stage.save(tmp_path / "run" / "model")
     inputs = inputs_of(stage)
     stage.eval()
     loaded = ScalarModel.load(tmp_path / "run" / "critic").eval()
-    torch.testing.assert_close(loaded.values(*inputs), stage.critic.values(*inputs), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loaded.values(inputs), stage.critic.values(inputs), atol=1e-5, rtol=1e-4)
     kinds = [
         json.loads((tmp_path / "run" / folder / "adapter_config.json").read_text())["task_type"]
         for folder in ("adapter", "critic/adapter")
     ]
-    assert kinds == ["CAUSAL_LM", None]  # the policy's is not the critic's
+    assert kinds == ["CAUSAL_LM", None]  # the policy's task type is not the critic's

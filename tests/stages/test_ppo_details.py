@@ -1,4 +1,4 @@
-"""The checklist of details of PPO that public implementations got wrong, one test each."""
+"""Checklist of PPO details that public implementations got wrong, one test each."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from rlhf.functional.masking import masked_mean, masked_var
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
-from rlhf.rollout import Rollout, Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 from rlhf_ppo.objective import PPO
 
 from .conftest import data, fit, weights
@@ -19,22 +19,18 @@ from .test_ppo import rows_of, varied, watched
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_temperature_divides_the_logits_of_sampler_policy_and_reference(lora, load, tmp_path):
-    """At 0.7 the sampler's check passes, the first ratio is 1, and the first KL 0, so all three divide alike."""
-    stage = watched(load, sampler=Sampler(10, temperature=0.7), lora=lora)
+    """At 0.7 the sampler check passes, the first ratio is 1, and the first KL 0, so all three divide alike."""
+    stage = watched(load, sampler=AncestralSampler(10, temperature=0.7), lora=lora)
     fit(stage, tmp_path, limit_val_batches=0)
     rollout, _, experience = stage.seen[0]
     torch.testing.assert_close(experience.logp, experience.ref_logp, atol=1e-5, rtol=1e-5)
     stage = varied(load)
-    plain = stage.reference.logprobs(*_inputs(rollout))[:, -rollout.mask.shape[1] :]
+    plain = stage.reference.logprobs(rollout.tokens)[:, -rollout.mask.shape[1] :]
     assert ((plain - experience.ref_logp).abs() * rollout.mask).max() > 0.05
     assert rows_of(tmp_path)[0]["first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
-def _inputs(rollout: Rollout) -> tuple[torch.Tensor, ...]:
-    return rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask
-
-
-def test_experience_is_aligned_with_the_tokens(load, tmp_path):
+def test_experience_is_aligned_with_its_tokens(load, tmp_path):
     """logp_t is read from the logits at t-1, and V_t from the state before token t is chosen."""
     stage = watched(load, value_warmup=1)
     torch.nn.init.normal_(stage.critic.head.weight)
@@ -43,38 +39,37 @@ def test_experience_is_aligned_with_the_tokens(load, tmp_path):
     policy = load()
     for row in range(len(rollout.texts)):
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
-        reply = rollout.response_ids[row][rollout.mask[row]]
-        ids = torch.cat([prompt, reply])[None]
+        response = rollout.response_ids[row][rollout.mask[row]]
+        ids = torch.cat([prompt, response])[None]
         logits = policy.base(input_ids=ids).logits[0].log_softmax(-1)
-        for t in range(len(reply)):
-            expected = logits[len(prompt) + t - 1, reply[t]]
+        for t in range(len(response)):
+            expected = logits[len(prompt) + t - 1, response[t]]
             assert experience.logp[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
             assert rollout.logp[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_a_value_does_not_see_the_token_it_is_the_baseline_of(load, tmp_path):
+def test_a_value_does_not_depend_on_the_token_it_is_the_baseline_of(load, tmp_path):
     stage = varied(load)
     torch.nn.init.normal_(stage.critic.head.weight)
-    rollout = stage.rollout.sample(stage.policy, stage.data.train[:4], 0)
+    rollout = stage.sampler.sample(stage.policy, stage.data.train[:4], 0)
     width = rollout.mask.shape[1]
     changed = rollout.response_ids.clone()
     changed[:, 2] = (changed[:, 2] + 1) % 300
     before, after = (
-        stage.critic.values(x.ids, x.attention_mask, x.position_ids)[:, -width - 1 : -1]
-        for x in (rollout, replace(rollout, response_ids=changed))
+        stage.critic.values(x.tokens)[:, -width - 1 : -1] for x in (rollout, replace(rollout, response_ids=changed))
     )
     torch.testing.assert_close(before[:, :3], after[:, :3])
     assert not torch.allclose(before[:, 3], after[:, 3])
 
 
-def test_what_stands_after_the_end_changes_nothing(load, tmp_path):
-    """Rubbish in place of padding: the same weights, the same metrics."""
+def test_tokens_after_the_end_change_nothing(load, tmp_path):
+    """Random tokens in place of padding give the same weights and the same metrics."""
     metrics, trained = [], []
     for rubbish in (False, True):
         stage = varied(load, PPO(entropy_coefficient=0.1))
-        inner = stage.rollout.sample
+        inner = stage.sampler.sample
 
-        class Dirty(Sampler):
+        class Dirty(AncestralSampler):
             def sample(self, policy, prompts, seed, inner=inner, rubbish=rubbish):
                 rollout = inner(policy, prompts, seed)
                 if not rubbish:
@@ -82,7 +77,7 @@ def test_what_stands_after_the_end_changes_nothing(load, tmp_path):
                 ids = torch.where(rollout.mask, rollout.response_ids, 7)
                 return replace(rollout, response_ids=ids, logp=torch.where(rollout.mask, rollout.logp, -99.0))
 
-        stage.rollout = Dirty(10)
+        stage.sampler = Dirty(10)
         metrics.append(fit(stage, tmp_path / str(rubbish)))
         trained.append(weights(stage))
     for name, value in trained[0].items():
@@ -90,20 +85,20 @@ def test_what_stands_after_the_end_changes_nothing(load, tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-5)
 
 
-def test_the_end_is_trained_and_padding_may_be_the_same_token(load):
-    """The mask goes by position: with pad = end-of-turn the end still counts, and what follows does not."""
+def test_the_end_is_trained_even_if_padding_is_the_same_token(load):
+    """The mask is computed by position: with pad = end-of-turn the end is trained, and later tokens are not."""
     policy = load()
     policy.pad_id = policy.end_id
-    rollout = Sampler(24).sample(policy, data("prompt").train, 3)
+    rollout = AncestralSampler(24).sample(policy, data("prompt").train, 3)
     assert rollout.ended.any() and not rollout.mask.all()
     for row in range(len(rollout.texts)):
         ids, mask = rollout.response_ids[row], rollout.mask[row]
         ends = (ids == policy.end_id).nonzero()[:, 0]
         assert mask.sum() == (ends[0] + 1 if rollout.ended[row] else len(ids))
-    assert torch.equal(rollout.loss_mask[:, -rollout.mask.shape[1] :], rollout.mask)
+    assert torch.equal(rollout.tokens.loss_mask[:, -rollout.mask.shape[1] :], rollout.mask)
 
 
-def test_the_score_comes_with_the_last_token_and_the_kl_is_not_differentiated(load, tmp_path):
+def test_the_score_is_added_at_the_last_token_and_the_kl_is_not_differentiated(load, tmp_path):
     stage = watched(load, objective=PPO(discount=1.0, gae_lambda=1.0, beta=0.3))
     fit(stage, tmp_path, limit_val_batches=0)
     for rollout, scores, x in stage.seen:
@@ -113,7 +108,7 @@ def test_the_score_comes_with_the_last_token_and_the_kl_is_not_differentiated(lo
         final = x.returns.gather(1, last[:, None])[:, 0]
         gap = (x.logp - x.ref_logp).gather(1, last[:, None])[:, 0]
         torch.testing.assert_close(final, scores - 0.3 * gap, atol=1e-4, rtol=1e-4)
-        # with lambda = discount = 1 the first return is the score less all of the KL
+        # with lambda = discount = 1 the first return is the score less the whole KL
         total = scores - 0.3 * ((x.logp - x.ref_logp) * rollout.mask).sum(1)
         torch.testing.assert_close(x.returns[:, 0], total, atol=1e-4, rtol=1e-4)
 
@@ -128,7 +123,7 @@ def test_advantages_are_whitened_over_the_whole_rollout(load, tmp_path):
 
 
 def test_dropout_is_off_in_every_model(folder, tmp_path):
-    """A model whose configuration asks for dropout: the sampler's check and the ratio's would stop the run."""
+    """For a model whose configuration has dropout, the checks of sampler and ratio would stop the run."""
     torch.manual_seed(1)
 
     def load(lora=False):
@@ -144,33 +139,33 @@ def test_dropout_is_off_in_every_model(folder, tmp_path):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
-def test_every_epoch_has_an_order_of_its_own(load, tmp_path):
-    """Each reads every row of the rollout once, no two in the same order, nor those of two rollouts."""
+def test_every_epoch_has_its_own_order(load, tmp_path):
+    """Each epoch reads every row of the rollout once, and no two orders are equal, within or between rollouts."""
     stage = watched(load, epochs=3, minibatches=2, steps=2)
     updated: list[torch.Tensor] = []
-    update, updates, orders = stage.update, stage.updates, []
+    update, draw, orders = stage.update, stage.draw_minibatches, []
 
-    def noted(experience, kl):
-        orders.append(list(stage.order_of_updates(torch.arange(len(experience)))))
-        return updates(experience, kl)
+    def noted(experience):
+        orders.append(list(draw(torch.arange(len(experience)))))
+        return draw(experience)
 
-    stage.updates = noted
+    stage.draw_minibatches = noted
     stage.update = lambda minibatch, first: updated.append(minibatch.logp) or update(minibatch, first)
     fit(stage, tmp_path, limit_val_batches=0)
     epochs = []
     for rollout in orders:
-        assert [first for first, _ in rollout] == [True, False, False, False, False, False]
-        minibatches = [rows.tolist() for _, rows in rollout]
+        assert [first for _, first in rollout] == [True, False, False, False, False, False]
+        minibatches = [rows.tolist() for rows, _ in rollout]
         assert [len(rows) for rows in minibatches] == [4] * 6
         epochs += [tuple(a + b) for a, b in zip(minibatches[::2], minibatches[1::2], strict=True)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 6
     assert len({*epochs, tuple(range(8))}) == 7
     # and these are the rows that the updates are made on
-    expected = [x.logp[rows] for (_, _, x), order in zip(stage.seen, orders, strict=True) for _, rows in order]
+    expected = [x.logp[rows] for (_, _, x), order in zip(stage.seen, orders, strict=True) for rows, _ in order]
     assert len(updated) == 12 and all(map(torch.equal, updated, expected))
 
 
-def test_the_learning_rate_moves_once_a_rollout(load, tmp_path):
+def test_the_learning_rate_changes_once_per_rollout(load, tmp_path):
     seen = []
 
     def linear(step: int, total: int) -> float:
@@ -183,8 +178,8 @@ def test_the_learning_rate_moves_once_a_rollout(load, tmp_path):
     assert seen == [(rollout, 4) for rollout in range(4) for _ in range(4)]
 
 
-def test_the_adaptive_beta_steers_and_is_used(load, tmp_path):
-    """Far above its target the KL raises beta by a fifth of n / horizon, and the next rollout is rewarded with it."""
+def test_the_adaptive_beta_follows_the_kl_and_is_used(load, tmp_path):
+    """A KL far above its target raises beta by a fifth of n / horizon, and the next rollout is rewarded with it."""
     stage = watched(load, objective=PPO(beta=0.1, kl_target=1e-4, kl_horizon=40.0))
     stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
     fit(stage, tmp_path, limit_val_batches=0)
@@ -198,8 +193,8 @@ def test_the_adaptive_beta_steers_and_is_used(load, tmp_path):
     torch.testing.assert_close(x.returns.gather(1, last)[:, 0], scores - rows[-1]["beta"] * gap, atol=1e-4, rtol=1e-4)
 
 
-def test_half_precision_is_checked_too(load, tmp_path):
-    class Foreign(Sampler):
+def test_the_sampler_is_checked_in_half_precision(load, tmp_path):
+    class Foreign(AncestralSampler):
         def sample(self, policy, prompts, seed):
             rollout = super().sample(policy, prompts, seed)
             return replace(rollout, logp=rollout.logp - 0.5 * rollout.mask)
@@ -209,8 +204,8 @@ def test_half_precision_is_checked_too(load, tmp_path):
         fit(varied(load, sampler=Foreign(10)), tmp_path / "b", precision="bf16-mixed", limit_val_batches=0)
 
 
-def test_nan_does_not_pass_the_check(load, tmp_path):
-    class Broken(Sampler):
+def test_nan_does_not_pass_the_sampler_check(load, tmp_path):
+    class Broken(AncestralSampler):
         def sample(self, policy, prompts, seed):
             rollout = super().sample(policy, prompts, seed)
             return replace(rollout, logp=rollout.logp * float("nan"))

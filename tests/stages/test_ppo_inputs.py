@@ -1,4 +1,4 @@
-"""PPO: what does not fit is refused, and what several processes must agree on."""
+"""PPO: invalid inputs are refused, and ranks agree on moments and whitening."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from rlhf.errors import UserError
 from rlhf.functional.masking import masked_mean
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.testing import tiny_model
 
 from .conftest import fit
@@ -17,7 +17,7 @@ from .test_ppo import Watched, rows_of, varied
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
-    """A model with a vocabulary of its own."""
+    """Save a model with another vocabulary."""
     path = tmp_path_factory.mktemp("foreign") / "model"
     tiny_model().save(path)
     return path
@@ -28,7 +28,7 @@ def test_a_reference_with_another_vocabulary_is_refused(load, foreign):
         varied(load, reference=str(foreign))
 
 
-def test_a_reference_that_is_no_language_model_is_named(load, tmp_path):
+def test_a_reference_that_is_not_a_language_model_is_refused(load, tmp_path):
     ScalarModel.load(load()).save(tmp_path / "reward")
     with pytest.raises(UserError, match=r"^inputs\.reference=.*reward: is a reward or value model"):
         varied(load, reference=str(tmp_path / "reward"))
@@ -40,7 +40,7 @@ def test_a_critic_with_another_vocabulary_is_refused(load, tmp_path):
         varied(load, value=str(tmp_path / "critic"))
 
 
-def test_a_reference_of_its_own_is_where_kl_is_measured_from(load, folder, tmp_path):
+def test_kl_is_measured_from_the_configured_reference(load, folder, tmp_path):
     other = load()
     for parameter in other.parameters():
         parameter.data.mul_(1.1)
@@ -54,9 +54,9 @@ def test_a_reference_of_its_own_is_where_kl_is_measured_from(load, folder, tmp_p
     assert rows_of(tmp_path / "same") == rows_of(tmp_path / "none")
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_training(load, tmp_path):
+def test_a_prompt_without_room_for_a_response_is_refused_before_training(load, tmp_path):
     with pytest.raises(UserError, match=r"prompt '.*' has \d+ tokens"):
-        fit(varied(load, sampler=Sampler(120)), tmp_path)
+        fit(varied(load, sampler=AncestralSampler(120)), tmp_path)
     assert not (tmp_path / "metrics.csv").exists() or not rows_of(tmp_path)
 
 
@@ -65,22 +65,22 @@ def test_minibatches_must_divide_the_batch(load):
         varied(load, batch_size=8, minibatches=3)
 
 
-# -- several processes ----------------------------------------------------------------------------------------------
+# -- several ranks -----------------------------------------------------------------------------------------------------
 
 
 class OnBoth(Watched):
-    """Writes down, on every process, what it evaluated."""
+    """PPO that writes down what it evaluated, on every rank."""
 
     def on_train_end(self):
         _, scores, x = self.seen[0]
         torch.save(
             {"scores": scores, "advantages": x.advantages, "mask": x.mask, "moments": self.score_moments},
-            self.run_folder / f"rank{self.trainer.global_rank}.pt",
+            self.run_directory / f"rank{self.trainer.global_rank}.pt",
         )
 
 
-def test_whitening_and_moments_are_over_both_processes(load, tmp_path):
-    stage = varied(load, normalize_scores="running", steps=1, score_clip=None, missing_end_penalty=0.0)
+def test_whitening_and_moments_cover_both_ranks(load, tmp_path):
+    stage = varied(load, normalize_scores="running", steps=1, score_clip=None, missing_eos_penalty=0.0)
     stage.__class__ = OnBoth
     fit(stage, tmp_path, devices=2, strategy="ddp_fork", limit_val_batches=0)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))

@@ -1,4 +1,4 @@
-"""What PPO logs, worked out anew by plain loops from its rollouts, its experience and the model's ordinary forward."""
+"""Metrics that PPO logs, recomputed by plain loops from its rollouts, its experience and the model's forward pass."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 from rlhf_ppo.objective import PPO
 
 from .conftest import fit
@@ -16,7 +16,7 @@ BETA, CLIP, VALUE_CLIP, SCORE_CLIP, PENALTY = 0.3, 0.05, 0.02, 11.0, 1.5
 
 
 class Measured(Watched):
-    """Keeps, of every update, what each token of its minibatch looks like just before."""
+    """PPO that keeps the statistics of each token of a minibatch as they are just before its update."""
 
     def update(self, minibatch, first):
         self.tokens = [*getattr(self, "tokens", []), [*self.look(minibatch)]]
@@ -24,9 +24,9 @@ class Measured(Watched):
 
     @torch.no_grad()
     def look(self, x):
-        """(ratio, entropy, value, old value, advantage, return) token by token, of rows read alone and unpadded."""
+        """Yield (ratio, entropy, value, old value, advantage, return) per token, of rows read alone and unpadded."""
         for row in range(len(x)):
-            ids = x.ids[row][x.attention_mask[row]][None]
+            ids = x.tokens.ids[row][x.tokens.attention_mask[row]][None]
             start, count = ids.shape[1] - int(x.mask[row].sum()), int(x.mask[row].sum())
             logits = self.policy.base(input_ids=ids).logits[0].double().log_softmax(-1)
             states = self.critic.language_model.base.get_decoder()(input_ids=ids).last_hidden_state[0]
@@ -40,7 +40,7 @@ class Measured(Watched):
 
 
 def of_an_update(tokens) -> dict[str, float]:
-    """Means over the tokens of one minibatch."""
+    """Return means over the tokens of one minibatch."""
     rows = []
     for ratio, entropy, value, old_value, advantage, target in tokens:
         held = min(max(value, old_value - VALUE_CLIP), old_value + VALUE_CLIP)
@@ -61,7 +61,7 @@ def of_an_update(tokens) -> dict[str, float]:
 
 
 def of_a_rollout(rollout, x) -> dict[str, float]:
-    """What the replies, their scores and the critic are like."""
+    """Return statistics of the responses, their scores and the critic."""
     raw = Varied()(rollout).tolist()
     learnt = [
         min(max(score, -SCORE_CLIP), SCORE_CLIP) - (0 if ended else PENALTY)
@@ -83,7 +83,7 @@ def of_a_rollout(rollout, x) -> dict[str, float]:
     return {
         "score": statistics.fmean(raw),
         "score_std": statistics.stdev(raw),
-        "learnt_score": statistics.fmean(learnt),
+        "shaped_score": statistics.fmean(learnt),
         "kl": statistics.fmean(kl),
         "kl_k3": statistics.fmean(kl_k3),
         "rlhf_reward": statistics.fmean(learnt) - BETA * statistics.fmean(kl),
@@ -97,16 +97,16 @@ def of_a_rollout(rollout, x) -> dict[str, float]:
     }
 
 
-def test_what_is_logged_by_hand(load, tmp_path):
+def test_logged_metrics_equal_plain_loops(load, tmp_path):
     objective = PPO(beta=BETA, clip=CLIP, value_clip=VALUE_CLIP, value_coefficient=0.1)
-    knobs = {
+    hyperparameters = {
         "batch_size": 16,
         "steps": 3,
         "score_clip": SCORE_CLIP,
-        "missing_end_penalty": PENALTY,
-        "missing_end": "subtract",
+        "missing_eos_penalty": PENALTY,
+        "missing_eos": "subtract",
     }
-    stage = varied(load, objective, Sampler(24), **knobs)
+    stage = varied(load, objective, AncestralSampler(24), **hyperparameters)
     stage.__class__ = Measured
     torch.nn.init.normal_(stage.critic.head.weight, generator=torch.Generator().manual_seed(0))
     stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
@@ -118,9 +118,9 @@ def test_what_is_logged_by_hand(load, tmp_path):
         expected = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
         expected |= of_a_rollout(rollout, x)
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    # where nothing moves, or all replies are alike, other formulas give these numbers too
+    # where nothing moves, or all responses are equal, wrong formulas give these numbers too
     assert any(row["kl"] > 0.05 and abs(row["kl"] - row["kl_k3"]) > 0.02 for row in rows)
     assert any(0 < row["ended"] < 1 for row in rows) and any(row["repetition"] > 0 for row in rows)
     for row in rows:
         assert 0 < row["clip_fraction"] < 1 and 0 < row["value_clip_fraction"] < 1 and row["ratio_variance"] > 1e-3
-        assert abs(row["explained_variance"]) > 0.01 and row["score"] - row["learnt_score"] > 0.1
+        assert abs(row["explained_variance"]) > 0.01 and row["score"] - row["shaped_score"] > 0.1

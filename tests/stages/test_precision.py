@@ -1,4 +1,4 @@
-"""The optimizer step in 16 bits: Lightning's own call order with a gradient scaler, here on the CPU."""
+"""Optimizer step in 16 bits: Lightning's own call order with a gradient scaler, on the CPU."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,21 +9,21 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import FSDPStrategy
 
 from rlhf.errors import RunFailed, UserError
-from rlhf.half_weights import HalfWeights
-from rlhf.metrics_file import read_rows
+from rlhf.models.half_weights import HalfWeights
 from rlhf.objective import CrossEntropy
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.storage.metrics_file import read_rows
 from rlhf_grpo.objective import GRPO
 from rlhf_grpo.stage import GRPOStage
 from rlhf_sft.stage import SFTStage
 
-from .conftest import adamw, constant, data, fit, weights
-from .knobs import Idle
+from .conftest import Scored, adamw, constant, data, fit, weights
+from .hyperparameters import Idle
 from .test_ppo import varied, watched
 
 
 def fp16(scale: float, backoff: float = 0.5) -> MixedPrecision:
-    """What ``precision=fp16`` gives on a GPU."""
+    """Return the plugin that ``precision=fp16`` gives on a GPU."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=backoff))
 
 
@@ -31,19 +31,19 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1.0)
 
 
-def sft(load: Any, optimizer: Any = sgd, **knobs: Any) -> SFTStage:
+def sft(load: Any, optimizer: Any = sgd, **hyperparameters: Any) -> SFTStage:
     parts = (load(), CrossEntropy(), data("demonstration", 32, 2), optimizer, constant)
-    return SFTStage(*parts, **{"batch_size": 8, "epochs": 1, **knobs})
+    return SFTStage(*parts, **{"batch_size": 8, "epochs": 1, **hyperparameters})
 
 
 def moved(stage: Any, before: dict[str, torch.Tensor]) -> float:
-    """Norm of what training changed."""
+    """Return the norm of what training changed."""
     now = weights(stage)
     return sum((now[name] - value).square().sum() for name, value in before.items()) ** 0.5
 
 
 @pytest.mark.parametrize("micro", [None, 3])
-def test_the_gradient_is_clipped_without_its_scale(micro, load, tmp_path):
+def test_the_gradient_is_clipped_without_its_loss_scale(micro, load, tmp_path):
     """With SGD at a rate of 1 a step is as long as the clipped gradient, whatever the loss was multiplied by."""
     stage = sft(load, gradient_clip=0.01, micro_batch_size=micro)
     before = weights(stage)
@@ -69,38 +69,38 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_logged(load, tmp_path):
     assert moved(first, before) == 0
 
 
-def test_the_average_of_the_weights_skips_it_too(load, tmp_path):
+def test_the_ema_skips_a_step_whose_gradient_overflows(load, tmp_path):
     """A rollout's row has the share of updates that were skipped, and means over the others."""
-    stage = varied(load, average=0.5, steps=1)
+    stage = varied(load, ema_decay=0.5, steps=1)
     before = weights(stage)
     plugins = [fp16(2.0**40, 2.0**-30)]
     metrics = fit(stage, tmp_path, plugins=plugins, limit_val_batches=0)
     assert metrics["skipped_steps"] == 0.25 and metrics["gradient_norm"] > 0
     half = {name: value for name, value in before.items() if name.startswith("policy.")}
-    stage = varied(load, average=0.5, steps=1, epochs=1, minibatches=1)
+    stage = varied(load, ema_decay=0.5, steps=1, epochs=1, minibatches=1)
     fit(stage, tmp_path / "one", plugins=[fp16(2.0**40)], limit_val_batches=0)
-    assert all(torch.equal(stage.average.state[name.removeprefix("policy.")], half[name]) for name in half)
+    assert all(torch.equal(stage.ema.state[name.removeprefix("policy.")], half[name]) for name in half)
 
 
-def test_no_gradient_at_all_is_no_step(load, tmp_path):
-    """Where no group has spread there is nothing that a scaler could look at."""
-    parts = (data("prompt", 8, 2), None, Idle(), Sampler(4, samples=2), adamw, constant)
+def test_without_any_gradient_no_step_is_made(load, tmp_path):
+    """Where no group has spread, the scaler has no gradient to inspect."""
+    parts = (data("prompt", 8, 2), None, Idle(), AncestralSampler(4, samples=2), adamw, constant)
     idle = GRPOStage(load(), GRPO(drop_zero_spread=True), *parts, batch_size=4, steps=2)
-    idle.reward = lambda rollout: torch.ones(len(rollout.texts))
+    idle.reward = Scored(lambda rollout: torch.ones(len(rollout.texts)))
     before = weights(idle)
     metrics = fit(idle, tmp_path, plugins=[fp16(1024.0)], limit_val_batches=0)
     assert metrics["zero_spread"] == 1 and moved(idle, before) == 0
 
 
-def test_an_overflow_without_any_scale_ends_the_run(load, tmp_path):
+def test_an_overflow_at_loss_scale_one_stops_the_run(load, tmp_path):
     stage = sft(load)
     stage.objective = lambda logp: (-logp * 1e30, {})
     with pytest.raises(RunFailed, match="overflow in 16 bits at a loss scale of 1,.*precision=bf16"):
         fit(stage, tmp_path, plugins=[fp16(1.0)], limit_val_batches=0)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_a_weight(load, tmp_path):
-    """The loss may well be finite: sqrt has an infinite slope at 0."""
+def test_a_non_finite_gradient_stops_the_run_before_it_changes_a_weight(load, tmp_path):
+    """The loss may be finite: sqrt has an infinite slope at 0."""
     stage = sft(load)
     stage.objective = lambda logp: ((logp * 0).sqrt(), {})
     before = weights(stage)
@@ -110,8 +110,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_a_weight(l
 
 
 @pytest.mark.parametrize(("lr", "moves"), [(1e-5, False), (1e-3, True)])
-def test_weights_of_16_bits_that_a_learning_rate_cannot_move_are_refused(lr, moves, load, tmp_path):
-    """0.02 is 0.02002 in bf16, and its neighbours are 1.2e-4 away: 200 steps of 1e-5 leave it there."""
+def test_16_bit_weights_that_the_learning_rate_cannot_move_are_refused(lr, moves, load, tmp_path):
+    """0.02 is 0.02002 in bf16, and its neighbours are 1.2e-4 away: 200 steps of 1e-5 do not move it."""
     weight = torch.nn.Parameter(torch.full((4,), 0.02, dtype=torch.bfloat16))
     optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
     for _ in range(200):
@@ -128,11 +128,11 @@ def test_weights_of_16_bits_that_a_learning_rate_cannot_move_are_refused(lr, mov
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_with_weights_of_16_bits_only_the_weights_are(lora, load, tmp_path):
+def test_with_16_bit_weights_all_else_stays_float32(lora, load, tmp_path):
     """Uniform numbers, log-probabilities, advantages and weights of examples are those of fp32."""
     drawn = []
 
-    class Drawing(Sampler):
+    class Drawing(AncestralSampler):
         def _noise(self, rows: int, columns: int, seed: int) -> torch.Tensor:
             drawn.append(super()._noise(rows, columns, seed))
             return drawn[-1]
@@ -152,7 +152,7 @@ def test_with_weights_of_16_bits_only_the_weights_are(lora, load, tmp_path):
 
 
 def test_weights_of_examples_are_not_rounded_to_16_bits(load, tmp_path):
-    """Each of three pairs of a prompt weighs 1/3, which 16 bits make 0.33398."""
+    """Each of three pairs of a prompt has weight 1/3, which is 0.33398 in 16 bits."""
     plugin = HalfWeights("bf16-true")
     batch = {"weight": torch.full((3,), 1 / 3)}
     assert plugin.convert_input(batch)["weight"] is batch["weight"]
@@ -161,7 +161,7 @@ def test_weights_of_examples_are_not_rounded_to_16_bits(load, tmp_path):
     assert plugin.convert_module(torch.nn.Linear(2, 2)).weight.dtype == torch.bfloat16
 
 
-def test_a_strategy_that_cuts_weights_up_is_refused_however_it_was_made(load):
+def test_a_sharded_strategy_is_refused(load):
     stage = sft(load)
     stage._trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(UserError, match="trainer.strategy=FSDPStrategy.*type trainer=ddp"):

@@ -10,17 +10,19 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rlhf.data.data import Data, Split
+from rlhf.data.collate import TokenBatch
+from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Label, Message
+from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.metrics_file import read_rows
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.objective import ContrastObjective, LabelObjective
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.storage.metrics_file import read_rows
 from rlhf_dpo.batch_objective import KTO, Relative, RelativeDiagonal, RelativeUnpaired, contrasts
 from rlhf_dpo.embedding import pooled
 from rlhf_dpo.objective import DPO, DPONLL, ORPO, RewardAware, SimPO
@@ -35,14 +37,16 @@ OBJECTIVES = sorted(ROOT.glob("plugins/rlhf_dpo/conf/objective/*.yaml"))
 Load = Callable[..., LanguageModel]
 
 
-def named(name: str, **knobs: object):
-    """An objective as its YAML builds it."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(ROOT / f"plugins/rlhf_dpo/conf/objective/{name}.yaml"), knobs))
+def named(name: str, **hyperparameters: object):
+    """Build an objective as its YAML does."""
+    return instantiate(
+        OmegaConf.merge(OmegaConf.load(ROOT / f"plugins/rlhf_dpo/conf/objective/{name}.yaml"), hyperparameters)
+    )
 
 
-def stage(load: Load, objective, records: Split | None = None, lora: bool = False, **knobs) -> DPOStage:
-    knobs = {"batch_size": 8, "epochs": 2, **knobs}
-    return DPOStage(load(lora), objective, records or data("comparison"), adamw, constant, **knobs)
+def stage(load: Load, objective, records: Split | None = None, lora: bool = False, **hyperparameters) -> DPOStage:
+    hyperparameters = {"batch_size": 8, "epochs": 2, **hyperparameters}
+    return DPOStage(load(lora), objective, records or data("comparison"), adamw, constant, **hyperparameters)
 
 
 def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -55,18 +59,18 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
 def test_every_loss_trains(path: Path, load: Load, tmp_path: Path) -> None:
-    """As `rlhf stage=dpo objective=NAME` does. That no knob of a loss is dead: test_every_knob."""
+    """As in `rlhf stage=dpo objective=NAME`. Each hyperparameter's effect is tested in test_every_hyperparameter."""
 
-    def trained(**knobs: object) -> dict[str, torch.Tensor]:
-        folder = tmp_path / "-".join(map(str, ["run", *knobs.values()]))
-        run = stage(load, named(path.stem, **knobs))
+    def trained(**hyperparameters: object) -> dict[str, torch.Tensor]:
+        folder = tmp_path / "-".join(map(str, ["run", *hyperparameters.values()]))
+        run = stage(load, named(path.stem, **hyperparameters))
         fit(run, folder, limit_train_batches=2, limit_val_batches=0)
         assert all(math.isfinite(row["loss"]) for row in read_rows(folder / "metrics.csv"))
         return weights(run)
 
     before = trained()
     assert not same(before, weights(stage(load, named(path.stem)))), "nothing was learnt"
-    if "pooling" in OmegaConf.load(path):  # of what the stage embeds
+    if "pooling" in OmegaConf.load(path):  # of the examples that the stage embeds
         assert not same(trained(pooling="last"), before)
 
 
@@ -87,7 +91,7 @@ def test_micro_batches_do_not_change_the_weights(name: str, load: Load, tmp_path
 
 
 @pytest.mark.parametrize("name", ["kto", "relative", "relative_unpaired"])
-def test_a_killed_run_ends_with_the_same_bits(name: str, load: Load, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(name: str, load: Load, tmp_path: Path) -> None:
     whole = stage(load, named(name))
     metrics = fit(whole, tmp_path / "whole")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -102,16 +106,18 @@ def test_a_killed_run_ends_with_the_same_bits(name: str, load: Load, tmp_path: P
 
 
 @pytest.mark.parametrize("objective", [SimPO(), ORPO(), DPO(reference_free=True)], ids=repr)
-def test_no_reference_is_loaded_where_none_is_read(objective, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LanguageModel, "reference", lambda self: pytest.fail("a reference was made"))
+def test_no_reference_is_loaded_for_reference_free_losses(
+    objective, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.models.roles.start_reference", lambda policy: pytest.fail("a reference was made"))
     assert stage(load, objective).reference is None
     with pytest.raises(UserError, match="has no reference"):
         stage(load, objective, reference="anything")
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_reference_is_the_policy_as_it_starts_and_is_let_go(lora: bool, load: Load, tmp_path: Path) -> None:
-    """Also with an adapter, which moves: what the reference said stays what the untrained model says."""
+def test_the_reference_is_the_initial_policy_and_is_freed(lora: bool, load: Load, tmp_path: Path) -> None:
+    """Also with an adapter, which moves: the reference log-probabilities stay those of the untrained model."""
     start = load(lora)
     run = stage(load, DPO(), lora=lora)
     fit(run, tmp_path, limit_train_batches=3)
@@ -119,7 +125,7 @@ def test_the_reference_is_the_policy_as_it_starts_and_is_let_go(lora: bool, load
     part = run.collate(list(run.examples[:4]))
     with torch.no_grad():
         expected = start.logprobs(
-            part.tokens.ids, part.tokens.attention_mask, part.tokens.position_ids, part.tokens.loss_mask
+            TokenBatch.of(part.tokens.ids, part.tokens.attention_mask, part.tokens.loss_mask, part.tokens.position_ids)
         )[0].sum(dim=1)
         now = pair_logps(run.policy, part).chosen
     torch.testing.assert_close(part.reference, expected, atol=1e-3, rtol=1e-4)
@@ -148,7 +154,7 @@ def other_model(folder: Path, seed: int, records: str = "demonstration", vocabul
     return folder
 
 
-def test_another_reference_is_read(load: Load, tmp_path: Path) -> None:
+def test_the_configured_reference_is_read(load: Load, tmp_path: Path) -> None:
     other = other_model(tmp_path / "other", seed=5)
     run = stage(load, DPO(), reference=str(other))
     fit(run, tmp_path / "run", limit_train_batches=1)
@@ -168,7 +174,7 @@ def test_a_reference_with_another_vocabulary_is_refused(load: Load, tmp_path: Pa
 # -- batches of pairs -----------------------------------------------------------------------------------------------
 
 
-def test_padding_and_company_do_not_change_a_pair(load: Load, tmp_path: Path) -> None:
+def test_padding_and_the_rest_of_the_batch_do_not_change_a_pair(load: Load, tmp_path: Path) -> None:
     """Chosen and rejected padded together, or each read alone: the same log-probabilities (fp32)."""
     run = stage(load, DPO())
     fit(run, tmp_path, limit_train_batches=1)
@@ -194,14 +200,14 @@ def test_prompt_tokens_are_masked_and_log_probabilities_are_summed(load: Load, t
     assert logps.chosen_length[0] == len(expected) == len(example.responses[example.pairs[0][0]])
 
 
-def test_pairs_of_equal_replies_never_reach_the_loss() -> None:
+def test_pairs_of_equal_responses_never_reach_the_loss() -> None:
     question = (Message("user", "Where?"),)
     ranking = Comparison(question, ("Here.", "Here.", "There."))
     assert [pair[:2] for pair in ranking.pairs()] == [(0, 2), (1, 2)]
     assert Comparison(question, ("Here.", "Here.")).pairs() == []
 
 
-def test_a_reply_longer_than_the_context_is_refused(load: Load, tmp_path: Path) -> None:
+def test_a_response_longer_than_the_context_is_refused(load: Load, tmp_path: Path) -> None:
     records = data("comparison")
     long = Comparison((Message("user", "Where?"),), ("word " * 200, "no"))
     records = replace(records, train=[*records.train, long], data=Data("comparison", "testbed", 32, 8, 4096))
@@ -210,7 +216,7 @@ def test_a_reply_longer_than_the_context_is_refused(load: Load, tmp_path: Path) 
 
 
 def test_iterated_dpo_starts_each_round_at_log_two(load: Load, folder: Path, tmp_path: Path) -> None:
-    """The reference of a round is the policy that the round starts from."""
+    """The reference of a round is the policy at the start of the round."""
     first = stage(load, DPO())
     fit(first, tmp_path / "1", limit_train_batches=3)
     first.save(tmp_path / "1" / "model")
@@ -232,7 +238,7 @@ def test_kto_reads_labels_and_comparisons(load: Load, tmp_path: Path) -> None:
         assert first["loss"] == pytest.approx(0.5, abs=1e-6) and first["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_kto_learns_its_labels(load: Load, tmp_path: Path) -> None:
+def test_kto_fits_its_labels(load: Load, tmp_path: Path) -> None:
     run = stage(load, KTO(beta=0.5), data("comparison", 8, 2), epochs=80, batch_size=16)
     fit(run, tmp_path, limit_val_batches=0)
     last = read_rows(tmp_path / "metrics.csv")[-1]
@@ -249,7 +255,9 @@ def test_kto_reference_point_is_the_mismatched_mean_over_the_batch(load: Load, t
         for example in chosen:
             assert example.mismatched not in [x.response for x in run.examples if x.prompt == example.prompt]
             row = run.collate([example]).mismatched
-            logp = run.policy.logprobs(row.ids, row.attention_mask, row.position_ids, row.loss_mask)[0].sum()
+            logp = run.policy.logprobs(TokenBatch.of(row.ids, row.attention_mask, row.loss_mask, row.position_ids))[
+                0
+            ].sum()
             ratios.append(float(logp) - example.mismatched_reference)
     assert not z.requires_grad
     assert float(z) == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-4)
@@ -268,12 +276,12 @@ def test_kto_has_no_gradient_through_the_reference_point(load: Load, tmp_path: P
 
 
 def test_kto_labels_of_a_ranking_are_its_winners_and_losers() -> None:
-    from rlhf.data.formats import labels_of
+    from rlhf.data.record_conversion import comparison_labels
 
     question = (Message("user", "Where?"),)
-    found = labels_of(Comparison(question, ("a", "b", "c")))
+    found = comparison_labels(Comparison(question, ("a", "b", "c")))
     assert [(label.response, label.desirable) for label in found] == [("a", True), ("c", False)]
-    tied = labels_of(Comparison(question, ("a", "b", "c"), grades=("tie", None, None)))
+    tied = comparison_labels(Comparison(question, ("a", "b", "c"), grades=("tie", None, None)))
     assert [(label.response, label.desirable) for label in tied] == [("a", True), ("b", True), ("c", False)]
 
 
@@ -283,10 +291,10 @@ def test_wrong_records_are_refused(load: Load) -> None:
     with pytest.raises(UserError, match="holds demonstrations"):
         stage(load, KTO(), data("demonstration"))
     labels = data("label")
-    with pytest.raises(UserError, match="all replies are good"):
+    with pytest.raises(UserError, match="all responses are good"):
         stage(load, KTO(), replace(labels, train=[x for x in labels.train if x.desirable]))
     one = replace(labels, train=[replace(x, prompt=labels.train[0].prompt) for x in labels.train])
-    with pytest.raises(UserError, match="replies to several prompts"):
+    with pytest.raises(UserError, match="responses to several prompts"):
         fit(stage(load, KTO(), one), Path("/tmp"))
 
 
@@ -312,7 +320,7 @@ def test_relative_needs_more_than_one_prompt(objective, load: Load) -> None:
         stage(load, objective, batch_size=1)
 
 
-def test_relative_gradient_by_micro_batches_is_that_of_the_whole(load: Load, tmp_path: Path) -> None:
+def test_the_gradient_of_relative_by_micro_batches_equals_that_of_the_batch(load: Load, tmp_path: Path) -> None:
     run = stage(load, Relative(), reference=None)
     whole = gradient(run, tmp_path / "whole")
     # another reference makes the log-ratios of step 0 differ from 0, so that every weight matters
@@ -335,11 +343,11 @@ def test_relative_unpaired_reads_labels_and_starts_at_log_two(load: Load, tmp_pa
         0.5, abs=0.3
     )
     assert rows[-1]["loss"] < math.log(2) and rows[-1]["accuracy"] > 0.5
-    with pytest.raises(UserError, match="good replies of a batch against its bad ones; type stage.batch_size=2"):
+    with pytest.raises(UserError, match="good responses of a batch against its bad ones; type stage.batch_size=2"):
         stage(load, RelativeUnpaired(), data("label"), batch_size=1)
 
 
-def test_a_batch_of_one_kind_leaves_the_policy_alone(load: Load, tmp_path: Path) -> None:
+def test_a_batch_of_one_kind_does_not_change_the_policy(load: Load, tmp_path: Path) -> None:
     """Neither momentum nor weight decay moves it."""
     records = data("label")
     good = [label for label in records.train if label.desirable]
@@ -364,13 +372,13 @@ def test_prompts_are_embedded_by_the_reference_without_their_padding(load: Load,
         torch.testing.assert_close(example.embedding, hidden.mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
-def test_pooling() -> None:
+def test_pooling_by_hand() -> None:
     hidden, mask = torch.arange(12.0).view(1, 4, 3), torch.tensor([[0, 1, 1, 0]]).bool()
     assert pooled(hidden, mask, "mean").tolist() == [[4.5, 5.5, 6.5]]
     assert pooled(hidden, mask, "last").tolist() == [[6.0, 7.0, 8.0]]
 
 
-def test_another_encoder_reads_the_prompts_text(load: Load, tmp_path: Path) -> None:
+def test_the_configured_encoder_embeds_the_prompts(load: Load, tmp_path: Path) -> None:
     other = other_model(tmp_path / "other", seed=7, vocabulary=300)
     run = stage(load, Relative(encoder=str(other)))
     fit(run, tmp_path / "run", limit_train_batches=1)
@@ -384,8 +392,8 @@ def test_another_encoder_reads_the_prompts_text(load: Load, tmp_path: Path) -> N
     assert torch.isfinite(unpaired.examples[0].embedding).all()
 
 
-def test_in_a_ranking_no_reply_is_set_against_a_better_one(load: Load, tmp_path: Path) -> None:
-    """Pairs (1, 2) and (2, 3) of one prompt: 2 must not be pushed above itself, nor 2's pair against 1."""
+def test_no_response_of_a_ranking_is_contrasted_with_a_better_one(load: Load, tmp_path: Path) -> None:
+    """Pairs (1, 2) and (2, 3) of one prompt: 2 must not be raised above itself, nor contrasted with 1."""
     records = Data("comparison", "testbed", 16, 4, 96)
     records.testbed.responses = 3
     run = stage(load, RelativeDiagonal(own_weight=0.0), records.load())
@@ -400,12 +408,12 @@ def test_in_a_ranking_no_reply_is_set_against_a_better_one(load: Load, tmp_path:
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
 @pytest.mark.parametrize("name", ["relative", "relative_diagonal"])
-def test_no_reply_is_set_against_itself_by_another_record_of_its_prompt(
+def test_no_response_is_contrasted_with_itself_in_another_record(
     name: str, micro_batch_size: int | None, load: Load, tmp_path: Path
 ) -> None:
     """Two records a > b and c > a of one prompt have their own pairs and no others, so the loss is DPO's.
 
-    Numbered by record, c would be set against b, and a against itself; in one batch or in micro-batches of one record.
+    Numbered by record, c would be contrasted with b, and a with itself; in one batch or in micro-batches of one record.
     """
     split = data("comparison")
     prompt = (Message("user", "Where does Mia live?"),)
@@ -415,7 +423,7 @@ def test_no_reply_is_set_against_itself_by_another_record_of_its_prompt(
     with torch.no_grad():
         other.base.get_input_embeddings().weight.mul_(1.2)  # log-ratios that are not 0
     other.save(tmp_path / "reference")
-    knobs = {
+    hyperparameters = {
         "batch_size": 2,
         "epochs": 1,
         "reference": str(tmp_path / "reference"),
@@ -424,7 +432,7 @@ def test_no_reply_is_set_against_itself_by_another_record_of_its_prompt(
     found = []
     for objective in (named(name, beta=0.1), DPO(beta=0.1)):
         folder = tmp_path / type(objective).__name__
-        fit(stage(load, objective, split, **knobs), folder)
+        fit(stage(load, objective, split, **hyperparameters), folder)
         found.append(read_rows(folder / "metrics.csv")[0]["loss"])
     assert found[0] == pytest.approx(found[1], abs=1e-6) and abs(found[1] - math.log(2)) > 1e-3
 
@@ -439,20 +447,20 @@ def test_dpo_nll_adds_the_mean_not_the_sum(load: Load, tmp_path: Path) -> None:
 def test_samples_of_a_label_run_are_written(load: Load, tmp_path: Path) -> None:
     run = stage(load, KTO(), data("label"))
     fit(run, tmp_path, limit_train_batches=1)
-    run.write_samples(2, Sampler(4))
+    run.write_samples(2, AncestralSampler(4))
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
 
 
 def test_samples_skip_prompts_that_do_not_fit(load: Load, tmp_path: Path) -> None:
-    """They were dropped from the data as too long, and must not end a finished run."""
+    """Prompts that were dropped as too long must not stop a finished run."""
     records = data("label")
     long = replace(records.validation[0], prompt=(Message("user", "word " * 200),))
     run = stage(load, KTO(), replace(records, validation=[long, *records.validation]))
     fit(run, tmp_path, limit_train_batches=1)
-    run.write_samples(2, Sampler(4))
+    run.write_samples(2, AncestralSampler(4))
     assert "word word" not in (tmp_path / "samples.jsonl").read_text()
 
 
-def test_objectives_on_labels_are_here() -> None:
+def test_all_objectives_on_labels_are_tested() -> None:
     found = [path.stem for path in OBJECTIVES if isinstance(named(path.stem), LabelObjective | ContrastObjective)]
     assert found == ["kto", "relative_unpaired"]

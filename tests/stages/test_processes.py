@@ -1,6 +1,6 @@
-"""Two processes under DDP end with the weights and the metrics of one process on the same batches.
+"""Two ranks under DDP end with the weights and the metrics of one process on the same batches.
 
-Every process samples with random numbers of its own, so here a reply's are drawn from its prompt.
+Every rank samples with its own random numbers, so here a response's numbers are derived from its prompt.
 """
 
 import multiprocessing
@@ -20,13 +20,15 @@ import pytorch_lightning as pl
 import torch
 
 from rlhf.data.records import GRADES
-from rlhf.metrics_file import read_rows
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
-from rlhf.rollout import Rollout, Sampler, joined
-from rlhf.stage import Stage
+from rlhf.reward.base import Reward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout, joined
+from rlhf.stage.base import Stage
+from rlhf.storage.metrics_file import read_rows
 from rlhf_dpo.objective import DPO
 from rlhf_dpo.stage import DPOStage
 from rlhf_grpo.objective import GRPO
@@ -40,12 +42,12 @@ from rlhf_rloo.stage import RLOOStage
 
 from .conftest import constant, data, fit, same, weights
 
-# Two processes, all stages; each measures the start on what a run does, in whatever process.
+# Two ranks, all stages; each measures the start as in a run.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_start")]
 
 
 def sgd(parameters: Any, lr: float = 0.3) -> torch.optim.Optimizer:
-    """Steps in proportion to the gradient: Adam's first would hide a wrong factor, and blow up rounding."""
+    """Build SGD, whose steps are proportional to the gradient: Adam's first step would hide a wrong factor."""
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
 
@@ -53,16 +55,16 @@ def number(text: str) -> int:
     return crc32(text.encode())
 
 
-class ByPrompt(Sampler):
-    """The same replies to a prompt on whatever process, and in whatever batch."""
+class ByPrompt(AncestralSampler):
+    """Sampler with the same responses to a prompt on any rank and in any batch."""
 
     def sample(self, policy, prompts, seed):
         one = [super(ByPrompt, self).sample(policy, [x], number(x.messages[-1].content)) for x in prompts]
         return joined(one, policy.pad_id)
 
 
-class Partly:
-    """A reward of any scale; replies to some of the prompts score the same, so that their groups teach nothing."""
+class Partly(Reward):
+    """Reward of any scale; responses to some prompts score the same, so that their groups have no spread."""
 
     def __init__(self, idle: bool = True) -> None:
         self.idle = idle
@@ -76,7 +78,7 @@ class Partly:
 
 
 class Passes(pl.Callback):
-    """Counts backward passes."""
+    """Callback that counts backward passes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -85,20 +87,22 @@ class Passes(pl.Callback):
         self.count += 1
 
 
-def groups(kind: type, load: Callable, objective: Any, **knobs: Any) -> Stage:
+def groups(kind: type, load: Callable, objective: Any, **hyperparameters: Any) -> Stage:
     sampler = ByPrompt(6, samples=4)
-    knobs = {"steps": 1, "batch_size": 6, "micro_batch_size": 2, "text_length": 32, **knobs}
-    return kind(load(), objective, data("prompt", 32, 5), data("text"), Partly(), sampler, sgd, constant, **knobs)
+    hyperparameters = {"steps": 1, "batch_size": 6, "micro_batch_size": 2, "text_length": 32, **hyperparameters}
+    return kind(
+        load(), objective, data("prompt", 32, 5), data("text"), Partly(), sampler, sgd, constant, **hyperparameters
+    )
 
 
 def one_text() -> Any:
-    """Text in which every row that is drawn is the same row: each process draws rows of its own."""
+    """Return text of a single row, because each rank draws its own rows."""
     text = data("text")
     return replace(text, train=text.train[:1])
 
 
 def graded(validation: int = 6) -> Any:
-    """Comparisons, of which one process of two gets the held-out ones of one grade alone, and no other does."""
+    """Return comparisons whose held-out part gives each of two ranks a grade that the other lacks."""
     split = data("comparison", 16, 24)
     by_grade = {grade: [x for x in split.validation if {g for g in x.grades} == {grade}] for grade in GRADES}
     first, second = sorted(by_grade.values(), key=len)[-2:]
@@ -108,7 +112,7 @@ def graded(validation: int = 6) -> Any:
 
 
 def reward_model(load: Callable) -> Stage:
-    """It learns little, so that not all is right in the end."""
+    """Build a reward model that is trained slowly, so that its final accuracy is below 1."""
     slow = partial(sgd, lr=0.02)
     return RewardModelStage(load(), Pairwise(), graded(), slow, constant, batch_size=8, micro_batch_size=2)
 
@@ -119,9 +123,16 @@ def dpo(load: Callable) -> Stage:
 
 
 def ppo(load: Callable) -> Stage:
-    knobs = {"steps": 1, "batch_size": 4, "epochs": 2, "minibatches": 1, "micro_batch_size": 1, "text_length": 64}
+    hyperparameters = {
+        "steps": 1,
+        "batch_size": 4,
+        "epochs": 2,
+        "minibatches": 1,
+        "micro_batch_size": 1,
+        "text_length": 64,
+    }
     parts = data("prompt", 32, 5), one_text(), Partly(idle=False), ByPrompt(6), sgd, constant
-    return PPOStage(load(), PPO(gamma=0.5), *parts, **knobs)
+    return PPOStage(load(), PPO(gamma=0.5), *parts, **hyperparameters)
 
 
 STAGES: dict[str, Callable[[Callable], Stage]] = {
@@ -134,7 +145,7 @@ STAGES: dict[str, Callable[[Callable], Stage]] = {
 
 
 def trained(name: str, load: Callable, folder: Path, **arguments: Any) -> dict[str, Any]:
-    """Trains; what came out of it on this process."""
+    """Train a stage; return its results on this rank."""
     stage, passes = STAGES[name](load), Passes()
     metrics = fit(stage, folder / name, callbacks=[passes], **arguments)
     rows = read_rows(folder / name / "metrics.csv") if stage.trainer.is_global_zero else []
@@ -142,7 +153,7 @@ def trained(name: str, load: Callable, folder: Path, **arguments: Any) -> dict[s
 
 
 def work(rank: int, port: int, load: Callable, folder: Path) -> None:
-    """What one of the processes does: it trains every stage, one after the other."""
+    """Train every stage on one rank, one after the other."""
     status = 1
     try:
         torch.set_num_threads(1)
@@ -159,7 +170,7 @@ def work(rank: int, port: int, load: Callable, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes left what they found, trained together; started once for all tests."""
+    """Return the directory of the results of two ranks trained together, once for all tests."""
 
     def load() -> LanguageModel:
         torch.manual_seed(1)
@@ -174,7 +185,7 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in started:
         process.start()
     for process in started:
-        process.join(120)  # they wait for each other for ever where one makes more calls than the other
+        process.join(120)  # the ranks deadlock where one makes more calls than the other
     for process in started:
         if process.is_alive():
             process.kill()
@@ -182,7 +193,7 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_two_processes_train_as_one(name, load, both, tmp_path):
+def test_two_ranks_train_the_same_weights_as_one(name, load, both, tmp_path):
     first, second = (torch.load(both / f"{name}.{rank}") for rank in (0, 1))
     one = trained(name, load, tmp_path)
     assert same(first["weights"], second["weights"]) and first["metrics"] == second["metrics"]
@@ -190,12 +201,12 @@ def test_two_processes_train_as_one(name, load, both, tmp_path):
     assert any((one["weights"][key] - value).abs().max() > 1e-3 for key, value in moved.items())
     for key, value in one["weights"].items():
         torch.testing.assert_close(first["weights"][key], value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
-    # A spread over validation is a mean of batches' spreads, and two processes have other batches.
+    # A spread over validation is a mean of batches' spreads, and two ranks have other batches.
     exact = [key for key in one["metrics"] if not re.fullmatch(r"val/.*(_std|_correlation)", key)]
     assert one["metrics"].keys() == first["metrics"].keys()
     assert {k: first["metrics"][k] for k in exact} == pytest.approx({k: one["metrics"][k] for k in exact}, abs=1e-4)
     if name == "grpo":
-        assert first["passes"] != second["passes"]  # groups that teach nothing are not evenly spread
+        assert first["passes"] != second["passes"]  # groups without spread are unevenly distributed
     if name == "reward_model":
         grades = {key for key in one["metrics"] if key.startswith("val/accuracy/")}
         assert len(grades) == 2 and len({one["metrics"][key] for key in grades}) == 2

@@ -1,27 +1,28 @@
-"""Random numbers of a run: those of its stage and round, the same again for the same command, and of no other round."""
+"""Random numbers of a run: a function of its stage and round, equal for the same command, different in other rounds."""
 
 import torch
 from omegaconf import OmegaConf
 
-from rlhf.annotators import GoldAnnotator
-from rlhf.build import seed_of_step
+from rlhf.annotator.gold import GoldAnnotator
 from rlhf.data.batches import Batches
-from rlhf.rollout import Sampler, positions
-from rlhf.stage import seed_of
+from rlhf.running.build import derive_step_seed
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import positions
+from rlhf.stage.batch_order import derive_seed
 from rlhf_collect.stage import CollectStage
 
 from .conftest import data
 
 
 def seed(round_: int, name: str = "collect", command: int = 0) -> int:
-    return seed_of_step(OmegaConf.create({"seed": command, "round": round_, "stage": {"name": name}}))
+    return derive_step_seed(OmegaConf.create({"seed": command, "round": round_, "stage": {"name": name}}))
 
 
-def test_every_part_of_a_steps_identity_changes_its_seed():
+def test_every_part_of_the_identity_of_a_step_changes_its_seed():
     seeds = {seed(r, name, command) for r in (1, 2, 3) for name in ("collect", "dpo", "sft") for command in (0, 1)}
     assert len(seeds) == 3 * 3 * 2
     # An older config without a round is one of the first round.
-    assert seed_of_step(OmegaConf.create({"seed": 0, "stage": {"name": "collect"}})) == seed(1)
+    assert derive_step_seed(OmegaConf.create({"seed": 0, "stage": {"name": "collect"}})) == seed(1)
 
 
 def test_rounds_order_their_batches_differently():
@@ -31,11 +32,11 @@ def test_rounds_order_their_batches_differently():
 
 @torch.no_grad()
 def test_rounds_sample_as_independently_as_two_seeds(load):
-    """Equal first tokens in the same place: sum of p^2 of the policy's own distribution, and all of them before."""
+    """The share of equal first tokens is the sum of p^2 of the policy's distribution; without rounds it was 1."""
     policy, prompts, samples = load().eval(), data("prompt", 10, 2).train[:8], 64
-    sampler = Sampler(1, samples=samples)
+    sampler = AncestralSampler(1, samples=samples)
     one, again, two = (
-        sampler.sample(policy, prompts, seed_of(seed(r), "collect", 0, 0)).response_ids[:, 0] for r in (1, 1, 2)
+        sampler.sample(policy, prompts, derive_seed(seed(r), "collect", 0, 0)).response_ids[:, 0] for r in (1, 1, 2)
     )
     assert torch.equal(one, again)
     rollout = sampler.sample(policy, prompts, 0)
@@ -45,7 +46,7 @@ def test_rounds_sample_as_independently_as_two_seeds(load):
     assert abs(share - expected.mean()) < 4 * spread.sqrt()
 
 
-def test_rounds_err_differently(load):
+def test_annotator_noise_differs_between_rounds(load):
     """The annotator's seed of one batch, by round: its noise averages out over the comparisons of all rounds."""
     prompt = data("prompt", 10, 2).train[0]
 
@@ -57,7 +58,7 @@ def test_rounds_err_differently(load):
             return []
 
     for round_ in (1, 1, 2):
-        stage = CollectStage(load(), data("prompt", 10, 2), Sampler(2, samples=2), Recorded(), batch_size=1)
+        stage = CollectStage(load(), data("prompt", 10, 2), AncestralSampler(2, samples=2), Recorded(), batch_size=1)
         stage.seed, stage.mine = seed(round_), {0}
         stage.file = type("File", (), {"add": lambda *_, **__: None})()
         stage.predict_step([prompt], 0)

@@ -1,4 +1,4 @@
-"""The reward model stage: rankings of K, both heads, normalisation, calibration, going on from an earlier model."""
+"""Reward model stage: rankings of K, both heads, normalisation, calibration, continuing from an earlier model."""
 
 import json
 import math
@@ -8,20 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.annotators import completed
-from rlhf.data.data import Data, LoadReport, Split
+from rlhf.annotator.base import completed
+from rlhf.data.collate import TokenBatch
+from rlhf.data.data import Data
+from rlhf.data.encoded_rows import EncodedComparison
+from rlhf.data.encoding import encode_comparison
 from rlhf.data.formats import FORMATS
+from rlhf.data.load_report import LoadReport
 from rlhf.data.records import Comparison, Message, Prompt
-from rlhf.data.template import EncodedComparison, encode_comparison
-from rlhf.data.testbed import Testbed
+from rlhf.data.split import Split
+from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError
-from rlhf.metrics_file import read_rows
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Rollout, Sampler
-from rlhf.scoring import ModelReward
+from rlhf.reward.model import ModelReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout
+from rlhf.storage.metrics_file import read_rows
 from rlhf_reward_model.accuracy import Accuracy, accuracies
 from rlhf_reward_model.objective import Pairwise
 from rlhf_reward_model.stage import RewardModelStage
@@ -33,7 +38,7 @@ COMMON = (adamw, constant)
 
 
 def ranked(size: int = 12, responses: int = 4) -> Split:
-    """Rankings of K replies."""
+    """Load rankings of K responses."""
     return Data("comparison", "testbed", size, 8, 96, testbed=Testbed(responses=responses)).load()
 
 
@@ -41,17 +46,17 @@ def of(records: list[Comparison], like: Split) -> Split:
     return Split(records, like.validation, LoadReport("here"), like.data)
 
 
-def stage_on(load, split=None, objective=None, model=None, **knobs) -> RewardModelStage:
+def stage_on(load, split=None, objective=None, model=None, **hyperparameters) -> RewardModelStage:
     torch.manual_seed(3)
-    knobs = {"batch_size": 4, **knobs}
-    return RewardModelStage(model or load(), objective or Pairwise(), split or ranked(), *COMMON, **knobs)
+    hyperparameters = {"batch_size": 4, **hyperparameters}
+    return RewardModelStage(model or load(), objective or Pairwise(), split or ranked(), *COMMON, **hyperparameters)
 
 
 # -- rankings of K ---------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_of_a_ranking_is_divided_by_its_number_of_pairs(load, tmp_path):
-    """InstructGPT eq. 1: -1/C(K,2) sum over pairs, then the mean over prompts, whatever K each of them has."""
+    """InstructGPT eq. 1: -1/C(K,2) sum over pairs, then the mean over prompts, for any K of each prompt."""
     four, two = ranked(2, 4), ranked(2, 2)
     records = [*four.train[:2], *two.train[:2]]
     stage = stage_on(load, of(records, four), batch_size=4, normalize="none")
@@ -63,7 +68,9 @@ def test_the_loss_of_a_ranking_is_divided_by_its_number_of_pairs(load, tmp_path)
     for record in records:
         (example,), _ = four.data.encode(stage.scorer.tokenizer, [record])
         part = stage.collate([example])
-        scores = stage.scorer.scores(part.tokens.ids, part.tokens.attention_mask, part.tokens.position_ids)
+        scores = stage.scorer.scores(
+            TokenBatch.of(part.tokens.ids, part.tokens.attention_mask, position_ids=part.tokens.position_ids)
+        )
         place = {response: row for row, response in enumerate(example.used)}
         pairs = [-F.logsigmoid(scores[place[i]] - scores[place[j]]) for i, j, _ in record.pairs()]
         k = len(record.responses)
@@ -73,7 +80,7 @@ def test_the_loss_of_a_ranking_is_divided_by_its_number_of_pairs(load, tmp_path)
 
 
 def apart(records: list[Comparison]) -> list[Comparison]:
-    """Every pair as a record of its own: what InstructGPT found to overfit."""
+    """Return every pair as a separate record, which InstructGPT found to overfit."""
     return [
         Comparison(record.prompt, (record.responses[i], record.responses[j]), (grade,))
         for record in records
@@ -81,22 +88,22 @@ def apart(records: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def test_pairs_shuffled_apart_are_another_training(load, tmp_path):
+def test_separately_shuffled_pairs_train_differently(load, tmp_path):
     split = ranked(8, 4)
     rows = {}
     for name, records in {"together": split.train, "apart": apart(split.train)}.items():
         stage = stage_on(load, of(records, split), batch_size=4)
         fit(stage, tmp_path / name)
         rows[name] = (len(stage.batches), stage.examples_seen, weights(stage))
-    replies = {name: seen for name, (_, seen, _) in rows.items()}
-    # Together each reply is read once per epoch; apart as often as it has a partner.
-    assert replies["together"] <= 4 * 8 and replies["apart"] > 2 * replies["together"]
+    responses = {name: seen for name, (_, seen, _) in rows.items()}
+    # Together each response is read once per epoch; separately once per pair that contains it.
+    assert responses["together"] <= 4 * 8 and responses["apart"] > 2 * responses["together"]
     assert rows["apart"][0] > rows["together"][0]
     assert not same(rows["together"][2], rows["apart"][2])
 
 
-def test_one_ranking_of_k_is_the_sum_of_its_pairs_over_their_number(load, tmp_path):
-    """With all pairs in one batch the two ways have one gradient where every prompt has as many pairs."""
+def test_a_ranking_of_k_has_the_mean_loss_of_its_pairs(load, tmp_path):
+    """With all pairs in one batch both ways have the same gradient where every prompt has as many pairs."""
     split = ranked(20, 3)
     full = [record for record in split.train if len(record.pairs()) == 3][:2]
     together = gradient(stage_on(load, of(full, split), batch_size=2), tmp_path / "a")
@@ -117,7 +124,7 @@ def test_micro_batches_do_not_change_the_gradient_of_rankings(load, tmp_path):
 # -- the head --------------------------------------------------------------------------------------------------------
 
 
-def test_head_init(load):
+def test_head_init_is_drawn_or_zero(load):
     width = 32
     model = load()
     samples = torch.cat([ScalarModel(model).head.weight.detach().flatten() for _ in range(100)])
@@ -136,7 +143,7 @@ def test_a_zero_head_starts_at_log_two(load, tmp_path):
 
 
 def test_demonstrations_get_a_mean_of_zero(load, tmp_path):
-    """InstructGPT, section 3.5: a bias alone, so gaps stay as they were."""
+    """InstructGPT, section 3.5: only a bias, so gaps are unchanged."""
     demonstrations = data("demonstration", 24, 4)
     plain = stage_on(load, normalize="none")
     fit(plain, tmp_path / "none")
@@ -144,37 +151,40 @@ def test_demonstrations_get_a_mean_of_zero(load, tmp_path):
     fit(stage, tmp_path / "demonstrations")
     stage.save(tmp_path / "model")
     stage.scorer = ScalarModel.load(tmp_path / "model").eval()
-    assert stage.scores_of_demonstrations().mean().item() == pytest.approx(0.0, abs=1e-5)
-    (_, chosen, rejected), (_, before, after) = stage.scores_of(stage.examples), plain.scores_of(plain.examples)
+    assert stage.score_demonstrations().mean().item() == pytest.approx(0.0, abs=1e-5)
+    (_, chosen, rejected), (_, before, after) = (
+        stage.score_comparisons(stage.examples),
+        plain.score_comparisons(plain.examples),
+    )
     torch.testing.assert_close(chosen - rejected, before - after, atol=1e-5, rtol=1e-4)
 
 
-def test_each_normalisation_is_another_model_with_the_same_order(load, tmp_path):
+def test_each_normalisation_keeps_the_order_of_scores(load, tmp_path):
     in_the_loss: dict[str, torch.Tensor] = {}
     levels = {}
     for name in ("none", "mean", "standard", "demonstrations"):
         stage = stage_on(load, normalize=name, demonstrations=data("demonstration", 24, 4))
         fit(stage, tmp_path / name)
-        scores = stage.scores_of(stage.examples)[0]
+        scores = stage.score_comparisons(stage.examples)[0]
         in_the_loss[name] = (scores - scores[0]) * stage.scorer.log_odds
         levels[name] = (scores.mean().item(), scores.std().item(), scores.argsort().tolist())
     assert levels["mean"][0] == pytest.approx(0, abs=1e-5) and levels["mean"][1] == pytest.approx(levels["none"][1])
     assert levels["standard"][:2] == pytest.approx((0, 1), abs=1e-4)
     assert len({round(mean, 4) for mean, *_ in levels.values()}) >= 3
     assert all(order == levels["none"][2] for *_, order in levels.values())
-    for gaps in in_the_loss.values():  # what the gate of Llama 2 reads does not depend on it
+    for gaps in in_the_loss.values():  # the gaps that the gate of Llama 2 reads do not depend on the normalisation
         torch.testing.assert_close(gaps, in_the_loss["none"], atol=1e-4, rtol=1e-4)
 
 
-def test_demonstrations_are_needed_to_normalise_by_them(load):
+def test_normalising_by_demonstrations_needs_demonstrations(load):
     with pytest.raises(UserError, match="data@demonstrations=demonstrations"):
         stage_on(load, normalize="demonstrations")
 
 
-# -- how right, and how sure ----------------------------------------------------------------------------------------
+# -- accuracy and its error -----------------------------------------------------------------------------------------
 
 
-def test_accuracy_by_grade_is_left_with_its_standard_error(load, tmp_path):
+def test_accuracy_by_grade_is_written_with_its_standard_error(load, tmp_path):
     stage = stage_on(load, data("comparison", 32, 16))
     fit(stage, tmp_path)
     left, logged = json.loads((tmp_path / "accuracy.json").read_text()), stage.trainer.callback_metrics
@@ -187,8 +197,8 @@ def test_accuracy_by_grade_is_left_with_its_standard_error(load, tmp_path):
     assert stage.final_metrics()["val/accuracy_se"] == left["all"]["standard_error"] > 0
 
 
-def test_what_follows_training_is_in_the_precision_of_training(load, tmp_path):
-    """Scores for the normalisation are those that training saw: in bf16 other ones than in fp32."""
+def test_scores_after_training_use_the_precision_of_training(load, tmp_path):
+    """Scores for the normalisation are those of training, which differ between bf16 and fp32."""
 
     class Watched(RewardModelStage):
         def finish(self) -> None:
@@ -207,7 +217,7 @@ def test_accuracy_of_pairs_of_one_prompt_by_hand():
     first = EncodedComparison([7], [[1], [2], [3]], [(0, 1, "better"), (0, 2, "slightly")])
     second, third = (EncodedComparison([prompt], [[1], [2]], [(0, 1, "slightly")]) for prompt in (7, 8))
     found = accuracies([first, second, third], torch.tensor([1.0, 0.0, 0.0, 1.0]))
-    # All: (0.5 + 1) / 3 = 1/2; of prompt 7 there is 0.5 of 2, so 0.5 - 1 = -1/2, of prompt 8 1 - 1/2 = +1/2.
+    # All: (0.5 + 1) / 3 = 1/2; prompt 7 has 0.5 of 2, so 0.5 - 1 = -1/2, prompt 8 has 1 - 1/2 = +1/2.
     assert found["all"] == Accuracy(0.5, pytest.approx(math.sqrt(2 * (0.25 + 0.25)) / 3), 4, 2, 2)
     # "slightly": (0 + 0 + 1) / 3; 0 - 2/3 and 1 - 1/3.
     assert found["slightly"] == Accuracy(pytest.approx(1 / 3), pytest.approx(math.sqrt(2 * 2 * 4 / 9) / 3), 3, 2, 2)
@@ -215,14 +225,14 @@ def test_accuracy_of_pairs_of_one_prompt_by_hand():
     assert list(found) == ["all", "slightly", "better"]
 
 
-def test_prompts_that_ask_the_same_are_one_cluster_of_an_accuracy():
+def test_paraphrased_prompts_are_one_cluster_of_an_accuracy():
     """Three prompts of a pair each, two of which paraphrase each other: residuals 2 - 2 * 2/3 and 0 - 2/3."""
     rows = [EncodedComparison([p], [[1], [2]], [(0, 1, None)], cluster=c) for p, c in ((7, "x"), (8, "x"), (9, ""))]
     found = accuracies(rows, torch.tensor([1.0, 1.0, 0.0]))["all"]
     assert found == Accuracy(pytest.approx(2 / 3), pytest.approx(math.sqrt(2 * (4 / 9 + 4 / 9)) / 3), 3, 3, 2)
 
 
-def test_a_comparison_has_the_cluster_of_its_prompt_from_the_sampler_to_the_tokens(load):
+def test_a_comparison_keeps_the_cluster_of_its_prompt(load):
     held_out = data("comparison", 8, 200).validation
     prompts = {prompt.messages: prompt.cluster for prompt in data("prompt", 8, 400).validation}
     known = [record for record in held_out if record.prompt in prompts]
@@ -242,7 +252,7 @@ def test_a_comparison_has_the_cluster_of_its_prompt_from_the_sampler_to_the_toke
 # -- calibration -----------------------------------------------------------------------------------------------------
 
 
-def test_calibration_and_scores_are_left_as_files(load, tmp_path, figures):
+def test_calibration_and_scores_are_written_to_files(load, tmp_path, figures):
     stage = stage_on(load, data("comparison", 32, 16))
     fit(stage, tmp_path)
     curve = json.loads((tmp_path / "calibration.json").read_text())
@@ -253,7 +263,7 @@ def test_calibration_and_scores_are_left_as_files(load, tmp_path, figures):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_calibration_is_that_of_the_loss_whatever_the_normalisation(load, tmp_path):
+def test_calibration_does_not_depend_on_the_normalisation(load, tmp_path):
     found = {}
     for name in ("none", "standard"):
         stage = stage_on(load, data("comparison", 32, 16), normalize=name, epochs=3)
@@ -265,7 +275,7 @@ def test_calibration_is_that_of_the_loss_whatever_the_normalisation(load, tmp_pa
 # -- the safety head -------------------------------------------------------------------------------------------------
 
 
-def test_the_safety_head_learns_what_is_unsafe(load, tmp_path):
+def test_the_safety_head_separates_unsafe_responses(load, tmp_path):
     split = data("comparison", 64, 32)
     stage = stage_on(load, split, safety_coefficient=1.0, epochs=30, batch_size=16)
     metrics = fit(stage, tmp_path)
@@ -296,7 +306,7 @@ def test_the_safety_head_is_saved_with_the_model(load, tmp_path):
     assert stage_on(load, model=ScalarModel.load(tmp_path / "model")).scorer.safety_head is None
 
 
-def test_the_safety_head_needs_replies_of_both_kinds(load, tmp_path):
+def test_the_safety_head_needs_responses_of_both_kinds(load, tmp_path):
     split = data("comparison")
     safe = [replace(record, unsafe=(False,) * len(record.responses)) for record in split.train]
     with pytest.raises(UserError, match="harmful and harmless responses, and every response of here .* is harmless"):
@@ -307,10 +317,10 @@ def test_the_safety_head_needs_replies_of_both_kinds(load, tmp_path):
         fit(stage_on(load, of(tagged, split), safety_coefficient=0.1), tmp_path)
 
 
-def test_the_safety_head_learns_from_labels_alone(load, tmp_path):
-    """A comparison without labels moves the ranking and not the head, whatever its prompt's tags say.
+def test_the_safety_head_is_trained_on_labels_alone(load, tmp_path):
+    """A comparison without labels moves the ranking and not the head, whatever its prompt's tags are.
 
-    From w = 0 the gradient of the head's bias is the mean over labelled prompts of 1/2 - share of harmful replies,
+    From w = 0 the gradient of the head's bias is the mean over labelled prompts of 1/2 - share of harmful responses,
     times their share of the batch.
     """
     prompt = (Message("user", "How can I rob Mia?"),)
@@ -323,15 +333,15 @@ def test_the_safety_head_learns_from_labels_alone(load, tmp_path):
     fit(stage, tmp_path, limit_val_batches=0)
     assert stage.scorer.safety_head.bias.item() == pytest.approx(-0.5 * (0.0 + 0.5) / 4, abs=1e-6)
     row = read_rows(tmp_path / "metrics.csv")[0]
-    assert row["safety_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the mean over what is labelled
+    assert row["safety_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the mean over the labelled prompts
     assert row["loss"] == pytest.approx(row["ranking_loss"] + 0.5 * math.log(2) * 2 / 4, abs=1e-5)
 
 
-def test_a_cut_reply_is_read_where_ppo_reads_it(load, tmp_path):
-    """The score of a cut reply in training is the one that ModelReward gives: at its last token, without an end."""
+def test_a_truncated_response_is_scored_as_in_ppo(load, tmp_path):
+    """The score of a truncated response in training equals ModelReward's: at its last token, without an end."""
     scorer = ScalarModel.load(load()).eval()
     scorer.save(tmp_path / "reward")
-    sampled = Sampler(6, samples=2).sample(load().eval(), data("prompt", 8, 2).train, 0)
+    sampled = AncestralSampler(6, samples=2).sample(load().eval(), data("prompt", 8, 2).train, 0)
     assert not sampled.ended.any()
     sampled.ended[::4] = True
     pairs = range(0, len(sampled.texts), 2)
@@ -345,15 +355,17 @@ def test_a_cut_reply_is_read_where_ppo_reads_it(load, tmp_path):
     examples, _ = stage.data.data.encode(stage.scorer.tokenizer, records)
     assert len(examples) == len(pairs)
     tokens = stage.collate(list(examples)).tokens
-    scores = stage.scorer.eval().scores(tokens.ids, tokens.attention_mask, tokens.position_ids)
+    scores = stage.scorer.eval().scores(
+        TokenBatch.of(tokens.ids, tokens.attention_mask, position_ids=tokens.position_ids)
+    )
     torch.testing.assert_close(scores, ModelReward(str(tmp_path / "reward"))(sampled), atol=1e-5, rtol=1e-5)
 
 
-def test_a_reply_without_a_label_has_none():
+def test_responses_without_a_label_stay_unlabelled():
     split = data("comparison")
     record = Comparison((Message("user", "How can I rob Mia?"),), ("Take it.", "No."), tags=("unsafe",))
     marked = replace(record, unsafe=(True, False))
-    from rlhf.data.template import encode_comparison
+    from rlhf.data.encoding import encode_comparison
     from rlhf.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["How can I rob Mia?"] * 5, 300)
@@ -365,10 +377,10 @@ def test_a_reply_without_a_label_has_none():
         replace(record, unsafe=(True, False, True))
 
 
-# -- going on from an earlier reward model ---------------------------------------------------------------------------
+# -- continuing from an earlier reward model -------------------------------------------------------------------------
 
 
-def test_going_on_from_an_earlier_reward_model(load, tmp_path):
+def test_training_continues_from_an_earlier_reward_model(load, tmp_path):
     first = stage_on(load, epochs=4, normalize="standard")
     fit(first, tmp_path / "first")
     first.save(tmp_path / "first" / "model")
@@ -381,8 +393,8 @@ def test_going_on_from_an_earlier_reward_model(load, tmp_path):
     second._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)
     fit(second, tmp_path / "second")
     rows = read_rows(tmp_path / "second" / "metrics.csv")
-    _, chosen, rejected = first.scores_of(second.examples)
-    _, here, there = second.scores_of(second.examples)
+    _, chosen, rejected = first.score_comparisons(second.examples)
+    _, here, there = second.score_comparisons(second.examples)
     torch.testing.assert_close(chosen - rejected, here - there, atol=1e-4, rtol=1e-3)
     assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
 
@@ -400,7 +412,7 @@ def row(chosen="yes", rejected="no", **fields) -> dict:
     return {"prompt": "q", "chosen": chosen, "rejected": rejected, **fields}
 
 
-def test_equal_answers_are_dropped_and_counted(tmp_path):
+def test_equal_responses_are_dropped_and_counted(tmp_path):
     source = written(tmp_path, [row(chosen=str(i), rejected="no") for i in range(9)] + [row("same", "same")])
     split = Data("comparison", source, None, 0, 96).load()
     assert len(split.train) == 9 and "1 dropped as ties" in str(split.report)
@@ -408,7 +420,7 @@ def test_equal_answers_are_dropped_and_counted(tmp_path):
         Data("comparison", written(tmp_path, [row("same", "same")] * 2), None, 0, 96).load()
 
 
-def test_a_grade_nobody_defined_is_one_line(tmp_path):
+def test_an_undefined_grade_is_reported_in_one_line(tmp_path):
     source = written(tmp_path, [row(grade="superb")] * 3)
     with pytest.raises(UserError, match="row 1: grade: 'superb' is not one of negligible, slightly") as error:
         Data("comparison", source, None, 0, 96).load()

@@ -1,4 +1,4 @@
-"""Rewards and their combinations: what each gives, what each refuses, and that PPO trains with them."""
+"""Rewards and their combinations: their scores, their errors, and PPO training with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,18 +8,24 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rlhf.combination import GatedReward, WeightedReward
-from rlhf.data.collate import collate
+from rlhf.data.collate import TokenBatch, collate
+from rlhf.data.encoded_rows import Encoded
+from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Message, Prompt
-from rlhf.data.template import Encoded, encode_prompt, encode_response
 from rlhf.data.testbed import gold
 from rlhf.errors import UserError
-from rlhf.exact_match import ExactMatch
-from rlhf.metrics_file import read_rows
-from rlhf.models.roles import critic_of
+from rlhf.models.roles import load_critic
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Rollout, Sampler
-from rlhf.scoring import FunctionReward, GoldReward, ModelReward, make_ready, resolve_missing_end
+from rlhf.reward.base import make_ready
+from rlhf.reward.combined import GatedReward, WeightedReward
+from rlhf.reward.exact_match import ExactMatch
+from rlhf.reward.function import FunctionReward
+from rlhf.reward.gold import GoldReward
+from rlhf.reward.missing_eos import resolve_missing_eos
+from rlhf.reward.model import ModelReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout
+from rlhf.storage.metrics_file import read_rows
 from rlhf.testing import check_reward, rollout, tiny_model
 from rlhf_grpo.objective import GRPO
 from rlhf_grpo.stage import GRPOStage
@@ -28,29 +34,29 @@ from rlhf_ppo.stage import PPOStage
 from rlhf_rloo.objective import RLOO
 from rlhf_rloo.stage import RLOOStage
 
-from .conftest import adamw, constant, data, fit
+from .conftest import Scored, adamw, constant, data, fit
 
 Given = Callable[[Rollout], torch.Tensor]
 
 
-def fixed(*scores: float) -> Given:
-    return lambda _: torch.tensor(scores)
+def fixed(*scores: float) -> Scored:
+    return Scored(lambda _: torch.tensor(scores))
 
 
-def words(prompt: Prompt, reply: str, most: int = 100) -> float:
-    return min(len(reply.split()), most)
+def words(prompt: Prompt, response: str, most: int = 100) -> float:
+    return min(len(response.split()), most)
 
 
-def broken(prompt: Prompt, reply: str) -> str:
+def broken(prompt: Prompt, response: str) -> str:
     return "good"
 
 
-def raising(prompt: Prompt, reply: str) -> float:
+def raising(prompt: Prompt, response: str) -> float:
     raise KeyError("colour")
 
 
 def asked(*unsafe: bool) -> Rollout:
-    """A rollout of as many rows, tagged."""
+    """Return a rollout with one row per tag."""
     made = rollout(["What?"] * len(unsafe), ["That."] * len(unsafe))
     made.prompts[:] = [Prompt((Message("user", "What?"),), ("unsafe",) if tag else ()) for tag in unsafe]
     return made
@@ -58,7 +64,7 @@ def asked(*unsafe: bool) -> Rollout:
 
 @pytest.fixture
 def scorer(load, tmp_path) -> Path:
-    """A reward model of the policy's own tokenizer."""
+    """Save a reward model with the policy's own tokenizer."""
     torch.manual_seed(3)
     ScalarModel.load(load()).save(tmp_path / "reward")
     return tmp_path / "reward"
@@ -66,7 +72,7 @@ def scorer(load, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
-    """A reward model with a tokenizer of its own."""
+    """Save a reward model with another tokenizer."""
     path = tmp_path_factory.mktemp("foreign") / "reward"
     ScalarModel.load(tiny_model()).save(path)
     return path
@@ -75,7 +81,7 @@ def foreign(tmp_path_factory) -> Path:
 # -- the gate -------------------------------------------------------------------------------------------------------
 
 
-def test_the_gate_on_the_sigmoid():
+def test_the_gate_reads_the_sigmoid_of_safety():
     """The table of Llama 2: safety where the prompt is tagged, or where it is below 0.15; sigmoid(-1.7) = 0.154."""
     reward = GatedReward(fixed(2.0, 2.0, 2.0, 2.0), fixed(1.0, 1.0, -1.7, -1.8))
     scores = reward(asked(True, False, False, False))
@@ -83,7 +89,7 @@ def test_the_gate_on_the_sigmoid():
     assert reward.parts["gated"] == 0.5 and reward.parts["helpfulness"] == 2.0
 
 
-def test_the_gate_reads_the_probability_that_the_loss_trained():
+def test_the_gate_reads_the_probability_of_the_loss():
     """-1.1 deviations of 2.5 log-odds each are -2.75 in the loss: a probability of 0.06, below 0.15."""
     safety = fixed(-1.1, -0.6)
     assert GatedReward(fixed(2.0, 2.0), safety)(asked(False, False)).tolist() == pytest.approx([2.0, 2.0], abs=1e-5)
@@ -99,24 +105,24 @@ def test_the_logit_is_clamped():
     torch.testing.assert_close(narrow, torch.tensor([2.1972, -2.1972]), atol=1e-3, rtol=0)
 
 
-def test_the_gate_on_probabilities():
+def test_the_gate_reads_probabilities():
     reward = GatedReward(fixed(0.9, 0.9), fixed(0.5, 0.1), scale="probability")
     torch.testing.assert_close(reward(asked(False, False)), torch.logit(torch.tensor([0.9, 0.1])))
     with pytest.raises(UserError, match=r"reward\.safety gives -1 to 0\.5: .*type reward\.scale=logit"):
         GatedReward(fixed(0.9, 0.9), fixed(0.5, -1.0), scale="probability")(asked(False, False))
 
 
-@pytest.mark.parametrize("knob", [{"threshold": 0.5}, {"eps": 0.4}, {"scale": "probability"}])
-def test_every_knob_of_the_gate_moves_the_score(knob):
-    arguments = (fixed(0.95, 0.9), fixed(0.8, -0.1 if "scale" not in knob else 0.1))
+@pytest.mark.parametrize("hyperparameter", [{"threshold": 0.5}, {"eps": 0.4}, {"scale": "probability"}])
+def test_every_hyperparameter_of_the_gate_changes_the_score(hyperparameter):
+    arguments = (fixed(0.95, 0.9), fixed(0.8, -0.1 if "scale" not in hyperparameter else 0.1))
     given = asked(False, False)
-    assert not torch.equal(GatedReward(*arguments, **knob)(given), GatedReward(*arguments)(given))
+    assert not torch.equal(GatedReward(*arguments, **hyperparameter)(given), GatedReward(*arguments)(given))
 
 
 # -- sums -----------------------------------------------------------------------------------------------------------
 
 
-def test_weights():
+def test_rewards_are_summed_by_weight():
     reward = WeightedReward({"model": fixed(1.0, 2.0), "rule": fixed(10.0, -10.0)}, {"rule": 0.5})
     assert reward(asked(False, False)).tolist() == [6.0, -3.0]
     with pytest.raises(UserError, match=r"reward\.weights\.rul.*did you mean"):
@@ -125,12 +131,12 @@ def test_weights():
         WeightedReward({}, {})
 
 
-def test_built_from_yaml():
+def test_combined_rewards_are_built_from_yaml():
     node = {
-        "_target_": "rlhf.combination.WeightedReward",
+        "_target_": "rlhf.reward.combined.WeightedReward",
         "rewards": {
-            "gold": {"_target_": "rlhf.scoring.GoldReward", "aspect": "safety"},
-            "rule": {"_target_": "rlhf.scoring.FunctionReward", "function": f"{__name__}:words"},
+            "gold": {"_target_": "rlhf.reward.gold.GoldReward", "aspect": "safety"},
+            "rule": {"_target_": "rlhf.reward.function.FunctionReward", "function": f"{__name__}:words"},
         },
         "weights": {"rule": 0.1},
     }
@@ -145,7 +151,7 @@ def test_built_from_yaml():
 # -- gold and rules -------------------------------------------------------------------------------------------------
 
 
-def test_gold_aspects():
+def test_gold_scores_by_aspect():
     prompts = data("prompt", 64).train
     unsafe = next(prompt for prompt in prompts if prompt.unsafe)
     safe = next(prompt for prompt in prompts if not prompt.unsafe)
@@ -156,7 +162,7 @@ def test_gold_aspects():
     assert scores["helpfulness"] != scores["safety"]
 
 
-def test_gold_refuses_foreign_prompts_before_training():
+def test_gold_refuses_prompts_of_other_data_before_training():
     with pytest.raises(UserError, match="gold scores only the testbed's own prompts"):
         make_ready(GoldReward(), None, asked(False).prompts)
 
@@ -178,18 +184,18 @@ def test_a_rule_takes_arguments():
         ),
         (f"{__name__}:nothing", None, "test_rewards.py has no function nothing"),
         ("nowhere", None, "write it as module:function, such as"),
-        (f"{__name__}:words", {"least": 2}, r"called as function\(prompt, reply, least=2\)"),
+        (f"{__name__}:words", {"least": 2}, r"called as function\(prompt, response, least=2\)"),
     ],
 )
-def test_a_rule_that_cannot_be_called_is_refused_at_once(function, arguments, message):
+def test_a_rule_that_cannot_be_called_is_refused_at_construction(function, arguments, message):
     with pytest.raises(UserError, match=message):
         FunctionReward(function, arguments)
 
 
-def test_a_rule_that_gives_no_number_is_named():
-    with pytest.raises(UserError, match=r"test_rewards:broken gave 'good' for the reply"):
+def test_a_rule_that_returns_no_number_is_named():
+    with pytest.raises(UserError, match=r"test_rewards:broken gave 'good' for the response"):
         FunctionReward(f"{__name__}:broken")(rollout(["x"], ["y"]))
-    with pytest.raises(UserError, match=r"test_rewards:raising failed on the reply 'y': KeyError: 'colour'"):
+    with pytest.raises(UserError, match=r"test_rewards:raising failed on the response 'y': KeyError: 'colour'"):
         FunctionReward(f"{__name__}:raising")(rollout(["x"], ["y"]))
 
 
@@ -198,26 +204,26 @@ def test_a_rule_that_gives_no_number_is_named():
 
 @pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "another tokenizer"])
 def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, foreign):
-    """Score by score as if the dialogue had been given to it alone, and one that was cut is read as cut."""
+    """Each score equals that of the dialogue alone, and a truncated response is read as truncated."""
     reward = ModelReward(str(scorer if own else foreign), batch_size=3)
-    sampled = Sampler(12).sample(load(), data("prompt").train[:8], 0)
+    sampled = AncestralSampler(12).sample(load(), data("prompt").train[:8], 0)
     tokenizer = reward.model.tokenizer
     for row, score in enumerate(reward(sampled).tolist()):
         question = encode_prompt(tokenizer, sampled.prompts[row].messages)
-        reply = encode_response(tokenizer, sampled.texts[row])
-        ids = question + (reply if sampled.ended[row] else reply[:-1])
+        response = encode_response(tokenizer, sampled.texts[row])
+        ids = question + (response if sampled.ended[row] else response[:-1])
         batch = collate([Encoded(ids, [True] * len(ids))], reward.model.pad_id)
-        alone = reward.model.scores(batch.ids, batch.attention_mask, batch.position_ids)
+        alone = reward.model.scores(TokenBatch.of(batch.ids, batch.attention_mask, position_ids=batch.position_ids))
         assert score == pytest.approx(alone.item(), abs=1e-5)
 
 
-def test_a_language_model_is_no_reward_model(load, tmp_path):
-    """Whatever could not be looked at before it is loaded: its head would be drawn by chance."""
+def test_a_language_model_is_refused_as_reward_model(load, tmp_path):
+    """Detected at loading where it could not be checked before: its head would be random."""
     load().save(tmp_path / "policy")
     with pytest.raises(UserError, match="a language model, without a head"):
         ModelReward(str(tmp_path / "policy")).to(torch.device("cpu"))
     with pytest.raises(UserError, match="type stage.value=null"):
-        critic_of(load(), str(tmp_path / "policy"))
+        load_critic(load(), str(tmp_path / "policy"))
 
 
 def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(foreign):
@@ -227,38 +233,38 @@ def test_a_prompt_too_long_for_the_reward_model_is_refused_before_training(forei
 
 
 def test_missing_eos_is_replaced_under_a_reward_model_and_left_under_a_rule(load, scorer, tmp_path):
-    """Huang et al. 2024: -1, whatever the reward model said. Exact match and rules read what is there."""
+    """Huang et al. 2024: -1, whatever the reward model's score. Exact match and rules score the text as it is."""
     model = ModelReward(str(scorer))
     learned = [model, GatedReward(model, model), WeightedReward({"rule": fixed(1.0), "model": model}, {})]
     rules = [GoldReward(), FunctionReward(f"{__name__}:words"), ExactMatch(), WeightedReward({"rule": fixed(1.0)}, {})]
-    assert {resolve_missing_end("auto", 1.0, reward) for reward in learned} == {"replace"}
-    assert {resolve_missing_end("auto", 1.0, reward) for reward in rules} == {"none"}
-    assert resolve_missing_end("subtract", 3.0, rules[0]) == "subtract" and resolve_missing_end("auto", 3.0, model)
+    assert {resolve_missing_eos("auto", 1.0, reward) for reward in learned} == {"replace"}
+    assert {resolve_missing_eos("auto", 1.0, reward) for reward in rules} == {"none"}
+    assert resolve_missing_eos("subtract", 3.0, rules[0]) == "subtract" and resolve_missing_eos("auto", 3.0, model)
     for how, message in (("auto", "leaves the scores of a rule"), ("none", "reads no penalty")):
-        with pytest.raises(UserError, match=rf"missing_end_penalty=3 is not read: .*{message}.*missing_end=subtract"):
-            resolve_missing_end(how, 3.0, rules[0])
+        with pytest.raises(UserError, match=rf"missing_eos_penalty=3 is not read: .*{message}.*missing_eos=subtract"):
+            resolve_missing_eos(how, 3.0, rules[0])
     raw, ended = torch.tensor([2.0, 2.0, -3.0]), torch.tensor([True, False, False])
     for kind, objective, samples in ((PPOStage, PPO, 1), (GRPOStage, GRPO, 2), (RLOOStage, RLOO, 2)):
         for reward, expected in ((model, [2.0, -1.0, -1.0]), (rules[0], [2.0, 2.0, -3.0])):
-            parts = (data("prompt"), None, reward, Sampler(8, samples=samples), adamw, constant)
-            assert kind(load(), objective(gamma=0.0), *parts).learnt(raw, ended).tolist() == expected
+            parts = (data("prompt"), None, reward, AncestralSampler(8, samples=samples), adamw, constant)
+            assert kind(load(), objective(gamma=0.0), *parts).shape_scores(raw, ended).tolist() == expected
 
 
-def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign, tmp_path):
+def test_ppo_trains_with_a_gate_of_two_models_with_different_tokenizers(load, scorer, foreign, tmp_path):
     reward = GatedReward(ModelReward(str(scorer)), ModelReward(str(foreign)))
-    knobs = {"batch_size": 8, "steps": 2, "epochs": 1, "minibatches": 2, "text_length": 32}
+    hyperparameters = {"batch_size": 8, "steps": 2, "epochs": 1, "minibatches": 2, "text_length": 32}
     stage = PPOStage(
         load(),
         PPO(),
         data("prompt"),
         None,
         reward,
-        Sampler(10),
+        AncestralSampler(10),
         adamw,
         constant,
         normalize_scores="batch",
         value=str(scorer),
-        **knobs,
+        **hyperparameters,
     )
     fit(stage, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.csv") if "score" in row]
@@ -272,9 +278,9 @@ def test_ppo_with_a_gate_of_two_models_one_of_them_foreign(load, scorer, foreign
             data("prompt"),
             None,
             reward,
-            Sampler(10),
+            AncestralSampler(10),
             adamw,
             constant,
             value=str(foreign),
-            **knobs,
+            **hyperparameters,
         )

@@ -1,10 +1,10 @@
-"""Sampling: the log-probabilities are the policy's, and no short cut changes a reply."""
+"""Sampling: the log-probabilities are the policy's, and no optimisation changes a response."""
 
 import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.rollout import Sampler, _inverse_cdf
+from rlhf.sampler.ancestral import AncestralSampler, _inverse_cdf
 
 from .conftest import data
 
@@ -14,28 +14,27 @@ def prompts():
     return data("prompt", 12, 4).train
 
 
-def test_log_probabilities_are_those_of_a_forward_pass(load, prompts):
+def test_log_probabilities_equal_those_of_a_forward_pass(load, prompts):
     policy = load()
     for temperature in (1.0, 0.7):
-        rollout = Sampler(12, temperature).sample(policy, prompts, seed=0)
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        logp, _ = policy.logprobs(*inputs, temperature)
+        rollout = AncestralSampler(12, temperature).sample(policy, prompts, seed=0)
+        logp, _ = policy.logprobs(rollout.tokens, temperature)
         logp = logp[:, -rollout.mask.shape[1] :]
         torch.testing.assert_close(logp * rollout.mask, rollout.logp, atol=1e-5, rtol=1e-5)
 
 
-def test_a_reply_does_not_depend_on_the_rest_of_the_batch(load, prompts):
-    """Dropping rows that ended, padding and chunking change nothing: each row equals itself alone in the batch."""
+def test_a_response_does_not_depend_on_the_rest_of_the_batch(load, prompts):
+    """Dropping ended rows, padding and chunking change nothing: each row equals itself alone in the batch."""
     policy = load()
-    whole = Sampler(12).sample(policy, prompts, seed=0)
-    chunked = Sampler(12, batch_size=5).sample(policy, prompts, seed=0)
+    whole = AncestralSampler(12).sample(policy, prompts, seed=0)
+    chunked = AncestralSampler(12, batch_size=5).sample(policy, prompts, seed=0)
     assert whole.texts == chunked.texts
     torch.testing.assert_close(whole.logp, chunked.logp, atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_equals_transformers_generate(load, prompts):
     policy = load().frozen()
-    rollout = Sampler(12, temperature=0).sample(policy, prompts, seed=0)
+    rollout = AncestralSampler(12, temperature=0).sample(policy, prompts, seed=0)
     generated = policy.model.generate(
         input_ids=rollout.prompt_ids,
         attention_mask=rollout.prompt_mask.long(),
@@ -49,38 +48,38 @@ def test_greedy_equals_transformers_generate(load, prompts):
         assert row[:count].tolist() == expected[:count].tolist()
 
 
-def test_samples_stand_beside_each_other_and_differ(load, prompts):
-    rollout = Sampler(12, samples=3).sample(load(), prompts[:4], seed=0)
+def test_samples_of_a_prompt_are_adjacent_and_differ(load, prompts):
+    rollout = AncestralSampler(12, samples=3).sample(load(), prompts[:4], seed=0)
     assert [prompt.id for prompt in rollout.prompts] == [prompt.id for prompt in prompts[:4] for _ in range(3)]
-    assert rollout.ids.shape[0] == 12
+    assert len(rollout.tokens) == 12
     assert len(set(rollout.texts)) > 4
 
 
 def test_the_mask_ends_with_the_first_end_of_turn(load, prompts):
     policy = load()
     policy.base.get_output_embeddings().weight.data[policy.end_id] *= 3  # makes it likely
-    rollout = Sampler(12, temperature=2.0).sample(policy, prompts * 8, seed=0)
+    rollout = AncestralSampler(12, temperature=2.0).sample(policy, prompts * 8, seed=0)
     is_end = rollout.response_ids.eq(policy.end_id) & rollout.mask
     assert rollout.ended.any() and not rollout.ended.all()
     assert torch.equal(is_end.any(1), rollout.ended)
-    assert torch.equal(is_end.sum(1), rollout.ended.long())  # counted once, and nothing after it
+    assert torch.equal(is_end.sum(1), rollout.ended.long())  # counted once, and no token after it
     last = rollout.lengths - 1
     assert torch.equal(is_end.gather(1, last[:, None])[:, 0], rollout.ended)
 
 
-def test_special_tokens_inside_a_reply_are_counted_since_its_text_has_none(load, prompts):
-    rollout = Sampler(8, samples=8).sample(load(), prompts, seed=0)
+def test_special_tokens_inside_a_response_are_counted(load, prompts):
+    rollout = AncestralSampler(8, samples=8).sample(load(), prompts, seed=0)
     tokenizer, end = load().tokenizer, load().end_id
     expected = []
     for ids, own, text in zip(rollout.response_ids, rollout.mask, rollout.texts, strict=True):
         said = [token for token in ids[own].tolist() if token != end]
         expected.append(tokenizer.decode(said).strip() != text)
-    assert rollout.strays == expected and 0 < sum(expected) < len(expected)  # random weights write some
+    assert rollout.special_tokens == expected and 0 < sum(expected) < len(expected)  # random weights write some
     assert rollout.diagnostics()["special_tokens"].item() == pytest.approx(sum(expected) / len(expected))
-    assert rollout.rows(torch.tensor([3, 0])).strays == [expected[3], expected[0]]
+    assert rollout.rows(torch.tensor([3, 0])).special_tokens == [expected[3], expected[0]]
 
 
-def test_frequencies_are_the_probabilities():
+def test_sampled_frequencies_match_the_probabilities():
     probability = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     tokens = _inverse_cdf(probability.log().expand(10_000, 4), uniform)
@@ -90,13 +89,13 @@ def test_frequencies_are_the_probabilities():
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"), [(2, 1.0, [0, 1]), (0, 0.7, [0, 1]), (0, 0.4, [0]), (0, 1.0, [0, 1, 2])]
 )
-def test_top_k_and_top_p_cut_the_distribution(top_k, top_p, kept):
+def test_top_k_and_top_p_truncate_the_distribution(top_k, top_p, kept):
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    distribution = Sampler(top_k=top_k, top_p=top_p)._distribution(logits).exp()[0]
+    distribution = AncestralSampler(top_k=top_k, top_p=top_p)._distribution(logits).exp()[0]
     assert distribution.nonzero()[:, 0].tolist() == kept
     assert distribution.sum() == pytest.approx(1.0)
 
 
-def test_a_prompt_beyond_the_context_is_named(load, prompts):
+def test_a_prompt_beyond_the_context_is_refused(load, prompts):
     with pytest.raises(UserError, match="data.max_prompt_length"):
-        Sampler(120).sample(load(), prompts, seed=0)
+        AncestralSampler(120).sample(load(), prompts, seed=0)

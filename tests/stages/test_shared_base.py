@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.build import build_stage
+from rlhf.data.collate import TokenBatch
 from rlhf.data.data import Data
 from rlhf.errors import RunFailed, UserError
-from rlhf.metrics_file import read_rows
 from rlhf.models import roles, shared_base
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.causal_lm import CausalLM
@@ -20,12 +19,14 @@ from rlhf.models.footprint import footprint
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
-from rlhf.plan import plan
-from rlhf.rollout import Sampler
-from rlhf.runs import Run
-from rlhf.scoring import ModelReward
-from rlhf.stage import Stage
-from rlhf.testing import config_of
+from rlhf.planning.plan import plan
+from rlhf.reward.model import ModelReward
+from rlhf.running.build import build_stage
+from rlhf.runs.run_directory import Run
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.stage.base import Stage
+from rlhf.storage.metrics_file import read_rows
+from rlhf.testing import compose_config
 from rlhf_dpo.objective import DPO
 from rlhf_dpo.stage import DPOStage
 from rlhf_grpo.objective import GRPO
@@ -42,7 +43,7 @@ LORA = LoRA(rank=4, alpha=8.0, shared_base=True)
 
 
 class Runs(NamedTuple):
-    """pre <- sft and pre <- scorer, all but the first trained with LoRA."""
+    """Paths of runs: pre <- sft and pre <- scorer, all but the first trained with LoRA."""
 
     pre: str
     sft: str
@@ -79,26 +80,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(*(str(root / name / "model") for name in Runs._fields))
 
 
-def made(name: str, runs: Runs, **knobs: Any) -> Stage:
-    """A stage all of whose models sit on ``pre``."""
+def made(name: str, runs: Runs, **hyperparameters: Any) -> Stage:
+    """Build a stage all of whose models share ``pre``."""
     torch.manual_seed(2)
     others = {"reward.path": runs.scorer} if name != "dpo" else {}
     named = {"value": runs.scorer} if name == "ppo" else {}
-    if name != "ppo":  # a reference of its own
+    if name != "ppo":  # a separate reference
         named["reference"] = runs.pre
     others |= {f"stage.{key}": path for key, path in named.items()}
     base = SharedBase.find(CausalLM(runs.sft, None, None), LORA, FP32, others, ["stage.value"]).load()
     assert base.path == runs.pre
     reward = ModelReward(runs.scorer).load(base)
     model = base.policy()
-    knobs = named | knobs
+    hyperparameters = named | hyperparameters
     if name == "ppo":
         small = {"batch_size": 8, "steps": 3, "minibatches": 2, "text_length": 32}
-        return PPOStage(model, PPO(), data("prompt"), None, reward, Sampler(8), *COMMON, **{**small, **knobs})
+        return PPOStage(
+            model, PPO(), data("prompt"), None, reward, AncestralSampler(8), *COMMON, **{**small, **hyperparameters}
+        )
     if name == "grpo":
         small = {"batch_size": 4, "steps": 3, "text_length": 32}
-        return GRPOStage(model, GRPO(), data("prompt"), None, reward, Sampler(8, samples=4), *COMMON, **small, **knobs)
-    return DPOStage(model, DPO(), data("comparison"), *COMMON, batch_size=8, **knobs)
+        return GRPOStage(
+            model,
+            GRPO(),
+            data("prompt"),
+            None,
+            reward,
+            AncestralSampler(8, samples=4),
+            *COMMON,
+            **small,
+            **hyperparameters,
+        )
+    return DPOStage(model, DPO(), data("comparison"), *COMMON, batch_size=8, **hyperparameters)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -122,17 +135,17 @@ def test_sharing_changes_no_bit(name: str, runs: Runs, tmp_path: Path, monkeypat
     assert rows(tmp_path / "shared") == rows(tmp_path / "copies")
 
 
-def test_ppo_is_that_of_merged_models_with_fresh_adapters(runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    """Other weights altogether: the merged folders, each loaded by itself with a LoRA on top."""
+def test_ppo_equals_that_of_merged_models_with_fresh_adapters(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    """Compared with different weights: the merged models, each loaded separately with a new LoRA adapter."""
     shared = made("ppo", runs)
     fit(shared, tmp_path / "shared", limit_train_batches=2)
     torch.manual_seed(2)
     reward = ModelReward(runs.scorer).load()
     model = CausalLM(runs.sft, None, None).load(LoRA(rank=4, alpha=8.0), FP32)
     critic = ScalarModel.load(runs.scorer, LoRA(rank=4, alpha=8.0))
-    monkeypatch.setattr("rlhf_ppo.stage.critic_of", lambda *_: critic)
+    monkeypatch.setattr("rlhf_ppo.stage.load_critic", lambda *_: critic)
     small = {"batch_size": 8, "steps": 3, "minibatches": 2, "text_length": 32}
-    alone = PPOStage(model, PPO(), data("prompt"), None, reward, Sampler(8), *COMMON, **small)
+    alone = PPOStage(model, PPO(), data("prompt"), None, reward, AncestralSampler(8), *COMMON, **small)
     fit(alone, tmp_path / "alone", limit_train_batches=2)
     for ours, theirs in zip(rows(tmp_path / "shared"), rows(tmp_path / "alone"), strict=True):
         assert ours.keys() == theirs.keys()
@@ -145,20 +158,20 @@ def test_ppo_is_that_of_merged_models_with_fresh_adapters(runs: Runs, tmp_path: 
         torch.testing.assert_close(weights(shared)[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_killed_run_on_a_shared_base_ends_with_the_same_bits(runs: Runs, tmp_path: Path) -> None:
+def test_a_killed_run_on_a_shared_base_resumes_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     whole = made("ppo", runs)
     fit(whole, tmp_path / "whole")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(made("ppo", runs), tmp_path / "killed", callbacks=[Stop(2, tmp_path / "killed")])
     checkpoint = next((tmp_path / "killed").rglob("*.ckpt"))
     kept = torch.load(checkpoint, weights_only=False)["state_dict"]
-    assert not any("embed_tokens" in name or "base_layer" in name for name in kept)  # what is frozen is not kept
+    assert not any("embed_tokens" in name or "base_layer" in name for name in kept)  # frozen weights are not saved
     resumed = made("ppo", runs)
     fit(resumed, tmp_path / "killed", resume=checkpoint)
     assert same(weights(resumed), weights(whole))
 
 
-def test_only_adapters_and_heads_are_trained_and_the_run_is_saved_as_before(runs: Runs, tmp_path: Path) -> None:
+def test_only_adapters_and_heads_are_trained_and_saved_in_the_usual_form(runs: Runs, tmp_path: Path) -> None:
     stage = made("ppo", runs)
     before = weights(stage)
     optimizer = stage.configure_optimizers()
@@ -174,7 +187,9 @@ def test_only_adapters_and_heads_are_trained_and_the_run_is_saved_as_before(runs
     again = CausalLM(str(tmp_path / "run"), None, None).load(NoAdapter(), FP32)
     torch.testing.assert_close(again.hidden(ids, mask), stage.policy.hidden(ids, mask), atol=1e-4, rtol=1e-4)
     critic = ScalarModel.load(tmp_path / "run" / "critic")
-    torch.testing.assert_close(critic.values(ids, mask), stage.critic.values(ids, mask), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        critic.values(TokenBatch.of(ids, mask)), stage.critic.values(TokenBatch.of(ids, mask)), atol=1e-4, rtol=1e-4
+    )
     adapters = [
         (tmp_path / "run" / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "critic/adapter")
     ]
@@ -182,7 +197,7 @@ def test_only_adapters_and_heads_are_trained_and_the_run_is_saved_as_before(runs
 
 
 def test_a_trained_parameter_without_a_gradient_stops_the_run(runs: Runs, tmp_path: Path) -> None:
-    """What a kernel that cuts the graph looks like: the run would train nothing, silently."""
+    """A kernel that cuts the graph would train nothing, without an error."""
     stage = made("ppo", runs)
     stage.critic.register_parameter("forgotten", nn.Parameter(torch.zeros(2)))
     with pytest.raises(RunFailed, match="1 trainable parameters got no gradient in the first step, such as forgotten"):
@@ -201,26 +216,28 @@ SMALL = (
 
 def composed(runs: Runs, *more: str, stage: str = "ppo") -> Any:
     given = (f"stage={stage}", f"inputs.policy={runs.sft}", f"inputs.reward_model={runs.scorer}", "adapter=lora")
-    return config_of(*given, "adapter.shared_base=true", *SMALL, *more)
+    return compose_config(*given, "adapter.shared_base=true", *SMALL, *more)
 
 
-def test_the_config_asks_for_it(runs: Runs, tmp_path: Path) -> None:
+def test_the_config_enables_the_shared_base(runs: Runs, tmp_path: Path) -> None:
     stage = build_stage(composed(runs), tmp_path)
     held = footprint(stage.roles())
     assert set(held.roles) == {"policy", "reference", "reward", "value"}
     assert held.held < 0.6 * held.copies and held.roles["reference"][1] == 0
-    fresh = build_stage(composed(runs, "stage.value=null"), tmp_path)  # a critic of the policy's own weights
+    fresh = build_stage(composed(runs, "stage.value=null"), tmp_path)  # a critic from the policy's own weights
     assert footprint(fresh.roles()).held < 0.6 * footprint(fresh.roles()).copies
     assert fresh.critic.head.weight.abs().max() == 0
     collect = build_stage(composed(runs, "annotator=reward", stage="collect"), tmp_path)
     assert collect.annotator.reward.model.language_model.shared is collect.policy.shared
     again = build_stage(composed(runs, f"inputs.base={runs.pre}", stage="rejection_sampling"), tmp_path)
-    sampler = again.sampling_policy()  # the SFT model answers, the pretrained one is trained anew
+    sampler = again.sampling_policy()  # the SFT model samples, the pretrained one is trained anew
     read, own = footprint({"policy": again.policy, "sampler": sampler}).roles["sampler"]
     assert sampler is not again.policy and own < 0.2 * read
 
 
-def test_what_cannot_be_shared_is_said_before_anything_is_read(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+def test_models_that_cannot_share_a_base_are_refused_before_anything_is_read(
+    runs: Runs, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(CausalLM, "load_base", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr(Data, "load", lambda *_: pytest.fail("data was read"))
     whole = ScalarModel.load(runs.pre)
@@ -251,7 +268,7 @@ def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, no
         plan(composed(runs, outputs, "adapter=dora"))
     with pytest.raises(UserError, match="trainer.strategy=fsdp"):
         plan(composed(runs, outputs, "trainer.strategy=fsdp"))
-    # A reward within another part is called by the key that is typed for it.
+    # The error names a reward within another part by the key that is typed for it.
     collecting = composed(
         runs, outputs, "annotator=reward", f"inputs.reward_model={tmp_path / 'whole' / 'model'}", stage="collect"
     )
@@ -259,7 +276,7 @@ def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, no
         plan(collecting)
 
 
-def test_what_is_finished_is_not_asked_for_its_base(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
+def test_the_base_of_a_finished_run_is_not_checked(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
     shutil.copytree(Path(runs.pre).parents[1], tmp_path / "outputs")
     moved = Runs(*(str(tmp_path / "outputs" / name / "model") for name in Runs._fields))
     asked = composed(moved, f"outputs={tmp_path / 'outputs'}")
@@ -275,24 +292,24 @@ def test_what_is_finished_is_not_asked_for_its_base(runs: Runs, tmp_path: Path, 
     assert [one.folder for one in plan(asked).steps] == [step.folder]
 
 
-def test_a_pipeline_knows_what_its_models_will_sit_on(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
+def test_a_pipeline_predicts_the_bases_of_its_models(runs: Runs, tmp_path: Path, nothing_read: None) -> None:
     def planned(*more: str) -> list[str]:
         outputs = f"outputs={tmp_path / 'outputs'}"
-        return [step.name for step in plan(config_of("pipeline=instructgpt", outputs, *more)).steps]
+        return [step.name for step in plan(compose_config("pipeline=instructgpt", outputs, *more)).steps]
 
     shared = ("adapter=lora", "adapter.shared_base=true")
     names = planned(*shared)
     assert names[-1] == "align" and "sft" in names
     with pytest.raises(UserError, match=r"^align: .*/reward_model/.*/adapter: the magnitude of DoRA.*adapter=lora"):
         planned("adapter=dora", "adapter.shared_base=true")
-    # The reward model of another pipeline, whose base this policy will not have.
+    # The reward model of another pipeline, whose base this policy will not share.
     with pytest.raises(UserError, match=r"^align: align.stage.value=.*does not sit on the policy's base .*/sft/"):
         planned(*shared, f"align.inputs.reward_model={runs.scorer}")
     with pytest.raises(UserError, match=r"^align: align.stage.value=.*all of its weights were trained"):
         planned(*shared, "+adapter@reward_model.adapter=none")
 
 
-# -- several processes ----------------------------------------------------------------------------------------------
+# -- several ranks ----------------------------------------------------------------------------------------------------
 
 TWO = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 0}
 
@@ -301,7 +318,7 @@ def trained(stage: Stage) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights(stage).items() if ".default." in name or "head" in name}
 
 
-def test_two_processes_train_what_one_trains(runs: Runs, tmp_path: Path) -> None:
+def test_two_ranks_train_the_same_weights_as_one(runs: Runs, tmp_path: Path) -> None:
     before = trained(made("dpo", runs))
     one, two = made("dpo", runs), made("dpo", runs)
     fit(one, tmp_path / "one", limit_val_batches=0)
@@ -311,8 +328,8 @@ def test_two_processes_train_what_one_trains(runs: Runs, tmp_path: Path) -> None
         torch.testing.assert_close(trained(two)[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_sharing_changes_no_bit_on_two_processes(runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    """Sampling draws by process, so PPO on two is held against two with a base for every role."""
+def test_sharing_changes_no_bit_on_two_ranks(runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    """Each rank draws its own numbers, so PPO on two ranks is compared with two that have a base for every role."""
     shared = made("ppo", runs, steps=1)
     fit(shared, tmp_path / "shared", **TWO)
     copying = lambda module: shared_base.copy.deepcopy(module)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Rollouts with tools: what a tool says is read by the policy and by nothing else."""
+"""Rollouts with tools: a tool's tokens are context for the policy, and are neither trained nor counted."""
 
 import json
 from dataclasses import replace
@@ -6,19 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-import rlhf.tools
-from rlhf.data.calls import Call
+import rlhf.sampler.tool_calls
+from rlhf.data.collate import TokenBatch
+from rlhf.data.encoding import encode_dialogue, encode_prompt, encode_tool_turn
 from rlhf.data.records import Message
-from rlhf.data.template import encode_dialogue, encode_prompt, encode_tool_turn
-from rlhf.data.testbed import Testbed
+from rlhf.data.testbed.world import Testbed
+from rlhf.data.tool_calls import Call
 from rlhf.errors import UserError
 from rlhf.functional.advantages import gae
-from rlhf.metrics_file import read_rows
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.reference import start_reference
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Sampler, single
-from rlhf.scoring import GoldReward, ModelReward
-from rlhf.tools import Calculator, Search, ToolSampler
+from rlhf.reward.gold import GoldReward
+from rlhf.reward.model import ModelReward
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.base import single
+from rlhf.sampler.tool_calls import Calculator, Search, ToolSampler
+from rlhf.storage.metrics_file import read_rows
 from rlhf_grpo.objective import GRPO
 from rlhf_ppo.objective import PPO
 from rlhf_ppo.stage import PPOStage
@@ -37,7 +41,7 @@ def prompts():
 
 @pytest.fixture
 def policy(load):
-    """A policy that ends its turns soon."""
+    """Return a policy that ends its turns soon."""
     return ending(load())
 
 
@@ -50,44 +54,50 @@ def ending(policy):
 
 @pytest.fixture
 def calling(monkeypatch):
-    """Reads a call into every other turn, whatever an untrained policy wrote."""
-    monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("calculator", "30+4") if len(turn) % 2 else None)
+    """Parse a call in every other turn, whatever an untrained policy wrote."""
+    monkeypatch.setattr(
+        rlhf.sampler.tool_calls, "read_call", lambda turn: Call("calculator", "30+4") if len(turn) % 2 else None
+    )
 
 
-def sampler(samples=4, **knobs):
-    return ToolSampler(TOOLS, **{"max_new_tokens": 8, "samples": samples, "max_calls": 2, **knobs})
+def sampler(samples=4, **hyperparameters):
+    return ToolSampler(TOOLS, **{"max_new_tokens": 8, "samples": samples, "max_calls": 2, **hyperparameters})
 
 
-def test_own_log_probabilities_are_those_of_a_forward_pass(policy, prompts, calling):
+def test_log_probabilities_equal_those_of_a_forward_pass(policy, prompts, calling):
     for temperature in (1.0, 0.8):
         rollout = sampler(temperature=temperature).sample(policy, prompts, seed=0)
         calls = torch.tensor([sum(turn.role == "tool" for turn in turns) for turns in rollout.turns])
-        assert len(set(calls.tolist())) == 3  # replies without, with one and with two calls in one batch
-        inputs = (rollout.ids, rollout.attention_mask, rollout.position_ids, rollout.loss_mask)
-        logp = policy.logprobs(*inputs, temperature)[0][:, -rollout.mask.shape[1] :]
+        assert len(set(calls.tolist())) == 3  # responses without, with one and with two calls in one batch
+        logp = policy.logprobs(rollout.tokens, temperature)[0][:, -rollout.mask.shape[1] :]
         torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=1e-5)
         assert (rollout.logp[~rollout.mask] == 0).all() and (rollout.logp[rollout.mask] < 0).all()
 
 
-def test_a_batch_with_and_without_calls_is_padded_right(policy, prompts, calling):
-    """Each row: the policy's turns and between them exactly what the template writes for the tool; then padding."""
+def test_a_batch_with_and_without_calls_is_padded_correctly(policy, prompts, calling):
+    """Each row: the policy's turns, between them exactly the template's text of the tool turn, then padding."""
     rollout = sampler().sample(policy, prompts, seed=0)
     inserted = encode_tool_turn(policy.tokenizer, "34")
     for row, turns in enumerate(rollout.turns):
-        length = int(rollout.present[row].sum())
-        assert rollout.present[row, :length].all() and (rollout.response_ids[row, length:] == policy.pad_id).all()
+        length = int(rollout.response_attention_mask[row].sum())
+        assert (
+            rollout.response_attention_mask[row, :length].all()
+            and (rollout.response_ids[row, length:] == policy.pad_id).all()
+        )
         ids, own = rollout.response_ids[row, :length].tolist(), rollout.mask[row, :length].tolist()
         foreign = [token for token, mine in zip(ids, own, strict=True) if not mine]
         answers = [turn.content for turn in turns if turn.role == "tool"]
         assert answers == ["34"] * len(answers) and foreign == inserted * len(answers)
         ends = [i for i, token in enumerate(ids) if token == policy.end_id and own[i]]
         assert len(ends) == len(answers) + bool(rollout.ended[row])
-        assert all(own[i + 1] is False for i in ends if i + 1 < length)  # a call's turn ends, then the tool speaks
+        assert all(
+            own[i + 1] is False for i in ends if i + 1 < length
+        )  # a call ends its turn, and the tool's turn follows
         assert [turn.role for turn in turns] == ["assistant", "tool"] * len(answers) + ["assistant"]
         assert rollout.texts[row] == turns[-1].content
         said = [token for token, mine in zip(ids, own, strict=True) if mine and token != policy.end_id]
         special = {*policy.tokenizer.all_special_ids}  # a call's end of turn and the tool's turn are in their place
-        assert rollout.strays[row] == bool(special & {*said})
+        assert rollout.special_tokens[row] == bool(special & {*said})
     alone = sampler().sample(policy, prompts[:1], seed=0)
     width = alone.mask.shape[1]
     first = rollout.rows(torch.arange(4))
@@ -96,26 +106,28 @@ def test_a_batch_with_and_without_calls_is_padded_right(policy, prompts, calling
     torch.testing.assert_close(first.logp[:, :width], alone.logp, atol=1e-5, rtol=1e-5)
 
 
-def test_a_reply_does_not_depend_on_the_rest_of_the_batch(policy, prompts, calling):
+def test_a_response_does_not_depend_on_the_rest_of_the_batch(policy, prompts, calling):
     whole, chunked = (sampler(batch_size=size).sample(policy, prompts, seed=0) for size in (512, 5))
     assert whole.turns == chunked.turns
     torch.testing.assert_close(whole.logp, chunked.logp, atol=1e-5, rtol=1e-5)
 
 
-def test_without_calls_it_is_the_plain_sampler(policy, prompts, monkeypatch):
+def test_without_calls_the_sampler_equals_the_plain_one(policy, prompts, monkeypatch):
     monkeypatch.setattr(ToolSampler, "_noise", lambda self, rows, columns, seed: noise[:, :columns])
-    monkeypatch.setattr(Sampler, "_noise", lambda self, rows, columns, seed: noise[:, :columns])
+    monkeypatch.setattr(AncestralSampler, "_noise", lambda self, rows, columns, seed: noise[:, :columns])
     noise = torch.rand(48, 24, generator=torch.Generator().manual_seed(0))
-    plain = Sampler(8, samples=4).sample(policy, prompts, seed=0)
+    plain = AncestralSampler(8, samples=4).sample(policy, prompts, seed=0)
     tools = sampler().sample(policy, prompts, seed=0)
     assert plain.texts == tools.texts
-    for name in ("response_ids", "mask", "logp", "ended", "attention_mask", "loss_mask", "position_ids"):
+    for name in ("response_ids", "mask", "logp", "ended"):
         torch.testing.assert_close(getattr(plain, name), getattr(tools, name), atol=1e-6, rtol=0, msg=name)
+    for name in ("attention_mask", "loss_mask", "position_ids"):
+        assert torch.equal(getattr(plain.tokens, name), getattr(tools.tokens, name)), name
 
 
-def test_limits(policy, prompts, monkeypatch):
-    """No more calls, turns and answers than allowed, and a context too short for them is named."""
-    monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("long", ""))
+def test_calls_and_results_are_limited(policy, prompts, monkeypatch):
+    """Calls, turns and results are limited as configured, and a context too short for them is refused."""
+    monkeypatch.setattr(rlhf.sampler.tool_calls, "read_call", lambda turn: Call("long", ""))
     tools = {"long": lambda argument: "word " * 50}
     long = ToolSampler(tools, max_new_tokens=6, samples=2, max_calls=3, max_result_tokens=5)
     rollout = long.sample(policy, prompts, seed=0)
@@ -123,20 +135,20 @@ def test_limits(policy, prompts, monkeypatch):
     assert max(calls) == 3
     around = len(encode_tool_turn(policy.tokenizer, "."))
     assert rollout.lengths.max() <= long.longest == 24
-    assert int((rollout.present & ~rollout.mask).sum(1).max()) <= 3 * (5 + around)
+    assert int((rollout.response_attention_mask & ~rollout.mask).sum(1).max()) <= 3 * (5 + around)
     room = ToolSampler(TOOLS, max_new_tokens=32, max_calls=3, max_result_tokens=5)
-    with pytest.raises(UserError, match="or a smaller rollout.max_calls"):
+    with pytest.raises(UserError, match="or a smaller sampler.max_calls"):
         room.sample(policy, prompts, seed=0)
-    with pytest.raises(UserError, match="rollout.tools is empty"):
+    with pytest.raises(UserError, match="sampler.tools is empty"):
         ToolSampler({})
 
 
-def test_what_goes_wrong_is_told_to_the_policy(policy, prompts, monkeypatch):
+def test_errors_of_tools_are_passed_to_the_policy(policy, prompts, monkeypatch):
     for call, answer in (
         (Call("calculator", "3+"), "error: not arithmetic"),
         (Call("oracle", "3"), "error: no such tool; there is calculator, search"),
     ):
-        monkeypatch.setattr(rlhf.tools, "read_call", lambda turn, call=call: call)
+        monkeypatch.setattr(rlhf.sampler.tool_calls, "read_call", lambda turn, call=call: call)
         rollout = sampler(max_calls=1, max_result_tokens=40).sample(policy, prompts, seed=0)
         told = {turn.content for turns in rollout.turns for turn in turns if turn.role == "tool"}
         assert told == {answer}
@@ -144,15 +156,15 @@ def test_what_goes_wrong_is_told_to_the_policy(policy, prompts, monkeypatch):
         assert numbers["calls"] > 0.1 and numbers["call_errors"] == 1.0
 
 
-def tooled(load, **knobs):
-    stage = grpo(load, GRPO(beta=0.1), sampler=sampler(), **{"batch_size": 8, "steps": 3, **knobs})
+def tooled(load, **hyperparameters):
+    stage = grpo(load, GRPO(beta=0.1), sampler=sampler(), **{"batch_size": 8, "steps": 3, **hyperparameters})
     ending(stage.policy)
-    stage.reference = stage.policy.reference()
+    stage.reference = start_reference(stage.policy)
     return stage
 
 
 def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
-    """Nothing is asked of the states that predict a tool's tokens; all the policy's own tokens are asked for."""
+    """States that predict a tool's tokens have no gradient; those of all the policy's own tokens have."""
     stage = tooled(load, epochs=1, minibatches=1)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     update, hidden = stage.update, stage.policy.hidden
@@ -170,13 +182,13 @@ def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
 
     stage.update, stage.policy.hidden = watched, keep  # type: ignore[method-assign]
     fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=0)
-    ((replies, states),) = seen
+    ((responses, states),) = seen
     asked = states.grad.abs().sum(-1)[:, :-1] > 0  # position t-1 predicts token t
-    wanted = replies.loss_mask[:, 1:]
-    foreign = replies.attention_mask[:, -replies.mask.shape[1] :] & ~replies.mask
+    wanted = responses.tokens.loss_mask[:, 1:]
+    foreign = responses.tokens.attention_mask[:, -responses.mask.shape[1] :] & ~responses.mask
     assert foreign.any()
     assert not (asked & ~wanted).any()
-    spread = replies.advantages.abs() > 1e-6
+    spread = responses.advantages.abs() > 1e-6
     assert asked[wanted & spread.unsqueeze(1)].all()
     assert read_rows(tmp_path / "metrics.csv")[0]["calls"] > 0
 
@@ -196,36 +208,34 @@ def test_a_reward_model_reads_the_whole_dialogue(template, folder, policy, promp
     for row, (prompt, turns) in enumerate(zip(rollout.prompts, rollout.turns, strict=True)):
         if ended[row]:
             ids = torch.tensor([encode_dialogue(scorer.tokenizer, [*prompt.messages, *turns]).ids])
-            expected = scorer.scores(ids, torch.ones_like(ids))
+            expected = scorer.scores(TokenBatch.of(ids, torch.ones_like(ids)))
             torch.testing.assert_close(scores[row : row + 1], expected, atol=1e-5, rtol=1e-4)
-    # Another answer of the tool is another dialogue; the last turns, which other rewards read, are the same.
+    # Another tool result is another dialogue; the last turns, which other rewards read, are the same.
     other = [tuple(Message(t.role, "99") if t.role == "tool" else t for t in turns) for turns in rollout.turns]
     changed = (reward(replace(rollout, turns=other)) - scores).abs() > 1e-6
     assert changed.tolist() == [count > 0 for count in calls]
 
 
-def test_room_for_the_tools_answers_is_asked_of_the_reward_model(load, tmp_path):
+def test_the_context_of_the_reward_model_must_fit_tool_results(load, tmp_path):
     short = tmp_path / "reward"
     ScalarModel.load(load()).save(short)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     stage = tooled(load)
-    stage.rollout = sampler(max_result_tokens=16)
+    stage.sampler = sampler(max_result_tokens=16)
     stage.reward = ModelReward(str(short))
     with pytest.raises(UserError, match="the reward model .* reads 64"):
         fit(stage, tmp_path / "run")
 
 
-def test_another_answer_of_the_same_length_is_another_context_but_no_target(policy, prompts, calling):
-    """The log-probabilities after an answer depend on it; its own are in no sum."""
+def test_a_different_tool_result_changes_the_context_and_is_no_target(policy, prompts, calling):
+    """The log-probabilities after a result depend on it; its own are in no sum."""
     rollout = sampler().sample(policy, prompts, seed=0)
-    foreign = rollout.present & ~rollout.mask
+    foreign = rollout.response_attention_mask & ~rollout.mask
     changed = torch.where(foreign & (rollout.response_ids != policy.end_id), 50, rollout.response_ids)
     other = type(rollout)(**{**rollout.__dict__, "response_ids": changed})
     width = rollout.mask.shape[1]
-    before, after = (
-        policy.logprobs(r.ids, r.attention_mask, r.position_ids, r.loss_mask)[0][:, -width:] for r in (rollout, other)
-    )
+    before, after = (policy.logprobs(r.tokens)[0][:, -width:] for r in (rollout, other))
     assert (before[foreign] == 0).all() and (after[foreign] == 0).all()
     first = foreign.long().cumsum(1) == 0
     torch.testing.assert_close(before[first], after[first])
@@ -249,8 +259,8 @@ def test_micro_batches_and_kills_do_not_change_a_run_with_tools(load, tmp_path, 
     assert same(weights(resumed), results[0])
 
 
-def test_gae_steps_over_what_is_masked():
-    """A tool's answer is no step: with a gap as without it."""
+def test_gae_skips_masked_tokens():
+    """A tool's result is no step: the result is the same with and without the gap."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 3, 4, generator=generator)
     expected = gae(rewards, values, torch.ones(3, 4), 0.9, 0.8)
@@ -261,7 +271,7 @@ def test_gae_steps_over_what_is_masked():
         assert torch.equal(ours[:, gap], theirs) and (ours[:, ~gap] == 0).all()
 
 
-def test_ppo_takes_them_too(load, tmp_path, calling):
+def test_ppo_trains_with_tools(load, tmp_path, calling):
     stage = PPOStage(
         ending(load()),
         PPO(),
@@ -282,7 +292,7 @@ def test_ppo_takes_them_too(load, tmp_path, calling):
     assert row["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_the_context_is_that_of_sft(load, prompts):
+def test_the_context_equals_that_of_sft(load, prompts):
     """A dialogue with a call has the same tokens and the same mask in SFT and in a rollout."""
     tokenizer = load().tokenizer
     messages = prompts[0].messages
@@ -300,7 +310,7 @@ def test_the_context_is_that_of_sft(load, prompts):
     assert row.mask == [own for ids, own in pieces for _ in ids]
 
 
-def test_templates_without_a_role_for_tools_get_a_user_turn(load):
+def test_templates_without_a_tool_role_use_a_user_turn(load):
     tokenizer = load().tokenizer
     tokenizer.chat_template = (
         "{%- for m in messages -%}{%- if m.role == 'tool' -%}{{ raise_exception('no tools') }}{%- endif -%}"
@@ -310,7 +320,7 @@ def test_templates_without_a_role_for_tools_get_a_user_turn(load):
     assert tokenizer.decode(encode_tool_turn(tokenizer, "7")) == "\n<|user|>7<|end|>\n<|assistant|>"
 
 
-def test_samples_to_read_show_the_turns(load, tmp_path, calling):
+def test_written_samples_show_the_turns(load, tmp_path, calling):
     import json
 
     stage = tooled(load)
@@ -318,7 +328,7 @@ def test_samples_to_read_show_the_turns(load, tmp_path, calling):
     stage.write_samples(8)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and any(len(row["turns"]) > 1 for row in rows)
-    assert single(stage.rollout).samples == 1 and stage.rollout.samples == 4
+    assert single(stage.sampler).samples == 1 and stage.sampler.samples == 4
 
 
 @pytest.mark.parametrize(
@@ -338,7 +348,7 @@ def test_samples_to_read_show_the_turns(load, tmp_path, calling):
         ("9999999999*9999999999", "99999999980000000001"),
     ],
 )
-def test_the_calculator_calculates(expression, value):
+def test_the_calculator_evaluates_arithmetic(expression, value):
     assert Calculator()(expression) == value
 
 

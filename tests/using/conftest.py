@@ -1,4 +1,4 @@
-"""Finished runs made by hand: a tiny model saved as a run leaves it, with its config and lineage."""
+"""Finished runs built by hand: a tiny model saved as a run saves it, with its config and lineage."""
 
 import json
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import torch
 from omegaconf import OmegaConf
 
 from rlhf.cli import main
-from rlhf.data.collate import collate
+from rlhf.data.collate import TokenBatch, collate
+from rlhf.data.encoding import encode_dialogue
 from rlhf.data.records import Message
-from rlhf.data.template import encode_dialogue
 from rlhf.models.adapters import DoRA, LoRA, QLoRA
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
-from rlhf.runs import Run
+from rlhf.runs.run_directory import Run
 from rlhf.testing import tiny_model
 from tests.models.conftest import FP32, move_adapter, spec
 
@@ -32,7 +32,7 @@ LESSON = {
 
 
 def untrained() -> LanguageModel:
-    """Random weights, spread widely enough that likely tokens stand out."""
+    """Build a model with random weights, spread widely enough that likely tokens have clear probabilities."""
     model = tiny_model((*LESSON, *LESSON.values()))
     with torch.no_grad():
         for value in model.parameters():
@@ -41,7 +41,7 @@ def untrained() -> LanguageModel:
 
 
 def policy(steps: int = 35) -> LanguageModel:
-    """A model that has learnt four answers half by heart: it writes text and ends, and is sure of neither."""
+    """Train a policy on four responses until it writes text and ends, without being certain of either."""
     model = tiny_model((*LESSON, *LESSON.values()))
     rows = [
         encode_dialogue(model.tokenizer, (Message("user", question), Message("assistant", answer)))
@@ -50,7 +50,7 @@ def policy(steps: int = 35) -> LanguageModel:
     batch = collate(rows, model.pad_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        logp, _ = model.logprobs(batch.ids, batch.attention_mask, batch.position_ids, batch.loss_mask)
+        logp, _ = model.logprobs(TokenBatch.of(batch.ids, batch.attention_mask, batch.loss_mask, batch.position_ids))
         loss = -logp.sum() / batch.loss_mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -59,12 +59,12 @@ def policy(steps: int = 35) -> LanguageModel:
 
 
 def finished(folder: Path, model: LanguageModel | ScalarModel, path: str | None, *parents: Path, **config: Any) -> Path:
-    """A run folder around a model, as a finished run leaves it.
+    """Write a run directory around a model, as a finished run leaves it.
 
     Args:
         folder: OUTPUTS/STAGE/FINGERPRINT.
         path: ``model.path`` of its config.
-        parents: Run folders it read.
+        parents: Run directories it read.
         config: More of its config.
     """
     model.save(folder / "model")
@@ -92,7 +92,7 @@ def finished(folder: Path, model: LanguageModel | ScalarModel, path: str | None,
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """outputs/ with a pretrained model, SFT runs of all adapters on it, and a reward model."""
+    """Return outputs/ with a pretrained model, SFT runs of all adapters on it, and a reward model."""
     outputs = tmp_path_factory.mktemp("using") / "outputs"
     data = {"_target_": "rlhf.data.Data", "record": "text", "source": "testbed", "size": 64}
     data["testbed"] = {"_target_": "rlhf.data.testbed.Testbed", "seed": 3, "people": 5}
@@ -100,8 +100,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, adapter in ADAPTERS.items():
         model = spec(base / "model").load(adapter, FP32)
         move_adapter(model)
-        knobs = {"adapter": {"rank": 4}, "data": {"record": "demonstration", "source": "mine.jsonl"}}
-        finished(outputs / "sft" / f"{name}0", model, str(base / "model"), base, **knobs)
+        hyperparameters = {"adapter": {"rank": 4}, "data": {"record": "demonstration", "source": "mine.jsonl"}}
+        finished(outputs / "sft" / f"{name}0", model, str(base / "model"), base, **hyperparameters)
     finished(outputs / "sft" / "none0", policy(), str(base / "model"), base)
     reward = ScalarModel.load(str(base / "model"))
     reward.calibrate(torch.tensor([3.0, 5.0, 9.0]))
@@ -113,7 +113,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rlhf(
     outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """Runs ``rlhf WORDS --outputs OUTPUTS`` in an empty folder: its status, and what it wrote."""
+    """Run ``rlhf WORDS --outputs OUTPUTS`` in an empty directory; return its status and its output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 

@@ -1,4 +1,4 @@
-"""A dialogue: what the model sees is all of it, through its template; nothing is left out in silence."""
+"""Chat: the model reads the whole dialogue through its template; nothing is dropped silently."""
 
 import io
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.data.records import Message, Prompt
-from rlhf.evaluation import load_policy
+from rlhf.evaluation.compare import load_policy
 from rlhf.models.language_model import LanguageModel
-from rlhf.rollout import Sampler
+from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.using.chat import Chat, ContextFull
 
 Typed = Callable[..., tuple[int, str]]
@@ -21,12 +21,12 @@ def model(outputs: Path) -> LanguageModel:
 
 
 def answer(model: LanguageModel, *messages: Message) -> str:
-    """What the sampler of the stages says, greedily."""
-    return Sampler(8, temperature=0.0).sample(model, [Prompt(messages)], 0).texts[0]
+    """Return the greedy response of the stages' sampler."""
+    return AncestralSampler(8, temperature=0.0).sample(model, [Prompt(messages)], 0).texts[0]
 
 
-def test_a_turn_is_answered_in_the_light_of_all_before(model: LanguageModel) -> None:
-    chat = Chat(model, Sampler(8, temperature=0.0), system="Be brief.")
+def test_each_response_depends_on_all_earlier_turns(model: LanguageModel) -> None:
+    chat = Chat(model, AncestralSampler(8, temperature=0.0), system="Be brief.")
     first = "".join(chat.say("What is two plus two?"))
     seen = [Message("system", "Be brief."), Message("user", "What is two plus two?")]
     assert first.strip() == answer(model, *seen)
@@ -39,18 +39,20 @@ def test_a_turn_is_answered_in_the_light_of_all_before(model: LanguageModel) -> 
     assert len(chat.turns) == 2
 
 
-def test_replies_follow_the_seed(model: LanguageModel) -> None:
+def test_responses_follow_the_seed(model: LanguageModel) -> None:
     def dialogue(seed: int) -> list[str]:
-        chat = Chat(model, Sampler(8), seed=seed)
+        chat = Chat(model, AncestralSampler(8), seed=seed)
         return ["".join(chat.say("Who?")) for _ in range(2)]
 
     assert dialogue(1) == dialogue(1) != dialogue(2)
 
 
-def test_a_full_context_is_said_and_nothing_is_dropped(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = Chat(model, Sampler(1000, temperature=0.0))
+def test_a_full_context_is_reported_and_nothing_is_dropped(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(model, AncestralSampler(1000, temperature=0.0))
     with monkeypatch.context() as patch:
-        patch.setattr(model, "end_id", -1)  # a policy that never stops
+        patch.setattr(model, "end_id", -1)  # a policy that never ends its turn
         "".join(chat.say("Who? " * 20))
     assert "context of 128 tokens is full" in chat.cut and chat.used == 128
     before = list(chat.turns)
@@ -61,17 +63,17 @@ def test_a_full_context_is_said_and_nothing_is_dropped(model: LanguageModel, mon
     assert "".join(chat.say("Who?")) and chat.turns[0] == Message("user", "Who?")
 
 
-def test_lines_of_a_pipe_are_answered_one_by_one(
+def test_lines_of_a_pipe_get_one_response_each(
     rlhf: Typed, outputs: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = "Hello\n\n/reset\n/nonsense\nHello\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
     status, out = rlhf("chat", outputs / "sft" / "none0", "--temperature", 0, "--max-new-tokens", 8)
-    reply = answer(model, Message("user", "Hello"))
-    assert status == 0 and out.count(reply) == 2 and reply
+    response = answer(model, Message("user", "Hello"))
+    assert status == 0 and out.count(response) == 2 and response
     assert "/nonsense: no such command" in out
 
 
-def test_a_reward_model_does_not_talk(rlhf: Typed, outputs: Path) -> None:
+def test_a_reward_model_is_refused_in_chat(rlhf: Typed, outputs: Path) -> None:
     status, out = rlhf("chat", outputs / "reward_model" / "b0")
     assert status == 2 and "is a reward or value model, which writes nothing; name a policy's run" in out

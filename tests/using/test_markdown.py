@@ -1,4 +1,4 @@
-"""Names, paths, commands and configs of strangers stay text in a model card."""
+"""Untrusted names, paths, commands and configs stay plain text in a model card."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf.models import gguf_source
-from rlhf.runs import Run
+from rlhf.runs.run_directory import Run
 from rlhf.using import markdown
 from rlhf.using.export import Exported
 from rlhf.using.model_card import card
@@ -19,12 +19,12 @@ EVIL = 'base\n```\nimport os; os.system("owned")\n```\n---\nlicense: mit\n# Owne
 
 
 @pytest.mark.parametrize("text", ["plain", EVIL, "a\"b'c\\d\n\u202e🙂\x00", "'", '"', ""])
-def test_literals_are_the_text(text):
+def test_literals_render_as_the_text(text):
     written = markdown.literal(text)
     assert eval(written) == text and written.isprintable() and "\n" not in written
 
 
-def test_code_and_blocks_cannot_be_left():
+def test_text_cannot_escape_code_and_blocks():
     assert markdown.code("a`b``c\nd") == "```a`b``c d```"
     assert markdown.code("`") == "`` ` ``"
     assert markdown.block("x\n````\ny", "yaml") == "`````yaml\nx\n````\ny\n`````"
@@ -34,7 +34,7 @@ def test_code_and_blocks_cannot_be_left():
 
 @pytest.mark.parametrize("kind", ["adapter", "model", "reward_model"])
 @pytest.mark.parametrize("base", [EVIL, EVIL + ".gguf"])
-def test_a_card_holds_foreign_names_as_text(tmp_path, kind, base):
+def test_a_card_shows_untrusted_names_as_text(tmp_path, kind, base):
     start = write_run(tmp_path, "sft", "aa" * 5, {"model": {"path": EVIL}, "data": {"source": EVIL}}, {EVIL: 1.0})
     run = write_run(tmp_path, "ppo", "bb" * 5, {"seed": EVIL}, {EVIL: 1.0}, [("policy", start)], versions={EVIL: EVIL})
     (run / "status.json").write_text(json.dumps({"status": "finished", "command": EVIL}))
@@ -53,7 +53,7 @@ def test_a_card_holds_foreign_names_as_text(tmp_path, kind, base):
             inside = "" if line == inside else inside
         elif line.startswith("```"):
             inside, fences = "`" * (len(line) - len(line.lstrip("`"))), fences + 1
-        else:  # no line of a stranger begins one of the page, outside of blocks and of the front matter's text
+        else:  # no untrusted line starts a line of the page, outside of blocks and of the front matter's text
             assert not line.startswith(("import os", "# Owned", "license: mit")) or line in front
             spans = [markdown.code(text) for text in (EVIL, base)]
             for span in [*spans, *(span.replace("|", "\\|") for span in spans)]:
@@ -65,7 +65,7 @@ def test_a_card_holds_foreign_names_as_text(tmp_path, kind, base):
     assert not any(line.startswith("import os") for line in code.splitlines())
 
 
-def test_a_source_that_is_no_name_is_no_source(tmp_path: Path):
+def test_an_invalid_source_name_is_omitted(tmp_path: Path):
     good = {"path": "/x/y.gguf", "sha256": "ab" * 32, "package": "llm-x", "version": "0.1+cpu", "module": "llm_x"}
     for key, value in ((None, None), ("package", "x'); import os #"), ("version", "1\nrm"), ("sha256", "$(x)")):
         (tmp_path / "gguf.json").write_text(json.dumps(good | ({key: value} if key else {})))

@@ -1,4 +1,4 @@
-"""Models without a chat template: refused with a line that can be obeyed, and --chat-template is obeyed."""
+"""Models without a chat template: refused with an option that works, --chat-template."""
 
 import io
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.template import CHAT_TEMPLATE
+from rlhf.data.chat_templates import CHAT_TEMPLATE
+from rlhf.models.vocabulary import lacks_template
 from rlhf.using import templates
-from rlhf.vocabulary import lacks_template
 
 Typed = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
 def bare(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained policy as a folder whose tokenizer has no chat template."""
+    """Save the trained policy with a tokenizer without a chat template."""
     folder = tmp_path_factory.mktemp("bare") / "model"
     shutil.copytree(outputs / "sft" / "none0" / "model", folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def bare(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its template, in a folder of its own: no eval.json lands in a run of other tests."""
+    """Save the policy with its template, in a separate directory: no eval.json is written to a run of other tests."""
     return shutil.copytree(outputs / "sft" / "none0" / "model", tmp_path_factory.mktemp("whole") / "model")
 
 
@@ -49,7 +49,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_template_is_said_at_once_with_the_option_that_there_is(rlhf: Typed, bare: Path, command: str) -> None:
+def test_a_missing_template_is_reported_at_once_with_the_option(rlhf: Typed, bare: Path, command: str) -> None:
     status, out = rlhf(command, bare, *COMMANDS[command])
     assert status == 2 and "model.chat_template" not in out
     line = out.strip().splitlines()[-1]
@@ -57,7 +57,7 @@ def test_no_template_is_said_at_once_with_the_option_that_there_is(rlhf: Typed, 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_template_it_was_trained_with_gives_its_replies_back(
+def test_the_template_of_training_restores_the_responses(
     rlhf: Typed, bare: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
@@ -83,7 +83,7 @@ def test_the_template_it_was_trained_with_gives_its_replies_back(
         )
 
 
-def test_it_is_for_models_that_lack_one(rlhf: Typed, bare: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_option_is_refused_for_models_with_a_template(rlhf: Typed, bare: Path, whole: Path, tmp_path: Path) -> None:
     status, out = rlhf("chat", whole, "--chat-template", "chatml")
     assert status == 2 and "came with one; leave it out" in out
     status, out = rlhf("eval", whole, bare, *COMMANDS["eval"], "--chat-template", "plain")
@@ -94,27 +94,29 @@ def test_it_is_for_models_that_lack_one(rlhf: Typed, bare: Path, whole: Path, tm
         assert status == 2 and said in out and "model.chat_template" not in out and out.count("\n") == 1
 
 
-def test_tokens_that_a_template_adds_are_said_and_are_the_same_each_time(
+def test_tokens_that_a_template_adds_are_reported_and_deterministic(
     rlhf: Typed, bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replies = []
+    responses = []
     for _ in range(2):
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         status, out = rlhf("chat", bare, "--chat-template", "chatml", *COMMANDS["chat"])
         assert status == 0 and "adds tokens that the model has never seen: <|im_start|> <|im_end|>" in out
-        replies.append(out)
-    assert replies[0] == replies[1]
+        responses.append(out)
+    assert responses[0] == responses[1]
 
 
-def test_errors_of_the_models_own_template_name_no_key_of_training() -> None:
+def test_errors_of_the_template_of_the_model_name_no_config_key() -> None:
     fault = "the chat template leaves out what the system says"
     said = f"{fault}; type model.chat_template=chatml, or a Jinja file that writes it"
-    assert templates.in_words(said, True) == f"{fault}; type --chat-template chatml"
-    assert "rlhf export RUN --to FOLDER" in templates.in_words(said, False)
-    assert "model." not in templates.in_words(said, False)
+    assert templates.with_option_name(said, True) == f"{fault}; type --chat-template chatml"
+    assert "rlhf export RUN --to FOLDER" in templates.with_option_name(said, False)
+    assert "model." not in templates.with_option_name(said, False)
 
 
-def test_an_export_says_what_its_code_lacks(rlhf: Typed, bare: Path, outputs: Path, tmp_path: Path) -> None:
+def test_the_card_of_an_export_names_its_missing_template(
+    rlhf: Typed, bare: Path, outputs: Path, tmp_path: Path
+) -> None:
     status, out = rlhf("export", bare, "--to", "taken")
     note = "its tokenizer has no chat template"
     assert status == 0 and note in " ".join(out.split()) and note in (tmp_path / "taken" / "README.md").read_text()

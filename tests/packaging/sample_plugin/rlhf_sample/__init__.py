@@ -1,1 +1,1 @@
-"""A third party's objective and reward."""
+"""Objective and reward of a third party."""

@@ -1,4 +1,4 @@
-"""An objective of a third party."""
+"""Objective of a third party."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,14 +11,14 @@ from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective
 
 @dataclass(frozen=True)
 class Cubic(PairObjective):
-    """`relu(target - delta)^3` with `delta` the difference of the two log-ratios."""
+    """Loss `relu(target - delta)^3` with `delta` the difference of the two log-ratios."""
 
     target: Annotated[float, Field(gt=0)] = 2.0
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, context: PairContext | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Losses [P]."""
+        """Return losses [P]."""
         assert reference is not None
         delta = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
         return (self.target - delta).clamp(min=0) ** 3, {"delta": delta.detach()}

@@ -1,4 +1,4 @@
-"""A reward of a third party."""
+"""Reward of a third party."""
 
 from typing import Annotated
 
@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf.rollout import Rollout
+from rlhf.sampler.rollout import Rollout
 
 
 class Brevity:
-    """Minus the words of a reply.
+    """Negative word count of a response.
 
     Args:
         weight: Points for each word.
@@ -20,5 +20,5 @@ class Brevity:
         self.weight = weight
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """Scores, [B]."""
+        """Return scores, [B]."""
         return torch.tensor([-self.weight * len(text.split()) for text in rollout.texts], device=rollout.mask.device)

@@ -1,1 +1,1 @@
-"""A plugin whose stages compute nothing: the pipeline is tested with it."""
+"""Plugin whose stages compute nothing, for the tests of pipelines."""

@@ -3,6 +3,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rlhf.runs.data_source import DataSource
+
 
 class Objective:
     """Base of the fake objectives."""
@@ -10,7 +12,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Loss(Objective):
-    """Any loss with a coefficient."""
+    """Loss with a coefficient."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
 
@@ -24,7 +26,7 @@ class Model:
 
 
 class Adapter:
-    """None at all."""
+    """No adapter."""
 
 
 class LoRA:
@@ -40,7 +42,7 @@ class Trainer:
 
 
 class Reward:
-    """Knows the truth."""
+    """Gold reward."""
 
 
 class ModelReward:
@@ -59,11 +61,13 @@ class Sampler:
     def __init__(self, temperature: float = 1.0) -> None: ...
 
 
-class Data:
-    """Data with a digest: counts how often it was asked for."""
+class Data(DataSource):
+    """Data with a digest that counts how often it is computed."""
 
     def __init__(self, record: str = "text", source: str | list[str] = "testbed") -> None:
         self.record, self.source = record, source
 
     def digest(self) -> str:
         return f"{self.record}:{self.source}"
+
+    def load(self) -> None: ...

@@ -10,7 +10,7 @@ class Train:
 
 
 class Collect:
-    def __init__(self, model: Model, data: Data, rollout: Sampler, annotator: Annotator) -> None: ...
+    def __init__(self, model: Model, data: Data, sampler: Sampler, annotator: Annotator) -> None: ...
 
 
 class PPO:
@@ -23,7 +23,7 @@ class PPO:
         data: Data,
         text: Data,
         reward: Reward | ModelReward,
-        rollout: Sampler,
+        sampler: Sampler,
         optimizer: Optimizer,
         *,
         steps: int = 1,

@@ -1,4 +1,4 @@
-"""One file has one held-out part, and where it has two, whoever measures on trained prompts says so."""
+"""Contamination check: one file has one held-out part; where it has two, stages measuring on trained prompts warn."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf import held_out
-from rlhf.data import Data
-from rlhf.runs import Run
+from rlhf.data import Data, contamination
+from rlhf.runs.run_directory import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,12 +29,12 @@ def prompts_of(records):
 
 
 def run(folder, data, ancestors=()):
-    """A run as the pipeline begins it."""
+    """Return a run as the pipeline starts it."""
     config = {"data": {"validation": data.data.validation}}
     known = {one.fingerprint: {"folder": str(one.folder)} for one in ancestors}
     made = Run(folder)
     made.begin(config, {"fingerprint": folder.name, "ancestors": known}, "rlhf")
-    held_out.write(folder, data)
+    contamination.save_prompt_hashes(folder, data)
     return made
 
 
@@ -49,36 +48,38 @@ def test_by_default_a_file_has_one_held_out_part_for_all_stages(file):
     assert len(load("prompt", "testbed", None).validation) == 400
 
 
-def test_a_stage_that_measures_on_what_its_policy_learnt_says_how_much_and_what_to_type(file, tmp_path):
+def test_a_stage_warns_of_held_out_prompts_its_policy_was_trained_on(file, tmp_path):
     """With 0.1 and 400 of 1000 prompts in the same order, 300 of the 400 lie beyond the first 100."""
     sft = run(tmp_path / "sft" / "one", load("demonstration", file, 0.1))
     wide = load("prompt", file, 400)
     ppo = run(tmp_path / "ppo" / "two", wide, [sft])
-    (line,) = held_out.of_stage(ppo.folder, wide)
+    (line,) = contamination.check_stage(ppo.folder, wide)
     assert "300 of 400 held-out prompts were trained on by sft" in line and str(sft.folder) in line
     assert "data.validation=0.1 here, or data.validation=400 there" in line
-    assert held_out.of_stage(ppo.folder, load("prompt", file, None)) == []  # what the line says to type
+    assert contamination.check_stage(ppo.folder, load("prompt", file, None)) == []  # what the line says to type
     other = Data("prompt", str(file), None, 0.1, 128, seed=1).load()
-    assert "one data.seed" in held_out.of_stage(ppo.folder, other)[0]
+    assert "one data.seed" in contamination.check_stage(ppo.folder, other)[0]
 
 
-def test_models_and_those_before_them_are_asked_too(file, tmp_path):
+def test_models_and_their_ancestors_are_checked_for_contamination(file, tmp_path):
     sft = run(tmp_path / "sft" / "one", load("demonstration", file, 0.1))
     ppo = run(tmp_path / "ppo" / "two", load("prompt", file, 400), [sft])
     asked = load("prompt", file, 400).validation
-    lines = held_out.of_models(asked, [sft.folder / "model", ppo.folder / "model", None, "some/hub-id"])
+    lines = contamination.check_models(asked, [sft.folder / "model", ppo.folder / "model", None, "some/hub-id"])
     assert len(lines) == 1 and "300 of 400" in lines[0]  # PPO held all of them out
-    assert held_out.of_models(load("prompt", file, 0.1).validation, [ppo.folder / "model"]) == []
+    assert contamination.check_models(load("prompt", file, 0.1).validation, [ppo.folder / "model"]) == []
 
 
-def test_nothing_is_said_of_the_testbed_and_of_what_runs_have_made(file, tmp_path):
+def test_testbed_and_run_outputs_are_not_checked_for_contamination(file, tmp_path):
     testbed = load("prompt", "testbed", None)
     sft = run(tmp_path / "sft" / "one", load("demonstration", "testbed", 0.1))
-    assert not (sft.folder / held_out.FILE).exists()
-    assert held_out.of_stage(run(tmp_path / "ppo" / "two", testbed, [sft]).folder, testbed) == []
+    assert not (sft.folder / contamination.FILE).exists()
+    assert contamination.check_stage(run(tmp_path / "ppo" / "two", testbed, [sft]).folder, testbed) == []
     # A run's comparisons ask the prompts it sampled from: training prompts by design.
     learnt = run(tmp_path / "sft" / "three", load("demonstration", file, 0.1))
     collect = run(tmp_path / "collect" / "four", load("prompt", file, 0.1), [learnt])
     (collect.folder / "comparisons.jsonl").write_text("".join(file.read_text().splitlines(keepends=True)[:50]))
     made = load("comparison", collect.folder, 0.1)
-    assert held_out.of_stage(run(tmp_path / "reward_model" / "five", made, [learnt, collect]).folder, made) == []
+    assert (
+        contamination.check_stage(run(tmp_path / "reward_model" / "five", made, [learnt, collect]).folder, made) == []
+    )

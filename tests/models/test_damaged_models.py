@@ -1,4 +1,4 @@
-"""Stored models whose files are damaged or do not belong together: one line that names the file, no weight made up."""
+"""Stored models with damaged or inconsistent files: one line names the file, and no weight is made up."""
 
 import json
 import logging
@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.errors import UserError
-from rlhf.model_config import scores, written
 from rlhf.models import lineage
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reading import readable
+from rlhf.models.saved_config import scores, written
 from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
+from rlhf.models.vocabulary import lacks_template, words
 from rlhf.using import export
 from rlhf.using.named import Named
-from rlhf.vocabulary import lacks_template, words
 from tests.models.conftest import FP32, spec
 from tests.models.test_causal_lm import write_gguf
 
@@ -36,19 +36,19 @@ def refusal(read: Callable[[], object], *said: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_layers_that_config_does_not_ask_for_are_not_dropped(layers: int, folder: Path, tmp_path: Path) -> None:
-    """Of 2 layers in the weights the first alone would be read, and saved as if it were the model."""
+def test_stored_layers_that_config_does_not_name_are_refused(layers: int, folder: Path, tmp_path: Path) -> None:
+    """Of 2 stored layers only the first would be read, and saved as if it were the whole model."""
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 + layers}))
     read = lambda: spec(tmp_path / "model").load(NoAdapter(), FP32)  # noqa: E731
-    if layers == 1:  # as many as there are
+    if layers == 1:  # as many as are stored
         assert read().config.num_hidden_layers == 2
         return
     refusal(read, f"model.path={tmp_path / 'model'}: its weights hold layers that", "such as model.layers.1.")
 
 
-def test_layers_left_over_in_a_decoder_and_a_reward_model(model: LanguageModel, tmp_path: Path) -> None:
+def test_surplus_layers_of_a_reward_model_are_refused(model: LanguageModel, tmp_path: Path) -> None:
     ScalarModel(model).save(tmp_path / "scores")
     config = json.loads((tmp_path / "scores/config.json").read_text())
     (tmp_path / "scores/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
@@ -65,7 +65,7 @@ def test_layers_left_over_in_a_decoder_and_a_reward_model(model: LanguageModel, 
         ({"model_type": "bert"}, "weights are not there"),
     ],
 )
-def test_what_transformers_logs_of_a_model_it_refuses_is_not_printed(
+def test_logs_of_transformers_about_a_refused_model_are_not_printed(
     changed: dict, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder, tmp_path / "model")
@@ -76,14 +76,14 @@ def test_what_transformers_logs_of_a_model_it_refuses_is_not_printed(
 
 
 @pytest.mark.parametrize("end", ["x", [1, "x"], True])
-def test_an_end_that_is_no_token_is_found_before_training(end: object, folder: Path, tmp_path: Path) -> None:
-    """It was found when the trained model was saved."""
+def test_an_invalid_eos_token_id_is_detected_before_training(end: object, folder: Path, tmp_path: Path) -> None:
+    """It used to be detected only when the trained model was saved."""
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     refusal(lambda: spec(tmp_path / "model").load(NoAdapter(), FP32), "generation_config.json has eos_token_id=")
 
 
-def test_export_copies_no_half_config(folder: Path, tmp_path: Path) -> None:
+def test_export_refuses_a_truncated_config(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "lla')
     model = Named("m", str(tmp_path / "model"))
@@ -94,21 +94,21 @@ def test_export_copies_no_half_config(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("propagate", [False, True])  # True: with CI=true in the environment
-def test_what_transformers_logs_of_a_model_that_is_read_is_printed(
+def test_logs_of_transformers_about_a_loaded_model_are_printed(
     propagate: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = logging.getLogger("transformers")
     monkeypatch.setattr(library, "propagate", propagate)
     monkeypatch.setattr(library, "handlers", [] if propagate else [caplog.handler])  # pytest reads the root logger
-    caplog.set_level(logging.WARNING, "transformers")  # runs of other tests ask for errors alone
+    caplog.set_level(logging.WARNING, "transformers")  # runs of other tests set the level to errors
     with readable("model.path=m"):
         logging.getLogger("transformers.models").warning("heed this")
         assert caplog.messages == []
     assert caplog.messages == ["heed this"]
 
 
-def test_weights_of_another_head_are_left_over_as_before(folder: Path, tmp_path: Path) -> None:
-    """A tower or head that the class does not have is no layer of it."""
+def test_weights_of_another_head_are_ignored(folder: Path, tmp_path: Path) -> None:
+    """Weights of a tower or head that the class does not have are not layers of it."""
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     tower = {f"vision.layers.{i}.self_attn.q_proj.weight": torch.zeros(2, 2) for i in range(3)}
@@ -150,7 +150,7 @@ def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_pa
     ],
     ids=["garbage", "cut", "missing", "other layers"],
 )
-def test_weights_of_an_adapter_that_cannot_be_read(
+def test_unreadable_weights_of_an_adapter_are_refused(
     damage: Callable[[Path], object], said: str, folder: Path, tmp_path: Path
 ) -> None:
     spec(folder).load(LoRA(rank=2), FP32).save_adapter(tmp_path / "adapter")
@@ -158,8 +158,8 @@ def test_weights_of_an_adapter_that_cannot_be_read(
     refusal(lambda: spec(tmp_path / "adapter").load(NoAdapter(), FP32), f"{tmp_path / 'adapter'}", said)
 
 
-def test_a_model_that_an_adapter_was_merged_into_is_trained_whole(folder: Path, tmp_path: Path) -> None:
-    """PEFT freezes the layers below an adapter; without one of its own, training had no parameter to train."""
+def test_a_model_with_a_merged_adapter_is_trained_in_full(folder: Path, tmp_path: Path) -> None:
+    """PEFT freezes the layers below an adapter; without a new adapter, training had no parameter to train."""
     spec(folder).load(LoRA(rank=2), FP32).save_adapter(tmp_path / "adapter")
     loaded = spec(tmp_path / "adapter").load(NoAdapter(), FP32)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -179,10 +179,10 @@ def test_a_model_that_an_adapter_was_merged_into_is_trained_whole(folder: Path, 
         (None, "not there, so the scores' scale is unknown"),
     ],
 )
-def test_a_reward_model_without_its_scale(
+def test_a_reward_model_without_its_scale_is_refused(
     content: bytes | None, said: str, model: LanguageModel, tmp_path: Path
 ) -> None:
-    """In a run of ours the file was written; its scores would be those of scale 1 and bias 0."""
+    """A run of rlhf always writes the file; without it the scores would be those of scale 1 and bias 0."""
     stored = ScalarModel(model)
     stored.save(tmp_path / "model")
     (tmp_path / "status.json").write_text("{}")
@@ -192,10 +192,10 @@ def test_a_reward_model_without_its_scale(
     else:
         file.write_bytes(content)
     loaded = ScalarModel(model)
-    refusal(lambda: loaded.take_heads(stored.head.weight, tmp_path / "model"), f"{file}: {said}", "reward model again")
+    refusal(lambda: loaded.load_heads(stored.head.weight, tmp_path / "model"), f"{file}: {said}", "reward model again")
     (tmp_path / "status.json").unlink()
     if content is None:  # a stranger's has no such file, and is what transformers reads
-        loaded.take_heads(stored.head.weight, tmp_path / "model")
+        loaded.load_heads(stored.head.weight, tmp_path / "model")
         assert (loaded.scale.item(), loaded.bias.item(), loaded.log_odds) == (1.0, 0.0, 1.0)
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_safety_head_is_named(damage: str, model: LanguageModel, tmp_p
     file = tmp_path / SAFETY_HEAD
     whole = file.read_bytes()
     head = ScalarModel(model)
-    head.take_heads(stored.head.weight, tmp_path)
+    head.load_heads(stored.head.weight, tmp_path)
     assert head.safety_head is not None and torch.equal(head.safety_head.weight, stored.safety_head.weight)
     if damage == "other names":
         save_file({"w": torch.zeros(1, model.hidden_size)}, file)
@@ -215,11 +215,13 @@ def test_a_damaged_safety_head_is_named(damage: str, model: LanguageModel, tmp_p
         save_file({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, file)
     else:
         file.write_bytes({"garbage": os.urandom(99), "cut": whole[:-8], "empty": b""}[damage])
-    refusal(lambda: ScalarModel(model).take_heads(stored.head.weight, tmp_path), f"{file}: cannot be read (")
+    refusal(lambda: ScalarModel(model).load_heads(stored.head.weight, tmp_path), f"{file}: cannot be read (")
 
 
 @pytest.mark.parametrize("damage", ["cut", "no tensors", "a tensor missing", "a name cut", "a type unknown"])
-def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_gguf_file_is_reported_in_one_line(
+    damage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     source, path = spec(folder).load(NoAdapter(), FP32), tmp_path / "m.gguf"
@@ -245,8 +247,8 @@ def test_a_damaged_gguf_is_one_line(damage: str, folder: Path, tmp_path: Path, m
     assert not list((tmp_path / "cache").rglob("config.json")), "nothing half-read is kept for the next time"
 
 
-def test_a_gguf_that_claims_more_than_it_holds_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader would take 2^50 empty values from beyond the end of the file."""
+def test_a_gguf_file_that_declares_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader would read 2^50 empty values from beyond the end of the file."""
     pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     one_array = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QcIIQ", 1, b"a", 9, 0, 2**50)
@@ -255,7 +257,9 @@ def test_a_gguf_that_claims_more_than_it_holds_comes_to_an_end(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", 5, "sub/../../other.safetensors"])
-def test_an_index_that_names_weights_outside_its_folder_is_refused(name: object, folder: Path, tmp_path: Path) -> None:
+def test_an_index_that_names_weights_outside_its_directory_is_refused(
+    name: object, folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model/model.safetensors").rename(tmp_path / "other.safetensors")
     names = load_file(tmp_path / "other.safetensors")
@@ -268,8 +272,8 @@ def test_an_index_that_names_weights_outside_its_folder_is_refused(name: object,
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe", b"[" * 9999, b"5"])
-def test_looks_at_a_folder_survive_what_its_files_hold(content: bytes, tmp_path: Path) -> None:
-    """What reads them later says what is wrong."""
+def test_inspecting_a_directory_survives_malformed_files(content: bytes, tmp_path: Path) -> None:
+    """The code that reads the files later reports what is wrong."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(content)
     assert written(tmp_path) is None and scores(tmp_path) is None and words(str(tmp_path)) is None

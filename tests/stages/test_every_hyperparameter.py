@@ -1,6 +1,6 @@
-"""No knob does nothing: every knob of every stage, objective, rollout, reward and annotator is moved once.
+"""Every hyperparameter of every stage, objective, sampler, reward and annotator has an effect.
 
-What it is moved to is in ``knobs``.
+The values that they are changed to are in ``hyperparameters``.
 """
 
 import typing
@@ -15,40 +15,39 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from rlhf import objective as protocols
-from rlhf import validation
-from rlhf.build import quiet
-from rlhf.scoring import ModelReward
-from rlhf.stage import Stage
+from rlhf import signatures
+from rlhf.console import silence_libraries
+from rlhf.reward.model import ModelReward
+from rlhf.stage.base import Stage
 from rlhf.testing import tiny_model
 from rlhf_collect.stage import CollectStage
 from rlhf_grpo.stage import GRPOStage
 from rlhf_rloo.stage import RLOOStage
-from tests.names import ROOT, known
+from tests.names import ROOT, known, stage_files
 
 from .conftest import fit
-from .knobs import OF_THE_STAGE, OPTIONS, STAGES, Load, Moves, Stays, replies, scored, shared
+from .hyperparameters import OF_THE_STAGE, OPTIONS, STAGES, Load, Moves, Stays, responses, scored, shared
 
 # -- stages ---------------------------------------------------------------------------------------------------------
 
 
 def stages() -> set[type[Stage]]:
     """The stage classes that the plugins' YAMLs name."""
-    files = ROOT.glob("plugins/*/conf/stage/*.yaml")
-    return {get_object(OmegaConf.load(path)["stage"]["_target_"]) for path in files}
+    return {get_object(OmegaConf.load(path)["stage"]["_target_"]) for path in stage_files()}
 
 
-def own_knobs(kind: type) -> set[str]:
-    parameters = validation.parameters(kind) or {}
+def own_hyperparameters(kind: type) -> set[str]:
+    parameters = signatures.parameters(kind) or {}
     return {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def test_every_stage_and_each_of_its_knobs_has_an_entry() -> None:
+def test_every_stage_and_each_of_its_hyperparameters_has_an_entry() -> None:
     assert stages() == {*STAGES}
     for kind, (_, entries) in STAGES.items():
-        assert own_knobs(kind) == {*entries}, kind.__name__
+        assert own_hyperparameters(kind) == {*entries}, kind.__name__
 
 
-def test_rloo_is_grpo_but_for_its_objective() -> None:
+def test_rloo_differs_from_grpo_in_its_objective_alone() -> None:
     import inspect
 
     assert RLOOStage.__init__ is GRPOStage.__init__
@@ -58,19 +57,19 @@ def test_rloo_is_grpo_but_for_its_objective() -> None:
 
 
 def result(stage: Stage, folder: Path) -> dict[str, torch.Tensor]:
-    """All that a run leaves: weights and buffers of what is saved, or the comparisons that were written."""
+    """Return everything that a run saves: weights and buffers, or the comparisons that were written."""
     if isinstance(stage, CollectStage):
-        stage.run_folder = folder
-        quiet()
+        stage.run_directory = folder
+        silence_libraries()
         pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).predict(stage, return_predictions=False)
         return {"text": torch.tensor([*(folder / "comparisons.jsonl").read_bytes()])}
     fit(stage, folder, limit_val_batches=0)
-    with getattr(stage, "averaged", lambda: torch.no_grad())():
+    with getattr(stage, "ema_weights", lambda: torch.no_grad())():
         return {name: value.detach().float().clone() for name, value in stage.state_dict().items()}
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
-    """Whether two results differ by more than rounding."""
+    """Return whether two results differ by more than rounding."""
     if before.keys() != after.keys() or any(before[name].shape != after[name].shape for name in before):
         return True
     return any(((before[name] - after[name]).abs() > tolerance).any() for name in before)
@@ -78,7 +77,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], toler
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, torch.Tensor]]:
-    """Results of the values that knobs are compared with, each worked out once."""
+    """Return a function that computes the results of the base values, each once."""
     done: dict[str, dict[str, torch.Tensor]] = {}
 
     def of(kind: type[Stage], load: Load, base: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -91,20 +90,27 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, t
 
 
 RUNS = [
-    pytest.param(kind, knob, id=f"{kind.__name__}-{knob}")
+    pytest.param(kind, hyperparameter, id=f"{kind.__name__}-{hyperparameter}")
     for kind, (_, entries) in STAGES.items()
-    for knob, entry in entries.items()
+    for hyperparameter, entry in entries.items()
     if isinstance(entry, Moves)
 ]
 
 
-@pytest.mark.parametrize(("kind", "knob"), RUNS)
-def test_every_knob_of_a_stage(kind: type[Stage], knob: str, load: Load, plain: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "hyperparameter"), RUNS)
+def test_every_hyperparameter_of_a_stage_has_an_effect(
+    kind: type[Stage], hyperparameter: str, load: Load, plain: Callable, tmp_path: Path
+) -> None:
     make, entries = STAGES[kind]
-    entry = entries[knob]
+    entry = entries[hyperparameter]
     assert isinstance(entry, Moves)
-    before, after = plain(kind, load, entry.base), result(make(load, **entry.base, **{knob: entry.value}), tmp_path)
-    assert moved(before, after, 2e-4) is False if isinstance(entry, Stays) else moved(before, after), "a dead knob"
+    before, after = (
+        plain(kind, load, entry.base),
+        result(make(load, **entry.base, **{hyperparameter: entry.value}), tmp_path),
+    )
+    assert moved(before, after, 2e-4) is False if isinstance(entry, Stays) else moved(before, after), (
+        "a dead hyperparameter"
+    )
 
 
 # -- objectives -----------------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ OBJECTIVES = sorted([*ROOT.glob("conf/objective/*.yaml"), *ROOT.glob("plugins/*/
 
 
 def another(annotation: Any, value: Any) -> Any:
-    """A value that the annotation allows and that is not the given one."""
+    """Return a value that the annotation allows and that differs from the given one."""
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) is not typing.Annotated else (annotation,)
     for kind in (annotation, *kinds):
         if typing.get_origin(kind) is typing.Literal:
@@ -124,7 +130,7 @@ def another(annotation: Any, value: Any) -> Any:
 
 
 def outcome(objective: Any) -> torch.Tensor:
-    """Everything an objective makes of made-up tensors, flattened."""
+    """Return everything an objective computes from made-up tensors, flattened."""
     torch.manual_seed(0)
     p, t = 6, 5
     logps, lengths = -8 * torch.rand(4, p), torch.randint(2, 6, (2, p))
@@ -154,81 +160,87 @@ def outcome(objective: Any) -> torch.Tensor:
     return objective(old)[0]
 
 
-def knobs_of_objectives() -> Iterator[Any]:
+def hyperparameters_of_objectives() -> Iterator[Any]:
     for path in OBJECTIVES:
         target = get_object(OmegaConf.load(path)["_target_"])
-        for knob, parameter in (validation.parameters(target) or {}).items():
-            yield pytest.param(path, knob, parameter.annotation, id=f"{path.stem}-{knob}")
+        for hyperparameter, parameter in (signatures.parameters(target) or {}).items():
+            yield pytest.param(path, hyperparameter, parameter.annotation, id=f"{path.stem}-{hyperparameter}")
 
 
-@pytest.mark.parametrize(("path", "knob", "annotation"), [*knobs_of_objectives()])
-def test_every_knob_of_an_objective(path: Path, knob: str, annotation: Any) -> None:
+@pytest.mark.parametrize(("path", "hyperparameter", "annotation"), [*hyperparameters_of_objectives()])
+def test_every_hyperparameter_of_an_objective_has_an_effect(path: Path, hyperparameter: str, annotation: Any) -> None:
     node: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     target = get_object(node.pop("_target_"))
-    names = [f"{knob} of {kind.__name__}" for kind in target.__mro__]  # DAPO's knobs are GRPO's
+    names = [f"{hyperparameter} of {kind.__name__}" for kind in target.__mro__]  # DAPO's hyperparameters are GRPO's
     entry = next((OF_THE_STAGE[name] for name in names if name in OF_THE_STAGE), None)
     if isinstance(entry, str):
         assert entry in known()
         return
     base = node | (entry.base if entry else {})
-    value = entry.value if entry else another(annotation, base[knob])
-    before, after = outcome(target(**base)), outcome(target(**base | {knob: value}))
-    assert before.shape != after.shape or not torch.equal(before, after), f"{path.stem}.{knob} does nothing"
+    value = entry.value if entry else another(annotation, base[hyperparameter])
+    before, after = outcome(target(**base)), outcome(target(**base | {hyperparameter: value}))
+    assert before.shape != after.shape or not torch.equal(before, after), f"{path.stem}.{hyperparameter} does nothing"
 
 
-# -- what a stage is given: rollouts, rewards, annotators -------------------------------------------------------------
+# -- samplers, rewards, annotators ------------------------------------------------------------------------------------
 
 
 def options() -> set[str]:
-    files = [path for group in ("rollout", "reward", "annotator") for path in ROOT.glob(f"**/conf/{group}/*.yaml")]
+    files = [path for group in ("sampler", "reward", "annotator") for path in ROOT.glob(f"**/conf/{group}/*.yaml")]
     found = {OmegaConf.load(path).get("_target_") for path in files if "tests" not in path.relative_to(ROOT).parts}
     return found - {None}
 
 
-def test_every_option_and_each_of_its_knobs_has_an_entry() -> None:
+def test_every_option_and_each_of_its_hyperparameters_has_an_entry() -> None:
     assert options() == {*OPTIONS}
     for name, option in OPTIONS.items():
-        assert {*(validation.parameters(get_object(name)) or {})} == {*option.entries}, name
+        assert {*(signatures.parameters(get_object(name)) or {})} == {*option.entries}, name
 
 
 SEEN = [
-    pytest.param(name, knob, id=f"{name.rpartition('.')[2]}-{knob}")
+    pytest.param(name, hyperparameter, id=f"{name.rpartition('.')[2]}-{hyperparameter}")
     for name, option in OPTIONS.items()
-    for knob, entry in option.entries.items()
+    for hyperparameter, entry in option.entries.items()
     if isinstance(entry, Moves)
 ]
 
 
-@pytest.mark.parametrize(("name", "knob"), SEEN)
-def test_every_knob_of_an_option(name: str, knob: str) -> None:
+@pytest.mark.parametrize(("name", "hyperparameter"), SEEN)
+def test_every_hyperparameter_of_an_option_has_an_effect(name: str, hyperparameter: str) -> None:
     option, kind = OPTIONS[name], get_object(name)
-    entry = option.entries[knob]
+    entry = option.entries[hyperparameter]
     assert isinstance(entry, Moves)
-    before, after = (option.outcome(kind, **each) for each in (entry.base, entry.base | {knob: entry.value}))
+    before, after = (option.outcome(kind, **each) for each in (entry.base, entry.base | {hyperparameter: entry.value}))
     assert (before == after) is isinstance(entry, Stays)
 
 
-def test_every_knob_of_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that calls in every other turn, whatever it writes."""
-    import rlhf.tools
-    from rlhf.data.calls import Call
-    from rlhf.tools import Calculator, Search, ToolSampler
+def test_every_hyperparameter_of_the_tools_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy calls a tool in every other turn, whatever it writes."""
+    import rlhf.sampler.tool_calls
+    from rlhf.data.tool_calls import Call
+    from rlhf.sampler.tool_calls import Calculator, Search, ToolSampler
 
-    monkeypatch.setattr(rlhf.tools, "read_call", lambda turn: Call("calculator", "30+4") if len(turn) % 2 else None)
-    plain = replies(ToolSampler, tools={"calculator": Calculator()})
+    monkeypatch.setattr(
+        rlhf.sampler.tool_calls, "read_call", lambda turn: Call("calculator", "30+4") if len(turn) % 2 else None
+    )
+    plain = responses(ToolSampler, tools={"calculator": Calculator()})
     assert any(value != "" for value in plain[0])
-    other = {**{knob: e.value for knob, e in shared().items()}, "max_calls": 1, "max_result_tokens": 1}  # type: ignore[union-attr]
-    for knob, value in other.items():
-        same = replies(ToolSampler, **{"tools": {"calculator": Calculator()}, knob: value}) == plain
-        assert same is isinstance(shared().get(knob), Stays), knob
-    assert replies(ToolSampler, tools={"search": Search()}) != plain  # "no such tool"
+    other = {
+        **{hyperparameter: e.value for hyperparameter, e in shared().items()},
+        "max_calls": 1,
+        "max_result_tokens": 1,
+    }  # type: ignore[union-attr]
+    for hyperparameter, value in other.items():
+        same = responses(ToolSampler, **{"tools": {"calculator": Calculator()}, hyperparameter: value}) == plain
+        assert same is isinstance(shared().get(hyperparameter), Stays), hyperparameter
+    assert responses(ToolSampler, tools={"search": Search()}) != plain  # "no such tool"
     with pytest.raises(ValueError, match="too long"):
         Calculator(max_characters=3)("12+34")
     assert Calculator()("12+34") == "46"
     assert len(Search(results=3)("Rome")) > len(Search()("Rome"))
 
 
-def test_the_batch_size_of_a_reward_model_changes_no_score(tmp_path: Path) -> None:
+def test_the_batch_size_of_a_reward_model_does_not_change_scores(tmp_path: Path) -> None:
     from rlhf.models.scalar import ScalarModel
 
     ScalarModel.load(tiny_model()).save(tmp_path)
@@ -236,7 +248,7 @@ def test_the_batch_size_of_a_reward_model_changes_no_score(tmp_path: Path) -> No
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
-def test_every_test_that_a_table_names_is_there() -> None:
+def test_every_test_named_in_a_table_exists() -> None:
     entries = [entry for _, own in STAGES.values() for entry in own.values()]
     entries += [entry for option in OPTIONS.values() for entry in option.entries.values()]
     entries += OF_THE_STAGE.values()

@@ -1,4 +1,4 @@
-"""The file of `rlhf generate`: one process writes it at a time, and it goes on after a kill at any moment."""
+"""File of `rlhf generate`: one process writes it at a time, and it is resumed after a kill at any moment."""
 
 import json
 import multiprocessing
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import files
 from rlhf.errors import UserError
-from rlhf.using import reply_file
-from rlhf.using.reply_file import ReplyFile
+from rlhf.storage import files
+from rlhf.using import response_file
+from rlhf.using.response_file import ResponseFile
 
 SETTINGS = {"run": "outputs/sft/abc", "seed": 0}
 PROMPTS, SAMPLES = 6, 2
 
 
 def write(path: Path, settings: dict = SETTINGS, force: bool = False, stop: int | None = None) -> list[int]:
-    """Writes what is still missing, a prompt at a time; `stop` leaves after so many. Returns the prompts written."""
-    file, written = ReplyFile(path, settings, SAMPLES), []
+    """Write missing responses, one prompt at a time, and return the prompts; `stop` ends after so many."""
+    file, written = ResponseFile(path, settings, SAMPLES), []
     with file.writing(force) as done:
         for prompt in range(done, PROMPTS)[:stop]:
-            rows = [{"index": prompt, "sample": k, "reply": f"{settings['seed']}"} for k in range(SAMPLES)]
+            rows = [{"index": prompt, "sample": k, "response": f"{settings['seed']}"} for k in range(SAMPLES)]
             with path.open("a") as out:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
             written.append(prompt)
@@ -31,26 +31,26 @@ def write(path: Path, settings: dict = SETTINGS, force: bool = False, stop: int 
 def rows(path: Path) -> Iterator[tuple[int, int, str]]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        yield row["index"], row["sample"], row["reply"]
+        yield row["index"], row["sample"], row["response"]
 
 
-def whole(path: Path, reply: str = "0") -> bool:
-    return list(rows(path)) == [(i, k, reply) for i in range(PROMPTS) for k in range(SAMPLES)]
+def whole(path: Path, response: str = "0") -> bool:
+    return list(rows(path)) == [(i, k, response) for i in range(PROMPTS) for k in range(SAMPLES)]
 
 
 @pytest.mark.parametrize(
     ("left", "first"),
     [
         (b"", 2),
-        (b'{"index": 2, "sample": 0, "reply": "0"}\n', 2),  # one of two samples
+        (b'{"index": 2, "sample": 0, "response": "0"}\n', 2),  # one of two samples
         (b'{"index": 2, "sam', 2),
-        (b'{"index": 2, "sample": 0, "reply": "0"}\n{"index": 9, "sample": 1, "reply": "0"}\n', 2),
-        (b"\0\0\0\0\n" + b'{"index": 3, "sample": 1, "reply": "0"}\n' * 3, 2),
+        (b'{"index": 2, "sample": 0, "response": "0"}\n{"index": 9, "sample": 1, "response": "0"}\n', 2),
+        (b"\0\0\0\0\n" + b'{"index": 3, "sample": 1, "response": "0"}\n' * 3, 2),
         (b"[]\n\xff\n", 2),
     ],
 )
-def test_what_a_kill_left_is_written_again(tmp_path: Path, left: bytes, first: int) -> None:
-    path = tmp_path / "a" / "replies.jsonl"
+def test_partial_responses_after_a_kill_are_written_again(tmp_path: Path, left: bytes, first: int) -> None:
+    path = tmp_path / "a" / "responses.jsonl"
     assert write(path, stop=2) == [0, 1]
     with path.open("ab") as file:
         file.write(left)
@@ -60,8 +60,8 @@ def test_what_a_kill_left_is_written_again(tmp_path: Path, left: bytes, first: i
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("moment", ["settings", "file"])
-def test_a_kill_before_the_first_reply_costs_nothing(tmp_path: Path, monkeypatch, force: bool, moment: str) -> None:
-    path = tmp_path / "replies.jsonl"
+def test_a_kill_before_the_first_response_costs_nothing(tmp_path: Path, monkeypatch, force: bool, moment: str) -> None:
+    path = tmp_path / "responses.jsonl"
     if force:
         write(path, SETTINGS | {"seed": 1})
 
@@ -69,25 +69,27 @@ def test_a_kill_before_the_first_reply_costs_nothing(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((reply_file, "write_json", killed) if moment == "settings" else (Path, "write_bytes", killed)))
+        patch.setattr(
+            *((response_file, "write_json", killed) if moment == "settings" else (Path, "write_bytes", killed))
+        )
         write(path, force=force)
     assert write(path) == list(range(PROMPTS)) and whole(path)
 
 
-def test_an_empty_file_without_settings_is_begun(tmp_path: Path) -> None:
-    """As older versions left it when they were killed before the first reply."""
-    path = tmp_path / "replies.jsonl"
+def test_an_empty_file_without_settings_is_started(tmp_path: Path) -> None:
+    """Older versions left such a file when they were killed before the first response."""
+    path = tmp_path / "responses.jsonl"
     path.touch()
     assert write(path) == list(range(PROMPTS)) and whole(path)
 
 
-def test_of_two_that_write_one_file_one_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "replies.jsonl"
+def test_the_second_of_two_writers_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "responses.jsonl"
     context = multiprocessing.get_context("fork")
     begun, waits = context.Event(), context.Event()
 
     def first() -> None:
-        with ReplyFile(path, SETTINGS, SAMPLES).writing(False):
+        with ResponseFile(path, SETTINGS, SAMPLES).writing(False):
             begun.set()
             assert waits.wait(60)
         write(path)
@@ -96,8 +98,8 @@ def test_of_two_that_write_one_file_one_waits(tmp_path: Path, capsys: pytest.Cap
     child.start()
     assert begun.wait(60)
     with path.open("a") as file:
-        file.write('{"index": 0, "sample": 0, "reply": "0"}\n')
-    with pytest.raises(UserError, match="was made with seed=0, now it is 1"):  # at once, and not after the wait
+        file.write('{"index": 0, "sample": 0, "response": "0"}\n')
+    with pytest.raises(UserError, match="was made with seed=0, now it is 1"):  # immediately, and not after the wait
         write(path, SETTINGS | {"seed": 1})
     waits.set()
     write(path)
@@ -105,7 +107,7 @@ def test_of_two_that_write_one_file_one_waits(tmp_path: Path, capsys: pytest.Cap
     assert child.exitcode == 0 and whole(path)
 
 
-def test_what_cannot_be_written_to(tmp_path: Path) -> None:
+def test_unwritable_files_are_refused(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(UserError, match="is a folder; name a file"):
             write(tmp_path, force=force)
@@ -121,6 +123,6 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".", "/", ".."])
-def test_a_folder_is_no_file_of_replies(name: str) -> None:
+def test_a_directory_is_refused_as_a_file_of_responses(name: str) -> None:
     with pytest.raises(UserError, match=r"--out .*: is a folder; name a file"):
-        ReplyFile(Path(name), {}, 1)
+        ResponseFile(Path(name), {}, 1)

@@ -1,4 +1,4 @@
-"""Tab completion: commands, their words, runs, steps, and objectives of the chosen stage."""
+"""Tab completion: commands, their arguments, runs, steps, and objectives of the chosen stage."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.cli.complete import candidates
-from rlhf.runs import write_json
+from rlhf.storage.files import write_json
 
 STEPS = ("pretrain", "sft", "collect", "reward_model", "align")
 
@@ -45,7 +45,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nosuch ", set()),
     ],
 )
-def test_what_may_come_next(line: str, found: set[str]) -> None:
+def test_completions_of_the_next_word(line: str, found: set[str]) -> None:
     got = set(candidates(line))
     assert got == found if "nosuch " not in line else got >= found
 
@@ -54,7 +54,9 @@ def test_the_first_word_is_a_command_or_a_group() -> None:
     assert {"chat", "runs", "stage=", "pipeline=", "experiment="} <= set(candidates(""))
 
 
-def test_the_shell_gets_words_and_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shell_receives_completions_and_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COMP_LINE", "rlhf plugins ")
     assert main.run(["-sc", "query=bash"]) == 0
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Knobs and groups that do not go together are refused before the first step of a pipeline runs."""
+"""Bad combinations of hyperparameters and groups are refused before the first step of a pipeline runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from rlhf import validation
 from rlhf.cli import main
 from rlhf.errors import UserError
+from rlhf.planning.validation.config import validate_config
 
 Composed = Callable[..., DictConfig]
 
 BAD = [
     (
-        "stage=ppo inputs.policy=ORG/P reward=gold rollout.samples=4",
-        "type rollout.top_k=0 rollout.top_p=1 rollout.samples=1",
+        "stage=ppo inputs.policy=ORG/P reward=gold sampler.samples=4",
+        "type sampler.top_k=0 sampler.top_p=1 sampler.samples=1",
     ),
-    ("stage=ppo inputs.policy=ORG/P reward=gold rollout.top_p=0.9", "PPO samples one reply"),
-    ("stage=ppo inputs.policy=ORG/P reward=gold rollout=tools", "PPO samples one reply"),
+    ("stage=ppo inputs.policy=ORG/P reward=gold sampler.top_p=0.9", "PPO samples one response"),
+    ("stage=ppo inputs.policy=ORG/P reward=gold sampler=tools", "PPO samples one response"),
     ("stage=ppo inputs.policy=ORG/P reward=gold stage.minibatches=3", "type stage.batch_size=129"),
     ("stage=ppo inputs.policy=ORG/P reward=gold stage.steps=4 stage.value_warmup=4", "type stage.steps=5 or more, or"),
     (
@@ -38,16 +38,16 @@ BAD = [
         "stage=ppo inputs.policy=ORG/P reward=gold trainer=ddp trainer.devices=2 trainer.num_nodes=32",
         "a multiple of 256",
     ),
-    ("stage=grpo inputs.policy=ORG/P reward=gold rollout.samples=1", "type rollout.samples=8"),
-    ("stage=rloo inputs.policy=ORG/P reward=gold rollout.top_k=3", "the policy's own distribution"),
-    ("stage=collect inputs.policy=ORG/P rollout.samples=1", "samples"),
-    ("stage=collect inputs.policy=ORG/P rollout=sample", "a comparison needs 2 or more"),
-    ("stage=collect inputs.policy=ORG/P rollout=tools", "type rollout=best_of_k"),
+    ("stage=grpo inputs.policy=ORG/P reward=gold sampler.samples=1", "type sampler.samples=8"),
+    ("stage=rloo inputs.policy=ORG/P reward=gold sampler.top_k=3", "the policy's own distribution"),
+    ("stage=collect inputs.policy=ORG/P sampler.samples=1", "samples"),
+    ("stage=collect inputs.policy=ORG/P sampler=sample", "a comparison needs 2 or more"),
+    ("stage=collect inputs.policy=ORG/P sampler=tools", "type sampler=best_of_k"),
     (
-        "stage=rejection_sampling inputs.policy=ORG/P reward=gold rollout=sample rollout.samples=1",
+        "stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=sample sampler.samples=1",
         "the best of one is no choice",
     ),
-    ("stage=rejection_sampling inputs.policy=ORG/P reward=gold rollout=tools", "a pick is a single reply"),
+    ("stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=tools", "a pick is a single response"),
     ("stage=reward_model inputs.policy=ORG/P stage.normalize=demonstrations demonstrations=null", "type +data@demonst"),
     ("stage=dpo inputs.policy=ORG/P objective=simpo inputs.reference=ORG/R", "this objective has no reference"),
     ("stage=dpo inputs.policy=ORG/P objective=relative stage.batch_size=1", "type stage.batch_size=2"),
@@ -64,9 +64,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "said"), BAD, ids=[words for words, _ in BAD])
-def test_a_bad_combination_is_refused_by_its_config(composed: Composed, words: str, said: str) -> None:
+def test_a_bad_combination_is_refused_by_validation(composed: Composed, words: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        validation.check(composed(*words.split()))
+        validate_config(composed(*words.split()))
     assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -74,10 +74,10 @@ def test_a_bad_combination_is_refused_by_its_config(composed: Composed, words: s
     ("words", "said"),
     [
         (
-            "align.rollout.samples=4",
-            "error: align: PPO samples one reply per prompt from the policy's own distribution: "
-            "type align.rollout.top_k=0 align.rollout.top_p=1 align.rollout.samples=1 "
-            "and align.rollout.temperature above 0",
+            "align.sampler.samples=4",
+            "error: align: PPO samples one response per prompt from the policy's own distribution: "
+            "type align.sampler.top_k=0 align.sampler.top_p=1 align.sampler.samples=1 "
+            "and align.sampler.temperature above 0",
         ),
         (
             "stage@align=grpo align.stage.minibatches=5",
@@ -91,7 +91,7 @@ def test_a_bad_combination_is_refused_by_its_config(composed: Composed, words: s
         ),
     ],
 )
-def test_a_pipeline_refuses_it_before_its_first_step(
+def test_a_pipeline_refuses_a_bad_combination_before_its_first_step(
     words: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,9 +101,9 @@ def test_a_pipeline_refuses_it_before_its_first_step(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_machine_alone_knows_is_left_to_it(composed: Composed) -> None:
-    """devices=auto may be anything; and a stage without the hook is asked nothing."""
+def test_combinations_that_depend_on_the_machine_are_not_checked(composed: Composed) -> None:
+    """devices=auto may be any number, and a stage without the hook is not checked."""
     words = ("stage=ppo", "inputs.policy=ORG/P", "reward=gold", "trainer=ddp")
-    validation.check(composed(*words, "trainer.devices=auto"))
+    validate_config(composed(*words, "trainer.devices=auto"))
     with pytest.raises(UserError, match="no multiple of the 3 processes"):
-        validation.check(composed(*words, "trainer.devices=3"))
+        validate_config(composed(*words, "trainer.devices=3"))

@@ -1,4 +1,4 @@
-"""Files as they should not be: one line that names file, row and what to do; nothing is dropped without a count."""
+"""Malformed files: one line that names file, row and fix; no row is dropped without being counted."""
 
 import gzip
 import json
@@ -7,24 +7,25 @@ from typing import Any
 
 import pytest
 
-from rlhf import hub
 from rlhf.data import Data
+from rlhf.data.chat_templates import CHAT_TEMPLATE
 from rlhf.data.records import Message
-from rlhf.data.template import CHAT_TEMPLATE, check_template
+from rlhf.data.template_check import check_template
 from rlhf.errors import UserError
+from rlhf.storage import hub
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def data(source: object, record: Any = "demonstration", **knobs: Any) -> Data:
-    return Data(record, str(source), **{"size": None, "validation": 0, "max_length": 64, **knobs})
+def data(source: object, record: Any = "demonstration", **hyperparameters: Any) -> Data:
+    return Data(record, str(source), **{"size": None, "validation": 0, "max_length": 64, **hyperparameters})
 
 
-def refused(source: object, record: Any = "demonstration", **knobs: Any) -> str:
-    """What is said of a source that cannot be used: one line."""
+def source_error(source: object, record: Any = "demonstration", **hyperparameters: Any) -> str:
+    """Return the one-line error of a source that cannot be used."""
     with pytest.raises(UserError) as caught:
-        data(source, record, **knobs).load()
+        data(source, record, **hyperparameters).load()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -34,21 +35,21 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_a_file_that_is_half_json_and_half_not(tmp_path: Path) -> None:
+def test_a_partly_valid_json_file_is_refused(tmp_path: Path) -> None:
     half = LINES + b"".join(b"plain words %d\n" % number for number in range(20))
-    said = refused(write(tmp_path / "a.jsonl", half))
+    said = source_error(write(tmp_path / "a.jsonl", half))
     assert "20 of 40 rows are unusable" in said and "a.jsonl, row 21: not JSON" in said and "data.max_bad" in said
     report = data(tmp_path / "a.jsonl", max_bad=0.5).load().report
     assert "40 read, 20 to train on" in str(report) and "20 dropped as unusable" in str(report)
-    said = refused(write(tmp_path / "b.json", json.dumps(ROWS).encode()[:-200] + b"plain words"))
+    said = source_error(write(tmp_path / "b.json", json.dumps(ROWS).encode()[:-200] + b"plain words"))
     assert "b.json: not JSON" in said and "line 1" in said and "name it .jsonl" in said
 
 
-def test_json_lines_under_the_name_of_json_are_read(tmp_path: Path) -> None:
+def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
     split = data(write(tmp_path / "a.json", LINES)).load()
     assert split.train == data(write(tmp_path / "b.jsonl", LINES)).load().train and len(split.train) == 20
-    assert "20 of 40 rows" in refused(write(tmp_path / "c.json", LINES + b"no\n" * 20))
-    assert "expected a list of rows, got int" in refused(write(tmp_path / "d.json", b"5"))
+    assert "20 of 40 rows" in source_error(write(tmp_path / "c.json", LINES + b"no\n" * 20))
+    assert "expected a list of rows, got int" in source_error(write(tmp_path / "d.json", b"5"))
 
 
 @pytest.mark.parametrize(
@@ -60,19 +61,19 @@ def test_json_lines_under_the_name_of_json_are_read(tmp_path: Path) -> None:
     ],
     ids=["cut short", "overwritten", "not gz at all"],
 )
-def test_a_corrupt_gz(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_corrupt_gz_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         data(write(tmp_path / "a.jsonl.gz", content)).load()
     assert "get it again" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_corrupt_parquet_file(tmp_path: Path) -> None:
+def test_a_corrupt_parquet_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    assert "a broken parquet file" in refused(write(tmp_path / "a.parquet", b"PAR1 and nothing else"))
+    assert "a broken parquet file" in source_error(write(tmp_path / "a.parquet", b"PAR1 and nothing else"))
 
 
-def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
-    said = refused(write(tmp_path / "a.txt", "caf\u00e9\n".encode("latin1")), "text")
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    said = source_error(write(tmp_path / "a.txt", "caf\u00e9\n".encode("latin1")), "text")
     assert "not UTF-8 (byte 0xe9" in said and "iconv" in said
     report = data(write(tmp_path / "b.jsonl", LINES + b'{"prompt": "caf\xe9", "completion": "x"}\n')).load().report
     assert report.bad == ["b.jsonl, row 21: not UTF-8 (byte 0xe9 at column 16)"]
@@ -103,14 +104,14 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_row_with_empty_content(tmp_path: Path, row: dict, record: str, reason: str) -> None:
-    said = refused(write(tmp_path / "a.jsonl", json.dumps(row).encode()), record)
+def test_a_row_with_empty_content_is_unusable(tmp_path: Path, row: dict, record: str, reason: str) -> None:
+    said = source_error(write(tmp_path / "a.jsonl", json.dumps(row).encode()), record)
     assert "1 of 1 rows are unusable" in said and "a.jsonl, row 1: " in said
     with pytest.raises(UserError, match=reason):
         data(tmp_path / "a.jsonl", record).load()
 
 
-def test_an_empty_reply_may_be_compared_and_a_tool_may_say_nothing(tmp_path: Path) -> None:
+def test_empty_compared_responses_and_tool_turns_are_valid(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "chosen": "a", "rejected": ""}]
     assert len(data(write(tmp_path / "a.jsonl", json.dumps(rows[0]).encode()), "comparison").load().train) == 1
     turns = [
@@ -123,15 +124,15 @@ def test_an_empty_reply_may_be_compared_and_a_tool_may_say_nothing(tmp_path: Pat
     assert split.train[0].messages[1].content == '<tool_call>\n{"name": "f"}\n</tool_call>'
 
 
-def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     from huggingface_hub import constants
 
     monkeypatch.setattr(hub, "reachable", lambda: False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)  # set back afterwards
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)  # restored afterwards
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    said = refused("org/no-such-data")
+    said = source_error("org/no-such-data")
     assert said.startswith("data.source=org/no-such-data: no such file, and the hub is not reachable")
     assert "the path of a local file" in said
 
@@ -139,13 +140,13 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_chat_data_and_a_tokenizer_without_template(tmp_path: Path, tokenizer: Any) -> None:
+def test_chat_data_needs_a_chat_template(tmp_path: Path, tokenizer: Any) -> None:
     split = data(write(tmp_path / "a.jsonl", LINES)).load()
     tokenizer.chat_template, old = None, tokenizer.chat_template
     try:
         with pytest.raises(UserError, match="has no chat template.*type model.chat_template=chatml"):
             split.encode(tokenizer, "train")
-        assert Data("text", "testbed", 4, 0, 64).load().encode(tokenizer, "train")[0]  # text needs none
+        assert Data("text", "testbed", 4, 0, 64).load().encode(tokenizer, "train")[0]  # text needs no template
     finally:
         tokenizer.chat_template = old
 
@@ -162,20 +163,22 @@ OTHER_START = CHAT_TEMPLATE.replace("'<|assistant|>' -", "'<|assistant|>I think'
 REWRITES = CHAT_TEMPLATE.replace(
     "message['content'] +", "(message['content'] if loop.revindex < 3 else message['content'] + '!') +"
 )
-SYSTEM, USER, REPLY = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
+SYSTEM, USER, RESPONSE = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
 
 
 @pytest.mark.parametrize(
     ("text", "dialogue", "message"),
     [
-        (LEAVES_OUT, [SYSTEM, USER, REPLY], "leaves out what the system says"),
-        (LAST_ONLY, [USER, REPLY, USER, REPLY], r"does not end every assistant turn with <\|end\|>"),
-        (OTHER_START, [USER, REPLY], "generation prompt is not how it begins an assistant turn"),
-        (REWRITES, [USER, REPLY, USER, REPLY], "rewrites earlier turns"),
-        ("{% for m in messages %}{{ m.content", [USER, REPLY], "no Jinja template"),
+        (LEAVES_OUT, [SYSTEM, USER, RESPONSE], "leaves out what the system says"),
+        (LAST_ONLY, [USER, RESPONSE, USER, RESPONSE], r"does not end every assistant turn with <\|end\|>"),
+        (OTHER_START, [USER, RESPONSE], "generation prompt is not how it begins an assistant turn"),
+        (REWRITES, [USER, RESPONSE, USER, RESPONSE], "rewrites earlier turns"),
+        ("{% for m in messages %}{{ m.content", [USER, RESPONSE], "no Jinja template"),
     ],
 )
-def test_a_template_that_cannot_be_trained(tokenizer: Any, text: str, dialogue: list[Message], message: str) -> None:
+def test_a_template_that_cannot_be_trained_with_is_refused(
+    tokenizer: Any, text: str, dialogue: list[Message], message: str
+) -> None:
     assert text != CHAT_TEMPLATE
     tokenizer.chat_template, old = text, tokenizer.chat_template
     try:
