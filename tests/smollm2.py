@@ -17,6 +17,6 @@ def folder() -> str:
     if file is None:
         pytest.skip(REASON)
     pytest.importorskip("gguf", reason=REASON)
-    from rlhf.models.gguf import converted
+    from rlhf.models.gguf import convert_gguf
 
-    return converted(str(file))
+    return convert_gguf(str(file))

@@ -10,9 +10,9 @@ from rlhf.callbacks.progress import work_of
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
 from rlhf.errors import RunFailed, UserError
+from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reference import Reference
-from rlhf.models.roles import load_reference
 from rlhf.models.vocabulary import check_vocabulary
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage.base import Stage

@@ -19,9 +19,9 @@ from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.reduction import weighted_mean
+from rlhf.models.auxiliary_models import load_critic
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.roles import load_critic
-from rlhf.models.saved_config import missing_head_error, scores
+from rlhf.models.saved_config import is_scalar_model, missing_head_error
 from rlhf.models.vocabulary import OWN_CRITIC, check_vocabulary
 from rlhf.objective import Metrics, PolicyObjective
 from rlhf.reward.base import Reward
@@ -107,7 +107,7 @@ class PPOStage(RolloutStage):
                 f"stage.value_warmup={value_warmup} of stage.steps={steps} rollouts leaves none that trains the "
                 f"policy: type stage.steps={value_warmup + 1} or more, or stage.value_warmup=0"
             )
-        if scores(value) is False:
+        if is_scalar_model(value) is False:
             raise missing_head_error("stage.value", value, OWN_CRITIC)
         check_vocabulary(model, value, "stage.value", OWN_CRITIC)
         if value_warmup and getattr(objective, "value_coefficient", None) == 0:

@@ -16,11 +16,11 @@ from rlhf.errors import UserError
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.scores import missing_eos
 from rlhf.models.adapters import NoAdapter
+from rlhf.models.auxiliary_models import copy_start_if_needed, restore_start
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.models.reference import Reference
-from rlhf.models.roles import copy_start_if_needed, start_of
 from rlhf.objective import TokenObjective
 from rlhf.reward.base import Reward, make_ready
 from rlhf.reward.missing_eos import MISSING_EOS_PENALTY, MissingEOSOption, resolve_missing_eos
@@ -197,7 +197,7 @@ class RejectionSamplingStage(Supervised):
     def sampling_reference(self) -> Reference:
         """Return the model that generated the responses, after the policy has been trained."""
         if self.is_on_policy:
-            return start_of(self.policy, self.start)
+            return restore_start(self.policy, self.start)
         return Reference(self.sampling_policy(), shared=self.policy.shared is not None)
 
     def sample(self) -> BatchFile:

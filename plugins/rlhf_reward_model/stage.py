@@ -20,10 +20,11 @@ from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.functional.calibration import Reliability, histogram, reliability
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.causal_lm import CausalLM, Corpus
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.tokenizer_loading import Corpus
 from rlhf.objective import Metrics, ScoreObjective, win_rate
 from rlhf.stage import figures
 from rlhf.stage.base import Stage

@@ -1,8 +1,9 @@
 """Construction of a stage from a command line as training would build it, with its tokenizer but without weights."""
 
-import sys
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rlhf.data.data import Data
 from rlhf.data.load_report import LoadReport
 from rlhf.data.split import Split
 from rlhf.errors import UserError
-from rlhf.models.fake_tensors import FakeWeights, cast, fake_weights
+from rlhf.models.fake_tensors import FakeWeights, cast, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
 from rlhf.planning import rounds
@@ -82,11 +83,11 @@ class Look:
 
     Attributes:
         steps: The steps of the plan.
-        mode: The fake-tensor mode in which all models are built.
+        weights: Source of the weights of all models.
     """
 
     steps: list[Step]
-    mode: FakeWeights = field(default_factory=FakeWeights)
+    weights: FakeWeights = field(default_factory=FakeWeights)
 
     def __post_init__(self) -> None:
         silence_libraries()
@@ -152,7 +153,7 @@ class Look:
         if step.name not in self._stages:
             config: Any = OmegaConf.create(self.config(step))
             splits = self.splits(step, strict) if loaded is None else loaded
-            with fake_weights(self.mode):
+            with use_fake_weights(self.weights):
                 stage = build_stage(config, step.folder, splits)
                 cast(stage, step.config["precision"]["trainer"])
             stage.trainer = pl.Trainer(
@@ -204,23 +205,9 @@ def read_examples(stage: Stage) -> None:
     """
     if type(stage).read_examples is Stage.read_examples:
         raise UserError(f"{type(stage).__name__} has no read_examples, so its batches cannot be shown before it trains")
-    output, sys.stdout = sys.stdout, _Nowhere()
-    try:
+    # The notes of a stage are discarded: the pages here report the same in more detail.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         stage.read_examples()
-    finally:
-        sys.stdout = output
-
-
-class _Nowhere:
-    """Stream that discards the notes of a stage, which the pages here report in more detail."""
-
-    def write(self, text: str) -> int:
-        """Discard the text; return its length."""
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing."""
-        pass
 
 
 def spec_of(config: DictConfig) -> Any:

@@ -8,8 +8,9 @@ from torch import nn
 
 from rlhf.inspection.composing import Look
 from rlhf.inspection.work import Work
-from rlhf.models.causal_lm import total_memory
-from rlhf.models.language_model import LanguageModel, evaluating
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.machine_memory import read_machine_memory
+from rlhf.models.module_state import evaluating
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.stage.base import Stage
@@ -44,7 +45,7 @@ def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, 
 
     checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.base.modules())
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
-    with look.mode, precision.autocast("cpu"), evaluating(model), hooks:  # eval mode disables recomputation
+    with look.weights.mode, precision.autocast("cpu"), evaluating(model), hooks:  # eval mode disables recomputation
         ids = torch.zeros(rows, length, dtype=torch.long)
         model.base.get_decoder()(input_ids=ids, use_cache=False)
     total = sum(size for address, (_, size) in kept.items() if address not in own)
@@ -71,7 +72,7 @@ def cache(stage: Stage, work: Work, precision: Precision) -> int | None:
 def machine(accelerator: str) -> tuple[int | None, str]:
     """Return (bytes of memory that training may use, name of the device); None for a device that is absent."""
     if accelerator == "cpu":
-        return total_memory(), "this machine"
+        return read_machine_memory(), "this machine"
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
     return None, "no GPU here"

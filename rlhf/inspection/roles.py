@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf.inspection.composing import Look
-from rlhf.models.fake_tensors import fake_weights, sizes
+from rlhf.models.fake_tensors import sizes, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.optimizer_state import StateSize
 from rlhf.models.reference import Reference
@@ -45,7 +45,7 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
     for name, module in stage.named_children():
         if isinstance(module, LanguageModel | ScalarModel):
             found.append(_role(NAMES.get(name, name), module, seen, state))
-    with fake_weights(look.mode):  # some stages build a model only here
+    with use_fake_weights(look.weights):  # some stages build a model only here
         held = list(_held(stage))
     for name, model in held:
         note = ""

@@ -75,7 +75,7 @@ def tokenizer_of(words: Sequence[str], step: str | None) -> tuple[Tokenizer, Any
     config = resolve(step_config(plain(root), None))
     spec = spec_of(OmegaConf.create({"model": config["model"]}))
     corpus = Data("text", "testbed", 500, 0, 64).load().texts if spec.path is None else None
-    return spec._tokenizer(corpus), spec
+    return spec.load_tokenizer(corpus), spec
 
 
 def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
@@ -142,5 +142,5 @@ def _own_pad(spec: Any) -> str | None:
         return None
     from transformers import AutoTokenizer
 
-    source = spec.tokenizer or (spec.path if spec.path.endswith(".gguf") else spec._base_path())
-    return str(spec._found(AutoTokenizer.from_pretrained, source).pad_token)
+    source = spec.tokenizer or (spec.path if spec.path.endswith(".gguf") else spec.base_path)
+    return str(spec.read(AutoTokenizer.from_pretrained, source).pad_token)

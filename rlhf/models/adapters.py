@@ -24,7 +24,7 @@ NEEDS_WEIGHTS = "adapter=qlora needs trained weights: type inputs.policy=RUN or 
 class NoAdapter:
     """Full fine-tuning: every weight is trained."""
 
-    def description(self, precision: Precision) -> BitsAndBytesConfig | None:
+    def quantization_config(self, precision: Precision) -> BitsAndBytesConfig | None:
         """Return the quantisation config of the base, or None without quantisation.
 
         It does not test whether bitsandbytes runs here, so models without weights can call it too.
@@ -33,7 +33,7 @@ class NoAdapter:
 
     def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
         """Return the quantisation config of a base that is about to be loaded, or None without quantisation."""
-        return self.description(precision)
+        return self.quantization_config(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Prepare a loaded base for an adapter."""
@@ -144,7 +144,7 @@ class QLoRA(LoRA):
         if self.quantize == "int8" and self.double_quant:
             raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
 
-    def description(self, precision: Precision) -> BitsAndBytesConfig:
+    def quantization_config(self, precision: Precision) -> BitsAndBytesConfig:
         """Return the quantisation config of the base; products are computed in the precision's compute format."""
         if self.quantize == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
@@ -162,7 +162,7 @@ class QLoRA(LoRA):
             UserError: If bitsandbytes is missing or has no kernels for this machine.
         """
         check_bitsandbytes(self.quantize)
-        return self.description(precision)
+        return self.quantization_config(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make quantised layers compute the same in training mode and in eval mode."""
@@ -184,7 +184,7 @@ def tied_projection(model: PreTrainedModel) -> str | None:
     return next(name.rpartition(".")[2] for name, part in model.named_modules() if part is head)
 
 
-def merged(model: PeftModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(model: PeftModel, folder: Path) -> PreTrainedModel:
     """Return the model with the adapter that was stored in ``folder`` merged into its weights.
 
     Raises:

@@ -6,14 +6,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import NEEDS_WEIGHTS
-from rlhf.models.causal_lm import CausalLM
-from rlhf.models.language_model import LanguageModel, plain_config
+from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter
+from rlhf.models.language_model import plain_config
+from rlhf.models.model_source import ModelSource
+from rlhf.models.precision import Precision
+from rlhf.models.weights import use_weights
 
 BLOCK = 64  # weights per block scale of NF4, as bitsandbytes quantises
 NESTED = 256  # block scales per second-level scale, under double quantisation
@@ -51,82 +53,81 @@ class Int8(nn.Linear):
         return self.weight.numel() + 4 * self.out_features
 
 
-class FakeWeights(FakeTensorMode):
-    """Fake-tensor mode: tensors made under it have a shape and no content; copies of a model keep the same mode."""
+class _Converter(FakeTensorConverter):
+    """Converter that keeps no weak references to the tensors it makes.
+
+    torch converts a module of fake tensors by swapping each tensor for a converted one, and refuses to swap a tensor
+    with a weak reference.
+    """
+
+    def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
+        """Do nothing."""
+
+
+class _Mode(FakeTensorMode):
+    """Fake-tensor mode whose modules can be converted and copied; a copy of a model keeps the same mode."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.fake_tensor_converter = _Converter()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FakeWeights":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Mode":
         return self
 
 
+class FakeWeights:
+    """Weight source of models on fake tensors: every shape and dtype, no storage, no values.
+
+    Attributes:
+        mode: Fake-tensor mode of all its models.
+    """
+
+    def __init__(self) -> None:
+        self.mode = _Mode()
+
+    def load(
+        self,
+        source: ModelSource,
+        kind: Any,
+        adapter: NoAdapter,
+        precision: Precision,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> PreTrainedModel:
+        """Build the layers of the model; of its files, only the configuration is read."""
+        config = plain_config(source.config(tokenizer))
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(tokenizer))  # a replaced chat template may add tokens
+        if "SequenceClassification" in kind.__name__:
+            config.num_labels = 1
+        made: PreTrainedModel = kind.from_config(config, dtype=precision.weights, attn_implementation=source.attention)
+        quantization = adapter.quantization_config(precision)
+        if quantization is not None:
+            if source.path is None:
+                raise UserError(NEEDS_WEIGHTS)
+            quantize(made, quantization)
+        return made
+
+
 @contextmanager
-def fake_weights(mode: FakeWeights) -> Iterator[None]:
-    """Build models on fake tensors (shapes and dtypes, no storage) inside the context.
+def use_fake_weights(weights: FakeWeights) -> Iterator[None]:
+    """Build models on fake tensors inside the context.
 
     All construction goes through the constructors used in training, so the counted model is the trained model. Reading
     the value of a tensor made inside raises an error.
     """
-    changed: list[tuple[type, str, Any]] = [
-        (CausalLM, "_weights", _weights),
-        (LanguageModel, "check_head", lambda self: None),  # it compares logits, which have no values here
-        (nn.Module, "_apply", _converting()),
-    ]
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
-    for owner, name, replacement in changed:
-        setattr(owner, name, replacement)
-    try:
-        with mode, warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Accessing the data pointer of FakeTensor"
-            )  # copying a model does
-            yield
-    finally:
-        for owner, name, own in kept:
-            setattr(owner, name, own)
-
-
-def _weights(spec: CausalLM, kind: Any, adapter: Any, precision: Any, tokenizer: Any) -> PreTrainedModel:
-    """Build the layers without values; replaces ``CausalLM._weights``."""
-    config = plain_config(spec.config(tokenizer))
-    text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, len(tokenizer))  # a replaced chat template may add tokens
-    if "SequenceClassification" in kind.__name__:
-        config.num_labels = 1
-    made: PreTrainedModel = kind.from_config(config, dtype=precision.weights, attn_implementation=spec.attention)
-    quantization = adapter.description(precision)
-    if quantization is not None:
-        if spec.path is None:
-            raise UserError(NEEDS_WEIGHTS)
-        quantize(made, quantization)
-    return made
-
-
-def _converting() -> Any:
-    """Return a replacement of ``nn.Module._apply``, which swaps tensor storage in a way that fake tensors refuse."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # tied weights stay tied
-
-    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        for child in self.children() if recurse else ():
-            child._apply(fn)
-        for name, own in self._parameters.items():
-            if own is not None and (changed := fn(own.detach())).dtype != own.dtype:
-                new = made.setdefault(id(own), (own, nn.Parameter(changed, own.requires_grad)))[1]
-                self._parameters[name] = new
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = None if buffer is None else fn(buffer)
-        return self
-
-    return apply
+    with use_weights(weights), weights.mode, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copying a model does
+        yield
 
 
 def quantize(model: nn.Module, how: BitsAndBytesConfig) -> None:
     """Replace the layers that bitsandbytes would quantise by layers that report their quantised size."""
-    nf4 = DoubleNf4 if how.bnb_4bit_use_double_quant else Nf4
-    for name, module in model.named_modules():
+    kind = (DoubleNf4 if how.bnb_4bit_use_double_quant else Nf4) if how.load_in_4bit else Int8
+    for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.rpartition(".")[2] not in ("lm_head", "score"):
-            module.__class__ = nf4 if how.load_in_4bit else Int8
+            packed = kind(module.in_features, module.out_features, module.bias is not None, device="meta")
+            packed.weight, packed.bias = module.weight, module.bias
+            model.set_submodule(name, packed.train(module.training))
 
 
 def sizes(module: nn.Module, seen: set[int]) -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ class Footprint:
         return f"weights held: {_size(self.held)} ({copies}: {_size(self.copies)}; of its own: {own})"
 
 
-def footprint(roles: Mapping[str, Any]) -> Footprint:
+def measure_footprint(roles: Mapping[str, Any]) -> Footprint:
     """Count the bytes of the tensors of each role, which is a module or a reference.
 
     A reference that is the policy with its adapter off reads all of the policy except the adapter.

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.errors import UserError, first_line
 from rlhf.models import gguf_source
 from rlhf.models.language_model import plain_config
-from rlhf.models.reading import check_loaded
+from rlhf.models.load_errors import check_loaded
 from rlhf.storage.cache import cache_folder
 
 LAYOUT = "1"  # version of the converted directories; increased when the conversion changes
 TOKENIZER = "tokenizer_config.json"
 
 
-def converted(source: str) -> str:
+def convert_gguf(source: str) -> str:
     """Return the Hugging Face directory with a GGUF file's float32 weights, tokenizer and chat template.
 
     The directory is in the cache under the file's digest. The first use creates it (one process converts, others wait);

@@ -72,7 +72,7 @@ def write_base(adapter: Path, base: str) -> None:
     (adapter / BASE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def base_of(adapter: Path) -> str:
+def find_base(adapter: Path) -> str:
     """Return the path of the model that an adapter was trained on, after checking that its weights are unchanged.
 
     Raises:
@@ -138,7 +138,7 @@ def resolve_adapters(path: str) -> tuple[list[Path], str]:
         if adapter in found:
             raise UserError(f"{adapter}: the adapters sit on each other in a circle")
         found.append(adapter)
-        path = base_of(adapter)
+        path = find_base(adapter)
 
 
 def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]:
@@ -160,7 +160,7 @@ def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]
             return nodes
         if any(path == node.path for node in nodes[:-1]):
             raise UserError(f"{adapter}: the adapters sit on each other in a circle")
-        path = base_of(adapter) if known is None else str(known.base)
+        path = find_base(adapter) if known is None else str(known.base)
 
 
 def common_base(

@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlhf.data.collate import TokenBatch
-from rlhf.models.language_model import LanguageModel, evaluating
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.module_state import evaluating
 
 
 class Reference:
@@ -63,7 +64,7 @@ def start_reference(policy: LanguageModel) -> Reference:
     copy.
     """
     if policy.shared is not None:
-        return Reference(policy.shared.start_of(policy), shared=True)
+        return Reference(policy.shared.restore_start(policy), shared=True)
     if policy.adapted:
         return Reference(policy)
     return Reference(copy.deepcopy(policy).frozen())

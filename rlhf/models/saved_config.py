@@ -37,27 +37,27 @@ def check_file_limits(shape: Plain, name: str) -> None:
         check_limits(shape["text_config"], f"{name}: config.json has text_config.")
 
 
-def file_of(path: object, name: str) -> Path | None:
+def find_file(path: object, name: str) -> Path | None:
     """Return the path of a model's file in a model or run directory; None if the file does not exist."""
     folders = (Path(str(path)), Path(str(path)) / "model")
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def written(path: object) -> dict[str, Any] | None:
+def read_config(path: object) -> dict[str, Any] | None:
     """Return the content of config.json in a model or run directory.
 
     None if it cannot be read, as for a hub id or a run that does not exist yet.
     """
-    file = file_of(path, "config.json")
+    file = find_file(path, "config.json")
     if file is None:
         return None
     found, _ = read_json(file)
     return found if isinstance(found, dict) else None
 
 
-def scores(path: object) -> bool | None:
+def is_scalar_model(path: object) -> bool | None:
     """Return whether a directory holds a reward or value model, by the architecture in its config; None if unknown."""
-    names = (written(path) or {}).get("architectures")
+    names = (read_config(path) or {}).get("architectures")
     if not isinstance(names, list) or not names:
         return None
     return any(str(name).endswith("ForSequenceClassification") for name in names)

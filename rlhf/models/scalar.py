@@ -14,12 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.causal_lm import CausalLM, Corpus
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, materialize
 from rlhf.models.lineage import adapter_path
+from rlhf.models.load_errors import convert_read_errors
 from rlhf.models.precision import Precision
-from rlhf.models.reading import readable
 from rlhf.models.saved_config import score_scale
+from rlhf.models.tokenizer_loading import Corpus
 
 FP32 = Precision("32-true")
 SAFETY_HEAD = "safety_head.safetensors"
@@ -103,7 +104,7 @@ class ScalarModel(nn.Module):
             )
         file = folder / SAFETY_HEAD
         if file.is_file():
-            with readable(str(file), "make the reward model again"):
+            with convert_read_errors(str(file), "make the reward model again"):
                 self.add_safety_head().load_state_dict(load_file(file))
 
     def add_safety_head(self) -> nn.Linear:

@@ -26,17 +26,19 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 
 from rlhf.errors import UserError
 from rlhf.models.adapters import TRAINED, LoRA, tied_projection
-from rlhf.models.causal_lm import CausalLM, Corpus, _end_id
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import COPY_ADAPTER_AGAIN, Planned, common_base, stored_config
+from rlhf.models.load_errors import convert_read_errors
 from rlhf.models.precision import Precision
-from rlhf.models.reading import readable
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.special_tokens import find_end_id
+from rlhf.models.tokenizer_loading import Corpus
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def share(model: M) -> M:
+def copy_tree(model: M) -> M:
     """Return a second module tree around the same frozen tensors; trained tensors are copied.
 
     The state that quantised layers keep beside their weights is shared too.
@@ -134,7 +136,7 @@ class SharedBase:
         """Build the trained model with a fresh adapter, in a module tree around the shared base."""
         self.load(corpus)
         assert self.model is not None and self.tokenizer is not None
-        model = self._role(share(self.model), self.spec.folder, self.tokenizer, AutoModelForCausalLM, fresh=True)
+        model = self._role(copy_tree(self.model), self.spec.folder, self.tokenizer, AutoModelForCausalLM, fresh=True)
         model.check_head()
         return model
 
@@ -144,7 +146,7 @@ class SharedBase:
         assert self.model is not None
         folder = _folder(path)
         tokenizer = CausalLM(folder, None, None).load_tokenizer()
-        return self._role(share(self.model), folder, tokenizer, AutoModelForCausalLM).disable_dropout().frozen()
+        return self._role(copy_tree(self.model), folder, tokenizer, AutoModelForCausalLM).disable_dropout().frozen()
 
     def scalar(self, path: str, fresh: bool = False) -> ScalarModel:
         """Build the reward model at ``path``: frozen, or as a critic with a fresh adapter and a trained head.
@@ -154,7 +156,7 @@ class SharedBase:
         self.load()
         assert self.model is not None
         spec = CausalLM(_folder(path), None, None)
-        decoder = share(self.model.get_decoder())
+        decoder = copy_tree(self.model.get_decoder())
         role = self._role(decoder, spec.folder, spec.load_tokenizer(), AutoModel, fresh)
         model = ScalarModel(role)
         if spec.scalar:
@@ -164,9 +166,9 @@ class SharedBase:
             return model.eval()
         return model.train()
 
-    def start_of(self, policy: LanguageModel) -> LanguageModel:
+    def restore_start(self, policy: LanguageModel) -> LanguageModel:
         """Return the policy as it was before training, frozen: its module tree without the trained adapter."""
-        start = share(policy)
+        start = copy_tree(policy)
         assert isinstance(start.model, PeftModel)
         below = [name for name in start.model.base_model.active_adapters if name != TRAINED]  # type: ignore[operator,union-attr]
         if below:
@@ -201,7 +203,7 @@ class SharedBase:
         if isinstance(model, PeftModel):
             _activate(model, [*names, *([TRAINED] if fresh else [])])
         plain = None if self._plain is None else self._plain(kind)
-        role = LanguageModel(model, tokenizer, _end_id(tokenizer), plain, path)
+        role = LanguageModel(model, tokenizer, find_end_id(tokenizer), plain, path)
         role.shared = self
         role.adapter, role.precision = self.adapter, self.precision
         if self.spec.gradient_checkpointing and fresh:
@@ -214,7 +216,7 @@ class SharedBase:
         stem = "base_model.model."
         own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
         prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
-        with readable(str(folder), COPY_ADAPTER_AGAIN):
+        with convert_read_errors(str(folder), COPY_ADAPTER_AGAIN):
             weights = load_peft_weights(str(folder), device="cpu")
             config = LoraConfig.from_pretrained(str(folder))
         state = {stem + own + key.removeprefix(stem).removeprefix(prefix): value for key, value in weights.items()}
@@ -287,7 +289,7 @@ def stored_head(folder: Path) -> Tensor:
         UserError: If there is none, or it has several outputs.
     """
     for file in sorted(folder.glob("*.safetensors")):
-        with readable(f"model.path={file}"), safe_open(file, framework="pt") as content:
+        with convert_read_errors(f"model.path={file}"), safe_open(file, framework="pt") as content:
             if "score.weight" in content.keys():  # noqa: SIM118  # no mapping
                 head = content.get_tensor("score.weight").float()
                 if len(head) != 1:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.models.saved_config import file_of
+from rlhf.models.saved_config import find_file
 from rlhf.storage.files import read_json
 
 OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
@@ -24,7 +24,7 @@ def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:
     """
     if not isinstance(path, str) or getattr(model, "path", None) is None or model.tokenizer is not None:
         return
-    ours, theirs = words(model.path), words(path)
+    ours, theirs = read_vocabulary(model.path), read_vocabulary(path)
     if ours is not None and theirs is not None and ours != theirs:
         shared = sum(theirs.get(word) == number for word, number in ours.items())
         raise UserError(
@@ -37,7 +37,7 @@ def lacks_template(path: object) -> bool:
     """Return whether a directory holds a tokenizer without a chat template; False if it holds no tokenizer."""
     if not isinstance(path, str):
         return False
-    file = file_of(path, "tokenizer_config.json")
+    file = find_file(path, "tokenizer_config.json")
     if file is None:
         return False
     own, _ = read_json(file)
@@ -47,9 +47,9 @@ def lacks_template(path: object) -> bool:
     return not (own.get("chat_template") or beside or file.with_name("additional_chat_templates").is_dir())
 
 
-def words(path: object) -> dict[str, int] | None:
+def read_vocabulary(path: object) -> dict[str, int] | None:
     """Return token -> id of the tokenizer in a model or run directory, without added tokens; None if unreadable."""
-    file = file_of(path, "tokenizer.json")
+    file = find_file(path, "tokenizer.json")
     if file is None:
         return None
     try:

@@ -13,7 +13,7 @@ from rlhf.data.encoding import encode_prompt, encode_turns
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.saved_config import missing_head_error, scores
+from rlhf.models.saved_config import is_scalar_model, missing_head_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
 from rlhf.reward.base import Reward
@@ -45,7 +45,7 @@ class ModelReward(Reward):
         Raises:
             UserError: For the directory of a language model.
         """
-        if scores(path) is False:
+        if is_scalar_model(path) is False:
             raise missing_head_error("reward.path", path)
 
     def load(self, base: SharedBase | None = None) -> "ModelReward":

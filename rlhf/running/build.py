@@ -21,7 +21,7 @@ from rlhf.console import silence_libraries
 from rlhf.data import contamination
 from rlhf.data.split import Split
 from rlhf.logger.loggers import log_config, log_samples, loggers
-from rlhf.models.footprint import footprint
+from rlhf.models.footprint import measure_footprint
 from rlhf.planning.checks.shared_base import shared_base
 from rlhf.planning.instantiate import build_option
 from rlhf.planning.validation.stage import find_unread_data
@@ -147,7 +147,7 @@ def train(config: DictConfig, folder: Path, resume: bool) -> dict[str, float]:
     torch.manual_seed(derive_step_seed(config))
     stage = build_stage(config, folder)
     trainer, clock = build_trainer(config, folder)
-    held = footprint(stage.roles())
+    held = measure_footprint(stage.roles())
     if len(held.roles) > 1 and trainer.is_global_zero:
         print(f"  {stage.name}: {held}", flush=True)
     if trainer.is_global_zero:

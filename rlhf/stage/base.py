@@ -27,10 +27,11 @@ from rlhf.data.records import Prompt
 from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.causal_lm import CausalLM, Corpus
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.half_weights import HalfWeights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.models.tokenizer_loading import Corpus
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.base import Sampler
 from rlhf.signatures import merge_signature

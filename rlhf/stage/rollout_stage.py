@@ -20,9 +20,9 @@ from rlhf.data.records import Prompt
 from rlhf.data.split import Split
 from rlhf.errors import UserError
 from rlhf.functional.scores import Moments, ScoreScale, missing_eos
+from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.roles import load_reference
 from rlhf.models.vocabulary import check_vocabulary
 from rlhf.objective import Metrics
 from rlhf.reward.base import Reward, make_ready

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from rlhf.errors import RunFailed
 from rlhf.functional.distributed import average_gradients
 from rlhf.functional.reduction import weighted_mean
-from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.module_state import check_gradients
 from rlhf.objective import Metrics
 from rlhf.stage.batch_order import BatchOrder
 

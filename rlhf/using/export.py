@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models import gguf_source
 from rlhf.models.gguf_source import GGUFSource
 from rlhf.models.lineage import stored_base, stored_config
-from rlhf.models.saved_config import check_file_limits, score_scale, written
+from rlhf.models.saved_config import check_file_limits, read_config, score_scale
 from rlhf.runs import run_directory
 from rlhf.storage import links
 from rlhf.using import named
@@ -106,7 +106,7 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
         assert base is not None
         return _adapter(model, adapter, base, folder)
     if (Path(model.path) / "config.json").is_file():
-        if written(model.path) is None:
+        if read_config(model.path) is None:
             raise UserError(f"{model.path}/config.json: is no JSON object; get the model again")
         _copy(Path(model.path), folder, ("*",))
         return Exported("model", folder)
@@ -191,15 +191,15 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    from rlhf.models.reading import check_loaded, readable
+    from rlhf.models.load_errors import check_loaded, convert_read_errors
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    check_file_limits(written(source) or {}, str(source))
+    check_file_limits(read_config(source) or {}, str(source))
     numbers = score_scale(source) or {"scale": 1.0, "bias": 0.0}
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
     kind: Any = AutoModelForSequenceClassification
-    with readable(str(source)):
+    with convert_read_errors(str(source)):
         try:
             model, report = kind.from_pretrained(
                 source, dtype="auto", trust_remote_code=False, output_loading_info=True

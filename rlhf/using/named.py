@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.models.saved_config import scores
+from rlhf.models.saved_config import is_scalar_model
 from rlhf.planning import references
 from rlhf.runs.run_directory import Run
 from rlhf.storage.plain import Plain, targets
@@ -84,7 +84,7 @@ def _model(ref: str, role: str, outputs: Path, key: str) -> Named:
 
 def scalar(path: str) -> bool:
     """Return whether a model directory holds a reward or value model; False if it does not exist."""
-    return bool(scores(path))
+    return bool(is_scalar_model(path))
 
 
 # Lineage

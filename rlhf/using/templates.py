@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
 from rlhf.errors import UserError
-from rlhf.models.causal_lm import CausalLM
+from rlhf.models.model_source import ModelSource
+from rlhf.models.tokenizer_loading import load_own_tokenizer
 from rlhf.using.named import Named
 
 OPTION = "--chat-template"
@@ -50,7 +51,7 @@ def given(models: Sequence[Named], name: str | None) -> Given:
     """
     with as_typed(True):  # raises for a wrong name or file even if no model needs it
         if name is not None:
-            CausalLM(None, None, None, chat_template=name)
+            ModelSource(None, None, None, chat_template=name)
     lacking, notes = set(), []
     for model in models:
         vocabulary = _without(model)
@@ -82,7 +83,7 @@ def identity(name: str) -> str:
 
 def _without(model: Named) -> dict[str, int] | None:
     """Return the vocabulary of a tokenizer without a chat template; None if it has one."""
-    tokenizer = CausalLM(model.path, None, None).own_tokenizer()
+    tokenizer = load_own_tokenizer(ModelSource(model.path, None, None))
     return None if tokenizer.chat_template else tokenizer.get_vocab()
 
 

@@ -23,7 +23,7 @@ def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write outputs to the test's own directory, and fail if weights are read."""
     tiny_model().save(tmp_path / "tied" / "model")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(CausalLM, "_weights", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(CausalLM, "load_weights", lambda *_: pytest.fail("weights are read"))
 
 
 def plan_error(composed: Callable[..., DictConfig], *words: str) -> list[str]:

@@ -64,7 +64,7 @@ def tokenizers() -> dict[str, Any]:
     """Return SmolLM2's tokenizer with each template, as a run would have it."""
     place = smollm2.folder()
     chosen = {name: None if name == "own" else name for name in FRAMES}
-    return {key: CausalLM(place, None, None, chat_template=name)._tokenizer(None) for key, name in chosen.items()}
+    return {key: CausalLM(place, None, None, chat_template=name).load_tokenizer() for key, name in chosen.items()}
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from rlhf.inspection.composing import Look, read_examples
 from rlhf.inspection.memory import kept_for_backward
 from rlhf.inspection.roles import roles_of
 from rlhf.models.adapters import NoAdapter, QLoRA
-from rlhf.models.causal_lm import CausalLM
-from rlhf.models.fake_tensors import FakeWeights, fake_weights, quantize, sizes
+from rlhf.models.fake_tensors import FakeWeights, quantize, sizes, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.optimizer_state import StateSize, state_bytes
 from rlhf.models.precision import Precision
@@ -149,10 +148,10 @@ def test_activations_are_those_that_autograd_saves(looked: Callable[..., Look]) 
 
 def test_inspecting_70b_weights_allocates_no_memory() -> None:
     spec = build_option(OmegaConf.merge(OmegaConf.load(CONF / "model" / "llama2_70b.yaml"), {"path": None}))
-    with fake_weights(FakeWeights()):
+    with use_fake_weights(FakeWeights()):
         tokenizer = tiny_model().tokenizer
-        model = CausalLM._weights(
-            spec, __import__("transformers").AutoModelForCausalLM, NoAdapter(), Precision("bf16-true"), tokenizer
+        model = spec.load_weights(
+            __import__("transformers").AutoModelForCausalLM, NoAdapter(), Precision("bf16-true"), tokenizer
         )
     count, trained, weights = sizes(model, set())
     # Llama 2 70B without its embedding and projection, both of 32000 x 8192, and with those of this small vocabulary

@@ -234,12 +234,12 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_is_loaded(monkey
     weights = refusal.rough_parameters(step.config["model"])
     assert 0 < need < 16 * weights * 1.2
     monkeypatch.setattr(refusal, "SMALL", 0)
-    monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
+    monkeypatch.setattr(refusal, "read_machine_memory", lambda: need - 1)
     with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take .* type a smaller model="):
         refusal.check_memory([step])
-    monkeypatch.setattr(refusal, "machine_memory", lambda: need)
+    monkeypatch.setattr(refusal, "read_machine_memory", lambda: need)
     refusal.check_memory([step])
-    monkeypatch.setattr(refusal, "machine_memory", lambda: 1)
+    monkeypatch.setattr(refusal, "read_machine_memory", lambda: 1)
     monkeypatch.setenv(refusal.SWITCH, "0")
     refusal.check_memory([step])
     monkeypatch.delenv(refusal.SWITCH)

@@ -99,7 +99,7 @@ def test_the_memory_of_a_large_quantised_run_is_counted(
     monkeypatch.setattr(refusal, "CLOSE", 0)
     refusal.check_memory([step])
     need = refusal.trained_bytes(step.config)
-    monkeypatch.setattr(refusal, "machine_memory", lambda: need - 1)
+    monkeypatch.setattr(refusal, "read_machine_memory", lambda: need - 1)
     with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take"):
         refusal.check_memory([step])
 

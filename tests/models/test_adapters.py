@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
-from rlhf.models.language_model import check_gradients
+from rlhf.models.module_state import check_gradients
 from rlhf.models.reference import start_reference
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from rlhf.errors import UserError
-from rlhf.models import causal_lm
+from rlhf.models import weights
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.fake_tensors import FakeWeights, fake_weights
+from rlhf.models.fake_tensors import FakeWeights, use_fake_weights
 from rlhf.models.precision import Precision
 from rlhf.models.saved_config import check_file_limits
 from rlhf.planning.step_config import register_resolvers
@@ -152,7 +152,7 @@ def test_padding_is_never_the_end_of_a_response(folder: Path, tmp_path: Path) ->
 
 
 def test_weights_larger_than_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal_lm, "total_memory", lambda: 10**9)
+    monkeypatch.setattr(weights, "read_machine_memory", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     architecture = {"hidden_size": 4096, "num_hidden_layers": 8}
     with pytest.raises(UserError, match="GiB"):
@@ -195,7 +195,7 @@ def test_a_gguf_file_is_loaded_and_cached(
     assert "dequantised" not in capsys.readouterr().out and again.adapted
 
 
-@pytest.mark.parametrize("mode", [lambda: fake_weights(FakeWeights()), lambda: torch.device("meta"), torch.no_grad])
+@pytest.mark.parametrize("mode", [lambda: use_fake_weights(FakeWeights()), lambda: torch.device("meta"), torch.no_grad])
 def test_gguf_is_converted_outside_the_modes_of_its_caller(
     mode: Callable[[], AbstractContextManager[Any]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,10 +16,10 @@ from rlhf.errors import UserError
 from rlhf.models import lineage
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.reading import readable
-from rlhf.models.saved_config import scores, written
+from rlhf.models.load_errors import convert_read_errors
+from rlhf.models.saved_config import is_scalar_model, read_config
 from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
-from rlhf.models.vocabulary import lacks_template, words
+from rlhf.models.vocabulary import lacks_template, read_vocabulary
 from rlhf.using import export
 from rlhf.using.named import Named
 from tests.models.conftest import FP32, spec
@@ -101,7 +101,7 @@ def test_logs_of_transformers_about_a_loaded_model_are_printed(
     monkeypatch.setattr(library, "propagate", propagate)
     monkeypatch.setattr(library, "handlers", [] if propagate else [caplog.handler])  # pytest reads the root logger
     caplog.set_level(logging.WARNING, "transformers")  # runs of other tests set the level to errors
-    with readable("model.path=m"):
+    with convert_read_errors("model.path=m"):
         logging.getLogger("transformers.models").warning("heed this")
         assert caplog.messages == []
     assert caplog.messages == ["heed this"]
@@ -133,7 +133,7 @@ def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_pa
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
     (tmp_path / name).write_bytes(content)
     file = tmp_path / name
-    refusal(lambda: lineage.base_of(tmp_path), f"{file}: ", said, "copy the adapter's folder anew")
+    refusal(lambda: lineage.find_base(tmp_path), f"{file}: ", said, "copy the adapter's folder anew")
     refusal(lambda: export._named_base(Named("x", str(tmp_path)), tmp_path), f"{file}: ", said)
 
 
@@ -276,8 +276,10 @@ def test_inspecting_a_directory_survives_malformed_files(content: bytes, tmp_pat
     """The code that reads the files later reports what is wrong."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(content)
-    assert written(tmp_path) is None and scores(tmp_path) is None and words(str(tmp_path)) is None
+    assert (
+        read_config(tmp_path) is None and is_scalar_model(tmp_path) is None and read_vocabulary(str(tmp_path)) is None
+    )
     assert lacks_template(str(tmp_path)) is False
     (tmp_path / "config.json").write_text('{"architectures": 5}')
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": [5]}}')
-    assert scores(tmp_path) is None and words(str(tmp_path)) is None
+    assert is_scalar_model(tmp_path) is None and read_vocabulary(str(tmp_path)) is None

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import RunFailed
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.module_state import check_gradients
 from rlhf.models.reference import start_reference
 from tests.models.conftest import FP32, corpus, random_model, spec
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
-from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.module_state import check_gradients
 from rlhf.models.scalar import ScalarModel
 from tests.models.conftest import FP32, random_model, spec
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import DoRA, LoRA, NoAdapter, QLoRA
-from rlhf.models.footprint import footprint
-from rlhf.models.language_model import LanguageModel, check_gradients
+from rlhf.models.auxiliary_models import load_critic, load_reference
+from rlhf.models.footprint import measure_footprint
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import chain, common_base, digest
+from rlhf.models.module_state import check_gradients
 from rlhf.models.reference import start_reference
-from rlhf.models.roles import load_critic, load_reference
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.shared_base import SharedBase, share
+from rlhf.models.shared_base import SharedBase, copy_tree
 from tests.models.conftest import FP32, move_adapter, random_model, spec
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -218,7 +219,7 @@ def test_a_separate_reference_shares_the_base(runs: Runs, batch: Batch) -> None:
     reference = load_reference(policy, str(runs.pre))
     expected = spec(runs.pre).load(NoAdapter(), FP32).logprobs(TokenBatch.of(ids, mask, counts))[0]
     torch.testing.assert_close(reference.logprobs(TokenBatch.of(ids, mask, counts)), expected, atol=1e-6, rtol=0)
-    assert footprint({"policy": policy, "reference": reference}).roles["reference"][1] == 0
+    assert measure_footprint({"policy": policy, "reference": reference}).roles["reference"][1] == 0
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -235,7 +236,7 @@ def test_the_base_weights_are_stored_once(adapter: LoRA, runs: Runs) -> None:
     trained = [name for role in (policy, critic) for name, value in role.named_parameters() if value.requires_grad]
     assert all(".default." in name or name == "head.weight" for name in trained) and len(trained) > 20
     assert not any(value.requires_grad for role in (reward, reference.modules[0]) for value in role.parameters())
-    held = footprint({"policy": policy, "reference": reference, "value": critic, "reward": reward})
+    held = measure_footprint({"policy": policy, "reference": reference, "value": critic, "reward": reward})
     once = sum(role.numel() * role.element_size() for role in base.model.parameters())
     assert once <= held.held < 0.45 * held.copies
 
@@ -355,10 +356,10 @@ def test_gradient_checkpointing_is_on_in_trained_roles(runs: Runs) -> None:
 def test_sharing_copies_trained_parameters_only(model: LanguageModel) -> None:
     layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False))
     layer[0].requires_grad_(False)
-    other = share(layer)
+    other = copy_tree(layer)
     assert other[0] is not layer[0] and other[0].weight is layer[0].weight and other[0].bias is layer[0].bias
     assert other[1].weight is not layer[1].weight and torch.equal(other[1].weight, layer[1].weight)
-    held = footprint({"one": layer, "two": other})
+    held = measure_footprint({"one": layer, "two": other})
     assert held.roles == {"one": (4 * 15, 4 * 3), "two": (4 * 15, 4 * 3)}  # 9 + 3 shared, 3 of its own, 4 bytes each
     assert (held.held, held.copies) == (4 * 18, 4 * 30)
     assert "two copies" in str(held)

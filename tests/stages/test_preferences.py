@@ -109,7 +109,9 @@ def test_a_killed_run_resumes_bit_for_bit(name: str, load: Load, tmp_path: Path)
 def test_no_reference_is_loaded_for_reference_free_losses(
     objective, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf.models.roles.start_reference", lambda policy: pytest.fail("a reference was made"))
+    monkeypatch.setattr(
+        "rlhf.models.auxiliary_models.start_reference", lambda policy: pytest.fail("a reference was made")
+    )
     assert stage(load, objective).reference is None
     with pytest.raises(UserError, match="has no reference"):
         stage(load, objective, reference="anything")

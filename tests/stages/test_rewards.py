@@ -14,7 +14,7 @@ from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Message, Prompt
 from rlhf.data.testbed import gold
 from rlhf.errors import UserError
-from rlhf.models.roles import load_critic
+from rlhf.models.auxiliary_models import load_critic
 from rlhf.models.scalar import ScalarModel
 from rlhf.reward.base import make_ready
 from rlhf.reward.combined import GatedReward, WeightedReward

@@ -12,10 +12,10 @@ from torch import nn
 from rlhf.data.collate import TokenBatch
 from rlhf.data.data import Data
 from rlhf.errors import RunFailed, UserError
-from rlhf.models import roles, shared_base
+from rlhf.models import auxiliary_models, shared_base
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.footprint import footprint
+from rlhf.models.footprint import measure_footprint
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
@@ -124,10 +124,10 @@ def test_sharing_changes_no_bit(name: str, runs: Runs, tmp_path: Path, monkeypat
     shared = made(name, runs)
     fit(shared, tmp_path / "shared")
     copying = lambda module: shared_base.copy.deepcopy(module)  # noqa: E731
-    monkeypatch.setattr(shared_base, "share", copying)
-    monkeypatch.setattr(roles, "share", copying)
+    monkeypatch.setattr(shared_base, "copy_tree", copying)
+    monkeypatch.setattr(auxiliary_models, "copy_tree", copying)
     copies = made(name, runs)
-    held = footprint(copies.roles())
+    held = measure_footprint(copies.roles())
     assert held.held > 0.9 * held.copies
     fit(copies, tmp_path / "copies")
     ours, theirs = ({k: v for k, v in weights(s).items() if ".default." in k or "head" in k} for s in (shared, copies))
@@ -221,17 +221,17 @@ def composed(runs: Runs, *more: str, stage: str = "ppo") -> Any:
 
 def test_the_config_enables_the_shared_base(runs: Runs, tmp_path: Path) -> None:
     stage = build_stage(composed(runs), tmp_path)
-    held = footprint(stage.roles())
+    held = measure_footprint(stage.roles())
     assert set(held.roles) == {"policy", "reference", "reward", "value"}
     assert held.held < 0.6 * held.copies and held.roles["reference"][1] == 0
     fresh = build_stage(composed(runs, "stage.value=null"), tmp_path)  # a critic from the policy's own weights
-    assert footprint(fresh.roles()).held < 0.6 * footprint(fresh.roles()).copies
+    assert measure_footprint(fresh.roles()).held < 0.6 * measure_footprint(fresh.roles()).copies
     assert fresh.critic.head.weight.abs().max() == 0
     collect = build_stage(composed(runs, "annotator=reward", stage="collect"), tmp_path)
     assert collect.annotator.reward.model.language_model.shared is collect.policy.shared
     again = build_stage(composed(runs, f"inputs.base={runs.pre}", stage="rejection_sampling"), tmp_path)
     sampler = again.sampling_policy()  # the SFT model samples, the pretrained one is trained anew
-    read, own = footprint({"policy": again.policy, "sampler": sampler}).roles["sampler"]
+    read, own = measure_footprint({"policy": again.policy, "sampler": sampler}).roles["sampler"]
     assert sampler is not again.policy and own < 0.2 * read
 
 
@@ -333,8 +333,8 @@ def test_sharing_changes_no_bit_on_two_ranks(runs: Runs, tmp_path: Path, monkeyp
     shared = made("ppo", runs, steps=1)
     fit(shared, tmp_path / "shared", **TWO)
     copying = lambda module: shared_base.copy.deepcopy(module)  # noqa: E731
-    monkeypatch.setattr(shared_base, "share", copying)
-    monkeypatch.setattr(roles, "share", copying)
+    monkeypatch.setattr(shared_base, "copy_tree", copying)
+    monkeypatch.setattr(auxiliary_models, "copy_tree", copying)
     copies = made("ppo", runs, steps=1)
     before = trained(copies)
     fit(copies, tmp_path / "copies", **TWO)

@@ -54,7 +54,7 @@ def check(step: "Step", earlier: Iterable["Step"]) -> None:
     if not isinstance(adapter, LoRA) or not isinstance(spec, CausalLM) or spec.trust_remote_code:
         return
     try:
-        model = spec.outline()
+        model = spec.build_on_meta()
     except (UserError, ValueError, OSError):  # errors of the model itself are reported when it is loaded
         return
     adapter.check_modules(model)

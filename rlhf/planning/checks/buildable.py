@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from rlhf.errors import UserError, first_line
 from rlhf.models import lineage
-from rlhf.models.saved_config import check_file_limits, check_limits, file_of, written
+from rlhf.models.saved_config import check_file_limits, check_limits, find_file, read_config
 
 # Keys of config.json that are left out when a decoder of one layer is built.
 _NOT_ITS_SHAPE = ("architectures", "bos_token_id", "eos_token_id", "layer_types", "pad_token_id", "quantization_config")
@@ -44,8 +44,8 @@ def _check_model(model: Any) -> None:
 
 
 def _check_folder(name: str, path: Any) -> None:
-    file, shape = file_of(path, "config.json"), written(path)
-    if (adapter := file_of(path, "adapter_config.json")) is not None:
+    file, shape = find_file(path, "config.json"), read_config(path)
+    if (adapter := find_file(path, "adapter_config.json")) is not None:
         lineage.stored_config(adapter.parent)
     if file is None:  # a model of the hub, or of a run that has not been made yet
         return
@@ -61,7 +61,7 @@ def _check_folder(name: str, path: Any) -> None:
 @cache
 def _problem(shape: str, run: bool) -> str | None:
     """Return the result of `_tried`, with the log output of transformers silenced."""
-    from rlhf.models.reading import defer_transformers_log
+    from rlhf.models.load_errors import defer_transformers_log
 
     with defer_transformers_log(trial=True):
         return _tried(shape, run)

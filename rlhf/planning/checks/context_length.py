@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.models.saved_config import written
+from rlhf.models.saved_config import read_config
 from rlhf.planning.instantiate import instantiate_cheap
 from rlhf.storage.plain import Plain
 
@@ -41,7 +41,7 @@ def size(model: Any, steps: Iterable["Step"], keys: Iterable[str]) -> int | None
         model = made.pop(model["path"])
     if not isinstance(model, dict):
         return None
-    shape = model.get("architecture") if model.get("path") is None else written(model["path"])
+    shape = model.get("architecture") if model.get("path") is None else read_config(model["path"])
     found = [shape[key] for key in keys if isinstance(shape, dict) and type(shape.get(key)) is int]
     return found[0] if found else None
 

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf.errors import UserError
+from rlhf.models.machine_memory import read_machine_memory
 from rlhf.planning.step import Step
 from rlhf.runs.run_directory import Run
 from rlhf.storage.files import read_json
@@ -33,7 +34,7 @@ def check_memory(steps: Iterable[Step]) -> None:
         if (step.config.get("trainer") or {}).get("accelerator") != "cpu" or Run(step.folder).finished:
             continue
         roughly = BYTES * rough_parameters(step.config.get("model") or {})
-        if roughly < SMALL or roughly < CLOSE * (have := machine_memory()):
+        if roughly < SMALL or roughly < CLOSE * (have := read_machine_memory()):
             continue
         need = trained_bytes(step.config)
         if need > have:
@@ -42,13 +43,6 @@ def check_memory(steps: Iterable[Step]) -> None:
                 f"{have / 2**30:.0f} GiB: type a smaller model=..., adapter=lora, precision=bf16_true or "
                 f"optimizer=adamw_8bit (or {SWITCH}=0 before the command, to try)"
             )
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory that this process may use."""
-    from rlhf.models.causal_lm import total_memory
-
-    return total_memory()
 
 
 def rough_parameters(model: Plain) -> float:
@@ -75,7 +69,7 @@ def trained_bytes(config: Plain) -> int:
     from hydra.utils import get_object
     from transformers import AutoModelForCausalLM
 
-    from rlhf.models.fake_tensors import FakeWeights, cast, fake_weights, quantize, sizes
+    from rlhf.models.fake_tensors import FakeWeights, cast, quantize, sizes, use_fake_weights
     from rlhf.models.optimizer_state import StateSize
     from rlhf.planning.instantiate import build_option
     from rlhf.signatures import groups
@@ -83,11 +77,11 @@ def trained_bytes(config: Plain) -> int:
     spec, adapter, precision = (
         build_option(OmegaConf.create(config[name])) for name in ("model", "adapter", "precision")
     )
-    with fake_weights(FakeWeights()):
+    with use_fake_weights(FakeWeights()):
         model = AutoModelForCausalLM.from_config(
             spec.config(), dtype=precision.weights, trust_remote_code=spec.trust_remote_code
         )
-        quantization = adapter.description(precision)
+        quantization = adapter.quantization_config(precision)
         if quantization is not None:
             quantize(model, quantization)
         model = adapter.apply(model)

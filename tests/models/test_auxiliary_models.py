@@ -9,9 +9,9 @@ from torch import Tensor
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
+from rlhf.models.auxiliary_models import load_critic
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.language_model import check_gradients
-from rlhf.models.roles import load_critic
+from rlhf.models.module_state import check_gradients
 from rlhf.models.scalar import SAFETY_HEAD, ScalarModel
 from rlhf.models.shared_base import SharedBase
 from rlhf.reward.model import ModelReward

@@ -12,7 +12,7 @@ from rlhf.models.precision import Precision
 from rlhf.models.reference import Reference, start_reference
 from rlhf.models.saved_config import missing_head_error
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.shared_base import share
+from rlhf.models.shared_base import copy_tree
 from rlhf.models.vocabulary import OWN_CRITIC
 
 
@@ -67,7 +67,7 @@ def load_reference(policy: LanguageModel, path: str | None) -> Reference:
 
 
 def copy_start_if_needed(policy: LanguageModel) -> Reference | None:
-    """Return a copy of the policy if ``start_of`` needs one to reconstruct its present state, else None.
+    """Return a copy of the policy if ``restore_start`` needs one to reconstruct its present state, else None.
 
     With an adapter, the base under it is the start, and weights on disk can be read again. Random weights, whether all
     of them or only those of added tokens, must be copied.
@@ -80,7 +80,7 @@ def copy_start_if_needed(policy: LanguageModel) -> Reference | None:
     return None
 
 
-def start_of(policy: LanguageModel, copy: Reference | None) -> Reference:
+def restore_start(policy: LanguageModel, copy: Reference | None) -> Reference:
     """Return the policy as it was before training, reloaded so that it need not be held while the policy trains.
 
     Args:
@@ -105,7 +105,7 @@ def load_critic(policy: LanguageModel, path: str | None) -> ScalarModel:
         UserError: If ``path`` is a language model, whose head would be random, or has another vocabulary.
     """
     if path is None:
-        return ScalarModel(copy.deepcopy(policy) if policy.shared is None else share(policy), zero_init=True)
+        return ScalarModel(copy.deepcopy(policy) if policy.shared is None else copy_tree(policy), zero_init=True)
     if not CausalLM(path, None, None).scalar:
         raise missing_head_error("stage.value", path, OWN_CRITIC)
     if policy.shared is not None:

@@ -20,7 +20,7 @@ MODEL = "give a model folder, a run directory or a hub id"
 
 
 @contextmanager
-def readable(name: str, fix: str = MODEL) -> Iterator[None]:
+def convert_read_errors(name: str, fix: str = MODEL) -> Iterator[None]:
     """Convert any exception that a reader of stored files raises inside the context into a UserError.
 
     Readers of safetensors, pickles, JSON and tokenizers raise exceptions of many types. An adapter whose weights belong
