@@ -156,10 +156,11 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         own.clear()
     how = "resumed" if resume else "ran"
     again = "" if earlier in ("new", "finished") else f" (was {earlier})"
-    if earlier == "new" and (other := _of_other_code(step, command())) is not None:
+    lineage = _lineage(step)
+    if earlier == "new" and (other := _of_other_code(step, command(), lineage["code"])) is not None:
         again = f" anew: {other.folder}, which this command made before, is of other code"
     console.say(f"{label}  {step.folder}  {'resumes' if resume else 'starts'}{again}")
-    own.begin(step.config, _lineage(step), command())
+    own.begin(step.config, lineage, command())
     started = time.perf_counter()
     reset_peak_memory()
     try:
@@ -289,10 +290,15 @@ def _lineage(step: Step) -> Plain:
     }
 
 
-def _of_other_code(step: Step, typed: str) -> Run | None:
-    """Return a run that the same command made of this stage with other code; None if there is none."""
-    own = fingerprint.code(step.config)
-    for path in sorted(step.folder.parent.glob("*/status.json")):
+def _of_other_code(step: Step, typed: str, own: Mapping[str, str]) -> Run | None:
+    """Return a run that the same command made of this stage with other code; None if there is none.
+
+    Args:
+        step: Step that starts.
+        typed: Its command.
+        own: Digests of its code.
+    """
+    for path in sorted(step.folder.parent.glob("[!.]*/status.json")):  # a hidden directory is a removed run
         run = Run(path.parent)
         if run.status_file.get("command") == typed and run.lineage.get("code") != own:
             return run

@@ -20,7 +20,7 @@ from rlhf.errors import UserError, qualify_data_keys
 from rlhf.runs import user_code
 from rlhf.runs.data_source import is_data
 from rlhf.runs.run_directory import run_of
-from rlhf.runs.source_code import code_digest, package_folder, plugin_digest, plugin_imports, source_digest
+from rlhf.runs.source_code import code_digest, package_digest, package_folder, plugin_imports, source_digest
 from rlhf.storage.plain import Plain, leaves, targets
 
 # Keys of a step's config that cannot change what it computes.
@@ -44,14 +44,7 @@ def compute(
         planned: Run directory -> fingerprint of runs that the config may name by path, which need not exist yet.
         digests: Result of `keys_with_digest(config)` if it is known already, so that no other class is imported.
     """
-    relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
-    callbacks = {key: node for key, node in (config.get("callbacks") or {}).items() if user_sources(node)}
-    if callbacks:  # user callbacks may change the result; the built-in ones only observe
-        relevant["callbacks"] = callbacks
-    model = relevant.get("model")
-    if isinstance(model, dict) and model.get("path"):
-        # The directory's config.json determines the architecture.
-        relevant["model"] = {key: value for key, value in model.items() if key != "architecture"}
+    relevant = _relevant(config)
     payload = {
         "config": _canonical(relevant, planned),
         "inputs": {role: list(names) for role, names in sorted(inputs.items())},
@@ -62,6 +55,19 @@ def compute(
     # The first character must be a letter: a typed prefix such as 625e06 would be read as a number.
     names = (hashlib.sha256(f"{attempt}{text}".encode()).hexdigest() for attempt in count())
     return next(name for name in names if name[0].isalpha())
+
+
+def _relevant(config: Plain) -> Plain:
+    """Return the part of a step's config that can change what it computes."""
+    relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    callbacks = {key: node for key, node in (config.get("callbacks") or {}).items() if user_sources(node)}
+    if callbacks:  # user callbacks may change the result; the built-in ones only observe
+        relevant["callbacks"] = callbacks
+    model = relevant.get("model")
+    if isinstance(model, dict) and model.get("path"):
+        # The directory's config.json determines the architecture.
+        relevant["model"] = {key: value for key, value in model.items() if key != "architecture"}
+    return relevant
 
 
 def _canonical(node: Any, planned: Mapping[str, str]) -> Any:
@@ -142,7 +148,7 @@ def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str])
 
 def code(config: Plain) -> dict[str, str]:
     """Return the digests of the code that a step's config reaches, by package and by module of the user."""
-    return _code({key: value for key, value in config.items() if key not in _IRRELEVANT})
+    return _code(_relevant(config))
 
 
 def _code(config: Plain) -> dict[str, str]:
@@ -150,7 +156,7 @@ def _code(config: Plain) -> dict[str, str]:
     names = [str(node["_target_"]) for _, node in targets(config)]
     found: dict[str, str] = {}
     for package in sorted({name.partition(".")[0] for name in names} - {"rlhf"}):
-        digest = plugin_digest(package)
+        digest = package_digest(package)
         if digest is not None:
             found[package] = digest
             names += plugin_imports(package)

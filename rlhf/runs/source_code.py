@@ -44,11 +44,7 @@ def source_digest(targets: Iterable[str]) -> str:
     Args:
         targets: Dotted names, such as the `_target_` of each node of a config; names outside rlhf are ignored.
     """
-    known = _read("rlhf")
-    total = hashlib.sha256()
-    for module in sorted(reached([*STARTS, *targets])):
-        total.update(f"{module}\0{known[module][0]}\0".encode())
-    return total.hexdigest()
+    return _digest("rlhf", reached([*STARTS, *targets]))
 
 
 def reached(names: Iterable[str]) -> set[str]:
@@ -68,14 +64,9 @@ def reached(names: Iterable[str]) -> set[str]:
     return found | {name for name in known if name.endswith(".jinja") and name.split(":")[0] in folders}
 
 
-def plugin_digest(package: str) -> str | None:
-    """Return the digest of all the code of a plugin; None for a library, whose version is in summary.json."""
-    return None if package == "rlhf" or package_folder(package) is None else _whole(package)
-
-
 def package_digest(package: str) -> str | None:
-    """Return the digest of all the code of rlhf or of a plugin; None for a library."""
-    return None if package_folder(package) is None else _whole(package)
+    """Return the digest of all the code of rlhf or of a plugin; None for a library: summary.json has its version."""
+    return None if package_folder(package) is None else _digest(package, _read(package))
 
 
 def plugin_imports(package: str) -> list[str]:
@@ -91,10 +82,11 @@ def package_folder(package: str) -> Path | None:
     return folder if folder is not None and (package == "rlhf" or (folder / "conf").is_dir()) else None
 
 
-def _whole(package: str) -> str:
-    total = hashlib.sha256()
-    for module, (digest, _) in sorted(_read(package).items()):
-        total.update(f"{module}\0{digest}\0".encode())
+def _digest(package: str, modules: Iterable[str]) -> str:
+    """Return the digest of these modules of a package."""
+    known, total = _read(package), hashlib.sha256()
+    for module in sorted(modules):
+        total.update(f"{module}\0{known[module][0]}\0".encode())
     return total.hexdigest()
 
 

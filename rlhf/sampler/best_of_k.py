@@ -68,7 +68,7 @@ class BestOfK(AncestralSampler):
     def spread(self) -> list[float]:
         """Temperatures of a prompt's K responses, in their order."""
         if not self.temperatures:
-            return [self.temperature] * self.samples
+            return super().spread
         count = len(self.temperatures)
         return [t for i, t in enumerate(self.temperatures) for _ in range(len(range(i, self.samples, count)))]
 

@@ -104,6 +104,10 @@ def test_user_callbacks_are_in_the_fingerprint_and_built_in_ones_are_not(here: P
         == fingerprint.compute({}, {}, {}, ())
         != name("space.node.Reward")
     )
+    # What is compared when a command starts anew covers the same code.
+    own = fingerprint.code({"callbacks": {"one": {"_target_": "space.node.Reward"}}})
+    built_in = fingerprint.code({"callbacks": {"one": {"_target_": "rlhf.callbacks.checkpoints.Checkpoints"}}})
+    assert own.keys() - built_in.keys() == {"module space.node"}
 
 
 def test_namespace_packages_and_invalid_files_are_fingerprinted(here: Path) -> None:
