@@ -206,8 +206,8 @@ def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ..
     ]
 
 
+# A command looks its plugins up about ten times; while the cache is open, they are searched for once.
 lookup_cache = Once("plugins")
-"""For a command, which asks for its plugins some ten times: while it is open, they are looked for once."""
 
 
 def discover() -> tuple[list[Plugin], list[str]]:

@@ -134,7 +134,7 @@ class PairObjective(Objective):
 
 
 class LabelObjective(Objective):
-    """Loss per response that is labelled good or bad by itself; used by dpo and kto."""
+    """Loss per individually labelled (good or bad) response; used by dpo and kto."""
 
     @staticmethod
     def reference_point(policy: Tensor, reference: Tensor) -> Tensor:

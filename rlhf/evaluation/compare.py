@@ -34,6 +34,7 @@ from rlhf.storage.files import read_json, write_text
 Positive = Annotated[int, Field(gt=0)]
 
 FORMAT = 2  # version of the cached result; increase it when the computation changes
+# Names of the metrics in tables.
 LABELS = {
     "gold": "gold reward",
     "gold_safe": "gold reward, safe prompts",
@@ -43,7 +44,6 @@ LABELS = {
     "ended": "responses that end",
     "text_loss": "loss on pretraining text (nats per token)",
 }
-"""What the metrics are called where people read them."""
 
 
 class PromptData(Protocol):

@@ -11,6 +11,7 @@ from rlhf.stage.base import Stage
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.storage.plain import Plain
 
+# Rows of the table, in the order in which a step goes through them.
 ORDER = (
     "processes",
     "prompts",
@@ -33,7 +34,6 @@ ORDER = (
     "tokens read",
     "tokens trained on",
 )
-"""The lines of the table, in the order in which a step goes through them."""
 
 
 @dataclass(frozen=True)

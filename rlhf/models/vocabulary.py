@@ -6,8 +6,8 @@ from rlhf.errors import UserError
 from rlhf.models.saved_config import find_file
 from rlhf.storage.files import read_json
 
+# Fix for a reward model that cannot be the critic.
 OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
-"""What to type where a reward model cannot be the critic."""
 
 
 def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:

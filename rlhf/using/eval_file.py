@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rlhf.functional.statistics import Difference, Estimate
 
 FILE = "eval.json"
+# Metrics in the order of the table, and their names in it.
 LABELS = {
     "gold": "gold reward",
     "gold_safe": "gold reward, safe prompts",
@@ -30,7 +31,6 @@ LABELS = {
     "perplexity_answers": "perplexity of the answers (per token)",
     "bits_per_byte_answers": "bits per byte of the answers",
 }
-"""Metrics in the order in which they are shown, and what they are called."""
 
 
 @dataclass(frozen=True)
