@@ -2,42 +2,174 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any, Self
+
+Rename = Callable[[str], str]
+
+_MARKED = re.compile("\x02([^\x03]*)\x03")
 
 
 class RLHFError(Exception):
-    """Base class of this package's errors, printed as their message without a traceback."""
+    """Base class of this package's errors, printed as ``WHERE: OPTION=VALUE: PROBLEM; FIX`` without a traceback.
+
+    The code that raises an error knows its config keys by their place in its own group (``data.size``). A caller that
+    knows where the user typed them renames them with `rename` before the error is printed. Keys inside ``problem`` and
+    ``fix`` are renamed too if they are marked by `key`; other text never changes.
+
+    Attributes:
+        problem: What is wrong.
+        fix: What to type instead; "" if the problem leaves no choice.
+        option: Config key or command-line option at fault; "" if there is none.
+        value: Its value, as typed; None if the message names the option alone.
+        where: Step at fault; "" outside of a pipeline.
+    """
 
     exit_code = 1
 
+    def __init__(self, problem: str = "", fix: str = "", option: str = "", value: Any = ..., where: str = "") -> None:
+        super().__init__(problem, fix, option, value, where)
+        self.problem, self.fix, self.option, self.where = problem, fix, option, where
+        self.value = None if value is ... else format_value(value)
+
+    def __str__(self) -> str:
+        head = _as_typed(_join(self.option, self.value))
+        text = f"{self.problem}; {self.fix}" if self.problem and self.fix else self.problem or self.fix
+        text = _MARKED.sub(lambda mark: _as_typed(mark[1]), text)
+        return ": ".join(part for part in (self.where, head, text) if part)
+
+    @property
+    def findings(self) -> "tuple[RLHFError, ...]":
+        """The errors that this one reports: itself, or those of `UserErrors`."""
+        return (self,)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The distinct findings, one line each."""
+        return tuple(dict.fromkeys(str(one) for one in self.findings))
+
+    def rename(self, rename: Rename) -> Self:
+        """Rename the config keys of this error in place, and return it.
+
+        Args:
+            rename: Function of a config key, or of an override that sets one, such as `moved` returns.
+        """
+        if self.option:
+            self.option, self.value = _split(rename(_join(self.option, self.value)))
+        self.problem = _MARKED.sub(lambda mark: f"\x02{rename(mark[1])}\x03", self.problem)
+        self.fix = _MARKED.sub(lambda mark: f"\x02{rename(mark[1])}\x03", self.fix)
+        return self
+
+
+def error_fields(error: RLHFError) -> list[dict[str, str | None]]:
+    """Return the findings of an error as plain values, which another process reads with `error_from_fields`."""
+    names = ("problem", "fix", "option", "value", "where")
+    return [{name: getattr(finding, name) for name in names} for finding in error.findings]
+
+
+def error_from_fields(fields: list[dict[str, Any]], kind: "type[RLHFError]") -> "RLHFError":
+    """Return the error of class ``kind`` with these fields; `UserErrors` if there are several."""
+    found = [kind(**{**each, "value": ... if each["value"] is None else each["value"]}) for each in fields]
+    return found[0] if len(found) == 1 else UserErrors(found)
+
 
 class UserError(RLHFError):
-    """Error that the user can fix by typing something else. Exit status 2.
-
-    The message states the problem and what to type; several findings are given one per line.
-    """
+    """Error that the user can fix by typing something else. Exit status 2."""
 
     exit_code = 2
+
+
+class UserErrors(UserError):
+    """Several errors that the user can fix, printed one per line.
+
+    Args:
+        errors: The errors, in order; equal lines are printed once.
+    """
+
+    def __init__(self, errors: Iterable[RLHFError]) -> None:
+        super().__init__()
+        self._findings = tuple(finding for error in errors for finding in error.findings)
+        self.args = (self._findings,)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def findings(self) -> tuple[RLHFError, ...]:
+        """The errors."""
+        return self._findings
+
+    def rename(self, rename: Rename) -> Self:
+        """Rename the config keys of every finding in place, and return this error."""
+        for finding in self._findings:
+            finding.rename(rename)
+        return self
 
 
 class RunFailed(RLHFError):
     """Failure of a run that had started. Exit status 1."""
 
 
-_DATA_KEY = re.compile(
-    r"(?<![\w./-])data\.(?=(?:source|size|validation|max_length|max_prompt_length|format|split|max_bad|tags|streaming)\b)"
-)
-
-
-def qualify_data_keys(message: str, path: str) -> str:
-    """Return a message of a data group with its keys ``data.*`` replaced by their keys in the whole config.
+def key(name: str, value: Any = ...) -> str:
+    """Mark a config key, or the override that sets it to a value, inside the text of an error.
 
     Args:
-        message: Message of ``rlhf.data.Data``, which names its own keys ``data.*``.
-        path: Config key of the group: data, demonstrations, align.data, data.parts.first.
+        name: The key as its own group knows it: ``stage.batch_size``, ``sampler`` (for an option of that group),
+            ``+data@demonstrations``.
+        value: The value to type; without one the key alone is marked.
     """
-    return _DATA_KEY.sub(lambda _: f"{path}.", message)
+    return f"\x02{_join(name, None if value is ... else format_value(value))}\x03"
+
+
+def moved(old: str, new: str) -> Rename:
+    """Return a function that renames a config key ``old``, and all keys below it.
+
+    Examples:
+        >>> moved("data", "align.data")("data.size=3")
+        'align.data.size=3'
+        >>> moved("sampler", "align.sampler")("sampler=best_of_k")
+        'sampler@align.sampler=best_of_k'
+        >>> moved("model.path", "--judge")("model.path=RUN")
+        '--judge=RUN'
+    """
+
+    def rename(typed: str) -> str:
+        sign, group, path, value = parse_override(typed)
+        if path != old and not path.startswith((f"{old}.", f"{old}[")):
+            return typed
+        is_choice = path == old and "." not in old and "." in new and value not in (None, "null")
+        group = group or (old if is_choice else "")  # an option of the group, which the defaults list places elsewhere
+        return _join(f"{sign}{group}{'@' if group else ''}{new}{path.removeprefix(old)}", value)
+
+    return rename
+
+
+def parse_override(typed: str) -> tuple[str, str, str, str | None]:
+    """Return the sign (+, ++, ~ or ""), the group ("" without @), the path and the value (None without =)."""
+    name, value = _split(typed)
+    path = name.lstrip("+~")
+    group, at, place = path.partition("@")
+    return name.removesuffix(path), group if at else "", place if at else path, value
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    return "null" if value is None else str(value)
+
+
+def _join(name: str, value: str | None) -> str:
+    return name if value is None else f"{name}={value}"
+
+
+def _split(typed: str) -> tuple[str, str | None]:
+    name, equals, value = typed.partition("=")
+    return name, value if equals else None
+
+
+def _as_typed(typed: str) -> str:
+    """Return an override unchanged, a command-line option and its value as two words."""
+    return typed.replace("=", " ", 1) if typed.startswith("-") else typed
 
 
 def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:

@@ -6,10 +6,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
 
+from rlhf.errors import UserError
 from rlhf.planning.instantiate import load_target
 
 
-def check_base_classes(value: Any, annotation: Any, path: str) -> Iterator[str]:
+def check_base_classes(value: Any, annotation: Any, path: str) -> Iterator[UserError]:
     """Yield a problem for each node in ``value`` whose class does not implement the annotated abstract class.
 
     Args:
@@ -23,7 +24,7 @@ def check_base_classes(value: Any, annotation: Any, path: str) -> Iterator[str]:
         if bases and not isinstance(target, str):  # a target that cannot be imported is reported elsewhere
             problem = describe_missing_base(target, bases)
             if problem is not None:
-                yield f"{path}: {problem}"
+                yield UserError(problem, option=path)
     elif isinstance(value, dict) and _is_container(annotation, Mapping):
         for key, inner in value.items():
             yield from check_base_classes(inner, get_args(annotation)[-1], f"{path}.{key}")

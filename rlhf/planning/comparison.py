@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError, suggest
+from rlhf.errors import RLHFError, UserError, suggest
 from rlhf.planning import comparison_file, validation_cache
 from rlhf.planning import step_config as configs
 from rlhf.planning.request import Request
@@ -26,11 +26,11 @@ class PlannedComparison:
 
     Attributes:
         node: the ``compare`` group, resolved; None if one of its two policies is not made.
-        problems: findings, one line each.
+        problems: findings.
     """
 
     node: Plain | None
-    problems: tuple[str, ...] = ()
+    problems: tuple[RLHFError, ...] = ()
 
 
 def plan_comparison(request: Request, steps: Sequence[Step]) -> PlannedComparison:
@@ -53,20 +53,20 @@ def plan_comparison(request: Request, steps: Sequence[Step]) -> PlannedCompariso
         try:
             comparison_file.data_digests(own)
         except UserError as error:
-            problems = [str(error)]
+            problems = list(error.findings)
     if not problems and is_new:
         validation_cache.write(key, StepProperties())
     return PlannedComparison(own if are_made else None, tuple(problems))
 
 
-def _validate(own: Plain, request: Request, steps: Sequence[Step], are_made: bool) -> list[str]:
+def _validate(own: Plain, request: Request, steps: Sequence[Step], are_made: bool) -> list[RLHFError]:
     from rlhf.evaluation.compare import compare
     from rlhf.planning.checks import context_length
     from rlhf.planning.validation.config import validate_config
     from rlhf.planning.validation.nodes import check_node
 
-    problems = [
-        f"compare.{key}={own[key]}: no such step{suggest(str(own[key]), request.names)}"
+    problems: list[RLHFError] = [
+        UserError(f"no such step{suggest(str(own[key]), request.names)}", option=f"compare.{key}", value=own[key])
         for key in _STEPS
         if own.get(key) is not None and own[key] not in request.names
     ]
@@ -75,10 +75,10 @@ def _validate(own: Plain, request: Request, steps: Sequence[Step], are_made: boo
         try:
             validate_config(OmegaConf.create({data: own.get(data)}), "compare")
         except UserError as error:
-            problems += str(error).splitlines()
+            problems += error.findings
     if are_made:
         try:
             context_length.check_comparison(own, steps)
         except UserError as error:
-            problems.append(str(error))
+            problems += error.findings
     return problems

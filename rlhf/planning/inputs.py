@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import RLHFError, UserError, key
 from rlhf.planning import model_options, references
 from rlhf.planning import step_config as configs
 from rlhf.planning.references import Reference
@@ -31,7 +31,7 @@ class ResolvedStep:
         roles_of_root: those of them whose value is given at the root.
         identities: role -> identities of the inputs in that role, for the fingerprint.
         parents: fingerprint -> run directory of the runs that it reads.
-        problems: findings, one line each.
+        problems: findings.
     """
 
     name: str | None
@@ -41,7 +41,7 @@ class ResolvedStep:
     roles_of_root: frozenset[str]
     identities: Mapping[str, list[str]]
     parents: Mapping[str, Path]
-    problems: tuple[str, ...]
+    problems: tuple[RLHFError, ...]
 
 
 def resolve_inputs(step: SelectedStep, request: Request, earlier: Sequence[Step]) -> ResolvedStep:
@@ -63,22 +63,22 @@ def resolve_inputs(step: SelectedStep, request: Request, earlier: Sequence[Step]
     identities: dict[str, list[str]] = {}
     parents: dict[str, Path] = {}
     roles_of_root: set[str] = set()
-    problems: list[str] = []
+    problems: list[RLHFError] = []
     for role in sorted(step.roles):
-        value, key = values.get(role), f"{prefix}inputs.{role}"
+        value, option = values.get(role), f"{prefix}inputs.{role}"
         if value is None or value == request.inputs.get(role):
-            value, key = request.inputs.get(role), f"inputs.{role}"
+            value, option = request.inputs.get(role), f"inputs.{role}"
         if value is None:
             if role in required:
-                problems.append(
-                    f"{prefix}inputs.{role}: no value, and {prefix}{required[role]} reads it; "
-                    f"type {prefix}inputs.{role}={_suggest_value(role, request.overrides)}"
-                )
+                option = f"{prefix}inputs.{role}"
+                suggestion = key(option, _suggest_value(role, request.overrides))
+                problem = f"no value, and {key(f'{prefix}{required[role]}')} reads it"
+                problems.append(UserError(problem, fix=f"type {suggestion}", option=option))
                 paths[role] = "RUN"
             continue
         if value == request.inputs.get(role):
             roles_of_root.add(role)
-        found, wrong = _resolve_values(value, role, key, request.outputs, earlier)
+        found, wrong = _resolve_values(value, role, option, request.outputs, earlier)
         problems += wrong
         paths[role] = [one.path for one in found] if isinstance(value, list) else found[0].path
         identities[role] = [one.identity for one in found]
@@ -96,24 +96,25 @@ def resolve_inputs(step: SelectedStep, request: Request, earlier: Sequence[Step]
 
 
 def _resolve_values(
-    value: Any, role: str, key: str, outputs: Path, earlier: Sequence[Step]
-) -> tuple[list[Reference], list[str]]:
+    value: Any, role: str, option: str, outputs: Path, earlier: Sequence[Step]
+) -> tuple[list[Reference], list[RLHFError]]:
     """Return the references of a value, which may be a list, and the findings."""
-    found, problems = [], []
+    found: list[Reference] = []
+    problems: list[RLHFError] = []
     for one in value if isinstance(value, list) else [value]:
         try:
-            found.append(_resolve_value(str(one), role, key, outputs, earlier))
+            found.append(_resolve_value(str(one), role, option, outputs, earlier))
         except UserError as error:
-            problems.append(str(error))
+            problems += error.findings
             found.append(Reference(str(one), ""))
     return found, problems
 
 
-def _resolve_value(value: str, role: str, key: str, outputs: Path, earlier: Iterable[Step]) -> Reference:
+def _resolve_value(value: str, role: str, option: str, outputs: Path, earlier: Iterable[Step]) -> Reference:
     for step in earlier:
         if value == str(step.folder):  # this directory need not exist yet
             return Reference(references.input_path(step.folder, role), step.fingerprint, step.folder)
-    return references.resolve(value, role, outputs, key)
+    return references.resolve(value, role, outputs, option)
 
 
 def _fingerprint(run: Path, earlier: Iterable[Step]) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.errors import UserError
+from rlhf.errors import RLHFError, UserError, UserErrors
 from rlhf.planning import step_config as configs
 from rlhf.planning import validation_cache
 from rlhf.planning.comparison import plan_comparison
@@ -64,14 +64,14 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
         comparison = plan_comparison(request, steps)
     unused = find_unused_overrides(request, planned)
     weights = _choices_of_weights(steps)
-    problems = [
+    problems: list[RLHFError] = [
         *(problem for one in planned for problem in one.problems),
         *comparison.problems,
-        *(one.message for one in unused if one.is_error),
-        *(choice.problem for choice in weights if choice.problem),
+        *(UserError(one.message) for one in unused if one.is_error),
+        *(UserError(choice.problem) for choice in weights if choice.problem),
     ]
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserErrors(problems)
     notes = [one.message for one in unused] + [choice.said for choice in weights]
     return Plan(steps, skipped_steps(request, selected), comparison.node, notes)
 
@@ -106,7 +106,7 @@ def _build_step(
     return replace(built, problems=problems)
 
 
-def validate_step(resolved: ResolvedStep) -> tuple[str, ...]:
+def validate_step(resolved: ResolvedStep) -> tuple[RLHFError, ...]:
     """Return the problems of a step's config against the constructors that will read it.
 
     Raises:
@@ -116,11 +116,11 @@ def validate_step(resolved: ResolvedStep) -> tuple[str, ...]:
 
     for group in REQUIRED_GROUPS:
         if not isinstance(resolved.raw.get(group), dict):
-            raise UserError(f"{group}: has no value, and every stage needs it; type {group}=OPTION")
+            raise UserError("has no value, and every stage needs it", f"type {group}=OPTION", option=group)
     try:
         validate_config(OmegaConf.create(resolved.raw), resolved.name or "", resolved.own)
     except UserError as error:
-        return tuple(str(error).splitlines())
+        return error.findings
     return ()
 
 
@@ -135,16 +135,16 @@ def read_properties(resolved: ResolvedStep) -> StepProperties:
     return StepProperties(tuple(sorted(unread)), headline, fingerprints.keys_with_digest(relevant))
 
 
-def check_step(step: Step, earlier: Sequence[Step]) -> tuple[str, ...]:
+def check_step(step: Step, earlier: Sequence[Step]) -> tuple[RLHFError, ...]:
     """Return the problems of a step that involve more than one constructor, or the models of earlier steps."""
     from rlhf.planning.checks import adapter_layers, buildable, context_length, shared_base
 
-    problems = []
+    problems: list[RLHFError] = []
     for part in (buildable, adapter_layers, shared_base, context_length):
         try:
             part.check(step, earlier)
         except UserError as error:
-            problems.append(configs.prefix_option_names(str(error), step.own, step.name))
+            problems += configs.name_in_step(error, step.own, step.name).findings
     return tuple(problems)
 
 

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.errors import RLHFError, moved, parse_override
 from rlhf.storage.plain import Plain, leaves, merge, sets
+
+E = TypeVar("E", bound=RLHFError)
 
 _READS = re.compile(r"(?:inputs\.|optional_input:|pretrained_input:)(\w+)")
 _REQUIRES = re.compile(r"\$\{inputs\.(\w+)\}")
@@ -145,29 +148,31 @@ def resolve(raw: Plain) -> Plain:
     return {str(k): v for k, v in resolved.items()}
 
 
-def prefix_option_names(message: str, own: Mapping[str, Any], step: str) -> str:
-    """Return a message about a step with its config keys as they are typed in a pipeline.
+def name_in_step(error: E, own: Mapping[str, Any], step: str) -> E:
+    """Rename the config keys of an error about a step in place, as they are typed in a pipeline, and return it.
 
-    Outside of a pipeline (``own`` is empty) the message is returned unchanged.
+    Outside of a pipeline (``own`` is empty) nothing changes.
 
     Args:
-        message: Message of the stage or its parts, which have no knowledge of pipelines.
+        error: Error of the stage or its parts, which have no knowledge of pipelines.
         own: Values that the pipeline sets on the step itself; only their keys get the step's name as prefix, all others
             are keys of the root.
         step: Name of the step.
     """
     if not step or not own:
-        return message
-    names = "|".join(re.escape(str(name)) for name in own)
-    options = [re.escape(str(name)) for name, node in own.items() if isinstance(node, dict) and "_target_" in node]
+        return error
 
-    def key(match: re.Match[str]) -> str:
-        return f"{step}.{match[0]}" if sets(own, match[0]) else match[0]
+    def rename(typed: str) -> str:
+        sign, group, path, value = parse_override(typed)
+        first = path.partition(".")[0]
+        if not sets(own, path):
+            return typed
+        if path == "stage" and value is not None and not group:
+            return f"{sign}stage@{step}={value}"
+        return moved(first, f"{step}.{first}")(typed)
 
-    begins = r"(?<![\w.@/-])"
-    said = re.sub(rf"{begins}(?:{names})(?:\.\w+)+", key, message)
-    said = re.sub(rf"{begins}(\w+)@((?:{names})(?:\.\w+)*=)", rf"\1@{step}.\2", said)  # data@text=text
-    if options:
-        said = re.sub(rf"{begins}({'|'.join(options)})=(?!null\b)(?=\w)", rf"\1@{step}.\1=", said)  # sampler=best_of_k
-        said = said.replace(f"stage@{step}.stage=", f"stage@{step}=")
-    return said if said.startswith((f"{step}:", f"{step} ")) else f"{step}: {said}"
+    error.rename(rename)
+    for finding in error.findings:
+        if not finding.where and not parse_override(finding.option)[2].startswith(f"{step}."):
+            finding.where = step
+    return error

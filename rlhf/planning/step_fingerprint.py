@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.errors import UserError
+from rlhf.errors import RLHFError, UserError
 from rlhf.planning import step_config as configs
 from rlhf.planning.inputs import ResolvedStep
 from rlhf.planning.request import Request, validate_path_name
@@ -25,7 +25,7 @@ class PlannedStep:
         roles_of_root: those of them whose value is given at the root.
         unread: the shared groups that its stage does not read.
         lineage: fingerprint -> stage of the runs that it descends from and its own; empty without a fingerprint.
-        problems: findings, one line each.
+        problems: findings.
     """
 
     step: Step
@@ -33,7 +33,7 @@ class PlannedStep:
     roles_of_root: frozenset[str]
     unread: frozenset[str]
     lineage: Mapping[str, str]
-    problems: tuple[str, ...]
+    problems: tuple[RLHFError, ...]
 
 
 def fingerprint_step(
@@ -63,7 +63,7 @@ def fingerprint_step(
     try:
         fingerprint = fingerprints.compute(config, resolved.identities, folders, properties.digests)
     except UserError as error:
-        raise UserError(f"{name}.{error}" if name and ".source=" in str(error) else str(error)) from None
+        raise configs.name_in_step(error, resolved.own, name or "") from None
     step = Step(
         name=name or stage,
         stage=stage,
@@ -79,7 +79,7 @@ def fingerprint_step(
     return PlannedStep(step, resolved.roles, resolved.roles_of_root, frozenset(properties.unread), lineage, ())
 
 
-def reject_step(resolved: ResolvedStep, request: Request, problems: tuple[str, ...]) -> PlannedStep:
+def reject_step(resolved: ResolvedStep, request: Request, problems: tuple[RLHFError, ...]) -> PlannedStep:
     """Return a step that has no fingerprint because of its problems, so that planning continues to find more."""
     stage = stage_name(resolved.raw)
     name = resolved.name or stage

@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import console
 from rlhf.console import shell
-from rlhf.errors import RLHFError, RunFailed, UserError, os_error, os_error_line
+from rlhf.errors import RLHFError, RunFailed, UserError, error_from_fields, os_error, os_error_line
 from rlhf.planning import comparison_file
 from rlhf.planning.checks.memory import check_memory
 from rlhf.planning.comparison_file import Comparison
 from rlhf.planning.plan import plan
 from rlhf.planning.step import Plan, Step
-from rlhf.planning.step_config import prefix_option_names
+from rlhf.planning.step_config import name_in_step
 from rlhf.running import processes
 from rlhf.running.summary import command, peak_memory, reset_peak_memory, summary
 from rlhf.running.versions import differing, untested
@@ -74,7 +74,7 @@ def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | Non
             how, last = _run_step(step, f"[{position}/{len(made.steps)}] {step.name}")
         except BaseException as error:
             if isinstance(error, RLHFError):
-                error.args = (prefix_option_names(str(error), step.own, step.name),)
+                name_in_step(error, step.own, step.name)
             _write_result(step, "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed", {}, error)
             raise
         outcomes.append((step.name, step.folder, how, last, step.headline))
@@ -180,14 +180,11 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         if isinstance(error, RLHFError) or not isinstance(error, Exception):
             raise
         if (refused := os_error(error)) is not None:
-            raise UserError(
-                f"{step.name}: {os_error_line(refused)}, then type the same command again "
-                f"(traceback in {step.folder / 'error.txt'})"
-            ) from error
+            again = f"then type the same command again (traceback in {step.folder / 'error.txt'})"
+            raise UserError(f"{os_error_line(refused)}, {again}", where=step.name) from error
         lines = str(error).strip().splitlines() or [""]
-        raise RunFailed(
-            f"{step.name} failed: {type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
-        ) from error
+        details = f"{type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
+        raise RunFailed(f"failed with {details}", where=step.name) from error
     _draw(step.folder)
     result = summary(step, metrics, memory, time.perf_counter() - started, own.status_file.get("attempt", 1))
     files.write_json(step.folder / "summary.json", result)
@@ -265,7 +262,7 @@ def _train_in_subprocess(folder: Path) -> tuple[dict[str, float], Plain]:
     content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     result.unlink(missing_ok=True)
     if "error" in content:
-        raise (UserError if content["status"] == UserError.exit_code else RunFailed)(content["error"])
+        raise error_from_fields(content["error"], UserError if content["status"] == UserError.exit_code else RunFailed)
     if status != 0 or not content:
         raise RunFailed(f"the processes that train {folder} ended with status {status}; see above")
     return content["metrics"], content["memory"]

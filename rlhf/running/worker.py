@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rlhf import console, discovery
-from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error, os_error_line
+from rlhf.errors import RLHFError, RunFailed, UserError, error_fields, first_line, os_error, os_error_line
 from rlhf.planning.step_config import resolve
 from rlhf.running import pipeline, processes
 from rlhf.runs.run_directory import Run
@@ -27,18 +27,19 @@ def main(folder: Path) -> int:
     except Exception as error:
         refused = os_error(error)
         if isinstance(error, RLHFError):
-            line, status = str(error), error.exit_code
+            reported: RLHFError = error
         elif refused is not None:
-            line, status = f"{os_error_line(refused)}, then type it again", UserError.exit_code
+            reported = UserError(f"{os_error_line(refused)}, then type it again")
         elif is_lost_peer_error(error):
-            line, status = f"another process ended ({first_line(error)}); it says why", RunFailed.exit_code
+            reported = RunFailed(f"another process ended ({first_line(error)})", "see the cause that it printed")
         else:
             raise
         if _first():  # the parent prints it, with the keys of its pipeline
-            write_json(folder / ".result.json", {"error": line, "status": status})
+            content = {"error": error_fields(reported), "status": reported.exit_code}
+            write_json(folder / ".result.json", content)
         else:
-            print(f"error: {line}", file=sys.stderr)
-        return status
+            print(f"error: {reported}", file=sys.stderr)
+        return reported.exit_code
     # Read only now: Lightning sets the rank of the first process while it starts the others.
     if _first():
         write_json(folder / ".result.json", {"metrics": metrics, "memory": memory})

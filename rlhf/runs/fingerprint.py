@@ -16,7 +16,7 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError, qualify_data_keys
+from rlhf.errors import UserError, moved
 from rlhf.runs import user_code
 from rlhf.runs.data_source import is_data
 from rlhf.runs.run_directory import run_of
@@ -142,7 +142,7 @@ def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str])
         try:
             found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
         except UserError as error:
-            raise UserError(qualify_data_keys(str(error), key)) from None
+            raise error.rename(moved("data", key)) from None
     return found
 
 

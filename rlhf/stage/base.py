@@ -232,7 +232,7 @@ class Stage(Update, MetricsLog):
     def on_fit_start(self) -> None:
         """Check the strategy and the precision, then call ``prepare`` once the weights are on their device."""
         if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
-            raise UserError(sharded(type(self.trainer.strategy).__name__))
+            raise sharded(type(self.trainer.strategy).__name__)
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # The wrapper has broadcast the weights to all ranks. It would now average gradients in every backward pass,
             # whose number may differ between ranks, and require every pass to reach every parameter.

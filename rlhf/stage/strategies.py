@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf.errors import UserError, key
+
 #: Strategies that keep whole weights on every rank, by name or by class.
 WHOLE = re.compile(r"auto|single_device|ddp(_\w+)?|(.*\.)?(DDP|SingleDevice)Strategy")
 
@@ -11,20 +13,28 @@ WHOLE = re.compile(r"auto|single_device|ddp(_\w+)?|(.*\.)?(DDP|SingleDevice)Stra
 INSTEAD = {"gradient_clip_val": ("stage.gradient_clip", 0), "accumulate_grad_batches": ("stage.micro_batch_size", 1)}
 
 
-def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
+def problems(trainer: Mapping[str, Any]) -> Iterator[UserError]:
     """Yield the problems of a trainer's config, without the name of the step that it belongs to."""
     strategy = trainer.get("strategy", "auto")
     name = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
     if isinstance(name, str) and not WHOLE.fullmatch(name):
         yield sharded(name)
-    for key, (instead, nothing) in INSTEAD.items():
-        if trainer.get(key) not in (None, nothing):
-            yield f"trainer.{key}={trainer[key]}: a stage clips and accumulates gradients itself; type {instead}=..."
+    for argument, (instead, nothing) in INSTEAD.items():
+        if trainer.get(argument) not in (None, nothing):
+            yield UserError(
+                "a stage clips and accumulates gradients itself",
+                fix=f"type {key(instead, '...')}",
+                option=f"trainer.{argument}",
+                value=trainer[argument],
+            )
 
 
-def sharded(strategy: str) -> str:
-    """Return the message for a strategy that shards weights, gradients or optimizer states over ranks."""
-    return (
-        f"trainer.strategy={strategy}: weights that are cut up over processes cannot be trained yet (the norm of the "
-        "gradient would be each process's own), and a stage knows ddp and single devices alone; type trainer=ddp"
+def sharded(strategy: str) -> UserError:
+    """Return the error for a strategy that shards weights, gradients or optimizer states over ranks."""
+    return UserError(
+        "a stage supports ddp and single devices, and cannot train sharded weights yet (each rank would clip by the "
+        "norm of its own shard of the gradient)",
+        fix=f"type {key('trainer', 'ddp')}",
+        option="trainer.strategy",
+        value=strategy,
     )

@@ -7,10 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.objective import PairObjective, TokenObjective
 from rlhf.planning import instantiate
-from rlhf.planning.step_config import prefix_option_names
+from rlhf.planning.step_config import name_in_step
 from rlhf.planning.validation.config import validate_config
 
 HERE = __name__
@@ -151,35 +151,41 @@ def test_an_objective_of_the_wrong_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("typed", "named"),
     [
-        ("set data.max_prompt_length=480", "collect: set collect.data.max_prompt_length=480"),
-        ("or a smaller sampler.max_new_tokens.", "collect: or a smaller collect.sampler.max_new_tokens."),
-        ("data.parts.first.source: row 3", "collect: collect.data.parts.first.source: row 3"),
-        # typed at the root, as the step takes them from there
-        (
-            "type model.chat_template=chatml trainer.devices=1",
-            "collect: type model.chat_template=chatml trainer.devices=1",
-        ),
-        ("model.path=x: no weights", "collect: collect.model.path=x: no weights"),
-        ("inputs.judge=x, inputs.policy=y", "collect: inputs.judge=x, collect.inputs.policy=y"),
+        ("data.max_prompt_length=480", "collect.data.max_prompt_length=480"),
+        ("data.parts.first.source", "collect.data.parts.first.source"),
+        ("inputs.policy=y", "collect.inputs.policy=y"),
+        ("model.path=x", "collect.model.path=x"),
+        # keys that the step takes from the root
+        ("model.chat_template=chatml", "model.chat_template=chatml"),
+        ("inputs.judge=x", "inputs.judge=x"),
+        ("adapter=lora", "adapter=lora"),
         # options of groups
-        ("type sampler=best_of_k stage=dpo", "collect: type sampler@collect.sampler=best_of_k stage@collect=dpo"),
-        ("data@text=text", "collect: data@collect.text=text"),
-        ("reward@data.parts.x=gold", "collect: reward@collect.data.parts.x=gold"),
-        ("text=null adapter=lora", "collect: text=null adapter=lora"),
-        # text that stays as it is typed, and text that is not a key
-        ("collect: collect.data.source=x", "collect: collect.data.source=x"),
-        ("collect failed: see align.data.size", "collect failed: see align.data.size"),
-        ("/tmp/data.jsonl, ./data.jsonl, my-data.x", "collect: /tmp/data.jsonl, ./data.jsonl, my-data.x"),
+        ("sampler=best_of_k", "sampler@collect.sampler=best_of_k"),
+        ("stage=dpo", "stage@collect=dpo"),
+        ("data@text=text", "data@collect.text=text"),
+        ("+reward@data.parts.x=gold", "+reward@collect.data.parts.x=gold"),
+        ("text=null", "collect.text=null"),
     ],
 )
-def test_option_names_are_prefixed_with_the_step_in_a_pipeline(message: str, said: str) -> None:
+def test_config_keys_are_named_as_typed_in_a_pipeline(typed: str, named: str) -> None:
     own: dict[str, Any] = {group: {"_target_": "x", "size": 1} for group in ("data", "sampler", "stage")}
     own |= {"text": None, "model": {"path": "p"}, "inputs": {"policy": "p"}}
-    assert prefix_option_names(message, own, "collect") == said
-    assert prefix_option_names(said, own, "collect") == said
-    assert prefix_option_names(message, {}, "collect") == message
+    name, _, value = typed.partition("=")
+    error = UserError("is wrong", fix=f"type {key(name, value)}" if value else f"see {key(name)}")
+    said = f"collect: is wrong; {'type' if value else 'see'}"
+    assert str(name_in_step(error, own, "collect")) == f"{said} {named}"
+    assert str(name_in_step(error, own, "collect")) == f"{said} {named}"
+    assert str(name_in_step(UserError("is wrong", fix=f"type {key(name)}"), {}, "collect")) == f"is wrong; type {name}"
+
+
+def test_text_of_an_error_that_is_not_marked_never_changes() -> None:
+    own = {"data": {"_target_": "x"}}
+    error = UserError("row 3 of data.jsonl says data.size=3", option="data.source", value="data.size=4")
+    name_in_step(error, own, "sft")
+    assert str(error) == "sft.data.source=data.size=4: row 3 of data.jsonl says data.size=3"
+    assert error.where == ""  # the key names the step already
 
 
 def test_an_import_failure_is_reported_with_its_cause() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf.errors import UserError, suggest
+from rlhf.errors import RLHFError, UserError, UserErrors, suggest
 from rlhf.planning import step_config as configs
 from rlhf.planning.root_config import root_config, root_keys
 from rlhf.planning.validation.nodes import node_problems
@@ -40,14 +40,14 @@ def validate_config(config: DictConfig, step: str = "", own: Mapping[str, Any] |
         errors += _root_problems(plain, prefix)
         if isinstance(plain.get("trainer"), dict):
             found = strategies.problems(plain["trainer"])
-            errors += [configs.prefix_option_names(x, own, step) if own and "trainer" in own else x for x in found]
+            errors += [configs.name_in_step(x, own, step) if own and "trainer" in own else x for x in found]
         if not errors:
             errors += cross_field_problems(plain, plain if own is None else own, step)
     if errors:
-        raise UserError("\n".join(dict.fromkeys(errors)))
+        raise UserErrors(errors)
 
 
-def _root_problems(config: dict[str, Any], prefix: str) -> Iterator[str]:
+def _root_problems(config: dict[str, Any], prefix: str) -> Iterator[RLHFError]:
     """Yield problems of the root: plain values of a wrong type, and misspelt keys, which a YAML file can introduce."""
     root = root_config()
     for key, default in root.items():
@@ -59,4 +59,4 @@ def _root_problems(config: dict[str, Any], prefix: str) -> Iterator[str]:
             continue
         hint = suggest(str(key), known, prefix)
         if hint.startswith(" (did"):
-            yield f"{prefix}{key}: unknown option{hint}"
+            yield UserError(f"unknown option{hint}", option=f"{prefix}{key}")

@@ -2,12 +2,11 @@
 
 import dataclasses
 import inspect
-import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf.errors import RLHFError, first_line, qualify_data_keys, suggest
+from rlhf.errors import RLHFError, UserError, first_line, key, moved, parse_override, suggest
 from rlhf.planning.base_classes import check_base_classes
 from rlhf.planning.instantiate import load_target
 from rlhf.planning.validation.values import UNRESOLVED, holds_object, value_problems
@@ -17,7 +16,7 @@ from rlhf.signatures import parameters
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
-def node_problems(node: Any, path: str) -> Iterator[str]:
+def node_problems(node: Any, path: str) -> Iterator[RLHFError]:
     """Yield the problems of every ``_target_`` node at or below ``node``."""
     if isinstance(node, list):
         for i, item in enumerate(node):
@@ -27,11 +26,11 @@ def node_problems(node: Any, path: str) -> Iterator[str]:
     if "_target_" in node:
         target = load_target(node["_target_"])
         if isinstance(target, str):
-            yield f"{path}._target_: {target}"
+            yield UserError(target, option=f"{path}._target_")
             return
         yield from check_node(target, node, path)
-    for key, value in node.items():
-        yield from node_problems(value, f"{path}.{key}")
+    for name, value in node.items():
+        yield from node_problems(value, f"{path}.{name}")
 
 
 def check_node(
@@ -40,7 +39,7 @@ def check_node(
     path: str,
     given: typing.Collection[str] = (),
     ignore: typing.Collection[str] = (),
-) -> list[str]:
+) -> list[RLHFError]:
     """Return the problems of one node against its constructor: unknown keys, missing values, types, ranges, choices.
 
     Args:
@@ -56,39 +55,46 @@ def check_node(
     values = {k: v for k, v in node.items() if k not in RESERVED and k not in ignore}
     kinds = {p.kind for p in signature.values()}
     known = [n for n, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in given]
-    errors = []
+    errors: list[RLHFError] = []
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for key in values.keys() - set(known):
-            errors.append(f"{path}.{key}: unknown option{suggest(str(key), known, f'{path}.')}")
+        for unknown in (name for name in values if name not in known):
+            hint = suggest(str(unknown), known, f"{path}.")
+            errors.append(UserError(f"unknown option{hint}", option=f"{path}.{unknown}"))
     for name in known:
         parameter = signature[name]
         if name in values:
             errors += value_problems(values[name], parameter.annotation, f"{path}.{name}")
             errors += check_base_classes(values[name], parameter.annotation, f"{path}.{name}")
         elif parameter.default is parameter.empty and not node.get("_partial_") and "_args_" not in node:
-            errors.append(f"{path}.{name}: required, no value; type {path}.{name}=...")
+            fix = f"type {key(f'{path}.{name}', '...')}"
+            errors.append(UserError("required, no value", fix=fix, option=f"{path}.{name}"))
     if not errors and dataclasses.is_dataclass(target) and not holds_object(values) and not node.get("_partial_"):
         # A dataclass only holds values, so building it costs nothing and runs the checks of its __post_init__.
         try:
             target(**values)
-        except (ValueError, TypeError, RLHFError) as e:
-            errors.append(_name_path(first_line(e), path))
+        except RLHFError as e:
+            errors += _name_path(e, path)
+        except (ValueError, TypeError) as e:
+            errors.append(UserError(first_line(e), option=path))
     elif not errors and hasattr(target, "check_hyperparameters") and UNRESOLVED not in values.values():
         # A class that holds more than values checks its hyperparameters together before it is built.
         try:
             target.check_hyperparameters(**values)
-        except (ValueError, RLHFError) as e:
-            message = first_line(e)
-            if hasattr(target, "digest") and message.startswith("data."):
-                errors.append(qualify_data_keys(message, path))
-            else:
-                errors.append(_name_path(message, path))
+        except RLHFError as e:
+            errors += _name_path(e, path)
+        except ValueError as e:
+            errors.append(UserError(first_line(e), option=path))
     return errors
 
 
-def _name_path(message: str, path: str) -> str:
-    """Return a message about a node, with the node's whole path in place of its group's name in keys."""
-    group, dot, _ = message.partition(".")
-    if not dot or group not in path.split("."):
-        return f"{path}: {message}"
-    return re.sub(rf"(?<![\w./-]){re.escape(group)}\.(?=\w)", lambda _: f"{path}.", message)
+def _name_path(error: RLHFError, path: str) -> tuple[RLHFError, ...]:
+    """Return the findings of an error of a node, with the node's whole path in place of its group's name in keys."""
+    for finding in error.findings:
+        group = parse_override(finding.option)[2].partition(".")[0]
+        if group and group in path.split("."):
+            finding.rename(moved(group, path))
+        elif finding.option:
+            finding.where = path
+        else:
+            finding.option = path
+    return error.findings

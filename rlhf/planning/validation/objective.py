@@ -9,12 +9,13 @@ from typing import Any, get_args, get_origin
 from omegaconf import OmegaConf
 
 from rlhf import discovery
+from rlhf.errors import UserError, key
 from rlhf.planning.instantiate import load_target
 
 
 def objective_problems(
     config: dict[str, Any], parameter: inspect.Parameter | None, stage: str, step: str
-) -> Iterator[str]:
+) -> Iterator[UserError]:
     """Yield a problem if the objective is not of a class that the stage takes, because Hydra composes any pair."""
     node = config.get("objective")
     if parameter is None or not isinstance(node, dict) or "_target_" not in node:
@@ -26,9 +27,9 @@ def objective_problems(
     offered = dict(objective_options())
     chosen = next((o for o, t in offered.items() if t == node["_target_"]), target.__name__)
     fitting = [o for o, t in offered.items() if inspect.isclass(c := load_target(t)) and issubclass(c, wanted)]
-    key = f"objective@{step}.objective" if step else "objective"
+    objective = f"objective@{step}.objective" if step else "objective"
     takes = ", ".join(sorted(fitting)) or "none that is installed"
-    yield f"stage={stage} does not take {key}={chosen}; it takes: {takes}"
+    yield UserError(f"stage={stage} does not take {key(objective, chosen)}", fix=f"it takes: {takes}")
 
 
 def annotated_classes(annotation: Any) -> tuple[type, ...]:

@@ -7,21 +7,20 @@ from typing import Any, get_args
 from hydra.utils import get_object
 
 from rlhf import discovery
-from rlhf.errors import RLHFError
+from rlhf.errors import RLHFError, UserError, key
 from rlhf.models.vocabulary import lacks_template
 from rlhf.planning import step_config as configs
 from rlhf.planning.base_classes import check_base_classes
 from rlhf.planning.instantiate import instantiate_cheap, load_target
 from rlhf.planning.validation.nodes import RESERVED, check_node, node_problems
 from rlhf.planning.validation.objective import objective_problems
-from rlhf.planning.validation.values import format_value
 from rlhf.signatures import groups
 
 # Groups that rlhf.running.build reads for every stage, whether or not its constructor names them.
 SHARED_GROUPS = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 
 
-def stage_problems(config: dict[str, Any], prefix: str) -> Iterator[str]:
+def stage_problems(config: dict[str, Any], prefix: str) -> Iterator[RLHFError]:
     """Yield the problems of the stage's hyperparameters and of the groups that it reads.
 
     Args:
@@ -32,60 +31,60 @@ def stage_problems(config: dict[str, Any], prefix: str) -> Iterator[str]:
     if node is None:  # the config holds the data of a comparison, which has no stage
         return
     if not isinstance(node, dict) or "_target_" not in node:
-        yield f"{prefix}stage: has no _target_, the class of the stage; add it to the YAML file"
+        yield UserError("has no _target_, the class of the stage", "add it to the YAML file", f"{prefix}stage")
         return
     stage = load_target(node["_target_"])
     if isinstance(stage, str):
-        yield f"{prefix}stage._target_: {stage}"
+        yield UserError(stage, option=f"{prefix}stage._target_")
         return
     read = groups(stage)
     name = node.get("name", getattr(stage, "__name__", "stage"))
     yield from check_node(stage, node, f"{prefix}stage", given=read, ignore=("name",))
-    for key, value in node.items():
-        yield from node_problems(value, f"{prefix}stage.{key}")
+    for parameter_name, value in node.items():
+        yield from node_problems(value, f"{prefix}stage.{parameter_name}")
     step = prefix.removesuffix(".")
     for group, parameter in read.items():
         if group not in config and parameter.default is parameter.empty:
             example = _example_option(group)
             at = f"{group}@{step}.{group}" if step else group
-            yield f"stage={name} needs the group {group}; type +{at}={example}"
+            yield UserError(f"stage={name} needs the group {group}", fix=f"type {key(f'+{at}', example)}")
         elif isinstance(config.get(group), dict) and "_target_" not in config[group]:
-            yield f"{prefix}{group}: its option has no _target_, the class to build; add it to the YAML file"
+            fix = "add it to the YAML file"
+            yield UserError("its option has no _target_, the class to build", fix, option=f"{prefix}{group}")
         elif group != "objective":  # its class decides which stages take it
             yield from check_base_classes(config.get(group), parameter.annotation, f"{prefix}{group}")
     for group, value in config.items():
         is_node = isinstance(value, dict) and "_target_" in value
         if is_node and group not in read and group not in SHARED_GROUPS and group != "stage":
-            yield f"{prefix}{group}: stage={name} does not read it; it reads {', '.join([*read, 'stage'])}"
+            reads = f"it reads {', '.join([*read, 'stage'])}"
+            yield UserError(f"stage={name} does not read it", reads, option=f"{prefix}{group}")
     for group in ("callbacks", "logger"):
         found = config.get(group)
-        for key, value in found.items() if isinstance(found, dict) and "_target_" not in found else ():
+        for member, value in found.items() if isinstance(found, dict) and "_target_" not in found else ():
             if value is not None and not (isinstance(value, dict) and "_target_" in value):
-                yield (
-                    f"{prefix}{group}.{key}={format_value(value)}: should be null or have a _target_, "
-                    "the class to build"
-                )
+                problem = "should be null or have a _target_, the class to build"
+                yield UserError(problem, option=f"{prefix}{group}.{member}", value=value)
     yield from _record_problems(config, stage, name, prefix)
     yield from _template_problems(config, read)
     yield from objective_problems(config, read.get("objective"), name, step)
 
 
-def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: str) -> list[str]:
+def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: str) -> tuple[RLHFError, ...]:
     """Return the problems that the stage finds in its hyperparameters and groups together (``Stage.check_parts``).
 
     Runs only after every single option has passed.
     """
     node = config.get("stage")
     if not isinstance(node, dict) or "_target_" not in node:
-        return []
+        return ()
     stage = load_target(node["_target_"])
     if not hasattr(stage, "check_parts"):
-        return []
+        return ()
     try:
         stage.check_parts(**_collect_parts(config, stage))
-    except RLHFError as e:
-        return [configs.prefix_option_names(str(e), own, step)]
-    return []
+    except RLHFError as error:
+        return configs.name_in_step(error, own, step).findings
+    return ()
 
 
 def find_unread_data(config: dict[str, Any]) -> tuple[str, ...]:
@@ -112,7 +111,7 @@ def _collect_parts(config: dict[str, Any], stage: Any) -> dict[str, Any]:
     return parts
 
 
-def _record_problems(config: dict[str, Any], stage: Any, name: str, prefix: str) -> Iterator[str]:
+def _record_problems(config: dict[str, Any], stage: Any, name: str, prefix: str) -> Iterator[RLHFError]:
     """Yield a problem for data whose record type the stage does not read; otherwise it fails when the step starts."""
     for group, kinds in getattr(stage, "reads", {}).items():
         node = config.get(group)
@@ -121,13 +120,16 @@ def _record_problems(config: dict[str, Any], stage: Any, name: str, prefix: str)
         for path, one in nodes.items():
             record = one.get("record") if isinstance(one, dict) else None
             if isinstance(record, str) and record not in kinds:
-                yield (
-                    f"{prefix}{path}.record={record}: stage={name} reads {'s and '.join(kinds)}s here; type another "
-                    f"{group}=, or {prefix}{path}.record={kinds[-1]} if the rows hold what that takes"
+                option = f"{prefix}{path}.record"
+                yield UserError(
+                    f"stage={name} reads {'s and '.join(kinds)}s here",
+                    fix=f"type another {group}=, or {key(option, kinds[-1])} if the rows have its fields",
+                    option=option,
+                    value=record,
                 )
 
 
-def _template_problems(config: dict[str, Any], read: typing.Collection[str]) -> Iterator[str]:
+def _template_problems(config: dict[str, Any], read: typing.Collection[str]) -> Iterator[RLHFError]:
     """Yield a problem if a local model's tokenizer lacks the chat template that the data needs.
 
     Other models are checked when they are loaded.
@@ -137,11 +139,13 @@ def _template_problems(config: dict[str, Any], read: typing.Collection[str]) -> 
     chat = any(isinstance(node, dict) and node.get("record") not in (None, "text") for node in nodes)
     if not chat or not isinstance(model, dict) or model.get("chat_template") is not None:
         return
-    key = "tokenizer" if model.get("tokenizer") else "path"
-    if lacks_template(model.get(key)):
-        yield (
-            f"model.{key}={model[key]}: its tokenizer has no chat template, chat data needs one; type "
-            "model.chat_template=chatml"
+    named = "tokenizer" if model.get("tokenizer") else "path"
+    if lacks_template(model.get(named)):
+        yield UserError(
+            "its tokenizer has no chat template, and chat data needs one",
+            fix=f"type {key('model.chat_template', 'chatml')}",
+            option=f"model.{named}",
+            value=model[named],
         )
 
 

@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
-from rlhf.errors import RLHFError, first_line
+from rlhf.errors import RLHFError, UserError, first_line, key
 
 # No hyperparameter is valid at infinity or nan, but infinity passes bounds such as greater than 0.
 _FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -17,9 +17,9 @@ LARGEST, SMALLEST = 3.4e38, 1.2e-38  # range of float32; smaller values lose dig
 _MODELS: dict[str, tuple[Any, Any]] = {}
 
 
-def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
+def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[RLHFError]]:
     """Return the config as plain containers, and the errors; values that do not resolve become `UNRESOLVED`."""
-    errors: list[str] = []
+    errors: list[RLHFError] = []
 
     def plain(node: Any, path: str) -> Any:
         if OmegaConf.is_dict(node):
@@ -28,16 +28,16 @@ def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[str]]:
             return [child(node, i, f"{path}[{i}]") for i in range(len(node))]
         return node
 
-    def child(parent: Any, key: Any, path: str) -> Any:
-        if OmegaConf.is_missing(parent, key):
-            errors.append(f"{prefix}{path}: no value; type {prefix}{path}=...")
+    def child(parent: Any, name: Any, path: str) -> Any:
+        if OmegaConf.is_missing(parent, name):
+            errors.append(UserError("no value", fix=f"type {key(prefix + path, '...')}", option=prefix + path))
             return UNRESOLVED
         try:
-            return plain(parent[key], path)
+            return plain(parent[name], path)
         except RLHFError as e:
-            errors.append(f"{prefix}{path}: {e}")
+            errors.append(UserError(str(e), option=prefix + path))
         except OmegaConfBaseException as e:
-            errors.append(f"{prefix}{path}: {first_line(e)}")
+            errors.append(UserError(first_line(e), option=prefix + path))
         return UNRESOLVED
 
     return plain(config, ""), errors
@@ -59,7 +59,7 @@ def holds_object(value: Any) -> bool:
     return value is UNRESOLVED
 
 
-def value_problems(value: Any, annotation: Any, path: str) -> list[str]:
+def value_problems(value: Any, annotation: Any, path: str) -> list[RLHFError]:
     """Return the problems of a value against the annotation of its parameter: type, range and choices.
 
     Args:
@@ -79,15 +79,16 @@ def value_problems(value: Any, annotation: Any, path: str) -> list[str]:
         messages = list(dict.fromkeys(str(x["msg"]).replace("Input should", "should") for x in e.errors()))
         inner = [".".join(str(part) for part in x["loc"][1:] if isinstance(part, int)) for x in e.errors()]
         where = path + (f"[{inner[0]}]" if inner[0] else "")
-        return [f"{where}={format_value(value)}: {' or '.join(messages)}"]
+        return [UserError(" or ".join(messages), option=where, value=value)]
     if isinstance(checked, float) and abs(checked) > LARGEST:
-        return [f"{path}={format_value(value)}: is too large for a float32; type a smaller number"]
+        return [UserError("is too large for a float32", fix="type a smaller number", option=path, value=value)]
     if isinstance(checked, float) and 0 < abs(checked) < SMALLEST:
-        return [f"{path}={format_value(value)}: is too small for a float32; type 0 or a larger number"]
+        return [UserError("is too small for a float32", fix="type 0 or a larger number", option=path, value=value)]
     is_converted = type(checked) is not type(value) and not (type(value) is int and type(checked) is float)
     if is_converted and _is_scalar(checked) and _is_scalar(value):
         # pydantic would convert the value, but the constructor gets it unconverted.
-        return [f"{path}={format_value(value)}: should be of type {type(checked).__name__}, not {type(value).__name__}"]
+        problem = f"should be of type {type(checked).__name__}, not {type(value).__name__}"
+        return [UserError(problem, option=path, value=value)]
     return []
 
 
@@ -104,8 +105,3 @@ def _value_model(annotation: Any) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
-
-
-def format_value(value: Any) -> str:
-    """Return a value as it is typed."""
-    return "null" if value is None else str(value)
