@@ -49,6 +49,11 @@ class RLHFError(Exception):
         """The distinct findings, one line each."""
         return tuple(dict.fromkeys(str(one) for one in self.findings))
 
+    @property
+    def fix_keys(self) -> tuple[str, ...]:
+        """The config keys that the fix names, without values, signs and groups."""
+        return tuple(parse_override(mark)[2] for mark in _MARKED.findall(self.fix))
+
     def rename(self, rename: Rename) -> Self:
         """Rename the config keys of this error in place, and return it.
 

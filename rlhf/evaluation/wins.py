@@ -7,7 +7,7 @@ from rlhf.annotator.judge import JudgeAnnotator
 from rlhf.annotator.judge_text import fill
 from rlhf.callbacks.progress import Meter
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key, moved
 from rlhf.evaluation.measuring import device
 
 
@@ -30,7 +30,7 @@ class Judge:
         try:
             self._judge = JudgeAnnotator(path, template, batch_size=batch_size)
         except UserError as error:
-            raise _as_typed(error) from error
+            raise _in_terms_of_options(error) from error
         self._judge.to(device())
         self._judge.open(cache)
         self.asked = self.same_place = 0
@@ -50,7 +50,7 @@ class Judge:
             with Meter("judge", len(questions), "question") as meter:
                 answers = iter(self._judge.ask(questions, meter.advance))
         except UserError as error:
-            raise _as_typed(error) from error
+            raise _in_terms_of_options(error) from error
         verdicts = [0.5] * len(prompts)
         for i in different:
             first, second = next(answers)[0] or 0.0, next(answers)[0] or 0.0
@@ -63,7 +63,15 @@ class Judge:
         return verdicts
 
 
-def _as_typed(error: UserError) -> UserError:
-    message = str(error).replace("annotator.path=", "--judge ").replace("model.path=", "--judge ")
-    message = message.replace("type model.chat_template=chatml", "name another judge")
-    return UserError(message.replace("annotator.template", "--judge-template"))
+def _in_terms_of_options(error: UserError) -> UserError:
+    """Return an error of the judge with command-line options in place of config keys."""
+    for finding in error.findings:
+        if "model.chat_template" in finding.fix_keys:
+            finding.fix = f"type another {key('annotator.path')}"
+    for name, option in (
+        ("annotator.path", "--judge"),
+        ("model.path", "--judge"),
+        ("annotator.template", "--judge-template"),
+    ):
+        error.rename(moved(name, option))
+    return error

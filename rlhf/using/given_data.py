@@ -1,6 +1,5 @@
 """Data that a command reads without training on it: prompts, texts, demonstrations. This module imports no torch."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 from rlhf.data.data import Data
 from rlhf.data.records import Demonstration, Message, Prompt, RecordName, Text
 from rlhf.data.sources import TESTBED
-from rlhf.data.testbed.world import Testbed
-from rlhf.errors import UserError
+from rlhf.data.testbed.world import Testbed, TooFewHeldOut
+from rlhf.errors import UserError, moved
 from rlhf.storage.plain import Plain
 
 HELD_OUT = 400  # default number of the testbed's held-out records, as in conf/data/prompts
@@ -60,12 +59,13 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
     )
     try:
         split = data.load()
+    except TooFewHeldOut as error:
+        if not held_out or error.available >= (limit or HELD_OUT):
+            raise
+        # A limit is a maximum: use all prompts that are available.
+        return _load(kind, source, world, error.available, flag, format)
     except UserError as error:
-        fewer = re.search(r"the testbed holds out (\d+) different prompts", str(error))
-        if held_out and fewer and int(fewer[1]) < (limit or HELD_OUT):
-            # A limit is a maximum: use all prompts that are available.
-            return _load(kind, source, world, int(fewer[1]), flag, format)
-        raise UserError(_as_typed(str(error), kind, flag)) from error
+        raise _in_terms_of(error, flag) from error
     report = split.report
     if report.bad or report.ties:
         dropped = f"; the first unusable: {report.bad[0]}" if report.bad else ""
@@ -74,9 +74,9 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
     return list(records if limit is None else records[:limit])
 
 
-def _as_typed(message: str, kind: str, flag: str) -> str:
-    """Return a message of the data set in terms of the command's option, without advice that only concerns training."""
-    message = message.replace("data.source=", f"{flag} ").replace(f"no {kind} to train on", f"holds no usable {kind}")
-    message = re.sub(r" \(data\.max_bad=[^)]*\)", "", message)
-    message = message.replace("; give one with data.format=NAME", "")
-    return re.sub(r"(?:fix the file, name its data\.format.*|; set data\..*)$", "fix the file", message)
+def _in_terms_of(error: UserError, flag: str) -> UserError:
+    """Return an error about the data with the command's option in place of config keys, which only training reads."""
+    for finding in error.findings:
+        if any(name != "data.source" for name in finding.fix_keys):
+            finding.fix = "fix the file"
+    return error.rename(moved("data.source", flag))

@@ -1,23 +1,20 @@
 """Chat template that the command line gives to models without one, and errors in terms of that command line."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.data.chat_templates import TEMPLATES, TOKENS
-from rlhf.errors import UserError
+from rlhf.errors import UserError, moved
 from rlhf.models.model_source import ModelSource
 from rlhf.models.tokenizer_loading import load_own_tokenizer
 from rlhf.using.named import Named
 
 OPTION = "--chat-template"
 NAMES = f"{', '.join(TEMPLATES)} or a Jinja file"
-_TRAINING = re.compile(
-    r"(?:type|give a template that only appends:) model\.chat_template=chatml(?:, or a Jinja file that writes it)?"
-)
+KEY = "model.chat_template"  # config key of the same template in training
 
 
 @dataclass(frozen=True)
@@ -87,25 +84,18 @@ def _without(model: Named) -> dict[str, int] | None:
     return None if tokenizer.chat_template else tokenizer.get_vocab()
 
 
-def with_option_name(message: str, given: bool) -> str:
-    """Return a message about a chat template with the option of this command in place of the config key of training.
-
-    Args:
-        message: Message of `rlhf.data` or `rlhf.models.causal_lm`.
-        given: Whether the template comes from the option; else it is the model's own.
-    """
-    instead = f"type {OPTION} chatml"
-    if not given:
-        instead = "fix the template: `rlhf export RUN --to FOLDER` writes it to FOLDER/chat_template.jinja"
-    return _TRAINING.sub(instead, message).replace("model.chat_template=", f"{OPTION} ")
-
-
 @contextmanager
 def as_typed(given: bool) -> Iterator[None]:
-    """Context manager: rewrite errors about chat templates in terms of the command line."""
+    """Context manager: raise errors about chat templates in terms of this command, which has no config keys.
+
+    Args:
+        given: Whether the template comes from ``--chat-template``; else it is the model's own.
+    """
     try:
         yield
     except UserError as error:
-        if "model.chat_template=" not in str(error):
-            raise
-        raise UserError(with_option_name(str(error), given)) from error
+        for finding in error.findings:
+            if not given and (finding.option == KEY or KEY in finding.fix_keys):
+                finding.fix = "fix the template: `rlhf export RUN --to FOLDER` writes it to FOLDER/chat_template.jinja"
+        error.rename(moved(KEY, OPTION))
+        raise

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.data.chat_templates import CHAT_TEMPLATE
+from rlhf.errors import UserError, key
 from rlhf.models.vocabulary import lacks_template
 from rlhf.using import templates
 
@@ -107,11 +108,13 @@ def test_tokens_that_a_template_adds_are_reported_and_deterministic(
 
 
 def test_errors_of_the_template_of_the_model_name_no_config_key() -> None:
-    fault = "the chat template leaves out what the system says"
-    said = f"{fault}; type model.chat_template=chatml, or a Jinja file that writes it"
-    assert templates.with_option_name(said, True) == f"{fault}; type --chat-template chatml"
-    assert "rlhf export RUN --to FOLDER" in templates.with_option_name(said, False)
-    assert "model." not in templates.with_option_name(said, False)
+    def raised(given: bool) -> str:
+        with pytest.raises(UserError) as caught, templates.as_typed(given):
+            raise UserError("leaves out the system turn", f"type {key(templates.KEY, 'chatml')}", templates.KEY)
+        return str(caught.value)
+
+    assert raised(True) == "--chat-template: leaves out the system turn; type --chat-template chatml"
+    assert "rlhf export RUN --to FOLDER" in raised(False) and "model." not in raised(False)
 
 
 def test_the_card_of_an_export_names_its_missing_template(
