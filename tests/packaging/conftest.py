@@ -63,12 +63,24 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def create(folder: Path, libraries: Path) -> Environment:
+    made = Environment(folder)
+    venv.create(made.folder, with_pip=False, symlinks=True)
+    (made.packages / "libraries.pth").write_text(f"{libraries}\n")
+    return made
+
+
 @pytest.fixture
 def environment(tmp_path: Path, libraries: Path) -> Environment:
     """Return a new environment without rlhf."""
-    made = Environment(tmp_path / "venv")
-    venv.create(made.folder, with_pip=False, symlinks=True)
-    (made.packages / "libraries.pth").write_text(f"{libraries}\n")
+    return create(tmp_path / "venv", libraries)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, libraries: Path, wheel: Path) -> Environment:
+    """Return an environment with the wheel, in which nothing else may be installed."""
+    made = create(tmp_path_factory.mktemp("installed") / "venv", libraries)
+    made.pip_install(str(wheel))
     return made
 
 

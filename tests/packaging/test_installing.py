@@ -42,8 +42,8 @@ def test_an_editable_install_reflects_edits(environment: Environment, checkout: 
     assert "edited" in environment.rlhf("--version", cwd=empty)
 
 
-def test_the_wheel_works_in_a_clean_environment(environment: Environment, wheel: Path, empty: Path) -> None:
-    environment.pip_install(str(wheel))
+def test_the_wheel_works_in_a_clean_environment(installed: Environment, empty: Path) -> None:
+    environment = installed
     assert_works(environment, empty)
     assert "rlhf 0.1.0" in environment.rlhf("plugins", "list", cwd=empty)
     words = ["stage=pretrain", "debug=smoke", "data.size=300", "data.validation=20", "model.vocab_size=300"]
@@ -72,16 +72,18 @@ def test_every_plugin_folder_is_an_entry_point() -> None:
 
 
 @pytest.mark.parametrize("way", ["folder", "variable", "installed"])
-def test_a_third_party_plugin_works(environment: Environment, wheel: Path, empty: Path, way: str) -> None:
+def test_a_third_party_plugin_works(
+    installed: Environment, empty: Path, way: str, request: pytest.FixtureRequest
+) -> None:
     """In ./plugins, named by RLHF_PLUGINS, or pip-installed: its options are available like built-in ones."""
-    environment.pip_install(str(wheel))
-    variables = {}
+    environment, variables = installed, {}
     if way == "folder":
         shutil.copytree(SAMPLE / "rlhf_sample", empty / "plugins" / "rlhf_sample")
     elif way == "variable":
         variables["RLHF_PLUGINS"] = str(SAMPLE)
     else:
-        environment.pip_install(str(SAMPLE))
+        environment = request.getfixturevalue("environment")
+        environment.pip_install(str(request.getfixturevalue("wheel")), str(SAMPLE))
     page = environment.rlhf("--help", cwd=empty, **variables)
     assert "cubic [sample]" in page and "brevity [sample]" in page
     config = environment.rlhf("stage=dpo", "objective=cubic", "--cfg", "job", cwd=empty, **variables)
