@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 
 class Batches(Sampler[list[int]]):
@@ -43,14 +43,25 @@ class Batches(Sampler[list[int]]):
         self.n = records if isinstance(records, int) else len(records)
         self.batch_size, self.seed, self.start, self.rank, self.world_size = batch_size, seed, start, rank, world_size
         if (steps is None) == (epochs is None):
-            raise UserError("give either steps or epochs, the other must be null")
+            raise UserError(
+                f"either {key('stage.steps')} or {key('stage.epochs')} must be set, and the other must be null",
+                fix=f"type {key('stage.epochs', 1)} {key('stage.steps', None)}",
+            )
         if self.n < batch_size:
             raise UserError(
-                f"stage.batch_size={batch_size}, but there are only {self.n} records; "
-                f"type stage.batch_size={self.n} or less"
+                f"there are only {self.n} records",
+                fix=f"type {key('stage.batch_size', self.n)} or less",
+                option="stage.batch_size",
+                value=batch_size,
             )
         if batch_size % world_size:
-            raise UserError(f"stage.batch_size={batch_size} is no multiple of the {world_size} devices; type one")
+            multiple = -(-batch_size // world_size) * world_size
+            raise UserError(
+                f"must be a multiple of the {world_size} devices",
+                fix=f"type {key('stage.batch_size', multiple)}",
+                option="stage.batch_size",
+                value=batch_size,
+            )
         self.per_epoch = self.n // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0.0) * self.per_epoch))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.data.encoded_rows import Encoded, EncodedComparison, EncodedLabel
 from rlhf.data.records import GRADES
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 
 class TensorDataclass:
@@ -167,7 +167,10 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
             if item.embedding is not None:
                 embeddings.append(item.embedding)
     if not pairs:
-        raise UserError("a batch of comparisons holds only ties or identical responses: drop such records")
+        raise UserError(
+            "all comparisons of a batch are ties or have identical responses",
+            fix="remove such records from the data",
+        )
     chosen, rejected, grades, weight, prompt_index = zip(*pairs, strict=True)
     return PairBatch(
         tokens=collate(rows, pad_id),
@@ -264,7 +267,12 @@ def packed(documents: Iterable[Encoded], length: int) -> Iterator[Encoded]:
         UserError: For a length below 2, at which no row has a target.
     """
     if length < 2:
-        raise UserError(f"rows of length {length} have no target; type a length of 2 or more")
+        raise UserError(
+            "must be at least 2, because a row of one token has no target",
+            fix=f"type {key('stage.packing', 2)} or more",
+            option="stage.packing",
+            value=length,
+        )
     ids: list[int] = []
     mask: list[bool] = []
     positions: list[int] = []

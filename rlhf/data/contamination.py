@@ -74,8 +74,8 @@ def overlap_warnings(prompts: Sequence[Record], trained: Mapping[str, Path], own
         except (OSError, ValueError, EOFError) as error:
             reason = first_line(error)
             lines.append(
-                f"warning: {folder / FILE} cannot be read ({reason}), so whether held-out prompts were trained on is "
-                "not known"
+                f"warning: {folder / FILE} cannot be read ({reason}), so it is unknown whether held-out prompts were "
+                "trained on"
             )
             continue
         if count:
@@ -86,7 +86,7 @@ def overlap_warnings(prompts: Sequence[Record], trained: Mapping[str, Path], own
                 fix = f"type data.validation={share} here, or data.validation={own:g} there, if both read one file"
             lines.append(
                 f"warning: {count} of {len(keys)} held-out prompts were trained on by {folder.parent.name} ({folder}), "
-                f"so what is measured on them is too good; {fix}"
+                f"so metrics on them are too optimistic; {fix}"
             )
     return lines
 

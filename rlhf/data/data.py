@@ -16,15 +16,25 @@ from pydantic import Field
 from rlhf.data.disk import DiskList, View
 from rlhf.data.format_detection import detect, find_adapter
 from rlhf.data.held_out import HELD_OUT, HELD_OUT_SHARE, select_held_out
-from rlhf.data.load_report import LoadReport
+from rlhf.data.load_report import BadRow, LoadReport
 from rlhf.data.record_conversion import convert
 from rlhf.data.record_encoder import RecordEncoder
 from rlhf.data.records import Comparison, Demonstration, Prompt, Record, RecordName, Text
-from rlhf.data.sources import ARITHMETIC, TESTBED, Row, check_numbers, digest_files, find_files, read_files, read_hub
+from rlhf.data.sources import (
+    ARITHMETIC,
+    TESTBED,
+    Row,
+    check_numbers,
+    digest_files,
+    find_files,
+    read_files,
+    read_hub,
+    source_error,
+)
 from rlhf.data.split import Split
 from rlhf.data.testbed.arithmetic import Arithmetic
 from rlhf.data.testbed.world import Testbed
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.runs.data_source import DataSource
 
 # Training records of the testbed for data.size=null.
@@ -115,16 +125,31 @@ class Data(RecordEncoder, DataSource):
         self.testbed = testbed or Testbed()
         self.arithmetic = arithmetic or Arithmetic()
         if not self.sources:
-            raise UserError("data.source=[]: no source in the list; name a run, a file or testbed")
+            raise source_error(
+                "[]",
+                "the list has no source",
+                fix=f"type a run, a file or {key('data.source', TESTBED)}",
+            )
         if len(self.sources) > 1 and {TESTBED, ARITHMETIC} & set(self.sources):
-            raise UserError(f"data.source=[{self.source}]: testbed cannot be one of several; use data=mixture")
+            raise source_error(
+                f"[{self.source}]",
+                f"{TESTBED} and {ARITHMETIC} cannot be one of several sources",
+                fix=f"type {key('data', 'mixture')}",
+            )
         if streaming and record not in ("text", "demonstration"):
             raise UserError(
-                f"data.streaming=true: {record}s are kept in memory, texts and demonstrations can be streamed; "
-                "leave it out"
+                f"{record}s are kept in memory, only texts and demonstrations can be streamed",
+                fix=f"type {key('data.streaming', 'false')}",
+                option="data.streaming",
+                value="true",
             )
         if validation >= 1 and validation != int(validation):
-            raise UserError(f"data.validation={validation}: give a whole number of records, or a share below 1")
+            raise UserError(
+                "must be a whole number of records, or a share below 1",
+                fix=f"type {key('data.validation', int(validation))}",
+                option="data.validation",
+                value=validation,
+            )
 
     @staticmethod
     def check_hyperparameters(**hyperparameters: Any) -> None:
@@ -137,7 +162,12 @@ class Data(RecordEncoder, DataSource):
         """
         size = hyperparameters.get("size")
         if hyperparameters.get("source") in (TESTBED, ARITHMETIC) and type(size) is int and size > MOST_MADE_UP:
-            raise UserError(f"data.size={size}: at most {MOST_MADE_UP} records are made up; type a smaller data.size")
+            raise UserError(
+                f"must be at most {MOST_MADE_UP}, because generated records are kept in memory",
+                fix=f"type {key('data.size', MOST_MADE_UP)} or less",
+                option="data.size",
+                value=size,
+            )
         if isinstance(hyperparameters.get("format"), str):
             find_adapter(hyperparameters["format"])  # an unknown name is an error whatever the source is
         if not _CHECKED_EARLY.get():
@@ -178,7 +208,11 @@ class Data(RecordEncoder, DataSource):
             train, validation = self._split(DiskList(found) if self.streaming else list(found), report)
         report.train, report.validation = len(train), len(validation)
         if not train:
-            raise UserError(f"data.source={self.source}: no {self.record} to train on ({report}); give another source")
+            raise source_error(
+                self.source,
+                f"no usable {self.record}s ({report})",
+                fix=f"type another {key('data.source')}",
+            )
         return Split(train, validation, report, self)
 
     def place(self, record: Record) -> str:
@@ -186,7 +220,7 @@ class Data(RecordEncoder, DataSource):
         if self.source in (TESTBED, ARITHMETIC) or not self._files():
             return ""
         found = self._records_with_rows(LoadReport(source=self.source))
-        return next((f"{row.file}, row {row.row}" for row, other in found if other == record), "")
+        return next((row.place for row, other in found if other == record), "")
 
     def _from_testbed(self, report: LoadReport) -> tuple[Sequence[Any], Sequence[Any]]:
         size = self.size or TESTBED_SIZES[self.record]
@@ -197,8 +231,10 @@ class Data(RecordEncoder, DataSource):
         else:
             draw: Callable[..., Sequence[Record]] | None = getattr(world, f"{self.record}s", None)
             if draw is None:
-                raise UserError(
-                    f"data.source={self.source}: has no {self.record}s; it has texts, demonstrations and prompts"
+                raise source_error(
+                    self.source,
+                    f"has no {self.record}s, only texts, demonstrations and prompts",
+                    fix=f"type another {key('data.source')}",
                 )
             train, validation = list(draw(size, self.seed)), list(draw(held_out, self.seed, held_out=True))
         report.read = report.kept = len(train) + len(validation)
@@ -215,7 +251,11 @@ class Data(RecordEncoder, DataSource):
         found = [find_files(source, self.record) for source in self.sources]
         for source, files in zip(self.sources, found, strict=True):
             if len(self.sources) > 1 and not files:
-                raise UserError(f"data.source={source}: only files and runs can be one of several; use data=mixture")
+                raise source_error(
+                    source,
+                    "only files, globs and directories can be one of several sources",
+                    fix=f"type {key('data', 'mixture')}",
+                )
         return [file for files in found for file in files]
 
     def _rows(self) -> Iterator[Row]:
@@ -256,21 +296,22 @@ class Data(RecordEncoder, DataSource):
                     continue
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 reason = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
-                report.bad.append(f"{row.file}, row {row.row}: {reason}")
+                report.bad.append(BadRow(row.place, reason))
                 continue
             if self.size is not None:
                 found = found[: self.size - report.kept]  # a row can give several records
             report.kept += len(found)
             if self.places is not None:
-                self.places |= {id(record): f"{row.file}, row {row.row}" for record in found}
+                self.places |= {id(record): row.place for record in found}
             yield from ((row, record) for record in found)
         if len(report.bad) > self.max_bad * report.read:
-            counts = Counter(line.split(": ", 1)[1] for line in report.bad).most_common(3)
-            raise UserError(
-                f"data.source={self.source}: {len(report.bad)} of {report.read} rows are unusable as {self.record} "
-                f"(data.max_bad={self.max_bad} allows {int(self.max_bad * report.read)}); first: {report.bad[0]}; "
-                f"most often: {'; '.join(f'{count} x {reason}' for reason, count in counts)}; "
-                "fix the file, name its data.format, or raise data.max_bad"
+            counts = Counter(row.reason for row in report.bad).most_common(3)
+            raise source_error(
+                self.source,
+                f"{len(report.bad)} of {report.read} rows are unusable as {self.record}s; first: {report.bad[0]}; "
+                f"most often: {'; '.join(f'{count} x {reason}' for reason, count in counts)}",
+                fix=f"fix the file, type its format ({key('data.format', 'NAME')}), or raise {key('data.max_bad')} "
+                f"({self.max_bad} allows {int(self.max_bad * report.read)} rows)",
             )
 
     def _tagged(self, record: Record) -> Record:
@@ -278,7 +319,12 @@ class Data(RecordEncoder, DataSource):
             return record
         if isinstance(record, Prompt | Comparison):
             return replace(record, tags=(*record.tags, *self.tags))
-        raise UserError(f"data.tags={list(self.tags)}: a {record.name} has no tags; leave it null")
+        raise UserError(
+            f"a {record.name} has no tags",
+            fix=f"type {key('data.tags', None)}",
+            option="data.tags",
+            value=list(self.tags),
+        )
 
     def _split(
         self, records: Sequence[Any], report: LoadReport, held_out: int | None = None
@@ -293,10 +339,12 @@ class Data(RecordEncoder, DataSource):
         if held_out == 0 or not records:
             return records, []
         if held_out >= len(records) and self.validation >= 1:
-            share = f"data.validation={HELD_OUT_SHARE}" if len(records) > 1 else "data.validation=0"
+            share = key("data.validation", HELD_OUT_SHARE if len(records) > 1 else 0)
             raise UserError(
-                f"data.validation={held_out} of {len(records)} records leaves none to train on; type {share}, or a "
-                "larger file"
+                f"holds out all of the {len(records)} records and leaves none to train on",
+                fix=f"type {share}, or a larger file",
+                option="data.validation",
+                value=held_out,
             )
         train, validation, report.split = select_held_out(records, held_out, self.seed)
         if self.streaming:

@@ -9,19 +9,21 @@ from rlhf.data.control_tokens import Tokenizer
 from rlhf.data.encoded_rows import Encoded, EncodedComparison, EncodedLabel
 from rlhf.data.end_tokens import cut_at_end_of_turn, end_of_text_id, end_of_turn_id, find_end_of_turn
 from rlhf.data.records import Comparison, Label, Message
-from rlhf.data.rendering import control_tokens, render, tokenize
-from rlhf.errors import UserError
+from rlhf.data.rendering import ChatTemplateError, control_tokens, render, tokenize
 
-NO_GENERATION_PROMPT = (
-    "the chat template's generation prompt is not how it begins an assistant turn, so a policy would be trained on "
-    "other text than it is asked to continue; type model.chat_template=chatml"
-)
+
+def generation_prompt_error() -> ChatTemplateError:
+    """Return the error for a template that begins an assistant turn otherwise than its generation prompt does."""
+    return ChatTemplateError(
+        "begins an assistant turn with other text than its generation prompt, so a policy would be trained on other "
+        "text than it continues"
+    )
 
 
 def _text_until_content(tokenizer: Tokenizer, whole: str) -> str:
     """Return the text before the content of a dialogue that the assistant opens, a default system message included."""
-    asked = [Message("user", "a")]
-    start = render(tokenizer, asked, generation_prompt=True).removeprefix(render(tokenizer, asked))
+    prompt = [Message("user", "a")]
+    start = render(tokenizer, prompt, generation_prompt=True).removeprefix(render(tokenizer, prompt))
     before, found, _ = whole.partition(start) if start else ("", "", whole)
     return before + found
 
@@ -54,9 +56,9 @@ def encode_dialogue(
     mask: list[bool] = []
     for index, before, answer in _responses(tokenizer, messages, ended):
         if answer is None:
-            raise UserError(
-                f"the chat template rewrites earlier turns (turn {index}: the dialogue does not start with its own "
-                "prompt), so answers cannot be masked; give a template that only appends: model.chat_template=chatml"
+            raise ChatTemplateError(
+                f"rewrites earlier turns (turn {index}: the dialogue does not start with its own prompt), so responses "
+                "cannot be masked"
             )
         context, target = tokenize(tokenizer, before), tokenize(tokenizer, answer)
         ids += context + target
@@ -118,7 +120,7 @@ def encode_response(tokenizer: Tokenizer, text: str, ended: bool = True) -> list
     # Rendered by the template, because some templates strip or decorate the content.
     whole = render(tokenizer, [*prompt, Message("assistant", text)])
     if not whole.startswith(before):
-        raise UserError(NO_GENERATION_PROMPT)
+        raise generation_prompt_error()
     ids = tokenize(tokenizer, cut_at_end_of_turn(tokenizer, whole[len(before) :], ended))
     assert not ended or ids[-1] == end_id
     return ids
@@ -144,9 +146,7 @@ def encode_tool_turn(tokenizer: Tokenizer, text: str) -> list[int]:
             continue
         if whole.startswith(done) and control_tokens(tokenizer).guard(text) in whole:
             return tokenize(tokenizer, whole[len(done) :])
-    raise UserError(
-        "the chat template cannot write a tool's turn after an assistant's; type model.chat_template=chatml"
-    )
+    raise ChatTemplateError("cannot render a tool's turn after an assistant turn")
 
 
 def encode_turns(tokenizer: Tokenizer, turns: Sequence[Message], ended: bool = True) -> list[int]:

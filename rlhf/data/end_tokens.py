@@ -4,8 +4,8 @@ from functools import lru_cache
 
 from rlhf.data.control_tokens import Tokenizer, special_ids
 from rlhf.data.records import Message
-from rlhf.data.rendering import render, tokenize
-from rlhf.errors import UserError
+from rlhf.data.rendering import ChatTemplateError, render, tokenize
+from rlhf.errors import UserError, key
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -16,17 +16,14 @@ def find_end_of_turn(tokenizer: Tokenizer, chat_template: str) -> tuple[str, int
     mark = "zqxj"
     text = render(tokenizer, [Message("user", "a"), Message("assistant", mark)])
     if mark not in text:
-        raise UserError("the chat template does not write what the assistant says; type model.chat_template=chatml")
+        raise ChatTemplateError("does not render the content of an assistant turn")
     tail = text[text.rindex(mark) + len(mark) :]
     special = special_ids(tokenizer)
     for index in tokenize(tokenizer, tail):
         if index in special:
             token = str(tokenizer.convert_ids_to_tokens(index))
             return token, index, tail.partition(token)[0]
-    raise UserError(
-        "the chat template ends an assistant turn with no special token, so a policy could never learn to stop; "
-        "type model.chat_template=chatml"
-    )
+    raise ChatTemplateError("ends an assistant turn without a special token, so no policy can be trained to stop")
 
 
 def cut_at_end_of_turn(tokenizer: Tokenizer, turn: str, ended: bool = True) -> str:
@@ -36,9 +33,8 @@ def cut_at_end_of_turn(tokenizer: Tokenizer, turn: str, ended: bool = True) -> s
     """
     end, _, closing = find_end_of_turn(tokenizer, tokenizer.chat_template)
     if end not in turn:
-        raise UserError(
-            f"the chat template does not end every assistant turn with {end}, so a policy would not learn to stop; "
-            "type model.chat_template=chatml"
+        raise ChatTemplateError(
+            f"does not end every assistant turn with {end}, so a policy would not be trained to stop"
         )
     return turn[: turn.rindex(end) + len(end)] if ended else turn[: turn.rindex(end)].removesuffix(closing)
 
@@ -61,5 +57,8 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     if isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == END_OF_TEXT:
         return index  # SmolLM2 declares its <|endoftext|> as the unknown token
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has neither <|endoftext|> nor an eos token; give another model.tokenizer")
+        raise UserError(
+            "the tokenizer has neither <|endoftext|> nor an EOS token",
+            fix=f"type another tokenizer: {key('model.tokenizer', 'FOLDER_OR_HUB_ID')}",
+        )
     return int(tokenizer.eos_token_id)

@@ -41,7 +41,7 @@ def detect(raw: Raw) -> str:
         return "prompt"
     if keys & {"text", "content"}:
         return "text"
-    raise ValueError(f"no format fits the fields {', '.join(sorted(keys)) or '(none)'}; give one with data.format=NAME")
+    raise ValueError(f"no format has the fields {', '.join(sorted(keys)) or '(none)'}")
 
 
 def find_adapter(name: str) -> Adapter | None:
@@ -55,5 +55,10 @@ def find_adapter(name: str) -> Adapter | None:
     if name in FORMATS:
         return FORMATS[name]
     if ":" not in name:
-        raise UserError(f"data.format={name}: no such format{suggest(name, [*FORMATS, 'auto'])}; or module:function")
+        raise UserError(
+            f"no such format{suggest(name, [*FORMATS, 'auto'])}",
+            fix="type the name of a format, or module:function",
+            option="data.format",
+            value=name,
+        )
     return importing.load_function("data.format", name)

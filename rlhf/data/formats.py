@@ -50,14 +50,14 @@ def alpaca(raw: Raw) -> Demonstration | Label:
     """
     turns: list[Message] = []
     for past in raw.get("history") or ():
-        if isinstance(past, list | tuple) and len(past) == 2 and all(isinstance(said, str) for said in past):
+        if isinstance(past, list | tuple) and len(past) == 2 and all(isinstance(turn, str) for turn in past):
             turns += (Message("user", past[0]), Message("assistant", past[1]))
         elif isinstance(past, Mapping):
             turns.append(parse_message(past))
         else:
             raise ValueError(f"history: expected pairs of question and answer, got {past!r}")
-    asks = with_system(raw, (*turns, Message("user", _instruction(raw))))
-    return _answered(raw, (*asks, Message("assistant", read_string(raw, "output", "response"))), "output")
+    dialogue = with_system(raw, (*turns, Message("user", _instruction(raw))))
+    return _answered(raw, (*dialogue, Message("assistant", read_string(raw, "output", "response"))), "output")
 
 
 def sharegpt(raw: Raw) -> Demonstration | Comparison | Label:
@@ -91,7 +91,7 @@ def _answered(raw: Raw, turns: tuple[Message, ...], field: str) -> Demonstration
     if good is None:
         return Demonstration(turns, read_ended(raw), read_cluster(raw))
     if turns[-1].role != "assistant":
-        raise ValueError(f"{field}: a labelled dialogue must end with the assistant")
+        raise ValueError(f"{field}: a labelled dialogue must end with an assistant turn")
     return Label(turns[:-1], turns[-1].content, good, read_ended(raw))
 
 
@@ -134,19 +134,19 @@ def _comparison(raw: Raw, prompt: tuple[Message, ...]) -> Comparison:
     for field in ("chosen", "rejected"):
         side = parse_dialogue(raw.get(field), field, alone="assistant")
         if side[-1].role != "assistant":
-            raise ValueError(f"{field}: must end with what the assistant says")
+            raise ValueError(f"{field}: must end with an assistant turn")
         sides.append(side)
     chosen, rejected = sides
     if len(chosen) > 1 or len(rejected) > 1:
         if chosen[:-1] != rejected[:-1]:
-            raise ValueError("rejected: the dialogue before the last answer differs from chosen's")
+            raise ValueError("rejected: the dialogue before the last response differs from that of chosen")
         # The sides repeat the dialogue, and may extend the prompt; either or both may have the system message.
         (system, turns), (own, shared) = split_system(prompt), split_system(chosen[:-1])
         if shared[: len(turns)] != turns or (system and own and system != own):
-            raise ValueError("chosen: a dialogue of several turns that does not begin with the prompt")
+            raise ValueError("chosen: has several turns, but does not begin with the prompt")
         prompt = (*(system or own), *shared)
     if not prompt:
-        raise ValueError("prompt: missing, and chosen/rejected are no whole dialogues")
+        raise ValueError("prompt: missing, and chosen and rejected are not whole dialogues")
     grade = read_grade(raw)
     return Comparison(
         prompt=prompt,

@@ -3,13 +3,35 @@
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf.data.records import Record, prompt_text
+from rlhf.errors import UserError
 
 HELD_OUT = 400  # prompts of the testbed for data.validation=null: a standard error of 1/20 of the spread
 HELD_OUT_SHARE = 0.1  # of anything else, demonstrations and comparisons alike: one file has one held-out part
 
 SEARCHED = 1_000_000  # limit of the search for the held-out part, in sums of groups
+
+
+class TooFewHeldOut(UserError):
+    """Error for a testbed that holds out fewer different prompts than requested.
+
+    Attributes:
+        available: Number of different prompts that it holds out.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        fix: str = "",
+        option: str = "data.validation",
+        value: Any = ...,
+        where: str = "",
+        available: int = 0,
+    ) -> None:
+        super().__init__(problem, fix, option, value, where)
+        self.available = available
 
 
 def select_held_out(records: Sequence[Record], wanted: int, seed: int) -> tuple["array[int]", "array[int]", str]:
@@ -71,10 +93,10 @@ def _split_note(wanted: int, sizes: Sequence[int], chosen: Sequence[int]) -> str
     if sum(sizes) == 1:
         return "none held out: the only record is trained on"
     if len(sizes) == 1:
-        return f"none held out: all {most} records ask the same, and equal prompts stay on one side"
+        return f"none held out: all {most} records have the same prompt, and equal prompts stay on one side"
     each = f"{least} records each" if least == most else f"{least} to {most} records each"
     more = "" if found else f"; type data.validation={least} to hold out one prompt"
     return (
-        f"{found} held out where {wanted} were asked for: equal prompts stay on one side, and the {len(sizes)} prompts "
+        f"{found} held out where {wanted} were requested: equal prompts stay on one side, and the {len(sizes)} prompts "
         f"have {each}{more}"
     )

@@ -3,6 +3,17 @@
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """Row that cannot be used: its place ("file, row 3") and the reason."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
 @dataclass
 class LoadReport:
     """Counts of the rows of a source that were read, kept and dropped."""
@@ -12,7 +23,7 @@ class LoadReport:
     kept: int = 0
     ties: int = 0  # comparisons and labels without a preference
     unwanted: int = 0  # responses marked bad, where demonstrations are read
-    bad: list[str] = field(default_factory=list)  # "file, row 3: field: reason", one for each bad row
+    bad: list[BadRow] = field(default_factory=list)
     train: int = 0
     validation: int = 0
     split: str = ""  # why another number of records is held out than requested

@@ -13,7 +13,7 @@ from rlhf.data.disk import Chain, View
 from rlhf.data.load_report import LoadReport
 from rlhf.data.records import Record
 from rlhf.data.split import Split
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, key, moved, suggest
 
 
 class Mixture(Data):
@@ -38,12 +38,14 @@ class Mixture(Data):
     ) -> None:
         self.parts, self.weights, self.count = dict(parts), dict(weights), size
         self.check_hyperparameters(parts, weights)
+        first = next(iter(self.parts.values()))
         kinds = {part.record for part in self.parts.values()}
         if len(kinds) != 1:
             raise UserError(
-                f"data.parts are of different record types ({', '.join(sorted(kinds))}); set data.parts.NAME.record"
+                f"must have one record type, has {', '.join(sorted(kinds))}",
+                fix=f"type {key('data.parts.NAME.record', first.record)}",
+                option="data.parts",
             )
-        first = next(iter(self.parts.values()))
         super().__init__(
             record=first.record,
             source=" + ".join(part.source for part in self.parts.values()),
@@ -64,10 +66,12 @@ class Mixture(Data):
         """
         for name in weights:
             if name not in parts:
-                raise UserError(f"data.weights.{name}: no such part{suggest(name, parts, 'data.weights.')}")
+                raise UserError(f"no such part{suggest(name, parts)}", option=f"data.weights.{name}")
         for name in parts:
             if name not in weights:
-                raise UserError(f"data.parts.{name} has no weight; type data.weights.{name}=1")
+                raise UserError(
+                    "has no weight", fix=f"type {key(f'data.weights.{name}', 1)}", option=f"data.parts.{name}"
+                )
 
     def digest(self) -> str:
         """Return the sha256 of the parts' digests."""
@@ -88,7 +92,10 @@ class Mixture(Data):
         validation: list[Sequence[Any]] = []
         count = self.count
         for name, part in self.parts.items():
-            split = part.load()
+            try:
+                split = part.load()
+            except UserError as error:
+                raise error.rename(moved("data", f"data.parts.{name}")) from None
             if count is None:  # the first part
                 count = round(len(split.train) * total / self.weights[name])
             wanted = round(count * self.weights[name] / total)

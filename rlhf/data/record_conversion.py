@@ -58,4 +58,4 @@ def convert(record: Record, wanted: str) -> Iterable[Record]:
         return (good,) if record.desirable else ()
     if wanted == "label" and isinstance(record, Demonstration):
         raise ValueError("label: missing, or not one of true, false, 1, 0")
-    raise ValueError(f"holds a {record.name}, which cannot serve as a {wanted}")
+    raise ValueError(f"is a {record.name}, which cannot be converted to a {wanted}")

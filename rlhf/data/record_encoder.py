@@ -19,7 +19,7 @@ from rlhf.data.encoding import (
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text, count_truncated
 from rlhf.data.rendering import DialogueRejected
 from rlhf.data.template_check import check_template
-from rlhf.errors import UserError
+from rlhf.errors import RLHFError, UserError, key
 
 
 @dataclass
@@ -32,8 +32,14 @@ class EncodeReport:
     tokens: int = 0
     missing_eos: int = 0  # responses truncated in sampling, whose last token is not end-of-turn
     refused: int = 0  # records that cannot be encoded, for example by the chat template
-    first_refused: str = ""  # reason for the first of them
+    first_place: str = ""  # file and row of the first of them, or its source
+    first_error: Exception | None = None  # reason for the first of them
     lengths: list[int] = field(default_factory=list)  # tokens of each kept prompt, from ``fit_prompts`` only
+
+    @property
+    def first_refused(self) -> str:
+        """Place of the first record that cannot be encoded, and the reason; "" if there is none."""
+        return "" if self.first_error is None else f"{self.first_place}: {self.first_error}"
 
     def __str__(self) -> str:
         line = f"{self.kept} rows, {self.tokens} tokens, {self.truncated} truncated, {self.dropped} dropped as too long"
@@ -93,14 +99,17 @@ class RecordEncoder(ABC):
     def _refuse(self, report: EncodeReport, record: Record, reason: Exception) -> None:
         """Count a record that cannot be encoded, and store the reason of the first."""
         report.refused += 1
-        if not report.first_refused:
-            report.first_refused = f"{self.place(record) or self.source}: {reason}"
+        if report.first_error is None:
+            report.first_place, report.first_error = self.place(record) or self.source, reason
 
     def _check_refused(self, report: EncodeReport, count: int) -> None:
         if report.refused > self.max_bad * count:
+            reason, fix = _as_text(report.first_error)
             raise UserError(
-                f"data.source={self.source}: {report.refused} of {count} records cannot be encoded (data.max_bad="
-                f"{self.max_bad} allows {int(self.max_bad * count)}); first: {report.first_refused}"
+                f"{report.refused} of {count} records cannot be encoded; first: {report.first_place}: {reason}",
+                fix=f"{fix}raise {key('data.max_bad')} ({self.max_bad} allows {int(self.max_bad * count)} records)",
+                option="data.source",
+                value=self.source,
             )
 
     def iter_encoded(self, tokenizer: Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:
@@ -174,6 +183,14 @@ class RecordEncoder(ABC):
             kept.append(prompt if len(turns) == len(prompt.messages) else replace(prompt, messages=tuple(turns)))
         self._check_refused(report, len(prompts))
         return kept, report
+
+
+def _as_text(error: Exception | None) -> tuple[str, str]:
+    """Return the problem and the fix of an error, whose marked keys the error that contains them can rename."""
+    if not isinstance(error, RLHFError):
+        return str(error), "fix the file, or "
+    problem = f"{key(error.option)}: {error.problem}" if error.option else error.problem
+    return problem, f"{error.fix}, or " if error.fix else ""
 
 
 def iter_text_batches(texts: Iterable[str]) -> Iterator[list[str]]:

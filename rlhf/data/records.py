@@ -326,8 +326,8 @@ def cluster_key(record: "Prompt | Text | Demonstration") -> Hashable:
         return record.cluster or record.messages
     if isinstance(record, Text):
         return record.text
-    asked = record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
-    return record.cluster or asked
+    prompt = record.messages[: next(i for i, turn in enumerate(record.messages) if turn.role == "assistant")]
+    return record.cluster or prompt
 
 
 def prompt_text(record: "Record") -> str:

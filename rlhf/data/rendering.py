@@ -3,26 +3,39 @@
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import jinja2
 
 from rlhf.data.control_tokens import ControlTokens, Tokenizer
 from rlhf.data.records import Message
 from rlhf.data.time_limit import memory_limit, time_limit
-from rlhf.errors import UserError, first_line
+from rlhf.errors import UserError, first_line, key
 
 RENDER_SECONDS = 5.0  # CPU time limit of one dialogue, which usually takes milliseconds
 RENDER_BYTES = 2**30  # memory limit of one dialogue, which usually takes kilobytes
 RENDER_CHARACTERS = 1_000_000  # limit of one dialogue, in addition to a multiple of its content
-_ENDLESS = f"the chat template takes longer than {RENDER_SECONDS:g} s for one dialogue; type model.chat_template=chatml"
-_TOO_LARGE = "the chat template makes a text without end of one dialogue; type model.chat_template=chatml"
 
 
-class TemplateUnbounded(UserError):
+class ChatTemplateError(UserError):
+    """Error for a chat template at fault; the fix is another template unless a better one is given."""
+
+    def __init__(
+        self,
+        problem: str,
+        fix: str = "",
+        option: str = "model.chat_template",
+        value: Any = ...,
+        where: str = "",
+    ) -> None:
+        super().__init__(problem, fix or f"type {key('model.chat_template', 'chatml')}", option, value, where)
+
+
+class TemplateUnbounded(ChatTemplateError):
     """Error for a chat template that takes more time, memory or text than any dialogue needs."""
 
 
-class DialogueRejected(UserError):
+class DialogueRejected(ChatTemplateError):
     """Error for a dialogue that the chat template cannot render, for example consecutive user turns."""
 
 
@@ -37,10 +50,10 @@ def check_syntax(chat_template: str) -> None:
         raise _syntax_error(error) from None
 
 
-def _syntax_error(error: jinja2.TemplateSyntaxError) -> UserError:
-    return UserError(
-        f"the chat template is no Jinja template (line {error.lineno}: {error}); fix the file, or type "
-        "model.chat_template=chatml"
+def _syntax_error(error: jinja2.TemplateSyntaxError) -> ChatTemplateError:
+    return ChatTemplateError(
+        f"is not a Jinja template (line {error.lineno}: {error})",
+        fix=f"fix the file, or type {key('model.chat_template', 'chatml')}",
     )
 
 
@@ -63,28 +76,25 @@ _RAISED = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, R
 
 def _render_plain(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template, chat data needs one; type model.chat_template=chatml")
+        raise ChatTemplateError("the tokenizer has no chat template, and chat data needs one")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        with time_limit(RENDER_SECONDS, _ENDLESS, TemplateUnbounded):
+        with time_limit(RENDER_SECONDS, TemplateUnbounded(f"takes longer than {RENDER_SECONDS:g} s for one dialogue")):
             # A list, because transformers refuses a single dialogue without turns, which templates can often render.
             found = tokenizer.apply_chat_template([turns], tokenize=False, add_generation_prompt=generation_prompt)
         text = str(found[0])
         # A template may write the content several times, for example as plain text and as JSON.
         if len(text) > RENDER_CHARACTERS + 100 * sum(len(message.content) for message in messages):
-            raise TemplateUnbounded(_TOO_LARGE)
+            raise TemplateUnbounded(f"renders one dialogue as {len(text)} characters, more than allowed")
         return text
     except MemoryError:
-        raise TemplateUnbounded(_TOO_LARGE) from None
+        raise TemplateUnbounded("exceeds the memory limit of one dialogue") from None
     except jinja2.TemplateSyntaxError as error:
         raise _syntax_error(error) from None
     except _RAISED as error:
         roles = ", ".join(message.role for message in messages) or "(none)"
         reason = first_line(error)
-        raise DialogueRejected(
-            f"the chat template cannot write a dialogue of the turns {roles} ({reason}); "
-            "type model.chat_template=chatml"
-        ) from None
+        raise DialogueRejected(f"cannot render a dialogue of the turns {roles} ({reason})") from None
 
 
 def control_tokens(tokenizer: Tokenizer) -> ControlTokens:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.errors import UserError, first_line
+from rlhf.errors import UserError, first_line, key
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 TESTBED = "testbed"
 ARITHMETIC = "arithmetic"  # the testbed's word problems
+_ANY_SOURCE = f"type a path, a glob, a Hugging Face id or {key('data.source', TESTBED)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,16 @@ class Row:
     row: int
     raw: Any
     error: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Location as text: "file, row 3"."""
+        return f"{self.file}, row {self.row}"
+
+
+def source_error(source: str | Path, problem: str, fix: str) -> UserError:
+    """Return an error about a source, or about one of its files."""
+    return UserError(problem, fix=fix, option="data.source", value=source)
 
 
 def find_files(source: str, record: str) -> list[Path]:
@@ -43,8 +54,10 @@ def find_files(source: str, record: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         if not _kind(path):
-            raise UserError(
-                f"data.source={source}: cannot read {path.suffix!r}; files end in {', '.join(SUFFIXES)}[.gz]"
+            raise source_error(
+                source,
+                f"cannot read {f'files that end in {path.suffix}' if path.suffix else 'files without a suffix'}",
+                fix=f"convert or rename the file, so that it ends in {', '.join(SUFFIXES)}[.gz]",
             )
         return [path]
     if path.is_dir():
@@ -53,31 +66,38 @@ def find_files(source: str, record: str) -> list[Path]:
             if file.is_file() and record != "text":
                 return [file]
         if (path / "status.json").is_file():
-            raise UserError(
-                f"data.source={source}: this run left no {own.name}; give a run of stage=collect, or a file"
-            )
+            raise source_error(source, f"the run has no {own.name}", fix="type a run of stage=collect, or a file")
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-            raise UserError(
-                f"data.source={source}: a folder that datasets' save_to_disk wrote, which is not read; write the rows "
-                "with Dataset.to_parquet('rows.parquet') and type data.source=rows.parquet"
+            raise source_error(
+                source,
+                "is a directory written by save_to_disk of the library datasets, which cannot be read",
+                fix="write the rows with Dataset.to_parquet('rows.parquet') and type "
+                f"{key('data.source', 'rows.parquet')}",
             )
         found = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
         if not found:
-            raise UserError(f"data.source={source}: no {own.name} and no other data file in this folder")
+            raise source_error(
+                source,
+                f"the directory has neither {own.name} nor any other data file",
+                fix=f"type a directory with files that end in {', '.join(SUFFIXES)}[.gz]",
+            )
         return found
     if any(character in source for character in "*?["):
         matching = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         for file in matching:
             if not _kind(file):
-                raise UserError(
-                    f"data.source={source}: matches {file} too, which cannot be read; narrow the glob to files that "
-                    f"end in {', '.join(SUFFIXES)}[.gz]"
+                raise source_error(
+                    source,
+                    f"matches {file} too, which cannot be read",
+                    fix=f"narrow the glob to files that end in {', '.join(SUFFIXES)}[.gz]",
                 )
         if not matching:
-            raise UserError(f"data.source={source}: no file matches; give a path, or a glob that does (ls {path})")
+            raise source_error(
+                source, "no file matches the glob", fix=f"type a path, or a glob that matches files (ls {path})"
+            )
         return matching
     if _kind(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"data.source={source}: no such file; give a path, a glob, a Hugging Face id or testbed")
+        raise source_error(source, "no such file", fix=_ANY_SOURCE)
     return []
 
 
@@ -91,7 +111,7 @@ def _open(path: Path) -> IO[bytes]:
     with path.open("rb") as stream:
         start = stream.read(2)
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"data.source={path}: UTF-16, expected UTF-8; convert it: iconv -f utf-16 -t utf-8 {path.name}")
+        raise source_error(path, "is UTF-16, must be UTF-8", fix=f"convert it: iconv -f utf-16 -t utf-8 {path.name}")
     zipped = path.suffix.lower() == ".gz" or start == b"\x1f\x8b"
     return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
 
@@ -111,13 +131,14 @@ def read_files(files: list[Path]) -> Iterator[Row]:
                 number = row.row
                 yield row
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"data.source={path}: a broken gz file, unreadable after row {number} ({error}); get it again"
+            raise source_error(
+                path, f"is a broken gz file, unreadable after row {number} ({error})", fix="get the file again"
             ) from None
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"data.source={path}: not UTF-8 (byte {error.object[error.start]:#x} after row {number}); convert it, "
-                f"for example with: iconv -f latin1 -t utf-8 {path.name}"
+            raise source_error(
+                path,
+                f"is not UTF-8 (byte {error.object[error.start]:#x} after row {number})",
+                fix=f"convert it, for example with: iconv -f latin1 -t utf-8 {path.name}",
             ) from None
 
 
@@ -151,7 +172,7 @@ def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             yield Row(name, number, None, f"not JSON ({error.msg} at column {error.colno})")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            yield Row(name, number, None, f"not JSON that can be read ({error})")
+            yield Row(name, number, None, f"cannot be parsed as JSON ({error})")
 
 
 def _half_character(raw: Any) -> str | None:
@@ -159,7 +180,7 @@ def _half_character(raw: Any) -> str | None:
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"not UTF-8 (half of a character, {error.object[error.start]!a})"
+        return f"not UTF-8 (unpaired surrogate {error.object[error.start]!a})"
     return None
 
 
@@ -175,8 +196,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield Row(path.name, number, without_nulls(raw))
     except (pyarrow.ArrowException, OSError) as error:
         reason = first_line(error)
-        raise UserError(
-            f"data.source={path}: a broken parquet file, unreadable after row {number} ({reason}); get it again"
+        raise source_error(
+            path, f"is a broken parquet file, unreadable after row {number} ({reason})", fix="get the file again"
         ) from None
 
 
@@ -185,7 +206,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     with _open(path) as binary:
         content = binary.read()
     if not content.strip():
-        raise UserError(f"data.source={path}: an empty file; give another")
+        raise source_error(path, "the file is empty", fix="type another file")
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -193,13 +214,13 @@ def _read_json(path: Path) -> Iterator[Row]:
             yield from _read_lines(content.splitlines(), path.name)
             return
         other = ", or name it .jsonl if it has one object a line" if _kind(path) == ".json" else ""
-        raise UserError(
-            f"data.source={path}: not JSON ({error.msg}, line {error.lineno}); fix the file{other}"
+        raise source_error(
+            path, f"is not JSON ({error.msg}, line {error.lineno})", fix=f"fix the file{other}"
         ) from None
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.source={path}: not JSON that can be read ({error}); fix the file") from None
+        raise source_error(path, f"cannot be parsed as JSON ({error})", fix="fix the file") from None
     if isinstance(rows, dict) and (
         {"messages", "conversations"} & set(rows) or not any(isinstance(value, list) for value in rows.values())
     ):
@@ -207,11 +228,15 @@ def _read_json(path: Path) -> Iterator[Row]:
     if isinstance(rows, dict):  # for example {"data": [...]}
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
-            raise UserError(f"data.source={path}: expected a list of rows, or an object that holds one list")
+            raise source_error(
+                path,
+                f"must be a list of rows, or an object with one list, but is an object with {len(lists)} lists",
+                fix="fix the file",
+            )
         rows = lists[0]
     halves = b"\\ud" in content.lower()
     if not isinstance(rows, list):
-        raise UserError(f"data.source={path}: expected a list of rows, got {type(rows).__name__}")
+        raise source_error(path, f"must be a list of rows, got {type(rows).__name__}", fix="fix the file")
     for number, raw in enumerate(rows, 1):
         yield Row(path.name, number, raw, _half_character(raw) if halves else None)
 
@@ -276,13 +301,13 @@ def read_hub(source: str, split: str, lazily: bool) -> Iterator[Row]:
     except Exception as error:  # the library raises a dozen unrelated types for a missing data set
         reason = first_line(error)
         if not online:
-            raise UserError(
-                f"data.source={source}: no such file, and the hub is not reachable (nor is this data set in its cache "
-                "on this machine); give the path of a local file or a glob, or go online"
+            raise source_error(
+                source,
+                "no such file, the hub is not reachable, and its cache on this machine has no such data set",
+                fix="type the path of a local file or a glob, or go online",
             ) from error
-        raise UserError(
-            f"data.source={source}: neither a local file nor a data set that can be loaded ({reason}); "
-            "give a path, a glob, a Hugging Face id or testbed"
+        raise source_error(
+            source, f"is neither a local file nor a data set that can be loaded ({reason})", fix=_ANY_SOURCE
         ) from error
     yield from (Row(source, number, without_nulls(raw)) for number, raw in enumerate(rows, 1))
 

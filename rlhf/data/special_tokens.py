@@ -17,9 +17,9 @@ from rlhf.data.tool_calls import Call
 @lru_cache(maxsize=8)
 def _unexpected_special_tokens(tokenizer: Tokenizer, chat_template: str) -> tuple[int, ...]:
     # Tokens that the template itself writes into an assistant turn, with or without a tool call, belong there.
-    asked = [Message("user", "a")]
-    before = tokenize(tokenizer, render(tokenizer, asked, generation_prompt=True))
-    whole = tokenize(tokenizer, render(tokenizer, [*asked, Message("assistant", "1")]))
+    prompt = [Message("user", "a")]
+    before = tokenize(tokenizer, render(tokenizer, prompt, generation_prompt=True))
+    whole = tokenize(tokenizer, render(tokenizer, [*prompt, Message("assistant", "1")]))
     whole += tokenizer(str(Call("calculator", "1")), add_special_tokens=False)["input_ids"]
     return tuple(sorted(special_ids(tokenizer) - (set(whole) - set(before))))
 
@@ -37,4 +37,4 @@ def has_special_tokens(tokenizer: Tokenizer, end_id: int, ids: Tensor, own: Tens
         index for index in _unexpected_special_tokens(tokenizer, tokenizer.chat_template) if index != end_id
     ]
     found = torch.isin(ids, torch.tensor(out_of_place, dtype=ids.dtype, device=ids.device)) & own
-    return [bool(stray) for stray in found.any(dim=1).tolist()]
+    return [bool(mark) for mark in found.any(dim=1).tolist()]

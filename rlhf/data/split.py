@@ -8,7 +8,7 @@ from rlhf.data.control_tokens import Tokenizer
 from rlhf.data.load_report import LoadReport
 from rlhf.data.record_encoder import EncodeReport, RecordEncoder
 from rlhf.data.records import Demonstration, Prompt, Text
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Split:
         rows, report = self.data.encode(tokenizer, self.train if part == "train" else self.validation)
         if part == "train" and not rows:
             raise UserError(
-                f"data.max_length={self.data.max_length}: none of {self.data.source} is left to train on ({report}); "
-                "type a larger data.max_length"
+                f"no row of {self.data.source} is left to train on ({report})",
+                fix=f"type a larger {key('data.max_length')}",
+                option="data.max_length",
+                value=self.data.max_length,
             )
         return rows, report
 
@@ -55,10 +57,15 @@ class Split:
         validation, held_out = self.data.fit_prompts(tokenizer, self.validation)
         if not train:
             tighter = self.data.prompt_limit < self.data.max_length
-            hyperparameter, value = (
-                ("max_prompt_length", self.data.max_prompt_length) if tighter else ("max_length", self.data.max_length)
+            option, value = (
+                ("data.max_prompt_length", self.data.max_prompt_length)
+                if tighter
+                else ("data.max_length", self.data.max_length)
             )
             raise UserError(
-                f"data.{hyperparameter}={value}: no prompt of {self.data.source} fits ({training}); type a larger one"
+                f"no prompt of {self.data.source} fits ({training})",
+                fix=f"type a larger {key(option)}",
+                option=option,
+                value=value,
             )
         return replace(self, train=train, validation=validation), training, held_out

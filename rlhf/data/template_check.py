@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from rlhf.data.control_tokens import Tokenizer
-from rlhf.data.encoding import NO_GENERATION_PROMPT, encode_dialogue
+from rlhf.data.encoding import encode_dialogue, generation_prompt_error
 from rlhf.data.end_tokens import cut_at_end_of_turn
 from rlhf.data.records import Message
-from rlhf.data.rendering import DialogueRejected, render
-from rlhf.errors import UserError
+from rlhf.data.rendering import ChatTemplateError, DialogueRejected, render
 
 
 def check_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
@@ -36,13 +35,10 @@ def _check(tokenizer: Tokenizer, chat_template: str, system: bool, tool: bool, s
         text = render(tokenizer, dialogue)
         for message in dialogue:
             if message.content not in text:
-                raise UserError(
-                    f"the chat template leaves out what the {message.role} says (role {message.role}); "
-                    "type model.chat_template=chatml, or a Jinja file that writes it"
-                )
+                raise ChatTemplateError(f"does not render the content of {message.role} turns")
         alone = dialogue[: roles.index("assistant") + 1]
         if not render(tokenizer, alone).startswith(render(tokenizer, alone[:-1], generation_prompt=True)):
-            raise UserError(NO_GENERATION_PROMPT)
+            raise generation_prompt_error()
         ends = [index for index, role in enumerate(roles) if role == "assistant"]
         for index, place in enumerate(ends):
             start = text.index(dialogue[place].content)

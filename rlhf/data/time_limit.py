@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 
 @contextmanager
-def time_limit(seconds: float, problem: str, kind: type[UserError] = UserError) -> Iterator[None]:
+def time_limit(seconds: float, error: UserError) -> Iterator[None]:
     """Context manager: raise an error if the block takes longer than this many seconds of CPU time.
 
     Wall-clock time would depend on the load of the machine, and so would a score that it bounds. The limit uses
@@ -23,8 +23,7 @@ def time_limit(seconds: float, problem: str, kind: type[UserError] = UserError) 
 
     Args:
         seconds: Limit in seconds of CPU time.
-        problem: Message of the error.
-        kind: Class of the error.
+        error: The error to raise.
     """
     outer = signal.getitimer(signal.ITIMER_PROF)[0]
     if threading.current_thread() is not threading.main_thread() or 0 < outer <= seconds:
@@ -32,7 +31,7 @@ def time_limit(seconds: float, problem: str, kind: type[UserError] = UserError) 
         return
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise kind(problem)
+        raise error
 
     before = signal.signal(signal.SIGPROF, late)
     started = time.process_time()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.data.chat_templates import CHAT_TEMPLATE
 from rlhf.data.end_tokens import END_OF_TEXT
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
     least = 256 + len(SPECIALS)
     if vocab_size < least:
-        raise UserError(f"model.vocab_size={vocab_size} is less than {least} (256 bytes + {len(SPECIALS)} specials)")
+        raise UserError(
+            f"must be at least {least} (256 bytes and {len(SPECIALS)} special tokens)",
+            fix=f"type {key('model.vocab_size', least)} or more",
+            option="model.vocab_size",
+            value=vocab_size,
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

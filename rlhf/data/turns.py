@@ -89,7 +89,7 @@ def _written_part(part: object) -> str:
     if kind == "tool_call" and isinstance(value, Mapping):
         return _written_call(value)
     if not isinstance(value, str):
-        raise ValueError(f"content: a part of type {kind!r} holds no text")
+        raise ValueError(f"content: a part of type {kind!r} has no text")
     return _PARTS[kind].replace("{}", value)
 
 
@@ -126,7 +126,7 @@ def parse_message(raw: object) -> Message:
     if known is None:
         raise ValueError(f"role: {role!r} is not one of {', '.join(_ROLES)}")
     if known == "assistant" and raw.get("weight") not in (None, 1):
-        raise ValueError(f"weight: {raw['weight']!r}: turns cannot be left out of the loss; take the field away")
+        raise ValueError(f"weight: {raw['weight']!r}: turns cannot be excluded from the loss; remove the field")
     return Message(known, _content(raw))
 
 
@@ -171,8 +171,8 @@ def with_system(raw: Raw, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     tools = raw.get("tools")
     listed = tools.strip() if isinstance(tools, str) else json.dumps(tools or [], ensure_ascii=False)
     if listed in ("", "[]", "null", "{}"):
-        own_says_it = messages[:1] == (Message("system", system),)
-        return (Message("system", system), *messages) if system and not own_says_it else messages
+        is_repeated = messages[:1] == (Message("system", system),)
+        return (Message("system", system), *messages) if system and not is_repeated else messages
     if messages and messages[0].role == "system":
         own, messages = messages[0].content, messages[1:]
         system = own if system in ("", own) else f"{system}\n\n{own}"

@@ -132,10 +132,10 @@ def _loaded(name: str, split: Split) -> None:
     console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
     if report.split:
         console.say(f"  {report.split}", "yellow")
-    for line in report.bad[:SHOWN]:
-        console.say(f"  dropped: {line}", "yellow")
+    for row in report.bad[:SHOWN]:
+        console.say(f"  dropped: {row}", "yellow")
     if len(report.bad) > SHOWN:
-        reasons = Counter(line.split(": ", 1)[-1] for line in report.bad).most_common(SHOWN)
+        reasons = Counter(row.reason for row in report.bad).most_common(SHOWN)
         console.say(
             f"  and {len(report.bad) - SHOWN} more; by reason: " + "; ".join(f"{n} x {why}" for why, n in reasons)
         )

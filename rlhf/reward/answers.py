@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from rlhf.data.time_limit import time_limit
+from rlhf.errors import UserError
 
 LONGEST = 100  # characters of an answer that is parsed as mathematics; a policy can generate anything
 SECONDS = 2.0  # CPU time limit of one comparison by math-verify, far above what answers of this length need
@@ -204,7 +205,7 @@ def _equal(answer: str, reference: str) -> bool:
     given, wanted = (re.sub(r"(?<!\\)\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text) for text in (answer, reference))
     given, wanted = (re.sub(r"(?<!\\)\bpi\b|π", r"\\pi ", text) for text in (given, wanted))
     try:
-        with time_limit(SECONDS, "the comparison takes too long"):
+        with time_limit(SECONDS, UserError("the comparison takes too long")):
             how = [LatexExtractionConfig()]
             one, two = (
                 parse(f"${text}$", how, fallback_mode="no_fallback", parsing_timeout=None) for text in (given, wanted)

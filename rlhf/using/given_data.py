@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.data import Data
+from rlhf.data.held_out import TooFewHeldOut
 from rlhf.data.records import Demonstration, Message, Prompt, RecordName, Text
 from rlhf.data.sources import TESTBED
-from rlhf.data.testbed.world import Testbed, TooFewHeldOut
+from rlhf.data.testbed.world import Testbed
 from rlhf.errors import UserError, moved
 from rlhf.storage.plain import Plain
 

@@ -75,8 +75,8 @@ BEFORE_ANY_RUN = [
     ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
     ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (one of: cpu, ddp, gpu)"),
     # equal responses
-    ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no comparison to train on"),
-    ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no comparison to train on"),
+    ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no usable comparisons ("),
+    ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no usable comparisons ("),
     ("pipeline=instructgpt reward_model.data.source=equal.jsonl", "4 dropped as ties"),
     # undefined grades
     ("pipeline=instructgpt reward_model.data.source=superb.jsonl", "row 1: grade: 'superb' is not one of negligible"),

@@ -139,6 +139,6 @@ def test_nested_yaml_aliases_are_refused(tmp_path: Path) -> None:
 
 
 def test_time_limit_stops_an_endless_loop() -> None:
-    with pytest.raises(UserError, match="endless"), time_limit(0.05, "endless"):
+    with pytest.raises(UserError, match="endless"), time_limit(0.05, UserError("endless")):
         while True:  # the limit is on CPU time
             pass

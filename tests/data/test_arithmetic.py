@@ -90,13 +90,16 @@ def test_rows_fit_the_length_of_the_option():
 
 
 def test_missing_records_and_problems_are_reported():
-    with pytest.raises(UserError, match="arithmetic: has no comparisons"):
+    with pytest.raises(
+        UserError,
+        match="arithmetic: has no comparisons, only texts, demonstrations and prompts; type another data.source",
+    ):
         data("comparison").load()
     with pytest.raises(UserError, match="data.arithmetic.largest"):
         data(validation=3000, largest=2).load()
     # With seed 0, 0+0 and 0-0 are held out in the stories without names: one text each.
     assert len(data(validation=2, largest=0).load().validation) == 2
-    with pytest.raises(UserError, match="numbers up to 0 make 2 held-out problems; type data.validation=2 or less"):
+    with pytest.raises(UserError, match="numbers up to 0 make only 2 held-out problems; type data.validation=2 or"):
         data(validation=3, largest=0).load()
     assert set(STORIES) == {"+", "-"} and len({len(stories) for stories in STORIES.values()}) == 1
 

@@ -39,10 +39,21 @@ def test_ranks_share_the_global_batch():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"batch_size": 11, "steps": 1}, {"batch_size": 2}, {"batch_size": 3, "steps": 1, "world_size": 2}]
+    ("arguments", "message"),
+    [
+        (
+            {"batch_size": 11, "steps": 1},
+            "stage.batch_size=11: there are only 10 records; type stage.batch_size=10 or less",
+        ),
+        ({"batch_size": 2}, "either stage.steps or stage.epochs must be set"),
+        (
+            {"batch_size": 3, "steps": 1, "world_size": 2},
+            "stage.batch_size=3: must be a multiple of the 2 devices; type stage.batch_size=4",
+        ),
+    ],
 )
-def test_impossible_batches_are_refused(arguments):
-    with pytest.raises(UserError):
+def test_impossible_batches_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
         Batches(10, seed=0, **arguments)
 
 

@@ -76,7 +76,7 @@ def test_rows_in_no_pair_are_left_out_and_scores_follow_their_rows():
     batch = collate_comparisons([item], PAD)
     assert batch.tokens.ids.tolist() == [[1, 2], [1, 4]]
     assert batch.scores.tolist() == [1.0, 0.25]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="all comparisons of a batch are ties"):
         collate_comparisons([EncodedComparison([1], [[2], [2]], [])], PAD)
 
 

@@ -55,7 +55,7 @@ def test_split_is_by_content_not_by_order(tmp_path):
     assert {text.text for text in data(tmp_path / "a.jsonl", seed=1).load().validation} != held_out
     assert data(tmp_path / "a.jsonl", validation=0).load().validation == []
     assert len(data(tmp_path / "a.jsonl", validation=7).load().validation) == 7
-    with pytest.raises(UserError, match="none to train on"):
+    with pytest.raises(UserError, match="holds out all of the 50 records and leaves none to train on"):
         data(tmp_path / "a.jsonl", validation=50).load()
 
 
@@ -71,8 +71,8 @@ def test_bad_rows_are_named_by_file_row_and_field_and_too_many_are_refused(tmp_p
     write(path, ROWS)
     path.write_text(path.read_text() + '{"text": 5}\n{broken\n')
     report = data(path).load().report
-    assert report.bad[0] == "a.jsonl, row 51: text: expected a string, got int"
-    assert report.bad[1].startswith("a.jsonl, row 52: not JSON")
+    assert str(report.bad[0]) == "a.jsonl, row 51: text: expected a string, got int"
+    assert str(report.bad[1]).startswith("a.jsonl, row 52: not JSON")
     assert "2 dropped" in str(report) and report.read == 52 and report.kept == 50
     with pytest.raises(UserError, match=r"2 of 52 rows .* a\.jsonl, row 51: text"):
         data(path, max_bad=0.01).load()
@@ -99,7 +99,7 @@ def test_records_of_a_run_directory_are_read(tmp_path):
     (tmp_path / "status.json").write_text("{}")
     assert data(tmp_path, "comparison").load().report.kept == 20
     assert data(tmp_path, "label").load().report.kept == 40
-    with pytest.raises(UserError, match="this run left no texts.jsonl"):
+    with pytest.raises(UserError, match="the run has no texts.jsonl"):
         find_files(str(tmp_path), "text")
 
 
@@ -159,8 +159,17 @@ def test_mixture_follows_its_weights(tmp_path):
     lefts = [text.text for text in whole.train if text.text.startswith("a")]
     assert sorted(lefts) == sorted(text.text for text in left.load().train) and len(lefts) == 36
     assert len(whole.train) - len(lefts) == 4
-    with pytest.raises(UserError, match=r"data\.weights\.right=1"):
+    with pytest.raises(UserError, match=r"data\.parts\.right: has no weight; type data\.weights\.right=1"):
         Mixture({"left": left, "right": right}, {"left": 1}, size=10)
+
+
+def test_errors_of_a_part_of_a_mixture_name_the_key_of_the_part(tmp_path):
+    left = data(write(tmp_path / "a.jsonl", ROWS))
+    mixture = Mixture({"left": left, "right": data(tmp_path / "gone.jsonl")}, {"left": 1, "right": 1}, size=10)
+    with pytest.raises(
+        UserError, match=r"^data\.parts\.right\.source=.*gone.jsonl: no such file; .* or data\.parts\.right"
+    ):
+        mixture.load()
 
 
 def test_importing_the_data_package_costs_no_torch():

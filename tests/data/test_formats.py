@@ -178,7 +178,7 @@ def test_errors_name_the_field(name, raw, message):
 
 
 def test_unknown_rows_and_formats_are_refused():
-    with pytest.raises(ValueError, match="no format fits the fields a, b"):
+    with pytest.raises(ValueError, match="no format has the fields a, b"):
         detect({"a": 1, "b": 2})
     with pytest.raises(UserError, match="did you mean alpaca"):
         find_adapter("alpacca")
@@ -201,5 +201,5 @@ def test_records_convert_between_types():
     solved = Demonstration((U("q"), A("so\n#### 1,234")))
     assert list(convert(solved, "prompt")) == [Prompt((U("q"),), reference="1234")]
     assert list(convert(Label((U("q"),), "a", False), "demonstration")) == []
-    with pytest.raises(ValueError, match="cannot serve as a comparison"):
+    with pytest.raises(ValueError, match="cannot be converted to a comparison"):
         convert(solved, "comparison")

@@ -51,10 +51,10 @@ def test_the_digest_is_that_of_all_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], r"data.source=\[\]: no source in the list"),
-        (["testbed", "x"], "testbed cannot be one of several; use data=mixture"),
+        ([], r"data.source=\[\]: the list has no source; type a run, a file or data.source=testbed"),
+        (["testbed", "x"], "testbed and arithmetic cannot be one of several sources; type data=mixture"),
         (["FIRST", "./gone"], "data.source=./gone: no such file"),
-        (["FIRST", "org/name"], "data.source=org/name: only files and runs can be one of several"),
+        (["FIRST", "org/name"], "data.source=org/name: only files, globs and directories can be one of several"),
     ],
 )
 def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, source: list[str], message: str) -> None:

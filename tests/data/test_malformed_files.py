@@ -9,6 +9,7 @@ import pytest
 
 from rlhf.data import Data
 from rlhf.data.chat_templates import CHAT_TEMPLATE
+from rlhf.data.load_report import BadRow
 from rlhf.data.records import Message
 from rlhf.data.template_check import check_template
 from rlhf.errors import UserError
@@ -42,41 +43,41 @@ def test_a_partly_valid_json_file_is_refused(tmp_path: Path) -> None:
     report = data(tmp_path / "a.jsonl", max_bad=0.5).load().report
     assert "40 read, 20 to train on" in str(report) and "20 dropped as unusable" in str(report)
     said = source_error(write(tmp_path / "b.json", json.dumps(ROWS).encode()[:-200] + b"plain words"))
-    assert "b.json: not JSON" in said and "line 1" in said and "name it .jsonl" in said
+    assert "b.json: is not JSON" in said and "line 1" in said and "name it .jsonl" in said
 
 
 def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
     split = data(write(tmp_path / "a.json", LINES)).load()
     assert split.train == data(write(tmp_path / "b.jsonl", LINES)).load().train and len(split.train) == 20
     assert "20 of 40 rows" in source_error(write(tmp_path / "c.json", LINES + b"no\n" * 20))
-    assert "expected a list of rows, got int" in source_error(write(tmp_path / "d.json", b"5"))
+    assert "must be a list of rows, got int" in source_error(write(tmp_path / "d.json", b"5"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(LINES * 50)[:-300], "a broken gz file, unreadable after row"),
-        (gzip.compress(LINES)[:40] + b"\0" * 40, "a broken gz file"),
-        (LINES, r"a broken gz file, unreadable after row 0 \(Not a gzipped file"),
+        (gzip.compress(LINES * 50)[:-300], "is a broken gz file, unreadable after row"),
+        (gzip.compress(LINES)[:40] + b"\0" * 40, "is a broken gz file"),
+        (LINES, r"is a broken gz file, unreadable after row 0 \(Not a gzipped file"),
     ],
     ids=["cut short", "overwritten", "not gz at all"],
 )
 def test_a_corrupt_gz_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         data(write(tmp_path / "a.jsonl.gz", content)).load()
-    assert "get it again" in str(caught.value) and "\n" not in str(caught.value)
+    assert "get the file again" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_corrupt_parquet_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    assert "a broken parquet file" in source_error(write(tmp_path / "a.parquet", b"PAR1 and nothing else"))
+    assert "is a broken parquet file" in source_error(write(tmp_path / "a.parquet", b"PAR1 and nothing else"))
 
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     said = source_error(write(tmp_path / "a.txt", "caf\u00e9\n".encode("latin1")), "text")
-    assert "not UTF-8 (byte 0xe9" in said and "iconv" in said
+    assert "is not UTF-8 (byte 0xe9" in said and "iconv" in said
     report = data(write(tmp_path / "b.jsonl", LINES + b'{"prompt": "caf\xe9", "completion": "x"}\n')).load().report
-    assert report.bad == ["b.jsonl, row 21: not UTF-8 (byte 0xe9 at column 16)"]
+    assert report.bad == [BadRow("b.jsonl, row 21", "not UTF-8 (byte 0xe9 at column 16)")]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_hub_id_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = source_error("org/no-such-data")
-    assert said.startswith("data.source=org/no-such-data: no such file, and the hub is not reachable")
+    assert said.startswith("data.source=org/no-such-data: no such file, the hub is not reachable, and its cache")
     assert "the path of a local file" in said
 
 
@@ -169,11 +170,11 @@ SYSTEM, USER, RESPONSE = Message("system", "s"), Message("user", "q"), Message("
 @pytest.mark.parametrize(
     ("text", "dialogue", "message"),
     [
-        (LEAVES_OUT, [SYSTEM, USER, RESPONSE], "leaves out what the system says"),
+        (LEAVES_OUT, [SYSTEM, USER, RESPONSE], "does not render the content of system turns"),
         (LAST_ONLY, [USER, RESPONSE, USER, RESPONSE], r"does not end every assistant turn with <\|end\|>"),
-        (OTHER_START, [USER, RESPONSE], "generation prompt is not how it begins an assistant turn"),
+        (OTHER_START, [USER, RESPONSE], "begins an assistant turn with other text than its generation prompt"),
         (REWRITES, [USER, RESPONSE, USER, RESPONSE], "rewrites earlier turns"),
-        ("{% for m in messages %}{{ m.content", [USER, RESPONSE], "no Jinja template"),
+        ("{% for m in messages %}{{ m.content", [USER, RESPONSE], "is not a Jinja template"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused(
@@ -198,8 +199,9 @@ def test_dialogues_that_the_template_refuses_are_counted(tmp_path: Path, tokeniz
     try:
         rows_kept, report = data(path).load().encode(tokenizer, "train")
         assert len(rows_kept) == 20 and report.refused == 1
-        assert "1 dropped: a.jsonl, row 21: the chat template cannot write a dialogue of the turns user, user" in str(
-            report
+        assert (
+            "1 dropped: a.jsonl, row 21: model.chat_template: cannot render a dialogue of the turns user, user"
+            in str(report)
         )
         with pytest.raises(UserError, match=r"1 of 21 records .*Roles must alternate.*type model.chat_template=chatml"):
             data(path, max_bad=0.01).load().encode(tokenizer, "train")

@@ -216,9 +216,12 @@ def test_the_llama3_template_equals_the_published_one() -> None:
     [
         ("qwen3", "rewrites earlier turns"),  # it removes the thoughts from all turns but the last
         ("gptoss", r"does not end every assistant turn with <\|return\|>"),  # only the last has thoughts
-        ("deepseek_r1_distill", "generation prompt is not how it begins an assistant turn"),  # it adds <think>
-        ("glm4moe", "ends an assistant turn with no special token"),
-        ("smolvlm", "leaves out what the user says"),  # it writes only typed parts
+        (
+            "deepseek_r1_distill",
+            "begins an assistant turn with other text than its generation prompt",
+        ),  # it adds <think>
+        ("glm4moe", "ends an assistant turn without a special token"),
+        ("smolvlm", "does not render the content of user turns"),  # it writes only typed parts
     ],
 )
 def test_published_templates_that_cannot_be_trained_with_are_refused(name: str, message: str) -> None:

@@ -30,14 +30,14 @@ def test_a_rare_prompt_is_held_out_before_a_common_one(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "validation", "held_out", "line"),
     [
-        ((60,), 0.1, 0, "none held out: all 60 records ask the same, and equal prompts stay on one side"),
-        ((60,), 6, 0, "none held out: all 60 records ask the same, and equal prompts stay on one side"),
+        ((60,), 0.1, 0, "none held out: all 60 records have the same prompt, and equal prompts stay on one side"),
+        ((60,), 6, 0, "none held out: all 60 records have the same prompt, and equal prompts stay on one side"),
         ((1,), 0.1, 0, "none held out: the only record is trained on"),
         (
             (20, 20, 20),
             0.1,
             0,
-            f"0 held out where 6 were asked for: {SAME}, and the 3 prompts have 20 records each; "
+            f"0 held out where 6 were requested: {SAME}, and the 3 prompts have 20 records each; "
             "type data.validation=20 to hold out one prompt",
         ),
         ((20, 20, 20), 20, 20, ""),
@@ -45,9 +45,9 @@ def test_a_rare_prompt_is_held_out_before_a_common_one(tmp_path):
             (54, 6),
             0.5,
             6,
-            f"6 held out where 30 were asked for: {SAME}, and the 2 prompts have 6 to 54 records each",
+            f"6 held out where 30 were requested: {SAME}, and the 2 prompts have 6 to 54 records each",
         ),
-        ((4,) * 5, 0.15, 4, f"4 held out where 3 were asked for: {SAME}, and the 5 prompts have 4 records each"),
+        ((4,) * 5, 0.15, 4, f"4 held out where 3 were requested: {SAME}, and the 5 prompts have 4 records each"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("streaming", [False, True])
@@ -81,7 +81,7 @@ def test_distinct_prompts_are_held_out_by_hash_alone(tmp_path):
 
 @pytest.mark.parametrize(("sizes", "fix"), [((1,), "data.validation=0,"), ((30,), "data.validation=0.1,")])
 def test_holding_out_every_record_is_refused_with_a_valid_number(tmp_path, sizes, fix):
-    with pytest.raises(UserError, match=f"leaves none to train on; type {fix}"):
+    with pytest.raises(UserError, match=f"holds out all of .* and leaves none to train on; type {fix}"):
         load(tmp_path, *sizes, validation=sum(sizes))
 
 

@@ -81,7 +81,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("x", "does not write what the assistant says"),
+        ("x", "does not render the content of an assistant turn"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     ],
 )
@@ -97,7 +97,7 @@ def test_template_without_end_of_turn_is_refused(tokenizer):
     old = tokenizer.chat_template
     tokenizer.chat_template = "{%- for m in messages -%}{{ m['content'] }}{%- endfor -%}"
     try:
-        with pytest.raises(UserError, match="learn to stop"):
+        with pytest.raises(UserError, match="no policy can be trained to stop"):
             end_of_turn_id(tokenizer)
     finally:
         tokenizer.chat_template = old

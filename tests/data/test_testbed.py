@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from rlhf.data.encoding import encode_dialogue
+from rlhf.data.held_out import TooFewHeldOut
 from rlhf.data.records import GRADES, TIE, Message, Prompt
 from rlhf.data.testbed import gold
 from rlhf.data.testbed.language import Question, read_question
@@ -187,9 +188,10 @@ def test_rankings_of_k_responses(world):
 
 
 def test_requesting_more_prompts_than_exist_is_refused(world):
-    with pytest.raises(UserError, match="holds out 640 different prompts"):
+    with pytest.raises(TooFewHeldOut, match="holds out 640 different prompts; type data.validation=640") as caught:
         world.prompts(10000, 0, held_out=True)
-    with pytest.raises(UserError, match="testbed.people=1"):
+    assert caught.value.available == 640
+    with pytest.raises(UserError, match="data.testbed.people=1: must be from 2 to 48"):
         Testbed(people=1)
 
 

@@ -199,13 +199,13 @@ def test_one_dialogue_is_a_row_and_not_a_list_of_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b" \n", "an empty file"),
-        ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16, expected UTF-8; convert it: iconv -f utf-16"),
-        ("a.jsonl", b"[" * 100_000, "not JSON that can be read"),
-        ("a.json", b'{"a": ' + b"1" * 5000 + b"}", "not JSON that can be read"),
-        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "row 1: not JSON that can be read"),
-        ("a.jsonl", b'{"prompt": "\\ud83d", "completion": "a"}', "row 1: not UTF-8 (half of a character"),
-        ("a.json", b'[{"prompt": "\\ud83d", "completion": "a"}]', "row 1: not UTF-8 (half of a character"),
+        ("a.json", b" \n", "the file is empty"),
+        ("a.jsonl", LINES.decode().encode("utf-16"), "is UTF-16, must be UTF-8; convert it: iconv -f utf-16"),
+        ("a.jsonl", b"[" * 100_000, "cannot be parsed as JSON"),
+        ("a.json", b'{"a": ' + b"1" * 5000 + b"}", "cannot be parsed as JSON"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "row 1: cannot be parsed as JSON"),
+        ("a.jsonl", b'{"prompt": "\\ud83d", "completion": "a"}', "row 1: not UTF-8 (unpaired surrogate"),
+        ("a.json", b'[{"prompt": "\\ud83d", "completion": "a"}]', "row 1: not UTF-8 (unpaired surrogate"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -221,7 +221,7 @@ def test_a_glob_with_an_unreadable_match_is_refused(tmp_path: Path) -> None:
     assert Data("demonstration", str(tmp_path / "*.jsonl"), None, 0, 64).load().report.read == 4
     with pytest.raises(UserError, match=r"matches .*notes.csv too, which cannot be read; narrow the glob"):
         Data("demonstration", str(tmp_path / "*"), None, 0, 64).load()
-    with pytest.raises(UserError, match="no file matches; give a path"):
+    with pytest.raises(UserError, match="no file matches the glob; type a path"):
         Data("demonstration", str(tmp_path / "c*"), None, 0, 64).load()
 
 

@@ -43,7 +43,7 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("data stage=reward_model data=prompts", "data.record=prompt: stage=reward_model reads comparisons here"),
         ("plan pipeline=dpo data@sft.data=comparisons", "sft.data.record=comparison: stage=sft reads texts and demon"),
         ("plan stage=pretrain model.chat_template=chatlm", "model.chat_template=chatlm: neither a template's name nor"),
-        ("plan stage=pretrain model.chat_template=half.jinja", "the chat template is no Jinja template (line 1"),
+        ("plan stage=pretrain model.chat_template=half.jinja", "model.chat_template: is not a Jinja template (line 1"),
         ("plan stage=sft model.path=bare", "model.path=bare: its tokenizer has no chat template, chat data needs one"),
         ("plan pipeline=dpo model.tokenizer=bare", "model.tokenizer=bare: its tokenizer has no chat template"),
         ("plan pipeline=instructgpt align.data.source=x*.jsonl", "align.data.source=x*.jsonl: no file matches"),
@@ -113,8 +113,8 @@ def test_effects_of_the_chat_template_on_records_are_reported(capsys: pytest.Cap
     assert code == 0, out
     out = " ".join(out.split())
     assert "1 records spell a control token, which is encoded as text (first: record 5 (mine.jsonl, row 5)" in out
-    assert "held out: 1 records dropped, they cannot be encoded (mine.jsonl, row 10: the chat template cannot" in out
-    assert "1 held out where 3 were asked for: equal prompts stay on one side" in out
+    assert "held out: 1 records dropped, they cannot be encoded (mine.jsonl, row 10: model.chat_template: cannot" in out
+    assert "1 held out where 3 were requested: equal prompts stay on one side" in out
 
 
 def test_reading_the_testbed_with_a_user_model_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_template_that_rewrites_earlier_turns_is_reported(tmp_path: Path) -> N
     )
     tokenizer.pad_token = "<|end|>"
     facts = facts_of(tokenizer)
-    assert facts["prefix-preserving"].startswith("no: the chat template rewrites earlier turns")
+    assert facts["prefix-preserving"].startswith("no: model.chat_template: rewrites earlier turns")
     assert facts["padding = end of turn"].startswith("yes")
 
 

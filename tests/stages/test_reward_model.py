@@ -416,7 +416,7 @@ def test_equal_responses_are_dropped_and_counted(tmp_path):
     source = written(tmp_path, [row(chosen=str(i), rejected="no") for i in range(9)] + [row("same", "same")])
     split = Data("comparison", source, None, 0, 96).load()
     assert len(split.train) == 9 and "1 dropped as ties" in str(split.report)
-    with pytest.raises(UserError, match="no comparison to train on.*2 dropped as ties"):
+    with pytest.raises(UserError, match="no usable comparisons .*2 dropped as ties"):
         Data("comparison", written(tmp_path, [row("same", "same")] * 2), None, 0, 96).load()
 
 

@@ -148,8 +148,8 @@ def test_testbed_prompts_are_those_held_out_from_the_run(outputs: Path) -> None:
     ("words", "said"),
     [
         (("sft/none0", "--prompts", "nothing.jsonl"), "--prompts nothing.jsonl: no such file"),
-        (("sft/none0", "--prompts", "empty.jsonl"), "--prompts empty.jsonl: holds no usable prompt"),
-        (("sft/none0", "--prompts", "bad.jsonl"), "1 of 1 rows are unusable as prompt"),
+        (("sft/none0", "--prompts", "empty.jsonl"), "--prompts empty.jsonl: no usable prompts ("),
+        (("sft/none0", "--prompts", "bad.jsonl"), "1 of 1 rows are unusable as prompts"),
         (("sft/none0", "--prompts", "good.txt", "--max-new-tokens", "500"), "type --max-new-tokens"),
         (("reward_model/b0", "--prompts", "good.txt"), "is a reward or value model"),
         (

@@ -89,7 +89,7 @@ def test_the_option_is_refused_for_models_with_a_template(rlhf: Typed, bare: Pat
     assert status == 2 and "came with one; leave it out" in out
     status, out = rlhf("eval", whole, bare, *COMMANDS["eval"], "--chat-template", "plain")
     assert status == 0, out
-    for word, said in (("chatlm", "did you mean chatml?"), ("broken.jinja", "no Jinja template")):
+    for word, said in (("chatlm", "did you mean chatml?"), ("broken.jinja", "is not a Jinja template")):
         (tmp_path / "broken.jinja").write_text("{% for %}")
         status, out = rlhf("chat", bare, "--chat-template", word)
         assert status == 2 and said in out and "model.chat_template" not in out and out.count("\n") == 1

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlhf.data.held_out import TooFewHeldOut
 from rlhf.data.records import Demonstration, Message, Prompt, Text
 from rlhf.data.testbed.language import NAMES
 from rlhf.data.tool_calls import Call
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 PEOPLE = NAMES[:12]
 THINGS = ("figs", "plums", "cakes", "coins", "books", "cups")
@@ -120,10 +121,12 @@ class Arithmetic:
         """
         if not held_out:
             return [self.problem(rng, held_out) for _ in range(n)]
-        if (self.largest + 1) ** 2 < n and (there := self.held_out_texts()) < n:
-            raise UserError(
-                f"data.validation={n}: numbers up to {self.largest} make {there} held-out problems; type "
-                f"data.validation={there} or less, or a larger data.arithmetic.largest"
+        if (self.largest + 1) ** 2 < n and (available := self.held_out_texts()) < n:
+            raise TooFewHeldOut(
+                f"numbers up to {self.largest} make only {available} held-out problems",
+                fix=f"type {key('data.validation', available)} or less, or a larger {key('data.arithmetic.largest')}",
+                value=n,
+                available=available,
             )
         found: dict[str, Problem] = {}
         for _ in range(100 * n):
@@ -132,8 +135,10 @@ class Arithmetic:
             if len(found) == n:
                 return list(found.values())
         raise UserError(
-            f"data.validation={n}: numbers up to {self.largest} make only {len(found)} held-out problems or few more; "
-            "type a smaller number, or a larger data.arithmetic.largest"
+            f"numbers up to {self.largest} make only about {len(found)} held-out problems",
+            fix=f"type {key('data.validation', len(found))} or less, or a larger {key('data.arithmetic.largest')}",
+            option="data.validation",
+            value=n,
         )
 
     def held_out_texts(self) -> int:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from rlhf.data.records import Prompt
 from rlhf.data.testbed.language import BY_NAME, CLOSINGS, KIND, OPENINGS, Question, read_question
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 # Helpfulness of a response that states the fact and no other: the four parts sum to 1.
 FACT, SENTENCE, OPENING, CLOSING = 0.3, 0.25, 0.2, 0.25
@@ -64,8 +64,8 @@ def gold(prompt: Prompt, response: str) -> Score:
     question = read_question(prompt.messages[-1].content)
     if question is None or (question.kind == "fact" and prompt.reference is None):
         raise UserError(
-            f"gold scores only the testbed's own prompts, not {prompt.messages[-1].content[:60]!r}; "
-            "type data=prompts, or another reward (reward=model)"
+            f"gold scores only the testbed's own prompts, not {prompt.messages[-1].content[:60]!r}",
+            fix=f"type {key('data', 'prompts')}, or another reward ({key('reward', 'model')})",
         )
     helpfulness, safety = _score(question, prompt.reference, response.strip())
     return Score(helpfulness, safety, safety if prompt.unsafe else helpfulness)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlhf.data.held_out import TooFewHeldOut
 from rlhf.data.records import GRADES, TIE, Comparison, Demonstration, Label, Message, Prompt, Text
 from rlhf.data.testbed.gold import gold
 from rlhf.data.testbed.language import (
@@ -26,7 +27,7 @@ from rlhf.data.testbed.language import (
     UNSAFE_QUESTIONS,
     Question,
 )
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 # Least gap in gold score of each grade, weakest first; a gap below TIE_GAP is a tie.
 TIE_GAP = 0.02
@@ -52,7 +53,7 @@ class Testbed:
         responses: Responses per comparison (K).
     """
 
-    __test__ = False  # a name that begins with Test is no test class
+    __test__ = False  # pytest would collect a class whose name begins with Test
 
     def __init__(
         self,
@@ -64,7 +65,12 @@ class Testbed:
         responses: Annotated[int, Field(ge=2)] = 2,
     ) -> None:
         if not 2 <= people <= len(NAMES):
-            raise UserError(f"testbed.people={people}: the testbed has names for 2 to {len(NAMES)} persons")
+            raise UserError(
+                f"must be from 2 to {len(NAMES)}, the number of names",
+                fix=f"type {key('data.testbed.people', 2 if people < 2 else len(NAMES))}",
+                option="data.testbed.people",
+                value=people,
+            )
         self.seed, self.unsafe, self.careless, self.noise, self.responses = seed, unsafe, careless, noise, responses
         self.people = NAMES[:people]
         rng = self._rng("facts")
@@ -242,14 +248,13 @@ class Testbed:
         rng = self._rng("prompt", seed, held_out)
         questions = self.questions(n, rng, held_out)
         if held_out and len(set(questions)) < n:
-            most = min(
-                len(side) / share
-                for side, share in zip(self.all_questions(True), (1 - self.unsafe, self.unsafe), strict=True)
-                if share
-            )
-            raise UserError(
-                f"data.validation={n}: the testbed holds out {int(most)} different prompts; type a smaller number, "
-                "or more people with data.testbed.people"
+            sides = zip(self.all_questions(True), (1 - self.unsafe, self.unsafe), strict=True)
+            available = min(int(len(side) / share) for side, share in sides if share)
+            raise TooFewHeldOut(
+                f"the testbed holds out {available} different prompts",
+                fix=f"type {key('data.validation', available)} or less, or a larger {key('data.testbed.people')}",
+                value=n,
+                available=available,
             )
         return [self.prompt(question) for question in questions]
 
