@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra._internal import defaults_list
 from hydra.core.default_element import InputDefault
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 
 from rlhf.running import pipeline
@@ -87,8 +87,5 @@ def figures() -> None:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures of runs empty: drawing one takes longer than training a tiny model."""
 
-    def leave(figure: Figure, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"")
-
     if "figures" not in request.fixturenames:
-        monkeypatch.setattr(Figure, "savefig", leave)
+        monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda _, path, **__: Path(path).write_bytes(b""))

@@ -95,6 +95,12 @@ def dispatch(argv: list[str]) -> int:
         print(complete.query(asked.partition("=")[2], os.environ.get("COMP_LINE", "")))
         return 0
 
+    with discovery.lookup_cache.open():
+        return run_experiment(argv)
+
+
+def run_experiment(argv: list[str]) -> int:
+    """Compose the config of a stage, a pipeline or a sweep with Hydra and run it; return the exit status."""
     from rlhf.cli import composing, dry_run, words
 
     words.check(argv)
@@ -122,7 +128,7 @@ def dispatch(argv: list[str]) -> int:
     sys.argv = [sys.argv[0], *argv]
     try:
         once = nullcontext() if flags else composing.composed_once()
-        with discovery.lookup_cache.open(), dry_run.switched(dry), once:
+        with dry_run.switched(dry), once:
             hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
     except SystemExit as e:
         if e.code == 1 and {"-c", "--cfg"} & {word.partition("=")[0] for word in argv}:

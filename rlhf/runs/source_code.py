@@ -30,6 +30,7 @@ COMPUTES = (
 STARTS = ("rlhf.running.build",)  # not named in any config, but part of every run
 
 
+@cache
 def computes(module: str) -> bool:
     """Return whether a module of rlhf can change what a stage computes."""
     return any(f"{module}.".startswith(f"rlhf.{part}.") for part in COMPUTES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rlhf.functional.calibration import Reliability
@@ -18,6 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 INK, PALE = "#333333", "#D9D9D9"
+DPI = 160
 
 
 _STYLE = {
@@ -125,7 +127,12 @@ _UNSAID = {".png": ("Software",), ".svg": ("Date", "Creator"), ".pdf": ("Creatio
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure at 160 dpi without date and software metadata, and return its path."""
-    figure.savefig(path, dpi=160, metadata=dict.fromkeys(_UNSAID[path.suffix]))
+    metadata = dict.fromkeys(_UNSAID[path.suffix])
+    if path.suffix == ".png":  # savefig draws a figure twice; the canvas draws it once, with the same pixels
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(str(path), metadata=metadata)
+    else:
+        figure.savefig(path, dpi=DPI, metadata=metadata)
     return path
 
 

@@ -51,6 +51,7 @@ def test_the_wheel_works_in_a_clean_environment(installed: Environment, empty: P
     assert "finished" in said
     (model,) = empty.glob("outputs/pretrain/*/model")
     assert (model / "config.json").exists()
+    assert (model.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in empty.iterdir()] == ["outputs"], "nothing else is left behind"
 
 
