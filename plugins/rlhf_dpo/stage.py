@@ -13,7 +13,7 @@ from rlhf.errors import RunFailed, UserError
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reference import Reference
-from rlhf.models.vocabulary import check_vocabulary
+from rlhf.models.vocabulary import OWN_REFERENCE, check_vocabulary
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage.base import Stage
 from rlhf.stage.batch_order import Parts
@@ -93,7 +93,7 @@ class DPOStage(Stage):
     ) -> None:
         """Validate as ``Stage.check_parts``; also the record type and the reference against the objective."""
         super().check_parts(batch_size=batch_size, **parts)
-        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+        check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
         if objective is None:
             return
         kind = select_adapter(objective)

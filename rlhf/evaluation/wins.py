@@ -30,7 +30,8 @@ class Judge:
         try:
             self._judge = JudgeAnnotator(path, template, batch_size=batch_size)
         except UserError as error:
-            raise _in_terms_of_options(error) from error
+            _name_options(error)
+            raise
         self._judge.to(device())
         self._judge.open(cache)
         self.asked = self.same_place = 0
@@ -50,7 +51,8 @@ class Judge:
             with Meter("judge", len(questions), "question") as meter:
                 answers = iter(self._judge.ask(questions, meter.advance))
         except UserError as error:
-            raise _in_terms_of_options(error) from error
+            _name_options(error)
+            raise
         verdicts = [0.5] * len(prompts)
         for i in different:
             first, second = next(answers)[0] or 0.0, next(answers)[0] or 0.0
@@ -63,8 +65,8 @@ class Judge:
         return verdicts
 
 
-def _in_terms_of_options(error: UserError) -> UserError:
-    """Return an error of the judge with command-line options in place of config keys."""
+def _name_options(error: UserError) -> None:
+    """Rename the judge's config keys in an error to the options of the command."""
     for finding in error.findings:
         if "model.chat_template" in finding.fix_keys:
             finding.fix = f"type another {key('annotator.path')}"
@@ -74,4 +76,3 @@ def _in_terms_of_options(error: UserError) -> UserError:
         ("annotator.template", "--judge-template"),
     ):
         error.rename(moved(name, option))
-    return error

@@ -13,11 +13,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.errors import UserError, first_line, suggest
+from rlhf.errors import UserError, first_line, key, suggest
 from rlhf.models.precision import Precision
 
 TRAINED = "default"  # PEFT's name of the trained adapter; frozen adapters below it have other names
-NEEDS_WEIGHTS = "adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class LoRA(NoAdapter):
         )
 
     def check_modules(self, model: PreTrainedModel) -> None:
-        """Raise if a name in ``modules`` is no layer of this model that can be adapted.
+        """Raise if a name in ``modules`` is not a layer of this model that can be adapted.
 
         It needs the model's layers, but no weights.
 
@@ -105,19 +104,21 @@ class LoRA(NoAdapter):
         names = {name for name in parts if name not in inner and not name.startswith("below_")}
         tied = tied_projection(model)
         names.discard(str(tied))
-        instead = f"type adapter.modules=[...] of those it has: {', '.join(sorted(names))}"
+        option = "adapter.modules"
+        fix = f"type {key(option, '[...]')} with names of its linear layers: {', '.join(sorted(names))}"
         if not self.modules:
-            raise UserError(f"adapter.modules={self.modules}: names no layer; {instead}")
+            raise UserError("names no layer", fix, option, self.modules)
         for wanted in [self.modules] if isinstance(self.modules, str) else self.modules:
             if wanted == tied:
                 raise UserError(
-                    f"adapter.modules={wanted}: in this model it shares its weights with the input embedding "
-                    f"(tie_word_embeddings), so what is trained there cannot be merged; {instead}"
+                    "shares its weights with the input embedding in this model (tie_word_embeddings), so an adapter on "
+                    "it cannot be merged",
+                    fix,
+                    option,
+                    wanted,
                 )
             if wanted not in names:
-                raise UserError(
-                    f"adapter.modules={wanted}: the model has no such linear layer{suggest(wanted, names)}; {instead}"
-                )
+                raise UserError(f"the model has no such linear layer{suggest(wanted, names)}", fix, option, wanted)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,12 @@ class QLoRA(LoRA):
 
     def __post_init__(self) -> None:
         if self.quantize == "int8" and self.double_quant:
-            raise UserError("adapter.double_quant=true needs adapter.quantize=nf4; leave one of them out")
+            raise UserError(
+                "8-bit weights have no block scales that could be quantised",
+                fix=f"type {key('adapter.double_quant', 'false')} or {key('adapter.quantize', 'nf4')}",
+                option="adapter.double_quant",
+                value="true",
+            )
 
     def quantization_config(self, precision: Precision) -> BitsAndBytesConfig:
         """Return the quantisation config of the base; products are computed in the precision's compute format."""
@@ -196,8 +202,11 @@ def merge_adapter(model: PeftModel, folder: Path) -> PreTrainedModel:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     if tied is not None and any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends):
         raise UserError(
-            f"model.path={folder}: its adapter changes the embedding or {tied}, which share their weights here "
-            "(tie_word_embeddings), so it cannot be merged: train it on other layers"
+            f"its adapter changes the embedding or {tied}, which share their weights in this model "
+            "(tie_word_embeddings), so it cannot be merged",
+            fix="train the adapter on other layers",
+            option="model.path",
+            value=folder,
         )
     return model.merge_and_unload()  # type: ignore[operator,no-any-return]
 
@@ -223,9 +232,21 @@ def check_bitsandbytes(quantize: str) -> None:
         works, reason = False, first_line(error)
     if not works:
         raise UserError(
-            f"adapter=qlora: bitsandbytes does not run on this machine ({device}: {reason}); type adapter=lora, or "
-            "pip install --upgrade bitsandbytes"
+            f"bitsandbytes does not run on this machine ({device}: {reason})",
+            fix=f"type {key('adapter', 'lora')}, or pip install --upgrade bitsandbytes",
+            option="adapter",
+            value="qlora",
         )
+
+
+def missing_weights_error() -> UserError:
+    """Return the error for an adapter on a quantised base whose weights would be random."""
+    return UserError(
+        "needs trained weights",
+        fix=f"type {key('inputs.policy', 'RUN')} or {key('adapter', 'lora')}",
+        option="adapter",
+        value="qlora",
+    )
 
 
 def disable_mode_dependence(model: nn.Module) -> None:

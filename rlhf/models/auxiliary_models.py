@@ -1,10 +1,11 @@
 """Auxiliary models that read the policy's tokens: the reference and the critic, which must share its vocabulary."""
 
 import copy
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, moved
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
@@ -13,27 +14,24 @@ from rlhf.models.reference import Reference, start_reference
 from rlhf.models.saved_config import missing_head_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import copy_tree
-from rlhf.models.vocabulary import OWN_CRITIC
+from rlhf.models.vocabulary import OWN_CRITIC, OWN_REFERENCE, other_vocabulary_error
 
 
 def require_same_vocabulary(
-    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str, instead: str
+    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, option: str, value: Any, fix: str
 ) -> None:
     """Raise UserError unless both tokenizers map every token to the same id.
 
     Args:
         policy: Tokenizer of the policy.
         other: Tokenizer of the model that reads the policy's ids.
-        what: Config key and value that name that model.
-        instead: Text for the user to type instead.
+        option: Config key that names that model.
+        value: Its value.
+        fix: Instruction for the user.
     """
     ours, theirs = policy.get_vocab(), other.get_vocab()
     if ours != theirs:
-        shared = sum(theirs.get(token) == number for token, number in ours.items())
-        raise UserError(
-            f"{what} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} the "
-            f"same), so it cannot read the policy's tokens: type {instead}"
-        )
+        raise other_vocabulary_error(ours, theirs, option, value, fix)
 
 
 def load_reference(policy: LanguageModel, path: str | None) -> Reference:
@@ -44,24 +42,25 @@ def load_reference(policy: LanguageModel, path: str | None) -> Reference:
     """
     if path is None:
         return start_reference(policy)
-    what = f"inputs.reference={path}"
+    option = "inputs.reference"
     if policy.shared is not None:
         model = policy.shared.language_model(path)
-        require_same_vocabulary(
-            policy.tokenizer, model.tokenizer, what, "inputs.reference=null (the policy as it starts)"
-        )
+        require_same_vocabulary(policy.tokenizer, model.tokenizer, option, path, OWN_REFERENCE)
         return Reference(model, shared=True)
     weights = next(policy.base.parameters()).dtype
     precision = Precision("bf16-true") if str(weights) == "torch.bfloat16" else Precision("32-true")
     try:
         model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
     except UserError as error:
-        raise UserError(str(error).replace(f"model.path={path}", what)) from error
-    require_same_vocabulary(policy.tokenizer, model.tokenizer, what, "inputs.reference=null (the policy as it starts)")
+        error.rename(moved("model.path", option))
+        raise
+    require_same_vocabulary(policy.tokenizer, model.tokenizer, option, path, OWN_REFERENCE)
     if model.context_length < policy.context_length:
         raise UserError(
-            f"{what} reads {model.context_length} tokens, the policy {policy.context_length}: "
-            "type inputs.reference=null (the policy as it starts)"
+            f"has a context of {model.context_length} tokens, and the policy has one of {policy.context_length}",
+            OWN_REFERENCE,
+            option,
+            path,
         )
     return Reference(model.disable_dropout().frozen())
 
@@ -113,5 +112,5 @@ def load_critic(policy: LanguageModel, path: str | None) -> ScalarModel:
     else:
         critic = ScalarModel.load(path, policy.adapter, policy.precision)
     critic.safety_head = None  # a critic's loss does not use it
-    require_same_vocabulary(policy.tokenizer, critic.tokenizer, f"stage.value={path}", OWN_CRITIC)
+    require_same_vocabulary(policy.tokenizer, critic.tokenizer, "stage.value", path, OWN_CRITIC)
     return critic

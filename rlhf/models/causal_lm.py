@@ -16,11 +16,12 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.model_source import ModelSource
 from rlhf.models.precision import Precision
+from rlhf.models.saved_config import output_count_error
 from rlhf.models.special_tokens import find_end_id
 from rlhf.models.tokenizer_loading import Corpus, load_tokenizer
 from rlhf.models.weights import current_weights
@@ -45,7 +46,12 @@ class CausalLM(ModelSource):
             UserError: If the weights cannot be found or do not fit the machine, or the model has no tokenizer.
         """
         if self.scalar:
-            raise UserError(f"model.path={self.path}: is a reward or value model, a language model is needed here")
+            raise UserError(
+                "is a reward or value model, and a language model is needed here",
+                fix=f"type {key('model.path', 'FOLDER_OR_HUB_ID')} of a language model",
+                option="model.path",
+                value=self.path,
+            )
         tokenizer = self.load_tokenizer(corpus)
         model = self.load_weights(AutoModelForCausalLM, adapter, precision, tokenizer)
         language_model = self._assemble(model, tokenizer, adapter, precision, AutoModelForCausalLM)
@@ -62,7 +68,7 @@ class CausalLM(ModelSource):
             kind: Any = AutoModelForSequenceClassification
             model = self.load_weights(kind, adapter, precision, tokenizer)
             if model.config.num_labels != 1:
-                raise UserError(f"model.path={self.path}: has {model.config.num_labels} outputs, a reward model has 1")
+                raise output_count_error(self.path, model.config.num_labels)
             head = model.score.weight.detach().float().clone()
         else:
             kind = AutoModel

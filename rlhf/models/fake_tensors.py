@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter
+from rlhf.models.adapters import NoAdapter, missing_weights_error
 from rlhf.models.language_model import plain_config
 from rlhf.models.model_source import ModelSource
 from rlhf.models.precision import Precision
@@ -103,7 +102,7 @@ class FakeWeights:
         quantization = adapter.quantization_config(precision)
         if quantization is not None:
             if source.path is None:
-                raise UserError(NEEDS_WEIGHTS)
+                raise missing_weights_error()
             quantize(made, quantization)
         return made
 

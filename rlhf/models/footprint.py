@@ -41,7 +41,7 @@ class Footprint:
         count = len(self.roles)
         copies = f"{_NUMBERS[count] if count < len(_NUMBERS) else count} {'copies' if count != 1 else 'copy'}"
         own = ", ".join(f"{role} {_size(own)}" for role, (_, own) in self.roles.items())
-        return f"weights held: {_size(self.held)} ({copies}: {_size(self.copies)}; of its own: {own})"
+        return f"weights held: {_size(self.held)} ({copies}: {_size(self.copies)}; not shared: {own})"
 
 
 def measure_footprint(roles: Mapping[str, Any]) -> Footprint:

@@ -58,7 +58,8 @@ def convert_gguf(source: str) -> str:
                 gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
     except PermissionError as error:
-        raise UserError(f"{folder.parent}: cannot be written; type RLHF_CACHE=FOLDER before the command") from error
+        fix = "type RLHF_CACHE=FOLDER before the command"
+        raise UserError(f"{folder.parent}: cannot be written", fix) from error
     return str(folder)
 
 
@@ -70,7 +71,7 @@ def place(source: str) -> Path:
     """
     file = Path(source).expanduser()
     if not file.is_file():
-        raise UserError(f"model.path={source}: no such file")
+        raise _error("no such file", source, "type the path of a GGUF file")
     return cache_folder("gguf") / f"{file.stem}-{_digest_now(file)[:16]}-{LAYOUT}"
 
 
@@ -109,7 +110,7 @@ def _within_file(reader: Any) -> Any:
     class Reader(reader):  # type: ignore[misc]
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
             if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.nbytes:
-                raise ValueError("it ends before what it claims to hold")
+                raise ValueError("the file ends before the data that it declares")
             return super()._get(offset, dtype, count, *rest, **named)
 
     return Reader
@@ -127,18 +128,18 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         with screen:
             if not _tensors(file):  # transformers would build a model of its default sizes
-                raise UserError(f"model.path={file}: this GGUF file holds no weights")
+                raise _error("has no weights", file)
             kind: Any = AutoModelForCausalLM
             loaded, report = kind.from_pretrained(
                 **place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except ImportError as error:
-        raise UserError(f"model.path={file}: GGUF files need a reader; type pip install gguf") from error
+        raise _error("GGUF files need the Python package gguf", file, "type pip install gguf") from error
     except UserError:
         raise
     except Exception as error:  # the reader unpacks unchecked content, so any type can occur
-        raise UserError(f"model.path={file}: no GGUF file that transformers can read ({first_line(error)})") from error
-    check_loaded(loaded, report, f"model.path={file}")
+        raise _error(f"is not a GGUF file that transformers can read ({first_line(error)})", file) from error
+    check_loaded(loaded, report, file, "model.path")
     # transformers refuses to save a model loaded from GGUF, so its tensors move into a new model.
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(
@@ -152,3 +153,7 @@ def _convert(file: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
         (folder / TOKENIZER).unlink(missing_ok=True)  # the file holds weights alone; the user names a tokenizer
+
+
+def _error(problem: str, source: object, fix: str = "get the file again, or type the path of another one") -> UserError:
+    return UserError(problem, fix, "model.path", source)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.collate import TokenBatch
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
@@ -256,9 +256,9 @@ class LanguageModel(nn.Module):
             difference = variation(lambda: self.hidden(ids, torch.ones_like(ids)))
         if not difference <= 1e-2:  # kernels may sum in another order; a nan must fail too
             raise UserError(
-                f"model type '{self.config.model_type}' gives other hidden states in every pass of training (by "
-                f"{difference:.2g} of the largest), so policy, reference and sampler would differ: set the dropout in "
-                "the config.json of model.path to 0, or use another architecture"
+                f"model type '{self.config.model_type}' computes different hidden states in every training pass (by "
+                f"{difference:.2g} of the largest), so policy, reference and sampler would differ",
+                fix=f"set the dropout in the config.json of {key('model.path')} to 0, or use another architecture",
             )
 
     def gradient_checkpointing(self) -> "LanguageModel":
@@ -345,7 +345,8 @@ class LanguageModel(nn.Module):
         if not difference <= 2e-2 * theirs.abs().max().item() + 1e-3:  # loose: kernels differ in half precision
             raise UserError(
                 f"model type '{self.config.model_type}' changes its logits after the projection (by {difference:.2g}), "
-                "which is not known here: use another architecture, or add it to LanguageModel.head"
+                "and LanguageModel.head has no code for it",
+                fix="use another architecture, or add the change to LanguageModel.head",
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":

@@ -15,12 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.runs import run_files
 
 BASE_FILE = "base.json"
 _WHOLE = 2**30  # bytes; of a larger file only evenly spread blocks are hashed, including its first and last
-COPY_ADAPTER_AGAIN = "copy the adapter's folder anew"
+COPY_ADAPTER_AGAIN = "copy the adapter's directory again"
+SEPARATE = f"type {key('adapter.shared_base', 'false')}"  # each role then holds its own weights
 _BLOCK, _BLOCKS = 2**16, 2**10
 
 
@@ -82,7 +83,10 @@ def find_base(adapter: Path) -> str:
     if not file.is_file():  # an adapter from elsewhere
         base = stored_config(adapter)["base_model_name_or_path"]
         if not base:
-            raise UserError(f"{adapter}: the adapter does not say which model it belongs to")
+            raise UserError(
+                f"{adapter}: its adapter_config.json does not name the base model",
+                fix="write the path or hub id of that model into base_model_name_or_path",
+            )
         return str(base)
     stored = stored_base(adapter)
     places = [stored["path"], *([str((adapter / stored["relative"]).resolve())] if stored["relative"] else [])]
@@ -95,10 +99,13 @@ def find_base(adapter: Path) -> str:
             changed = place
     if changed:
         raise UserError(
-            f"{adapter} was trained on other weights than {changed} holds now: train it again on those, or put back "
-            f"weights of digest {stored['digest'][:19]}"
+            f"{adapter}: was trained on other weights than {changed} has now",
+            fix=f"train it again on those, or restore the weights with digest {stored['digest'][:19]}",
         )
-    raise UserError(f"{adapter} was trained on {stored['path']}, which is not there any more: put it back")
+    raise UserError(
+        f"{adapter}: was trained on {stored['path']}, which no longer exists",
+        fix="restore that model, or train the adapter again",
+    )
 
 
 def stored_base(adapter: Path) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def resolve_adapters(path: str) -> tuple[list[Path], str]:
         if adapter is None or Node(path, adapter).whole:
             return found[::-1], path
         if adapter in found:
-            raise UserError(f"{adapter}: the adapters sit on each other in a circle")
+            raise _cycle_error(adapter)
         found.append(adapter)
         path = find_base(adapter)
 
@@ -159,7 +166,7 @@ def chain(path: str, planned: Mapping[str, Planned] | None = None) -> list[Node]
         if adapter is None:
             return nodes
         if any(path == node.path for node in nodes[:-1]):
-            raise UserError(f"{adapter}: the adapters sit on each other in a circle")
+            raise _cycle_error(adapter)
         path = find_base(adapter) if known is None else str(known.base)
 
 
@@ -170,7 +177,7 @@ def common_base(
 
     Args:
         policy: Path of the policy.
-        others: Key (as typed to name it) -> path of each model that shares the base.
+        others: Config key -> path of each model that shares the base.
         planned: Path -> model, for directories that do not exist yet.
 
     Returns:
@@ -182,27 +189,37 @@ def common_base(
     own = chain(policy, planned)
     lowest = next(index for index, node in enumerate(own) if node.whole)
     met: dict[str, tuple[list[Node], dict[int, int]]] = {}
-    for key, path in others.items():
+    for option, path in others.items():
         nodes = chain(path, planned)
         places = {i: j for i, node in enumerate(own) for j, other in enumerate(nodes) if _same(node, other)}
         if not places:
-            below = "all of its weights were trained" if len(nodes) == 1 else f"its adapter is for {nodes[-1].path}"
+            reason = "all of its weights were trained"
+            if len(nodes) > 1:
+                reason = f"its adapter was trained on {nodes[-1].path}"
             raise UserError(
-                f"{key}={path} does not sit on the policy's base {own[lowest].path} ({below}), so they cannot share "
-                "it: train it with adapter=lora on that model, or type adapter.shared_base=false"
+                f"is not an adapter on the policy's base {own[lowest].path} ({reason}), so they cannot share it",
+                fix=f"train it with LoRA on that model, or {SEPARATE}",
+                option=option,
+                value=path,
             )
         lowest = max(lowest, min(places))
         met[path] = (nodes, places)
     stacks = {policy: _adapters(own[:lowest])}
-    for key, path in others.items():
+    for option, path in others.items():
         nodes, places = met[path]
         if lowest not in places:
             raise UserError(
-                f"{key}={path} does not sit on {own[lowest].path}, where the others meet the policy: "
-                "type adapter.shared_base=false"
+                f"is not an adapter on {own[lowest].path}, the base that the other models share with the policy",
+                fix=SEPARATE,
+                option=option,
+                value=path,
             )
         stacks[path] = _adapters(nodes[: places[lowest]])
     return own[lowest], stacks
+
+
+def _cycle_error(adapter: Path) -> UserError:
+    return UserError(f"{adapter}: the base models of its adapters form a cycle", fix=COPY_ADAPTER_AGAIN)
 
 
 def _adapters(nodes: list[Node]) -> list[Path]:
@@ -243,7 +260,7 @@ def digest(path: str) -> str | None:
     pattern = ("*.safetensors", "*.bin", "*.gguf")
     files = [place] if place.is_file() else sorted(file for ending in pattern for file in place.glob(ending))
     if not files:
-        raise UserError(f"{path}: there are no weights (*.safetensors)")
+        raise UserError(f"{path}: has no weights ({', '.join(pattern)})", fix="get the model again")
     total = hashlib.sha256()
     for file in files:
         stat = file.stat()

@@ -14,21 +14,24 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.errors import RLHFError, UserError
+from rlhf.models.saved_config import model_error
 from rlhf.storage.files import read_json
 
-MODEL = "give a model folder, a run directory or a hub id"
+MODEL = "type the path of a model directory or run directory, or a hub id"
 
 
 @contextmanager
-def convert_read_errors(name: str, fix: str = MODEL) -> Iterator[None]:
+def convert_read_errors(path: object, fix: str = MODEL, option: str = "", part: str = "") -> Iterator[None]:
     """Convert any exception that a reader of stored files raises inside the context into a UserError.
 
     Readers of safetensors, pickles, JSON and tokenizers raise exceptions of many types. An adapter whose weights belong
     to other layers, which PEFT would initialise afresh, is also an error.
 
     Args:
-        name: Model or file being read, as typed or by path.
-        fix: Instruction for the user, the end of the message.
+        path: Model or file being read, as typed or by path.
+        fix: Instruction for the user.
+        option: Config key whose value is ``path``, if any.
+        part: Part of the model that is read, with its name; "" for the model itself.
     """
     try:
         with defer_transformers_log(), warnings.catch_warnings():
@@ -38,7 +41,8 @@ def convert_read_errors(name: str, fix: str = MODEL) -> Iterator[None]:
     except (RLHFError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{name}: cannot be read ({_reason(error)}); {fix}") from error
+        problem = f"cannot be read ({_reason(error)})"
+        raise model_error(path, f"{part} {problem}" if part else problem, fix, option) from error
 
 
 @contextmanager
@@ -62,13 +66,14 @@ def defer_transformers_log(trial: bool = False) -> Iterator[None]:
         logger.handle(record)
 
 
-def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], name: str) -> None:
+def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], path: object, option: str = "") -> None:
     """Raise if a model has weights that its files lack, or its files have layers that the model lacks.
 
     Args:
         model: The model as loaded.
         report: Loading report of transformers: names of weights under `missing_keys` and `unexpected_keys`.
-        name: The model, as typed.
+        path: The model, as typed.
+        option: Config key whose value is ``path``, if any.
 
     Raises:
         UserError: If weights are missing, the files hold layers that config.json does not describe, or an
@@ -76,19 +81,19 @@ def check_loaded(model: PreTrainedModel, report: Mapping[str, Collection[str]], 
     """
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(f"{name}: {len(missing)} weights are not there, such as {', '.join(missing[:3])}")
+        problem = f"{len(missing)} weights are missing, such as {', '.join(missing[:3])}"
+        raise model_error(path, problem, "get the model again", option)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and type(end) is not int:  # else it would fail only when the trained model is saved
-            raise UserError(f"{name}: generation_config.json has eos_token_id={ends!r}, not the number of a token")
-    kinds = {_kind(key, model) for key in model.state_dict()}
+            problem = f"generation_config.json has eos_token_id={ends!r}, which is not a token id"
+            raise model_error(path, problem, "set it to the id of the EOS token", option)
+    kinds = {_kind(name, model) for name in model.state_dict()}
     # Unexpected weights of other kinds belong to other heads, towers or old buffers.
-    more = sorted(key for key in report["unexpected_keys"] if _kind(key, model) in kinds)
+    more = sorted(name for name in report["unexpected_keys"] if _kind(name, model) in kinds)
     if more:
-        raise UserError(
-            f"{name}: its weights hold layers that config.json does not ask for, such as {more[0]}; put back the "
-            "config.json that belongs to them"
-        )
+        problem = f"its weights have layers that config.json does not describe, such as {more[0]}"
+        raise model_error(path, problem, "restore the config.json that belongs to the weights", option)
 
 
 def check_index(source: str) -> None:
@@ -105,25 +110,30 @@ def check_index(source: str) -> None:
         names = content.get("weight_map") if isinstance(content, dict) else None
         for name in names.values() if isinstance(names, dict) else ():
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{file}: names {name}, which is not inside the model's folder; get the model again")
+                raise UserError(
+                    f"{file}: names {name}, which is not inside the model's directory", fix="get the model again"
+                )
 
 
-def _kind(key: str, model: PreTrainedModel) -> str:
+def _kind(name: str, model: PreTrainedModel) -> str:
     """Return the name of a weight without layer numbers and without the prefix that some checkpoints lack."""
-    return re.sub(r"\.\d+(?=\.)", ".N", key.removeprefix(f"{model.base_model_prefix}."))
+    return re.sub(r"\.\d+(?=\.)", ".N", name.removeprefix(f"{model.base_model_prefix}."))
 
 
 def _reason(error: Any) -> str:
-    """Return the message of a reader's exception in one line."""
+    """Return the message of a reader's exception in one line.
+
+    Its text is searched because transformers, PEFT and safetensors raise general classes such as RuntimeError.
+    """
     text = str(error).strip()
     if "ignore_mismatched_sizes" in text:
-        return "its weights have other shapes than config.json says"
+        return "its weights have other shapes than config.json describes"
     if isinstance(error, pickle.UnpicklingError):
-        return "its weights are a pickle of something else than tensors"
+        return "its weights are a pickle of other objects than tensors"
     if text.startswith("Found missing adapter keys"):
-        return "its adapter is for other layers than this base has"
+        return "its adapter was trained on other layers than this base has"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = lines[0] if lines else ""
-    if said.endswith(":") and len(lines) > 1:  # a heading; the reason is on the next line
-        said = f"{said} {lines[1]}"
-    return said if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: {said}"
+    reason = lines[0] if lines else ""
+    if reason.endswith(":") and len(lines) > 1:  # a heading; the reason is on the next line
+        reason = f"{reason} {lines[1]}"
+    return reason if isinstance(error, OSError | ValueError) and reason else f"{type(error).__name__}: {reason}"

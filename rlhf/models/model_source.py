@@ -12,10 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.rendering import check_syntax
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, key, suggest
 from rlhf.models.gguf import convert_gguf
 from rlhf.models.lineage import resolve_adapters
-from rlhf.models.load_errors import convert_read_errors
+from rlhf.models.load_errors import MODEL, convert_read_errors
 from rlhf.models.saved_config import check_file_limits, read_config
 from rlhf.models.special_tokens import find_end_id
 from rlhf.storage import hub
@@ -96,22 +96,33 @@ class ModelSource:
             base = self.base_path
             shape = read_config(base)
             if shape is not None:  # check before transformers builds lists with one entry per layer
-                check_file_limits(shape, f"model.path={self.path}")
+                check_file_limits(shape, self.path, "model.path")
             found = self.read(AutoConfig.from_pretrained, base)
-            check_file_limits(found.to_dict(), f"model.path={self.path}")
+            check_file_limits(found.to_dict(), self.path, "model.path")
             return found
         if self.architecture is None:
-            raise UserError("model.path: no weights given; type model.path=FOLDER_OR_HUB_ID or inputs.policy=RUN")
+            raise UserError(
+                "no weights given",
+                fix=f"type {key('model.path', 'FOLDER_OR_HUB_ID')} or {key('inputs.policy', 'RUN')}",
+                option="model.path",
+            )
         arguments = _plain(self.architecture)
         family = arguments.pop("model_type", "llama")
         try:
             kind = type(AutoConfig.for_model(family))
         except ValueError as error:
-            raise UserError(f"model.architecture.model_type={family}: transformers knows no such family") from error
+            raise UserError(
+                "transformers has no such model type",
+                fix=f"type one that it has, such as {key('model.architecture.model_type', 'llama')}",
+                option="model.architecture.model_type",
+                value=family,
+            ) from error
         known = {field.name for field in dataclasses.fields(kind)}
         for name in arguments:
             if name not in known:
-                raise UserError(f"model.architecture.{name}: {family} has no such setting{suggest(name, known)}")
+                raise UserError(
+                    f"{family} has no such setting{suggest(name, known)}", option=f"model.architecture.{name}"
+                )
         if tokenizer is None:
             return kind(**{"vocab_size": self.vocab_size or 32000, **arguments})
         specials = {
@@ -129,13 +140,19 @@ class ModelSource:
         file = Path(self.chat_template)
         if not file.is_file():
             raise UserError(
-                f"model.chat_template={self.chat_template}: neither a template's name nor a Jinja file"
-                f"{suggest(self.chat_template, TEMPLATES)}"
+                "is neither the name of a template nor a Jinja file" + suggest(self.chat_template, TEMPLATES),
+                option="model.chat_template",
+                value=self.chat_template,
             )
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"model.chat_template={self.chat_template}: not UTF-8, so no Jinja file") from None
+            raise UserError(
+                "is not a Jinja file, which must be UTF-8 text",
+                fix="save the file as UTF-8",
+                option="model.chat_template",
+                value=self.chat_template,
+            ) from None
 
     def read(self, reader: Callable[..., Any], place: str, **arguments: Any) -> Any:
         """Return ``reader(place)``, where ``place`` is a directory, a hub id or a GGUF file.
@@ -144,13 +161,14 @@ class ModelSource:
             UserError: If the place is missing or unreadable, or the architecture lacks the attention kernel.
         """
         arguments.setdefault("trust_remote_code", self.trust_remote_code)
+        option = "model.tokenizer" if place == self.tokenizer else "model.path"
         if place.endswith(".gguf"):
             place = convert_gguf(place)
         elif re.match(r"^[./~]", place) and not Path(place).is_dir():
-            raise UserError(f"model.path={place}: no such folder")
+            raise UserError("no such directory", MODEL, option, place)
         elif not Path(place).is_dir():
             hub.use_cache_if_unreachable()
-        with convert_read_errors(f"model.path={place}"):
+        with convert_read_errors(place, option=option):
             return self.build(reader, place, **arguments)
 
     def build(self, builder: Callable[..., Any], content: Any, **arguments: Any) -> Any:
@@ -158,18 +176,21 @@ class ModelSource:
         try:
             return builder(content, **arguments)
         except (ValueError, ImportError) as error:
-            if "attention implementation" not in str(error):
+            if "attention implementation" not in str(error):  # transformers raises no class of its own for it
                 raise
             other = "eager" if self.attention == "sdpa" else "sdpa"
             raise UserError(
-                f"model.attention={self.attention}: this architecture does not have it; type model.attention={other}"
+                "this architecture has no such attention kernel",
+                fix=f"type {key('model.attention', other)}",
+                option="model.attention",
+                value=self.attention,
             ) from error
 
 
 def _plain(value: Any) -> Any:
     """Convert containers of any kind to dicts and lists."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value

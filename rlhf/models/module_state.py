@@ -32,4 +32,4 @@ def check_gradients(module: nn.Module) -> None:
     """
     missing = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
     if missing:
-        raise RunFailed(f"{len(missing)} trainable parameters got no gradient in the first step, such as {missing[0]}")
+        raise RunFailed(f"{len(missing)} trainable parameters have no gradient in the first step, such as {missing[0]}")

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch.optim import Optimizer
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 Parameters = Iterable[Any]
 Positive = Annotated[float, Field(gt=0)]
@@ -83,5 +83,9 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes.optim
     except ImportError as error:
-        raise UserError("8-bit optimizers need `pip install bitsandbytes`; or type optimizer=adamw") from error
+        raise UserError(
+            "8-bit optimizers need the Python package bitsandbytes",
+            fix=f"type pip install bitsandbytes, or {key('optimizer', 'adamw')}",
+            option="optimizer",
+        ) from error
     return bitsandbytes.optim

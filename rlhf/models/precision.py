@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,9 @@ class Precision:
     def check(self, accelerator: str) -> None:
         """Raise UserError for float16 on CPU, where ``16-mixed`` would silently run as bfloat16."""
         if accelerator == "cpu" and self.trainer.startswith("16"):
-            raise UserError("precision=fp16 needs a GPU: on a CPU type precision=bf16 or precision=fp32")
+            raise UserError(
+                "needs a GPU",
+                fix=f"on a CPU, type {key('precision', 'bf16')} or {key('precision', 'fp32')}",
+                option="precision",
+                value="fp16",
+            )

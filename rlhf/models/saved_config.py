@@ -1,9 +1,10 @@
 """Content of a model directory's config.json, read before anything is loaded. No torch here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.runs import run_files
 from rlhf.storage.files import read_json
 from rlhf.storage.plain import Plain
@@ -21,20 +22,46 @@ LIMITS = {
 }
 
 
-def check_limits(shape: Plain, name: str) -> None:
-    """Raise UserError for sizes that no model has; ``name`` precedes the key in the message."""
-    for key, most in LIMITS.items():
-        value = shape.get(key)
+def check_limits(shape: Plain, option: str) -> None:
+    """Raise UserError for sizes that no model has; ``option`` is the config key that holds them."""
+    for name, value, most in _impossible_sizes(shape):
+        raise UserError(f"should be a whole number from 1 to {most}", option=f"{option}.{name}", value=value)
+
+
+def check_file_limits(shape: Plain, path: object, option: str = "") -> None:
+    """Raise UserError for sizes in a config.json that no model has.
+
+    Args:
+        shape: Content of the file.
+        path: Model, as typed.
+        option: Config key whose value is ``path``, if any.
+    """
+    inner = shape.get("text_config")
+    for prefix, sizes in (("", shape), ("text_config.", inner if isinstance(inner, dict) else {})):
+        for name, value, most in _impossible_sizes(sizes):
+            problem = f"config.json has {prefix}{name}={value}, which should be a whole number from 1 to {most}"
+            raise model_error(path, problem, "get the model again", option)
+
+
+def _impossible_sizes(shape: Plain) -> Iterator[tuple[str, Any, int]]:
+    """Yield (name, value, maximum) of the sizes that no model has."""
+    for name, most in LIMITS.items():
+        value = shape.get(name)
         for one in value if isinstance(value, list) else () if value is None else (value,):  # a list: one per layer
             if type(one) is not int or not 1 <= one <= most:
-                raise UserError(f"{name}{key}={one}: should be a whole number from 1 to {most}")
+                yield name, one, most
 
 
-def check_file_limits(shape: Plain, name: str) -> None:
-    """Raise UserError for sizes in a config.json that no model has; ``name`` is the model's name in the message."""
-    check_limits(shape, f"{name}: config.json has ")
-    if isinstance(shape.get("text_config"), dict):
-        check_limits(shape["text_config"], f"{name}: config.json has text_config.")
+def model_error(path: object, problem: str, fix: str, option: str = "") -> UserError:
+    """Return an error about a stored model.
+
+    Args:
+        path: Model or file, as typed or by path.
+        problem: What is wrong with it.
+        fix: Instruction for the user.
+        option: Config key whose value is ``path``; without one, the message starts with the path.
+    """
+    return UserError(problem, fix, option, path) if option else UserError(f"{path}: {problem}", fix)
 
 
 def find_file(path: object, name: str) -> Path | None:
@@ -73,12 +100,24 @@ def score_scale(folder: Path) -> dict[str, float] | None:
     if not file.is_file():
         return None
     fields = {"scale": run_files.finite, "bias": run_files.finite, "log_odds": run_files.optional(run_files.finite)}
-    found = run_files.required(file, fields, "make the reward model again, or copy its folder anew")
+    found = run_files.required(file, fields, "train the reward model again, or copy its directory again")
     return {"scale": found["scale"], "bias": found["bias"], "log_odds": found["log_odds"] or 1.0}
 
 
 def missing_head_error(
-    key: str, path: object, instead: str = "inputs.reward_model=RUN, one of stage=reward_model"
+    option: str,
+    path: object,
+    fix: str = f"type {key('inputs.reward_model', 'RUN')}, where RUN is a run of stage=reward_model",
 ) -> UserError:
     """Return the error for a language model where a scoring model is required: its head would be random."""
-    return UserError(f"{key}={path}: a language model, without a head that scores responses; type {instead}")
+    return UserError("is a language model, which has no score head", fix, option, path)
+
+
+def output_count_error(path: object, count: int) -> UserError:
+    """Return the error for a sequence classifier with several outputs where a reward model is required."""
+    return UserError(
+        f"has {count} outputs, and a reward model must have 1",
+        fix="type a run of stage=reward_model",
+        option="model.path",
+        value=path,
+    )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf.data.collate import TokenBatch
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel, materialize
@@ -100,11 +100,12 @@ class ScalarModel(nn.Module):
             self.log_odds = stored["log_odds"]
         elif (folder.parent / "status.json").is_file():  # a run directory, whose model always has rlhf.json
             raise UserError(
-                f"{folder / 'rlhf.json'}: not there, so the scores' scale is unknown; make the reward model again"
+                f"{folder / 'rlhf.json'}: is missing, so the scale of the scores is unknown",
+                fix="train the reward model again",
             )
         file = folder / SAFETY_HEAD
         if file.is_file():
-            with convert_read_errors(str(file), "make the reward model again"):
+            with convert_read_errors(file, "train the reward model again"):
                 self.add_safety_head().load_state_dict(load_file(file))
 
     def add_safety_head(self) -> nn.Linear:
@@ -201,7 +202,10 @@ class ScalarModel(nn.Module):
         """
         std, mean = torch.std_mean(scores.float())
         if not std > 0:
-            raise UserError("reward normalisation: all scores are equal, there is nothing to scale by")
+            raise UserError(
+                "all scores are equal, so the reward model cannot be normalised",
+                fix=f"train it on other data, or type {key('stage.normalize', 'mean')}",
+            )
         self.bias.copy_((self.bias - mean) / std)
         self.scale.copy_(self.scale / std)
         self.log_odds *= std.item()
@@ -217,7 +221,10 @@ class ScalarModel(nn.Module):
         config = self.language_model.stored_config()
         kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         if kind is None:
-            raise UserError(f"transformers has no sequence classifier of model type '{config.model_type}'")
+            raise UserError(
+                f"transformers has no sequence classifier of model type '{config.model_type}'",
+                fix="use another architecture",
+            )
         config.num_labels = 1
         config.pad_token_id = self.pad_id
         prefix = f"{kind.base_model_prefix}."

@@ -24,13 +24,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.adapters import TRAINED, LoRA, tied_projection
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.lineage import COPY_ADAPTER_AGAIN, Planned, common_base, stored_config
+from rlhf.models.lineage import COPY_ADAPTER_AGAIN, SEPARATE, Planned, common_base, stored_config
 from rlhf.models.load_errors import convert_read_errors
 from rlhf.models.precision import Precision
+from rlhf.models.saved_config import output_count_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.special_tokens import find_end_id
 from rlhf.models.tokenizer_loading import Corpus
@@ -97,7 +98,7 @@ class SharedBase:
             spec: Source of the policy.
             adapter: Adapter that is trained on top.
             precision: Format of the weights.
-            others: Config key as typed -> path of the model (run directory, model directory or hub id).
+            others: Config key -> path of the model (run directory, model directory or hub id).
             trained: Keys of ``others`` whose model also gets a fresh adapter.
             planned: Path -> model, for model directories that do not exist yet.
 
@@ -105,16 +106,18 @@ class SharedBase:
             UserError: If the models have no common base, or their adapters cannot be added up.
         """
         if spec.folder is None:
-            for key, path in others.items():
+            for option, path in others.items():
                 raise UserError(
-                    f"{key}={path} cannot share the base of a policy with random weights: type inputs.policy=RUN, or "
-                    "adapter.shared_base=false"
+                    "cannot share the base of a policy with random weights",
+                    fix=f"type {key('inputs.policy', 'RUN')} or {key('adapter.shared_base', 'false')}",
+                    option=option,
+                    value=path,
                 )
             return cls(spec, adapter, precision, None, {})
-        paths = {key: _folder(path) for key, path in others.items()}
+        paths = {option: _folder(path) for option, path in others.items()}
         base, stacks = common_base(spec.folder, paths, planned)
         found = cls(spec, adapter, precision, base.path, stacks)
-        fresh = {spec.folder, *(paths[key] for key in trained if key in paths)}
+        fresh = {spec.folder, *(paths[option] for option in trained if option in paths)}
         kinds = {one.adapter: one.decompose for one in (planned or {}).values()}
         for path, adapters in stacks.items():
             for folder in adapters:
@@ -216,19 +219,20 @@ class SharedBase:
         stem = "base_model.model."
         own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
         prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
-        with convert_read_errors(str(folder), COPY_ADAPTER_AGAIN):
+        with convert_read_errors(folder, COPY_ADAPTER_AGAIN):
             weights = load_peft_weights(str(folder), device="cpu")
             config = LoraConfig.from_pretrained(str(folder))
-        state = {stem + own + key.removeprefix(stem).removeprefix(prefix): value for key, value in weights.items()}
+        state = {stem + own + path.removeprefix(stem).removeprefix(prefix): value for path, value in weights.items()}
         config.inference_mode = False  # otherwise no graph is built through it
         # The tree that it was trained on may have a vocabulary projection where this one has none, or the reverse.
         config.task_type = self.adapter.config(base).task_type
-        config.target_modules = {key.removeprefix(stem).rpartition(".lora_")[0] for key in state}
+        config.target_modules = {path.removeprefix(stem).rpartition(".lora_")[0] for path in state}
         tied = tied_projection(base)
         if tied in {name.rpartition(".")[2] for name in config.target_modules}:
             raise UserError(
                 f"{folder}: its adapter changes {tied}, which shares its weights with the input embedding "
-                "(tie_word_embeddings), so it cannot be merged when it is saved: train it on other layers"
+                "(tie_word_embeddings), so it cannot be merged when it is saved",
+                fix="train the adapter on other layers",
             )
         # The random initialisation is discarded, so it must not use up random numbers.
         with torch.random.fork_rng(devices=[]):
@@ -238,16 +242,18 @@ class SharedBase:
             else:
                 mounted = get_peft_model(model, config, adapter_name=name)  # type: ignore[assignment]
         found = set_peft_model_state_dict(mounted, state, adapter_name=name)
-        fresh = {key: value for key, value in mounted.named_parameters() if f".{name}." in key or key.endswith(name)}
-        strangers = list(found.unexpected_keys)
-        if strangers or len(fresh) != len(state):
-            some = strangers[0] if strangers else "fewer weights than the model has places for"
-            raise UserError(f"{folder} does not fit {self.path}: {some}; type adapter.shared_base=false")
+        fresh = {
+            path: value for path, value in mounted.named_parameters() if f".{name}." in path or path.endswith(name)
+        }
+        unexpected = list(found.unexpected_keys)
+        if unexpected or len(fresh) != len(state):
+            reason = f"unexpected weight {unexpected[0]}" if unexpected else "weights of adapted layers are missing"
+            raise UserError(f"{folder}: does not match the layers of {self.path} ({reason})", fix=SEPARATE)
         known = self._frozen[folder]
-        for key, value in fresh.items():
-            short = key.removeprefix(stem).removeprefix(own)
+        for path, value in fresh.items():
+            short = path.removeprefix(stem).removeprefix(own)
             if short in known:
-                at, _, last = key.rpartition(".")
+                at, _, last = path.rpartition(".")
                 mounted.get_submodule(at)._parameters[last] = known[short]
             else:
                 known[short] = value
@@ -257,23 +263,23 @@ class SharedBase:
         """Raise if an adapter with a separate magnitude (DoRA) would be added to another adapter."""
         if (summed and decompose) or (under_fresh and self.adapter.decompose):
             raise UserError(
-                f"{folder}: the magnitude of DoRA belongs to a whole weight, so no other adapter can be added to it: "
-                "type adapter=lora for both, or adapter.shared_base=false"
+                f"{folder}: the magnitude of DoRA belongs to a whole weight, so no other adapter can be added to it",
+                fix=f"use LoRA for both adapters (here {key('adapter', 'lora')}), or {SEPARATE}",
             )
 
 
 def _activate(model: PeftModel, names: list[str]) -> None:
     """Activate these adapters, one on top of the other; only the trained one gets gradients."""
     model.base_model.set_adapter(names)  # type: ignore[operator,union-attr]
-    for key, value in model.named_parameters():
-        value.requires_grad_(f".{TRAINED}." in key and TRAINED in names)
+    for path, value in model.named_parameters():
+        value.requires_grad_(f".{TRAINED}." in path and TRAINED in names)
 
 
 def _stored_lora(folder: Path) -> bool:
     """Return whether the adapter at ``folder`` is DoRA; raise UserError if it is not a LoRA adapter."""
     stored = stored_config(folder)
     if stored.get("peft_type") != "LORA" or stored.get("modules_to_save") or stored.get("bias", "none") != "none":
-        raise UserError(f"{folder}: only LoRA adapters can share a base; type adapter.shared_base=false")
+        raise UserError(f"{folder}: only LoRA adapters can share a base", fix=SEPARATE)
     return bool(stored.get("use_dora"))
 
 
@@ -289,10 +295,18 @@ def stored_head(folder: Path) -> Tensor:
         UserError: If there is none, or it has several outputs.
     """
     for file in sorted(folder.glob("*.safetensors")):
-        with convert_read_errors(f"model.path={file}"), safe_open(file, framework="pt") as content:
-            if "score.weight" in content.keys():  # noqa: SIM118  # no mapping
+        with (
+            convert_read_errors(folder, option="model.path", part=file.name),
+            safe_open(file, framework="pt") as content,
+        ):
+            if "score.weight" in content.keys():  # noqa: SIM118  # not a mapping
                 head = content.get_tensor("score.weight").float()
                 if len(head) != 1:
-                    raise UserError(f"model.path={folder}: has {len(head)} outputs, a reward model has 1")
+                    raise output_count_error(folder, len(head))
                 return head
-    raise UserError(f"model.path={folder}: has no score.weight, so it is no reward model")
+    raise UserError(
+        "is not a reward model: it has no score.weight",
+        fix="type a run of stage=reward_model",
+        option="model.path",
+        value=folder,
+    )

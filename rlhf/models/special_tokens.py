@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.end_tokens import end_of_turn_id
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -13,7 +13,10 @@ def find_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.chat_template:
         return end_of_turn_id(tokenizer)
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has neither a chat template nor an eos token: type model.chat_template=chatml")
+        raise UserError(
+            "the tokenizer has neither a chat template nor an EOS token",
+            fix=f"type {key('model.chat_template', 'chatml')}",
+        )
     return int(tokenizer.eos_token_id)
 
 

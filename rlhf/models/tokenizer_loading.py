@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf.data.chat_templates import TOKENS
 from rlhf.data.rendering import control_tokens
 from rlhf.data.tokenizer import train_tokenizer
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.model_source import ModelSource
 from rlhf.models.special_tokens import set_pad_token
 
@@ -24,8 +24,10 @@ def load_tokenizer(source: ModelSource, corpus: Corpus | None) -> PreTrainedToke
     if (source.tokenizer or source.path) is None:
         if corpus is None or source.vocab_size is None:
             raise UserError(
-                "model.tokenizer: random weights and no text to train a tokenizer on; "
-                "type model.tokenizer=FOLDER_OR_HUB_ID, model.path=... or inputs.policy=RUN"
+                "the weights are random, and there is no text to train a tokenizer on",
+                fix=f"type {key('model.tokenizer', 'FOLDER_OR_HUB_ID')}, {key('model.path', 'FOLDER_OR_HUB_ID')} or "
+                f"{key('inputs.policy', 'RUN')}",
+                option="model.tokenizer",
             )
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), source.vocab_size)
     else:
@@ -66,8 +68,10 @@ def check_new_tokens(source: ModelSource, tokenizer: PreTrainedTokenizerBase) ->
         known = {token for token, index in tokenizer.get_vocab().items() if index < rows}
     new = [token for token in control_tokens(tokenizer).written if token not in known]
     if new:
-        option = f"chat_template={source.chat_template}" if source.chat_template else f"tokenizer={source.tokenizer}"
+        own = f"{key('model.chat_template', None)} {key('model.tokenizer', None)}"
         raise UserError(
-            f"model.{option}: {', '.join(new)} are new to this model, and a frozen embedding never learns them: "
-            "type adapter=none, or keep the model's own tokenizer and template (model.chat_template=null)"
+            f"{', '.join(new)} are new to this model, and an adapter leaves their embeddings untrained",
+            fix=f"type {key('adapter', 'none')}, or {own} (the model's own template and tokenizer)",
+            option="model.chat_template" if source.chat_template else "model.tokenizer",
+            value=source.chat_template or source.tokenizer,
         )

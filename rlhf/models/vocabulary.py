@@ -1,16 +1,18 @@
 """Checks of tokenizers before anything is loaded: same vocabulary, chat template. No torch here."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.saved_config import find_file
 from rlhf.storage.files import read_json
 
-# Fix for a reward model that cannot be the critic.
-OWN_CRITIC = "stage.value=null stage.value_warmup=4 (a critic of the policy's own weights)"
+# Fix for a model that cannot be the reference, and for a reward model that cannot be the critic.
+OWN_REFERENCE = f"type {key('inputs.reference', None)} (the policy before training)"
+OWN_CRITIC = f"type {key('stage.value', None)} {key('stage.value_warmup', 4)} (a critic with the policy's own weights)"
 
 
-def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:
+def check_vocabulary(model: Any, path: object, option: str, fix: str) -> None:
     """Raise UserError if a model cannot read the policy's tokens, as far as both are directories that exist already.
 
     The comparison covers the base vocabularies of the two tokenizers; tokens that a chat template adds are compared
@@ -19,18 +21,36 @@ def check_vocabulary(model: Any, path: object, what: str, instead: str) -> None:
     Args:
         model: The policy's node of ``conf/model``; None skips the check.
         path: Directory of the other model; a path that is not a directory yet is not compared.
-        what: Config key that names it.
-        instead: Text for the user to type instead.
+        option: Config key whose value is that path.
+        fix: Instruction for the user.
     """
     if not isinstance(path, str) or getattr(model, "path", None) is None or model.tokenizer is not None:
         return
     ours, theirs = read_vocabulary(model.path), read_vocabulary(path)
     if ours is not None and theirs is not None and ours != theirs:
-        shared = sum(theirs.get(word) == number for word, number in ours.items())
-        raise UserError(
-            f"{what}={path} has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} "
-            f"the same), so it cannot read the policy's tokens: type {instead}"
-        )
+        raise other_vocabulary_error(ours, theirs, option, path, fix)
+
+
+def other_vocabulary_error(
+    ours: Mapping[str, int], theirs: Mapping[str, int], option: str, value: Any, fix: str
+) -> UserError:
+    """Return the error for a model with another vocabulary than the policy.
+
+    Args:
+        ours: Token -> id of the policy's tokenizer.
+        theirs: Token -> id of the model's tokenizer.
+        option: Config key that names the model.
+        value: Its value.
+        fix: Instruction for the user.
+    """
+    shared = sum(theirs.get(token) == number for token, number in ours.items())
+    return UserError(
+        f"has another vocabulary than the policy ({len(theirs)} tokens against {len(ours)}, {shared} the same), so it "
+        "cannot read the policy's tokens",
+        fix,
+        option,
+        value,
+    )
 
 
 def lacks_template(path: object) -> bool:

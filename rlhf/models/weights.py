@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.models.adapters import NEEDS_WEIGHTS, NoAdapter, merge_adapter
+from rlhf.errors import UserError, key
+from rlhf.models.adapters import NoAdapter, merge_adapter, missing_weights_error
 from rlhf.models.lineage import COPY_ADAPTER_AGAIN
 from rlhf.models.load_errors import check_index, check_loaded, convert_read_errors, defer_transformers_log
 from rlhf.models.machine_memory import read_machine_memory
@@ -66,7 +66,7 @@ class RealWeights:
         if source.path is None:
             config = source.config(tokenizer)
             if quantization is not None:
-                raise UserError(NEEDS_WEIGHTS)
+                raise missing_weights_error()
             _check_memory(source, config, precision.weights.itemsize)
             random: PreTrainedModel = source.build(kind.from_config, config, **arguments)
             return random
@@ -79,8 +79,11 @@ class RealWeights:
         if quantization is not None:
             if adapters:
                 raise UserError(
-                    f"model.path={source.path}: adapters cannot be quantised; give the merged model, or type "
-                    "adapter.shared_base=true where a stage can put its own adapter on top"
+                    "is an adapter, which cannot be merged into a quantised base",
+                    fix=f"type {key('model.path', 'FOLDER')} of the merged model, or "
+                    f"{key('adapter.shared_base', 'true')} if the stage can add its own adapter to this one",
+                    option="model.path",
+                    value=source.path,
                 )
             size = 1
             quantization.llm_int8_skip_modules = ["lm_head", "score"]
@@ -89,7 +92,7 @@ class RealWeights:
         _check_memory(source, source.config(), size)
         model = _read(source, kind, path, **arguments)
         for one in adapters:
-            with convert_read_errors(f"model.path={source.path}: adapter {one}", COPY_ADAPTER_AGAIN):
+            with convert_read_errors(source.path, COPY_ADAPTER_AGAIN, "model.path", part=f"adapter {one}"):
                 on_top = PeftModel.from_pretrained(model, str(one))
             model = merge_adapter(on_top, one).requires_grad_(True)  # PEFT froze the base weights
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -120,7 +123,7 @@ def _read(source: ModelSource, kind: Any, path: str, **arguments: Any) -> PreTra
     check_index(path)
     with defer_transformers_log():
         model, report = source.read(kind.from_pretrained, path, output_loading_info=True, **arguments)
-        check_loaded(model, report, f"model.path={path}")
+        check_loaded(model, report, path, "model.path")
     return model
 
 
@@ -128,14 +131,14 @@ def _check_memory(source: ModelSource, config: PreTrainedConfig, bytes_per_weigh
     """Raise UserError before allocation if this machine cannot hold the weights; GPU machines are not checked."""
     if torch.cuda.is_available():
         return
-    with convert_read_errors(f"model.path={source.path}"), torch.device("meta"):
+    with convert_read_errors(source.path, option="model.path"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     need = sum(parameter.numel() for parameter in model.parameters()) * bytes_per_weight
     have = read_machine_memory()
     if need > have:
         raise UserError(
-            f"the weights alone take {need / 2**30:.0f} GiB and this machine has {have / 2**30:.0f} GiB: "
-            "type a smaller model=..., precision=bf16_true or adapter=qlora"
+            f"the weights alone take {need / 2**30:.0f} GiB, and this machine has {have / 2**30:.0f} GiB",
+            fix=f"type a smaller {key('model', '...')}, {key('precision', 'bf16_true')} or {key('adapter', 'qlora')}",
         )
 
 

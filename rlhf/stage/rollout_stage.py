@@ -23,7 +23,7 @@ from rlhf.functional.scores import Moments, ScoreScale, missing_eos
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.vocabulary import check_vocabulary
+from rlhf.models.vocabulary import OWN_REFERENCE, check_vocabulary
 from rlhf.objective import Metrics
 from rlhf.reward.base import Reward, make_ready
 from rlhf.reward.missing_eos import MISSING_EOS_PENALTY, MissingEOSOption, resolve_missing_eos
@@ -157,7 +157,7 @@ class RolloutStage(RolloutMetrics):
     ) -> None:
         """Validate as ``Stage.check_parts``; also minibatches, the reference's vocabulary, and gamma without text."""
         super().check_parts(batch_size=batch_size, processes=processes, **parts)
-        check_vocabulary(model, reference, "inputs.reference", "inputs.reference=null (the policy as it starts)")
+        check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
         if batch_size % minibatches:
             raise UserError(
                 f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "

@@ -195,11 +195,11 @@ def _reward_model(source: Path, folder: Path) -> Exported:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    check_file_limits(read_config(source) or {}, str(source))
+    check_file_limits(read_config(source) or {}, source)
     numbers = score_scale(source) or {"scale": 1.0, "bias": 0.0}
     _copy(source, folder, ("*",), (*WEIGHTS, "README.md"))
     kind: Any = AutoModelForSequenceClassification
-    with convert_read_errors(str(source)):
+    with convert_read_errors(source):
         try:
             model, report = kind.from_pretrained(
                 source, dtype="auto", trust_remote_code=False, output_loading_info=True
@@ -211,7 +211,7 @@ def _reward_model(source: Path, folder: Path) -> Exported:
                 f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it "
                 "is"
             ) from error
-        check_loaded(model, report, str(source))
+        check_loaded(model, report, source)
     model.score.weight.data.mul_(numbers["scale"])
     model.save_pretrained(folder)
     numbers |= {"scale": 1.0}

@@ -66,7 +66,8 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
         # A limit is a maximum: use all prompts that are available.
         return _load(kind, source, world, error.available, flag, format)
     except UserError as error:
-        raise _in_terms_of(error, flag) from error
+        _name_option(error, flag)
+        raise
     report = split.report
     if report.bad or report.ties:
         dropped = f"; the first unusable: {report.bad[0]}" if report.bad else ""
@@ -75,9 +76,9 @@ def _load(kind: RecordName, source: str, world: Plain | None, limit: int | None,
     return list(records if limit is None else records[:limit])
 
 
-def _in_terms_of(error: UserError, flag: str) -> UserError:
-    """Return an error about the data with the command's option in place of config keys, which only training reads."""
+def _name_option(error: UserError, flag: str) -> None:
+    """Rename the data's config keys in an error, which only training reads, to the option of the command."""
     for finding in error.findings:
         if any(name != "data.source" for name in finding.fix_keys):
             finding.fix = "fix the file"
-    return error.rename(moved("data.source", flag))
+    error.rename(moved("data.source", flag))

@@ -13,7 +13,7 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.planning.plan import plan
 from rlhf.testing import tiny_model
 
-TIED = "adapter.modules=lm_head: in this model it shares its weights with the input embedding"
+TIED = "adapter.modules=lm_head: shares its weights with the input embedding in this model"
 LORA = ["adapter=lora", "adapter.modules=[q_proj,lm_head]"]
 GPT2 = "model.architecture={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}"
 
@@ -46,7 +46,7 @@ def plan_error(composed: Callable[..., DictConfig], *words: str) -> list[str]:
 def test_a_tied_projection_is_refused(composed: Callable[..., DictConfig], words: list[str]) -> None:
     (line,) = plan_error(composed, "stage=sft", *words)
     assert line.startswith(TIED), line
-    assert "lm_head" not in line.partition("of those it has:")[2]
+    assert "lm_head" not in line.partition("of its linear layers:")[2]
 
 
 def test_a_pipeline_is_refused_before_its_first_step(composed: Callable[..., DictConfig]) -> None:
@@ -56,7 +56,7 @@ def test_a_pipeline_is_refused_before_its_first_step(composed: Callable[..., Dic
     (line,) = plan_error(
         composed, "pipeline=instructgpt", "+adapter@align.adapter=lora", "align.adapter.modules=[lm_head]"
     )
-    assert line.startswith(f"align: align.{TIED}")
+    assert line.startswith(f"align.{TIED}")
     assert not Path("outputs").exists()
 
 

@@ -83,15 +83,18 @@ BEFORE_ANY_RUN = [
     ("pipeline=instructgpt reward_model.objective.margin={superb:1.0}", "should be 'negligible', 'slightly', 'better'"),
     ("pipeline=instructgpt reward_model.objective.margin=huge", "reward_model.objective.margin=huge"),
     # another vocabulary
-    ("stage=dpo inputs.policy=policy inputs.reference=other", f"inputs.reference=other {VOCABULARY}"),
+    ("stage=dpo inputs.policy=policy inputs.reference=other", f"inputs.reference=other: {VOCABULARY}"),
     ("stage=kto inputs.policy=policy inputs.reference=other", VOCABULARY),
     ("stage=ppo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=grpo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
     ("stage=rloo inputs.policy=policy reward=gold inputs.reference=other", VOCABULARY),
-    ("stage=ppo inputs.policy=policy inputs.reward_model=reward", f"stage.value=reward {VOCABULARY}"),
+    ("stage=ppo inputs.policy=policy inputs.reward_model=reward", f"stage.value=reward: {VOCABULARY}"),
     # a language model as reward model: its head would be random
-    ("stage=grpo inputs.policy=policy inputs.reward_model=other", "other: a language model, without a head that"),
-    ("stage=ppo inputs.policy=policy reward=gold stage.value=policy", "stage.value=policy: a language model, without"),
+    (
+        "stage=grpo inputs.policy=policy inputs.reward_model=other",
+        "other: is a language model, which has no score head",
+    ),
+    ("stage=ppo inputs.policy=policy reward=gold stage.value=policy", "stage.value=policy: is a language model, which"),
     # K = 1
     ("pipeline=dpo collect.sampler.samples=1", "collect.sampler.samples=1: should be greater than or equal to 2"),
     (
@@ -309,7 +312,7 @@ def test_ctrl_c_during_a_plugin_import_stops_the_command(tmp_path: Path, monkeyp
     [
         (b"", "SafetensorError"),
         (b"x" * 1000, "SafetensorError"),
-        (None, "other shapes than config.json says"),
+        (None, "other shapes than config.json describes"),
     ],
 )
 def test_unreadable_weights_are_reported_in_one_line(

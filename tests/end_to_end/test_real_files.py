@@ -64,7 +64,7 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path: Path, _server: None
         (["data.source=half.jsonl"], "7 of 15 rows are unusable"),
         (["data.source=./cut.jsonl.gz"], "is a broken gz file"),
         (["data=gsm8k", "data.source=half.jsonl", "data.max_bad=1", "data.validation=0"], "stage=sft"),
-        (["model.chat_template=chatlm"], "neither a template's name nor a Jinja file (did you mean chatml?)"),
+        (["model.chat_template=chatlm"], "is neither the name of a template nor a Jinja file (did you mean chatml?)"),
         (["adapter=lora", "adapter.modules=[c_attn]"], "adapter.modules=c_attn: the model has no such linear layer"),
     ):
         done = Command(tmp_path, ["stage=sft", "data.size=8", *MODEL, *words]).wait()

@@ -42,9 +42,15 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("data stage=sft data.source=/nowhere.json", "data.source=/nowhere.json: no such file"),
         ("data stage=reward_model data=prompts", "data.record=prompt: stage=reward_model reads comparisons here"),
         ("plan pipeline=dpo data@sft.data=comparisons", "sft.data.record=comparison: stage=sft reads texts and demon"),
-        ("plan stage=pretrain model.chat_template=chatlm", "model.chat_template=chatlm: neither a template's name nor"),
+        (
+            "plan stage=pretrain model.chat_template=chatlm",
+            "model.chat_template=chatlm: is neither the name of a template nor",
+        ),
         ("plan stage=pretrain model.chat_template=half.jinja", "model.chat_template: is not a Jinja template (line 1"),
-        ("plan stage=sft model.path=bare", "model.path=bare: its tokenizer has no chat template, chat data needs one"),
+        (
+            "plan stage=sft model.path=bare",
+            "model.path=bare: its tokenizer has no chat template, and chat data needs one",
+        ),
         ("plan pipeline=dpo model.tokenizer=bare", "model.tokenizer=bare: its tokenizer has no chat template"),
         ("plan pipeline=instructgpt align.data.source=x*.jsonl", "align.data.source=x*.jsonl: no file matches"),
         ("plan stage=reward_model demonstrations.source=x*.json", "demonstrations.source=x*.json: no file matches"),

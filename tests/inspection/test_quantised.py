@@ -107,4 +107,4 @@ def test_the_memory_of_a_large_quantised_run_is_counted(
 def test_random_weights_are_refused_as_in_training(capsys: pytest.CaptureFixture[str]) -> None:
     code = main.run(["inspect", "plan", "stage=sft", "adapter=qlora", *SMALL])
     out, err = capsys.readouterr()
-    assert code == 2 and "adapter=qlora needs trained weights: type inputs.policy=RUN or adapter=lora" in out + err
+    assert code == 2 and "adapter=qlora: needs trained weights; type inputs.policy=RUN or adapter=lora" in out + err

@@ -85,11 +85,15 @@ def test_architecture_may_be_an_omegaconf_node() -> None:
     [
         ({"architecture": {"hiden_size": 4}}, "model.architecture.hiden_size.*did you mean hidden_size"),
         ({"architecture": {"model_type": "lama"}}, "model_type=lama"),
-        ({"path": "./nowhere"}, "model.path=./nowhere: no such folder"),
+        ({"path": "./nowhere"}, "model.path=./nowhere: no such directory; type the path"),
+        ({"tokenizer": "./nowhere"}, "model.tokenizer=./nowhere: no such directory"),
         ({"path": "nowhere.gguf"}, "model.path=nowhere.gguf: no such file"),
         ({"chat_template": "chatml2"}, "model.chat_template=chatml2"),
         ({"architecture": None}, "model.path"),
-        ({"architecture": {"model_type": "gemma2", "num_hidden_layers": 1}}, "type model.attention=eager"),
+        (
+            {"architecture": {"model_type": "gemma2", "num_hidden_layers": 1}},
+            "no such attention kernel; type model.attention=eager",
+        ),
     ],
 )
 def test_invalid_model_options_are_refused(changes: dict, message: str) -> None:
@@ -101,7 +105,7 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(UserError, match="9 weights are not there"):
+    with pytest.raises(UserError, match="9 weights are missing"):
         spec(tmp_path).load(NoAdapter(), FP32)
 
 
@@ -128,7 +132,7 @@ def test_an_adapter_refuses_template_tokens_that_the_weights_never_saw(folder: P
     made = spec(folder).load(NoAdapter(), FP32)
     made.base.resize_token_embeddings(len(made.tokenizer) + 64)
     made.save(tmp_path / "padded")
-    padded, said = tmp_path / "padded", r"<\|im_start\|>, <\|im_end\|> are new to this model, .*: type adapter=none"
+    padded, said = tmp_path / "padded", r"<\|im_start\|>, <\|im_end\|> are new to this model, .*; type adapter=none"
     with pytest.raises(UserError, match=f"model.chat_template=chatml: {said}"):
         spec(padded, chat_template="chatml").load(LoRA(), FP32)
     whole = spec(padded, chat_template="chatml").load(NoAdapter(), FP32)
@@ -214,7 +218,7 @@ def test_an_invalid_gguf_file_is_refused(folder: Path, tmp_path: Path, monkeypat
     pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"no weights in here")
-    with pytest.raises(UserError, match="broken.gguf: no GGUF file that transformers can read") as caught:
+    with pytest.raises(UserError, match="broken.gguf: is not a GGUF file that transformers can read") as caught:
         spec(tmp_path / "broken.gguf", tokenizer=str(folder)).load(NoAdapter(), FP32)
     assert "\n" not in str(caught.value)
 

@@ -45,14 +45,14 @@ def test_stored_layers_that_config_does_not_name_are_refused(layers: int, folder
     if layers == 1:  # as many as are stored
         assert read().config.num_hidden_layers == 2
         return
-    refusal(read, f"model.path={tmp_path / 'model'}: its weights hold layers that", "such as model.layers.1.")
+    refusal(read, f"model.path={tmp_path / 'model'}: its weights have layers that", "such as model.layers.1.")
 
 
 def test_surplus_layers_of_a_reward_model_are_refused(model: LanguageModel, tmp_path: Path) -> None:
     ScalarModel(model).save(tmp_path / "scores")
     config = json.loads((tmp_path / "scores/config.json").read_text())
     (tmp_path / "scores/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    refusal(lambda: ScalarModel.load(tmp_path / "scores"), "layers that config.json does not ask for")
+    refusal(lambda: ScalarModel.load(tmp_path / "scores"), "layers that config.json does not describe")
     source = Named("scores", str(tmp_path / "scores"))
     (tmp_path / "out").mkdir()
     refusal(lambda: export._reward_model(Path(source.path), tmp_path / "out"), "layers that config.json does not")
@@ -62,7 +62,7 @@ def test_surplus_layers_of_a_reward_model_are_refused(model: LanguageModel, tmp_
     ("changed", "said"),
     [
         ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
-        ({"model_type": "bert"}, "weights are not there"),
+        ({"model_type": "bert"}, "weights are missing"),
     ],
 )
 def test_logs_of_transformers_about_a_refused_model_are_not_printed(
@@ -101,7 +101,7 @@ def test_logs_of_transformers_about_a_loaded_model_are_printed(
     monkeypatch.setattr(library, "propagate", propagate)
     monkeypatch.setattr(library, "handlers", [] if propagate else [caplog.handler])  # pytest reads the root logger
     caplog.set_level(logging.WARNING, "transformers")  # runs of other tests set the level to errors
-    with convert_read_errors("model.path=m"):
+    with convert_read_errors("m", option="model.path"):
         logging.getLogger("transformers.models").warning("heed this")
         assert caplog.messages == []
     assert caplog.messages == ["heed this"]
@@ -133,7 +133,7 @@ def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_pa
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
     (tmp_path / name).write_bytes(content)
     file = tmp_path / name
-    refusal(lambda: lineage.find_base(tmp_path), f"{file}: ", said, "copy the adapter's folder anew")
+    refusal(lambda: lineage.find_base(tmp_path), f"{file}: ", said, "copy the adapter's directory again")
     refusal(lambda: export._named_base(Named("x", str(tmp_path)), tmp_path), f"{file}: ", said)
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_pa
         (lambda file: file.unlink(), "cannot be read"),
         (
             lambda file: save_file({k.replace("layers.0", "layers.7"): v for k, v in load_file(file).items()}, file),
-            "its adapter is for other layers than this base has",
+            "its adapter was trained on other layers than this base has",
         ),
     ],
     ids=["garbage", "cut", "missing", "other layers"],
@@ -176,7 +176,7 @@ def test_a_model_with_a_merged_adapter_is_trained_in_full(folder: Path, tmp_path
         (b'{"scale": "1", "bias": 0.0}', "scale is '1', not a number"),
         (b'{"scale": NaN, "bias": 0.0}', "scale is nan, not a finite number"),
         (b'{"scale": 1.0, "bias": 0.0, "log_odds": Infinity}', "log_odds is inf, not a finite number"),
-        (None, "not there, so the scores' scale is unknown"),
+        (None, "is missing, so the scale of the scores is unknown"),
     ],
 )
 def test_a_reward_model_without_its_scale_is_refused(
@@ -253,7 +253,9 @@ def test_a_gguf_file_that_declares_too_many_values_is_refused(tmp_path: Path, mo
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     one_array = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QcIIQ", 1, b"a", 9, 0, 2**50)
     (tmp_path / "m.gguf").write_bytes(one_array + bytes(64))
-    refusal(lambda: spec(tmp_path / "m.gguf").load(NoAdapter(), FP32), "(it ends before what it claims to hold)")
+    refusal(
+        lambda: spec(tmp_path / "m.gguf").load(NoAdapter(), FP32), "(the file ends before the data that it declares)"
+    )
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", 5, "sub/../../other.safetensors"])
@@ -267,7 +269,7 @@ def test_an_index_that_names_weights_outside_its_directory_is_refused(
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
     refusal(
         lambda: spec(tmp_path / "model").load(NoAdapter(), FP32),
-        f"model.safetensors.index.json: names {name}, which is not inside the model's folder; get the model again",
+        f"model.safetensors.index.json: names {name}, which is not inside the model's directory; get the model again",
     )
 
 

@@ -131,7 +131,7 @@ def test_unidentified_noise_is_refused(rare: bool) -> None:
     model.base.model.norm.forward = noisy
     model.check_repeatable()  # dropout is not yet reported as off
     state = torch.get_rng_state()
-    with pytest.raises(UserError, match="'llama' gives other hidden states in every pass of training"):
+    with pytest.raises(UserError, match="'llama' computes different hidden states in every training pass"):
         model.disable_dropout().check_repeatable()
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert variation(lambda: model.eval().hidden(ids, torch.ones_like(ids))) == 0

@@ -30,7 +30,9 @@ def test_a_reference_with_another_vocabulary_is_refused(load, foreign):
 
 def test_a_reference_that_is_not_a_language_model_is_refused(load, tmp_path):
     ScalarModel.load(load()).save(tmp_path / "reward")
-    with pytest.raises(UserError, match=r"^inputs\.reference=.*reward: is a reward or value model"):
+    with pytest.raises(
+        UserError, match=r"^inputs\.reference=.*reward: is a reward or value model, .*; type inputs\.ref"
+    ):
         varied(load, reference=str(tmp_path / "reward"))
 
 

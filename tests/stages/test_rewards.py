@@ -220,7 +220,10 @@ def test_a_reward_model_reads_the_text_in_its_own_tokens(own, load, scorer, fore
 def test_a_language_model_is_refused_as_reward_model(load, tmp_path):
     """Detected at loading where it could not be checked before: its head would be random."""
     load().save(tmp_path / "policy")
-    with pytest.raises(UserError, match="a language model, without a head"):
+    with pytest.raises(
+        UserError,
+        match=r"^reward.path=.*: is a language model, which has no score head; type inputs.reward_model=RUN, ",
+    ):
         ModelReward(str(tmp_path / "policy")).to(torch.device("cpu"))
     with pytest.raises(UserError, match="type stage.value=null"):
         load_critic(load(), str(tmp_path / "policy"))

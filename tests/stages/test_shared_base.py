@@ -200,7 +200,7 @@ def test_a_trained_parameter_without_a_gradient_stops_the_run(runs: Runs, tmp_pa
     """A kernel that cuts the graph would train nothing, without an error."""
     stage = made("ppo", runs)
     stage.critic.register_parameter("forgotten", nn.Parameter(torch.zeros(2)))
-    with pytest.raises(RunFailed, match="1 trainable parameters got no gradient in the first step, such as forgotten"):
+    with pytest.raises(RunFailed, match="1 trainable parameters have no gradient in the first step, such as forgotten"):
         fit(stage, tmp_path)
 
 
@@ -242,9 +242,9 @@ def test_models_that_cannot_share_a_base_are_refused_before_anything_is_read(
     monkeypatch.setattr(Data, "load", lambda *_: pytest.fail("data was read"))
     whole = ScalarModel.load(runs.pre)
     whole.save(tmp_path / "whole" / "model")
-    with pytest.raises(UserError, match=r"^stage.value=.*does not sit on.*type adapter.shared_base=false$"):
+    with pytest.raises(UserError, match=r"^stage.value=.*: is not an adapter on.*type adapter.shared_base=false$"):
         build_stage(composed(runs, f"inputs.value={tmp_path / 'whole' / 'model'}"), tmp_path)
-    with pytest.raises(UserError, match=r"^reward.path=.*does not sit on.*adapter=lora"):
+    with pytest.raises(UserError, match=r"^reward.path=.*: is not an adapter on .*; train it with LoRA"):
         build_stage(composed(runs, f"inputs.reward_model={tmp_path / 'whole' / 'model'}", "stage.value=null"), tmp_path)
 
 
@@ -262,9 +262,9 @@ def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, no
     outputs = f"outputs={tmp_path / 'outputs'}"
     (step,) = plan(composed(runs, outputs)).steps
     assert step.stage == "ppo"
-    with pytest.raises(UserError, match=r"^stage.value=.*does not sit on.*type adapter.shared_base=false$"):
+    with pytest.raises(UserError, match=r"^stage.value=.*: is not an adapter on.*type adapter.shared_base=false$"):
         plan(composed(runs, outputs, f"inputs.value={tmp_path / 'whole' / 'model'}"))
-    with pytest.raises(UserError, match=r"magnitude of DoRA.*type adapter=lora for both"):
+    with pytest.raises(UserError, match=r"magnitude of DoRA.*; use LoRA for both adapters \(here adapter=lora\)"):
         plan(composed(runs, outputs, "adapter=dora"))
     with pytest.raises(UserError, match="trainer.strategy=fsdp"):
         plan(composed(runs, outputs, "trainer.strategy=fsdp"))
@@ -272,7 +272,7 @@ def test_a_plan_refuses_models_that_share_no_base(runs: Runs, tmp_path: Path, no
     collecting = composed(
         runs, outputs, "annotator=reward", f"inputs.reward_model={tmp_path / 'whole' / 'model'}", stage="collect"
     )
-    with pytest.raises(UserError, match=r"^annotator.reward.path=.*does not sit on"):
+    with pytest.raises(UserError, match=r"^annotator.reward.path=.*: is not an adapter on"):
         plan(collecting)
 
 
@@ -285,7 +285,7 @@ def test_the_base_of_a_finished_run_is_not_checked(runs: Runs, tmp_path: Path, n
         file = Path(adapter).parent / "adapter" / "base.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "path": moved.pre, "relative": "../pre/model"}))
     shutil.rmtree(moved.pre)
-    with pytest.raises(UserError, match="is not there any more: put it back"):
+    with pytest.raises(UserError, match="which no longer exists; restore that model"):
         plan(asked)
     Run(step.folder).begin(step.config, {}, "rlhf")
     Run(step.folder).write_status("finished")
@@ -303,9 +303,9 @@ def test_a_pipeline_predicts_the_bases_of_its_models(runs: Runs, tmp_path: Path,
     with pytest.raises(UserError, match=r"^align: .*/reward_model/.*/adapter: the magnitude of DoRA.*adapter=lora"):
         planned("adapter=dora", "adapter.shared_base=true")
     # The reward model of another pipeline, whose base this policy will not share.
-    with pytest.raises(UserError, match=r"^align: align.stage.value=.*does not sit on the policy's base .*/sft/"):
+    with pytest.raises(UserError, match=r"^align.stage.value=.*: is not an adapter on the policy's base .*/sft/"):
         planned(*shared, f"align.inputs.reward_model={runs.scorer}")
-    with pytest.raises(UserError, match=r"^align: align.stage.value=.*all of its weights were trained"):
+    with pytest.raises(UserError, match=r"^align.stage.value=.*all of its weights were trained"):
         planned(*shared, "+adapter@reward_model.adapter=none")
 
 

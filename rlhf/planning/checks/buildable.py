@@ -34,7 +34,7 @@ def _check_model(model: Any) -> None:
         return
     own = model.get("architecture")
     if model.get("path") is None and isinstance(own, dict):
-        check_limits(own, "model.architecture.")
+        check_limits(own, "model.architecture")
         # The tokenizer is trained on the data and may be smaller than configured; any size shows a misfit.
         problem = _problem(json.dumps(own, sort_keys=True, default=str), run=True)
         if problem:
@@ -51,7 +51,7 @@ def _check_folder(name: str, path: Any) -> None:
         return
     if shape is None:
         raise UserError(f"{name}: {file} is no JSON object; get the model again")
-    check_file_limits(shape, name)
+    check_file_limits(shape, path, "model.path")
     if not isinstance(shape.get("text_config"), dict) and "auto_map" not in shape and "model_type" in shape:
         problem = _problem(json.dumps(shape, sort_keys=True), run=False)
         if problem:
