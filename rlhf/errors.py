@@ -184,12 +184,17 @@ def suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
     truncated.
     """
     known = sorted(set(options))
-    close = get_close_matches(word, known, n=1, cutoff=0.65)
-    if close:
-        return f" (did you mean {prefix}{close[0]}?)"
+    close = closest(word, known)
+    if close is not None:
+        return f" (did you mean {prefix}{close}?)"
     if not known:
         return ""
     return f" (one of: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"
+
+
+def closest(word: str, options: Iterable[str]) -> str | None:
+    """Return the likely intended option; None if no option is similar."""
+    return next(iter(get_close_matches(word, sorted(set(options)), n=1, cutoff=0.65)), None)
 
 
 def first_line(error: BaseException) -> str:
@@ -219,10 +224,17 @@ def os_error(error: BaseException) -> OSError | None:
     return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
+CHECK_PATH = "check the path, its permissions and the free space"  # what to do after an OSError
+
+
 def os_error_line(error: OSError) -> str:
     """Return an OSError as a line that names the file, the reason and what to check."""
+    return f"{os_error_problem(error)}; {CHECK_PATH}"
+
+
+def os_error_problem(error: OSError) -> str:
+    """Return the file and the reason of an OSError."""
     name = error.filename if error.filename is not None else ""
     other = f" -> {error.filename2}" if error.filename2 is not None else ""
     reason = error.strerror or first_line(error)
-    said = f"{name}{other}: {reason}" if name else reason
-    return f"{said}; check the path, its permissions and the free space"
+    return f"{name}{other}: {reason}" if name else reason

@@ -26,7 +26,7 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.planning import step_config as configs
-from rlhf.planning.base_classes import describe_missing_base
+from rlhf.planning.base_classes import missing_base_error
 from rlhf.planning.validation.config import validate_config
 from rlhf.planning.validation.nodes import RESERVED
 from rlhf.planning.validation.values import holds_object
@@ -244,7 +244,7 @@ def _check_file(path: Path, option: str, package: str, report: Report) -> None:
     for where, _, target in nodes(path):
         base = BASES.get(group) if where == "" else None
         if base is not None:
-            missing = describe_missing_base(target, (base,))
+            missing = missing_base_error(target, (base,))
             report.see(f"{option}: derives from {base.__name__}", [f"{option}: {missing}"] if missing else [])
             if missing:
                 return

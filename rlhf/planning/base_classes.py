@@ -22,9 +22,9 @@ def check_base_classes(value: Any, annotation: Any, path: str) -> Iterator[UserE
     if isinstance(value, dict) and "_target_" in value:
         target = load_target(value["_target_"])
         if bases and not isinstance(target, str):  # a target that cannot be imported is reported elsewhere
-            problem = describe_missing_base(target, bases)
-            if problem is not None:
-                yield UserError(problem, option=path)
+            error = missing_base_error(target, bases, path)
+            if error is not None:
+                yield error
     elif isinstance(value, dict) and _is_container(annotation, Mapping):
         for key, inner in value.items():
             yield from check_base_classes(inner, get_args(annotation)[-1], f"{path}.{key}")
@@ -33,21 +33,27 @@ def check_base_classes(value: Any, annotation: Any, path: str) -> Iterator[UserE
             yield from check_base_classes(inner, get_args(annotation)[-1], f"{path}[{index}]")
 
 
-def describe_missing_base(target: Any, bases: tuple[type, ...]) -> str | None:
-    """Return why a class implements none of some abstract classes, and what to write; None if it implements one."""
+def missing_base_error(target: Any, bases: tuple[type, ...], option: str = "") -> UserError | None:
+    """Return the error for a class that implements none of some abstract classes; None if it implements one.
+
+    Args:
+        target: The class.
+        bases: The abstract classes.
+        option: Config key that names the class.
+    """
     base = bases[0]
     name = getattr(target, "__name__", type(target).__name__)
     imported = f"from {base.__module__} import {base.__name__}"
     if not inspect.isclass(target):
-        return f"{name} is not a class derived from {base.__name__}; write {imported} and class NAME({base.__name__})"
+        fix = f"write {imported} and class NAME({base.__name__})"
+        return UserError(f"{name} is not a class derived from {base.__name__}", fix, option)
     if not issubclass(target, bases):
-        return (
-            f"{target.__module__}.{name} does not derive from {base.__name__}; "
-            f"write {imported} and class {name}({base.__name__})"
-        )
+        fix = f"write {imported} and class {name}({base.__name__})"
+        return UserError(f"{target.__module__}.{name} does not derive from {base.__name__}", fix, option)
     missing = sorted(getattr(target, "__abstractmethods__", ()))
     if missing:
-        return f"{target.__module__}.{name} does not define {' and '.join(missing)}; see {base.__module__}"
+        problem = f"{target.__module__}.{name} does not define {' and '.join(missing)}"
+        return UserError(problem, f"see {base.__module__}", option)
     return None
 
 

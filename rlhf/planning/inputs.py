@@ -72,7 +72,7 @@ def resolve_inputs(step: SelectedStep, request: Request, earlier: Sequence[Step]
             if role in required:
                 option = f"{prefix}inputs.{role}"
                 suggestion = key(option, _suggest_value(role, request.overrides))
-                problem = f"no value, and {key(f'{prefix}{required[role]}')} reads it"
+                problem = f"has no value, and {key(f'{prefix}{required[role]}')} reads it"
                 problems.append(UserError(problem, fix=f"type {suggestion}", option=option))
                 paths[role] = "RUN"
             continue
@@ -128,4 +128,4 @@ def _suggest_value(role: str, overrides: Iterable[str]) -> str:
     model = next((word.removeprefix("model=") for word in overrides if word.startswith("model=")), "")
     if role == "policy" and model in model_options.with_weights():
         return f"{model} to start from the weights of model={model}, or RUN (a run directory or a fingerprint)"
-    return "RUN (a run directory, a fingerprint, a model folder or a hub id)"
+    return "RUN (a run directory, a fingerprint, a model directory or a hub id)"

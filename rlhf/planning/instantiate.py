@@ -29,13 +29,13 @@ def build_option(node: Any) -> Any:
 def load_target(name: Any) -> Any:
     """Return the class or function that a ``_target_`` names, or an explanation (str) why it cannot be loaded."""
     if not isinstance(name, str):
-        return f"{name} is no dotted path of a class or function"
+        return f"{name} is not the dotted path of a class or function"
     log = logging.getLogger(hydra.utils.__name__)  # Hydra logs the error itself
     silent, log.disabled = log.disabled, True
     try:
         with catch_exits():
             found = get_object(name)
-        return found if callable(found) else f"{name} is no class or function"
+        return found if callable(found) else f"{name} is not a class or function"
     except Exception as e:
         # Hydra wraps the original error, which is the one that a plugin author needs.
         root: BaseException = e

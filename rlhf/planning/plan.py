@@ -67,12 +67,12 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     problems: list[RLHFError] = [
         *(problem for one in planned for problem in one.problems),
         *comparison.problems,
-        *(UserError(one.message) for one in unused if one.is_error),
+        *(one.error for one in unused if one.is_error),
         *(UserError(choice.problem) for choice in weights if choice.problem),
     ]
     if problems:
         raise UserErrors(problems)
-    notes = [one.message for one in unused] + [choice.said for choice in weights]
+    notes = [str(one.error) for one in unused] + [choice.said for choice in weights]
     return Plan(steps, skipped_steps(request, selected), comparison.node, notes)
 
 

@@ -22,7 +22,7 @@ class Reference:
     run: Path | None = None  # the run directory it comes from
 
 
-def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Reference:
+def resolve(ref: str, role: str, outputs: Path, option: str | None = None) -> Reference:
     """Resolve the value of ``inputs.ROLE=ref`` to a path or hub id.
 
     ``ref`` is a run directory (or the beginning of its path), the first letters of a fingerprint, a model directory, a
@@ -33,35 +33,39 @@ def resolve(ref: str, role: str, outputs: Path, key: str | None = None) -> Refer
         ref: The value as typed.
         role: The role in which the stage reads it, such as ``policy``.
         outputs: Directory that holds the runs.
-        key: Config key named in error messages; by default ``inputs.ROLE``.
+        option: Config key or command-line argument named in errors; by default ``inputs.ROLE``.
 
     Raises:
         UserError: ``ref`` matches nothing, more than one run, or an unfinished run.
     """
-    key = key or f"inputs.{role}"
+    option = option or f"inputs.{role}"
     ref = str(ref).rstrip("/") or "/"
     path = Path(ref).expanduser()
     if role in MODEL_ROLES and not path.exists():
         weights = model_options.weights(ref)
         if weights is not None and role in SCORE_ROLES:
-            raise UserError(f"{key}={ref}: is a language model, which scores nothing; name a run of stage=reward_model")
+            problem = "is a language model, which has no score head"
+            raise UserError(problem, fix="type a run of stage=reward_model", option=option, value=ref)
         ref = weights or ref
         path = Path(ref).expanduser()
     if path.exists():
-        return _existing(path, role, key)
+        return _existing(path, role, option)
     runs = find_runs_by_prefix(path, outputs)
     if len(runs) > 1:
         names = ", ".join(str(run.folder) for run in runs[:5])
-        raise UserError(f"{key}={ref} means more than one run: {names}; type more letters")
+        raise UserError(f"matches more than one run: {names}", fix="type more letters", option=option, value=ref)
     if runs:
-        return _of_run(runs[0], role, key)
+        return _of_run(runs[0], role, option)
     if role != "picks" and _looks_like_hub_id(ref):
         return Reference(ref, f"hub:{ref}")
     known = [str(run.folder) for run in find(outputs) if run.finished]
-    options = model_options.with_weights() if role in MODEL_ROLES and role not in SCORE_ROLES else []
+    models = model_options.with_weights() if role in MODEL_ROLES and role not in SCORE_ROLES else []
+    examples = " or ".join([*models[:3], "ORG/NAME"])
     raise UserError(
-        f"{key}={ref}: no such run, model folder or hub id{suggest(ref, [*known, *options])}; "
-        f"type `rlhf runs list` to see the runs, or {' or '.join([*options[:3], 'ORG/NAME'])} for a model of the hub"
+        f"no such run, model directory or hub id{suggest(ref, [*known, *models])}",
+        fix=f"type `rlhf runs list` to see the runs, or {examples} for a model of the hub",
+        option=option,
+        value=ref,
     )
 
 
@@ -93,39 +97,41 @@ def _looks_like_hub_id(ref: str) -> bool:
     )
 
 
-def _existing(path: Path, role: str, key: str) -> Reference:
+def _existing(path: Path, role: str, option: str) -> Reference:
     if (path / "status.json").exists():
-        return _of_run(Run(path), role, key)
+        return _of_run(Run(path), role, option)
     owner = run_of(path)
     if owner is not None and not owner.finished:
-        raise _unfinished(owner, key)
+        raise _unfinished(owner, option)
     if owner is not None and role in MODEL_ROLES and path.absolute() == (owner.folder / "model").absolute():
-        return _of_run(owner, role, key)
+        return _of_run(owner, role, option)
     if (
         role in MODEL_ROLES
         and path.is_dir()
         and not any((path / name).exists() for name in ("config.json", "adapter_config.json"))
     ):
-        raise UserError(f"{key}={path}: neither a run (status.json) nor a model folder (config.json)")
+        problem = "is neither a run (status.json) nor a model directory (config.json)"
+        raise UserError(problem, fix="type the directory of a run or a model", option=option, value=path)
     return Reference(str(path), identity(path), owner.folder if owner else None)
 
 
-def _of_run(run: Run, role: str, key: str) -> Reference:
+def _of_run(run: Run, role: str, option: str) -> Reference:
     if not run.finished:
-        raise _unfinished(run, key)
+        raise _unfinished(run, option)
     needed = dict.fromkeys(("comparisons", "more_comparisons"), "comparisons.jsonl") | {"picks": "picks.jsonl"}
     needed |= dict.fromkeys(MODEL_ROLES, "model")
     if role in needed and not (run.folder / needed[role]).exists():
         what = "model" if role in MODEL_ROLES else role
-        raise UserError(f"{key}={run.folder}: a run of stage {run.stage} that made no {what}; name another run")
+        problem = f"is a run of stage {run.stage}, which has no {what}"
+        raise UserError(problem, fix="type another run", option=option, value=run.folder)
     return Reference(input_path(run.folder, role), run.fingerprint, run.folder)
 
 
-def _unfinished(run: Run, key: str) -> UserError:
+def _unfinished(run: Run, option: str) -> UserError:
     command = run.status_file.get("command")
-    again = f"; finish it with: {command}" if command else ""
+    fix = f"finish it with: {command}" if command else "type the command that made it again"
     damage = next((f": {name} {wrong}" for name, wrong in run.damage().items()), "") if run.status == "damaged" else ""
-    return UserError(f"{key}={run.folder}: this run is not finished ({run.status}{damage}){again}")
+    return UserError(f"this run is not finished ({run.status}{damage})", fix=fix, option=option, value=run.folder)
 
 
 def input_path(folder: Path, role: str) -> str:

@@ -63,7 +63,8 @@ def read_request(root: DictConfig, overrides: Sequence[str]) -> Request:
     raw = plain(root)
     inputs = configs.resolve({"inputs": raw.get("inputs") or {}})["inputs"]
     if root.get("outputs") == "":  # an empty path would be the working directory
-        raise UserError("outputs=: names no directory; type outputs=DIRECTORY, or leave it out")
+        fix = "type outputs=DIRECTORY, or leave it out"
+        raise UserError("is not the name of a directory", fix=fix, option="outputs", value="")
     return Request(
         root=root,
         raw=raw,
@@ -86,46 +87,55 @@ def _validate_kinds(root: DictConfig) -> None:
         ("inputs", OmegaConf.is_dict, "a mapping"),
     ):
         if root.get(key) is not None and not is_kind(root.get(key)):
-            raise UserError(f"{key}={root.get(key)}: should be {kind}; leave it out, or take a key below it")
+            fix = "leave it out, or type a key below it" if kind == "a mapping" else "leave it out"
+            raise UserError(f"must be {kind}", fix=fix, option=key, value=root.get(key))
 
 
 def _step_names(root: DictConfig) -> tuple[str, ...]:
     """Return the steps of the pipeline; empty for a single stage."""
     if root.get("steps") is None:
         if root.get("stage") is None:
-            raise UserError("nothing to run: type stage=NAME or pipeline=NAME (rlhf --help lists both)")
+            raise UserError("nothing to run", fix="type stage=NAME or pipeline=NAME (rlhf --help lists both)")
         if root.get("until") is not None:
-            raise UserError(f"until={root.until} is for pipelines; leave it out, or type pipeline=NAME")
+            fix = "leave it out, or type pipeline=NAME"
+            raise UserError("only a pipeline reads it", fix=fix, option="until", value=root.until)
         return ()
     if root.get("stage") is not None:
-        raise UserError("both a stage and a pipeline are given: type one, or change a step with stage@STEP=NAME")
+        fix = "type one of them, or change a step with stage@STEP=NAME"
+        raise UserError("both a stage and a pipeline are given", fix=fix)
     names = [str(name) for name in root.steps]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"steps={names}: a pipeline lists each of its steps once")
+        problem = "must list at least one step, and each step once"
+        raise UserError(problem, fix="type steps=[STEP,STEP]", option="steps", value=names)
     for name in names:
         validate_path_name("steps", name)
         if root.get(name) is not None and not isinstance(root[name], DictConfig):
-            raise UserError(f"{name}={root[name]}: {name} is a step; type stage@{name}={root[name]}")
+            fix = f"type stage@{name}={root[name]}"
+            raise UserError(f"{name} is a step", fix=fix, option=name, value=root[name])
         for group in discovery.group_names() & set(root.get(name) or ()):
             if isinstance(value := root[name].get(group), str):
                 place = name if group == "stage" else f"{name}.{group}"
-                raise UserError(f"{name}.{group}={value}: {group} is a group of options; type {group}@{place}={value}")
+                fix = f"type {group}@{place}={value}"
+                raise UserError(f"{group} is a group of options", fix=fix, option=f"{name}.{group}", value=value)
         if not isinstance(root.get(name), DictConfig) or "stage" not in root[name]:
-            raise UserError(f"steps names {name}, but there is no such step: add /stage@{name}: STAGE to its defaults")
+            fix = f"add /stage@{name}: STAGE to the defaults of the pipeline"
+            raise UserError(f"names {name}, which is not a step with a stage", fix=fix, option="steps")
     return tuple(names)
 
 
-def validate_path_name(key: str, name: str) -> None:
+def validate_path_name(option: str, name: str) -> None:
     """Raise for a name that is not a plain word, because it becomes part of paths below the outputs directory."""
     if name in _NOT_RUNS:
-        raise UserError(f"{key}={name}: outputs/{name} holds no runs; type another name")
+        problem = f"is reserved, because outputs/{name} holds no runs"
+        raise UserError(problem, fix="type another name", option=option, value=name)
     if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
-        raise UserError(f"{key}={name}: a name has letters, digits, _ and - alone, since it names a directory")
+        problem = "must consist of letters, digits, _ and -, because it becomes the name of a directory"
+        raise UserError(problem, fix="type another name", option=option, value=name)
 
 
 def _last_step(names: tuple[str, ...], until: str | None) -> str:
     if until is None:
         return names[-1]
     if until not in names:
-        raise UserError(f"until={until}: no such step{suggest(until, names, 'until=')}")
+        raise UserError(f"no such step{suggest(until, names, 'until=')}", option="until", value=until)
     return until

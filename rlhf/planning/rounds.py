@@ -42,22 +42,25 @@ def expand(root: DictConfig) -> tuple[DictConfig, dict[str, list[str]]]:
     if root.get("steps") is None or not root.get("repeat"):
         stray = [str(key) for key in root if (match := _NUMBERED.match(str(key))) and match[1] in _repeated_anywhere()]
         if stray:
-            raise UserError(f"{stray[0]}: nothing is repeated here; leave it out, or type a pipeline that has rounds")
+            problem = "is a round of a step, and this config repeats no step"
+            raise UserError(problem, fix="leave it out, or type a pipeline that has rounds", option=stray[0])
         return root, {}
     everything = plain(root)
     repeated = [str(name) for name in everything["repeat"]]
     count = everything.get("rounds", 1)
     if type(count) is not int or not 1 <= count <= MOST:
-        raise UserError(f"rounds={count}: the number of rounds is a whole number from 1 to {MOST}; type rounds=3")
+        problem = f"must be a whole number from 1 to {MOST}"
+        raise UserError(problem, fix="type rounds=3", option="rounds", value=count)
     steps = [str(name) for name in everything["steps"]]
     for name in repeated:
         if name not in steps or not isinstance(everything.get(name), dict):
-            raise UserError(f"repeat names {name}, which is no step{suggest(name, steps)}")
+            raise UserError(f"names {name}, which is not a step{suggest(name, steps)}", option="repeat")
     names = {name: [f"{name}_{index}" for index in range(1, count + 1)] for name in repeated}
     for key in everything:
         match = _NUMBERED.match(key)
         if match and match[1] in names and key not in names[match[1]]:
-            raise UserError(f"{key}: no such round, rounds={count}; type {names[match[1]][-1]} or rounds={match[2]}")
+            fix = f"type {names[match[1]][-1]} or rounds={match[2]}"
+            raise UserError(f"no such round, rounds={count}", fix=fix, option=key)
 
     made: Plain = {}
     for key, node in everything.items():
@@ -118,13 +121,14 @@ def _refer_to_rounds(node: Any, names: dict[str, list[str]], index: int | None, 
         of_step, first = _rounds_of(whole, names, where), whole[2].partition(",")[2].strip()
         if index is None:
             instead = f"${{artifact:{whole[2].partition(',')[0]}}}"
-            raise UserError(f"{where} reads {node} and is no step of repeat; type {instead}")
+            raise UserError(f"reads {node}, which only a repeated step can read", fix=f"type {instead}", where=where)
         name = of_step[index - 2] if index > 1 else first
         return f"${{artifact:{name}}}" if name else None
 
     def one(match: re.Match[str]) -> str:
         if match[1] in (*_LISTS, "previous_round"):
-            raise UserError(f"{where}: {match[0]} is a value by itself, it cannot stand inside {node}")
+            problem = f"{match[0]} must be a whole value and cannot be a part of {node}"
+            raise UserError(problem, fix=f"type {match[0]} alone", where=where)
         of_step = names.get(match[2].strip())
         if of_step is None:
             return match[0]
@@ -136,7 +140,7 @@ def _refer_to_rounds(node: Any, names: dict[str, list[str]], index: int | None, 
 def _rounds_of(match: re.Match[str], names: dict[str, list[str]], where: str) -> list[str]:
     step = match[2].partition(",")[0].strip()
     if step not in names:
-        raise UserError(f"{where} reads {match[0]}, but {step} is not repeated{suggest(step, names)}")
+        raise UserError(f"reads {match[0]}, but {step} is not repeated{suggest(step, names)}", where=where)
     return names[step]
 
 

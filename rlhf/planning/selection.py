@@ -50,7 +50,7 @@ def _select(
     if any(step.name == name for step in selected):
         return selected
     if name in readers:
-        raise UserError(f"the steps need each other in a circle, at {name}: change {name}.inputs")
+        raise UserError(f"the steps read each other in a circle, at {name}", fix=f"change {name}.inputs")
     raw = configs.step_config(request.raw, name)
     roles = configs.roles_read(raw)
     # An input that is not read is not resolved, does not enter the fingerprint, and makes no step necessary.

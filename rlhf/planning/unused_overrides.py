@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rlhf.errors import UserError
 from rlhf.planning.request import Request
 from rlhf.planning.root_config import root_keys
 from rlhf.planning.step_fingerprint import PlannedStep
@@ -15,12 +16,12 @@ class UnusedOverride:
     """Override without effect.
 
     Attributes:
-        message: one line that names the override and the reason.
+        error: the override, the reason and what to type.
         is_error: whether nothing can read the value; otherwise the step that reads it does not run.
     """
 
-    message: str
-    is_error: bool
+    error: UserError
+    is_error: bool = True
 
 
 def find_unused_overrides(request: Request, planned: Sequence[PlannedStep]) -> tuple[UnusedOverride, ...]:
@@ -33,7 +34,7 @@ def find_unused_overrides(request: Request, planned: Sequence[PlannedStep]) -> t
 def _unused_override(typed: str, request: Request, planned: Sequence[PlannedStep]) -> UnusedOverride | None:
     key, _, value = typed.lstrip("+").partition("=")
     if typed.startswith("+") and "@" not in key and (unread := _unread_key(request, key)):
-        return UnusedOverride(f"{typed} has no effect: nothing reads {unread}; leave it out", True)
+        return _no_effect(typed, f"nothing reads {unread}", "leave it out")
     if typed.startswith("~") or "@" in key or value in ("null", ""):
         return None
     first, _, rest = key.partition(".")
@@ -42,17 +43,26 @@ def _unused_override(typed: str, request: Request, planned: Sequence[PlannedStep
         names = request.rounds.get(first, [first])
         meant = [one for name in names for one in planned if one.step.name == name]
         if not meant:
-            return UnusedOverride(f"{typed} is not used: the step {first} does not run", False)
-        reason = _reason_for_step(first, rest, meant)
+            return UnusedOverride(_error(typed, f"is not used, because the step {first} does not run"), is_error=False)
+        found = _reason_for_step(first, rest, meant)
     elif first == "inputs" and rest:
-        reason = _reason_for_input(key, rest, request, planned)
+        found = _reason_for_input(key, rest, request, planned)
     else:
-        reason = _reason_for_root_key(key, request, planned)
-    return None if reason is None else UnusedOverride(f"{typed} has no effect: {reason}", True)
+        found = _reason_for_root_key(key, request, planned)
+    return None if found is None else _no_effect(typed, *found)
 
 
-def _reason_for_step(step: str, key: str, meant: Sequence[PlannedStep]) -> str | None:
-    """Return why a value that is set on a step has no effect; None if it has one.
+def _no_effect(typed: str, reason: str, fix: str) -> UnusedOverride:
+    return UnusedOverride(_error(typed, f"has no effect, because {reason}", fix))
+
+
+def _error(typed: str, problem: str, fix: str = "") -> UserError:
+    option, equals, value = typed.partition("=")
+    return UserError(problem, fix, option, value if equals else ...)
+
+
+def _reason_for_step(step: str, key: str, meant: Sequence[PlannedStep]) -> tuple[str, str] | None:
+    """Return why a value that is set on a step has no effect, and what to type; None if it has one.
 
     Args:
         step: The step as typed.
@@ -61,29 +71,31 @@ def _reason_for_step(step: str, key: str, meant: Sequence[PlannedStep]) -> str |
     """
     group = key.partition(".")[0]
     if all(group in one.unread for one in meant):
-        return f"the stage of {step} does not read {group}"
+        return f"the stage of {step} does not read {group}", "leave it out"
     if key.startswith("inputs.") and all(key.removeprefix("inputs.") not in one.roles for one in meant):
         # The steps of a repeated step have one stage, so that the first speaks for all.
-        return _describe_roles(meant[0])
+        return _describe_roles(meant[0]), "leave it out"
     return None
 
 
-def _reason_for_input(key: str, role: str, request: Request, planned: Sequence[PlannedStep]) -> str | None:
-    """Return why an input given at the root has no effect; None if it has one."""
+def _reason_for_input(key: str, role: str, request: Request, planned: Sequence[PlannedStep]) -> tuple[str, str] | None:
+    """Return why an input given at the root has no effect, and what to type; None if it has one."""
     if any(role in (one.roles_of_root if request.names else one.roles) for one in planned):
         return None
     keys = [f"{one.step.name}.{key}" for one in planned if request.names and role in one.roles]
-    return f"type {' or '.join(keys)}" if keys else "; ".join(_describe_roles(one) for one in planned)
+    if keys:
+        return "every step that reads it sets its own", f"type {' or '.join(keys)}"
+    return " and ".join(dict.fromkeys(_describe_roles(one) for one in planned)), "leave it out"
 
 
-def _reason_for_root_key(key: str, request: Request, planned: Sequence[PlannedStep]) -> str | None:
-    """Return why a value set at the root has no effect; None if it has one."""
+def _reason_for_root_key(key: str, request: Request, planned: Sequence[PlannedStep]) -> tuple[str, str] | None:
+    """Return why a value set at the root has no effect, and what to type; None if it has one."""
     group = key.partition(".")[0]
     readers = [one.step.name for one in planned if group not in one.unread]
     if not readers:
-        return f"no stage of this run reads {group}"
+        return f"no stage of this run reads {group}", "leave it out"
     if request.names and all(sets(request.raw[name], key) for name in readers):
-        return f"every step sets its own; type one of {', '.join(f'{name}.{key}' for name in readers)}"
+        return "every step sets its own", f"type one of {', '.join(f'{name}.{key}' for name in readers)}"
     return None
 
 
@@ -111,4 +123,5 @@ def _texts(request: Request) -> Iterator[str]:
 
 
 def _describe_roles(planned: PlannedStep) -> str:
-    return f"stage={planned.step.stage} reads {', '.join(sorted(planned.roles)) or 'no input'}"
+    inputs = ", ".join(f"inputs.{role}" for role in sorted(planned.roles))
+    return f"stage={planned.step.stage} reads {f'only {inputs}' if inputs else 'no input'}"

@@ -34,13 +34,16 @@ def write_figure(comparison: Comparison, path: Path, x: str, y: Sequence[str], a
         UserError: The suffix is unknown, ``y`` is empty, or no run has a named metric or hyperparameter.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"--plot {path}: end the name in {', '.join(SUFFIXES)}")
+        problem = f"its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise UserError(problem, fix="type --plot NAME.png", option="--plot", value=path)
     if not y:
-        raise UserError("--plot: name what is drawn, --y METRIC (repeatable)")
+        raise UserError("needs a metric to draw", fix="type --y METRIC (repeatable)", option="--plot")
     along = along or x == "step"
     hyperparameter = None if along else _hyperparameter(comparison, x)
-    for name in y if hyperparameter or x == "step" else [x, *y]:
-        _known(comparison, name, along)
+    if hyperparameter is None and x != "step":
+        _check_metric(comparison, "--x", x, along)
+    for name in y:
+        _check_metric(comparison, "--y", name, along)
     with figures.style():
         if hyperparameter is not None:
             figure = plots.against_hyperparameter(comparison, hyperparameter, y)
@@ -57,18 +60,22 @@ def _hyperparameter(comparison: Comparison, name: str) -> str | None:
         # Accept `margin` if only objective.margin.significantly was swept.
         meant = [key for key in comparison.varying if f".{name}." in f".{key.replace(': ', '.')}"]
     if len(meant) > 1:
-        raise UserError(f"--x {name}: say which one: {', '.join(meant)}")
+        fix = f"type one of: {', '.join(meant)}"
+        raise UserError("names more than one hyperparameter", fix=fix, option="--x", value=name)
     return meant[0] if meant else None
 
 
-def _known(comparison: Comparison, name: str, along: bool) -> None:
+def _check_metric(comparison: Comparison, option: str, name: str, along: bool) -> None:
+    """Raise for a metric that no run has."""
     places = [member.series if along else member.metrics for member in comparison.members]
     if any(name in place for place in places):
         return
     names = sorted({key for place in places for key in place})
     where = "logged over training" if along else "among the final metrics"
-    hyperparameters = "" if along else f"; swept: {', '.join(comparison.varying) or 'nothing'}"
-    raise UserError(f"{name}: not {where}{suggest(name, names)}; there are: {', '.join(names)}{hyperparameters}")
+    fix = f"type one of: {', '.join(names)}"
+    if option == "--x" and not along:
+        fix += f" (or a swept hyperparameter: {', '.join(comparison.varying) or 'none'})"
+    raise UserError(f"is not {where}{suggest(name, names)}", fix=fix, option=option, value=name)
 
 
 def _lines(comparison: Comparison) -> tuple[dict[str, list[Group]], list[str]]:

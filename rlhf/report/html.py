@@ -91,7 +91,7 @@ def write_report(comparison: Comparison, path: Path, title: str, failed: Sequenc
     if names and (frontier := plots.frontier(comparison, *names)):
         sections.append(
             "<h2>Reward against KL</h2><p class=soft>Up and to the left is better: more reward for the same distance "
-            f"from the reference. Thin lines: how training came there.</p>{_image(frontier, 'reward against KL')}"
+            f"from the reference. Thin lines: the path of training.</p>{_image(frontier, 'reward against KL')}"
         )
     if logged:
         bands = " Bands and bars: one standard error over seeds." if comparison.seeds > 1 else ""
@@ -126,7 +126,7 @@ def _summary(comparison: Comparison) -> str:
     if comparison.varying:
         parts.append("differing in " + ", ".join(f"<code>{escape(key)}</code>" for key in comparison.varying))
     if unfinished:
-        parts.append(f"<span class=bad>{unfinished} not finished: in no mean beside finished ones</span>")
+        parts.append(f"<span class=bad>{unfinished} not finished: not in the means of finished runs</span>")
     return "; ".join(parts) + "."
 
 
@@ -229,7 +229,7 @@ def _scored(response: str, scores: dict[str, Any]) -> str:
 
 def _run(member: Member) -> str:
     status, summary = member.run.status_file, member.run.summary
-    facts = [("folder", str(member.run.folder)), ("status", member.run.status)]
+    facts = [("directory", str(member.run.folder)), ("status", member.run.status)]
     facts += [(key, str(status[key])) for key in ("command", "started", "error") if status.get(key)]
     config = member.run.folder / "config.yaml"
     parts = [

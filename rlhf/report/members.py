@@ -154,15 +154,15 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
     if is_run(path):
         return [Run(path)]
     if (link := first_outside(path, path)) is not None and (path / "status.json").is_file():
-        raise UserError(
-            f"{reference}: {link.name} is a link to {link.resolve()}, outside of the run; put the file in its place"
-        )
+        problem = f"{reference}: {link.name} is a link to {link.resolve()}, outside of the run"
+        raise UserError(problem, fix="replace the link by the file")
     if path.is_dir():
         # A sweep links to the runs of its jobs, which are in the same outputs directory as the sweep.
         roots = [outputs, path, *([path.resolve().parents[1]] if path.resolve().parent.name == "sweeps" else [])]
         found = [Run(folder) for folder in sorted(_run_directories(path, 3, roots))]
         if not found:
-            raise UserError(f"{reference}: no runs in this folder; type a run directory, a sweep folder or {outputs}")
+            fix = f"type a run directory, a sweep directory or {outputs}"
+            raise UserError(f"{reference}: no runs in this directory", fix=fix)
         if (path / "multirun.yaml").is_file():  # a sweep: every job is a result, even if another job reads it
             return found
         # A pipeline is represented by its last run: the earlier steps are its ancestors.
@@ -173,7 +173,7 @@ def find_runs(reference: str | Path, outputs: Path) -> list[Run]:
         return begun
     by_name = [run for run in find(outputs) if run.fingerprint.startswith(str(reference))]
     if not by_name:
-        raise UserError(f"{reference}: no such run or folder; `rlhf runs list` shows the runs")
+        raise UserError(f"{reference}: no such run or directory", fix="type `rlhf runs list` to see the runs")
     return by_name
 
 

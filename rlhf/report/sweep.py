@@ -29,7 +29,7 @@ _INFORMATIVE = (
     r"entropy",
     r"length|ended|eos",
 )
-_NOT_TELLING = re.compile(
+_UNINFORMATIVE = re.compile(
     r"^(headline|epoch|learning_rate|gradient_norm|before_.*|.*_z|.*_se|.*_std|.*_(length|ended)_difference|.*seconds)$"
 )
 # Training losses are excluded: PPO's hardly changes while the reward grows.
@@ -124,7 +124,7 @@ class Comparison:
         """Return the metrics to show: those requested, else the sweeps' headlines, then the first by `_INFORMATIVE`."""
         if self.metrics:
             return self.metrics
-        names = {name for member in self.members for name in member.metrics if not _NOT_TELLING.match(name)}
+        names = {name for member in self.members for name in member.metrics if not _UNINFORMATIVE.match(name)}
         first = [name for name in dict.fromkeys(member.headline for member in self.members) if name is not None]
         per_kind: dict[int, int] = {}
         for name in sorted(names - set(COSTS) - set(first), key=_rank):
@@ -171,10 +171,11 @@ class Comparison:
             gone = [member.status for member in group.members if member not in group.counted]
             if gone:
                 kinds = ", ".join(f"{gone.count(kind)} {kind}" for kind in dict.fromkeys(gone))
-                lines.append(f"{group.label}: {len(gone)} of {total} runs in no mean ({kinds})")
+                lines.append(f"{group.label}: {len(gone)} of {total} runs not in the means ({kinds})")
             for metric in metrics:
                 if count := group.broken(metric):
-                    lines.append(f"{group.label}: {metric} is nan or infinite in {count} of {total} runs, in no mean")
+                    where = f"{count} of {total} runs"
+                    lines.append(f"{group.label}: {metric} is nan or infinite in {where}, not in the mean")
         return lines
 
     def write_csv(self, path: Path) -> None:
@@ -215,7 +216,8 @@ def compare_runs(references: Sequence[str | Path], outputs: Path, metrics: Seque
     for metric in metrics:
         known = {name for member in members for name in member.metrics}
         if metric not in known:
-            raise UserError(f"--metric {metric}: no run has it; the runs have: {', '.join(sorted(known))}")
+            fix = f"type one of: {', '.join(sorted(known))}"
+            raise UserError("no run has it", fix=fix, option="--metric", value=metric)
     return Comparison(members, list(metrics))
 
 
@@ -267,12 +269,14 @@ def varying(members: Sequence[Member]) -> tuple[list[str], dict[str, list[str]]]
         else:
             kept.append(key)
 
-    told = _partition(tuple(zip(*(columns[key] for key in kept), strict=True)) if kept else (None,) * len(members))
+    distinguished = _partition(
+        tuple(zip(*(columns[key] for key in kept), strict=True)) if kept else (None,) * len(members)
+    )
     for key, column in others.items():
-        finer = _partition(tuple(zip(told, column, strict=True)))
-        if finer != told:
+        finer = _partition(tuple(zip(distinguished, column, strict=True)))
+        if finer != distinguished:
             kept.append(key)
-            told = finer
+            distinguished = finer
     return kept, together
 
 
@@ -341,7 +345,7 @@ def with_error(mean: float, error: float) -> str:
 
 
 def _rank(metric: str) -> tuple[int, int, str]:
-    if metric in COSTS or _NOT_TELLING.match(metric):
+    if metric in COSTS or _UNINFORMATIVE.match(metric):
         return len(_INFORMATIVE) + 1, 0, metric
     place = next((i for i, pattern in enumerate(_INFORMATIVE) if re.search(pattern, metric)), len(_INFORMATIVE))
     # Held-out metrics come before training metrics, because they measure generalisation.

@@ -54,7 +54,7 @@ class Job:
         job.overrides, job.working_dir, job.task_name = self.overrides, str(self.folder), "rlhf"
         finished = self.status == "finished"
         job.status = JobStatus.COMPLETED if finished else JobStatus.FAILED
-        job.return_value = self.result.get("value") if finished else RunFailed(f"job {self.number}: {self.error}")
+        job.return_value = self.result.get("value") if finished else RunFailed(self.error, where=f"job {self.number}")
         return job
 
 

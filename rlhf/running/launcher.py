@@ -67,10 +67,12 @@ class RlhfLauncher(Launcher):
         self.jobs: list[Job] = []  # of all calls: an optimising sweeper launches in rounds
         for name, value, least in (("n_jobs", n_jobs, 1), ("retries", retries, 0), ("gpus_per_job", gpus_per_job, 1)):
             if value is not None and value < least:
-                raise UserError(f"hydra.launcher.{name}={value}: should be at least {least}")
+                fix = f"type hydra.launcher.{name}={least}"
+                raise UserError(f"must be at least {least}", fix, f"hydra.launcher.{name}", value)
         for name, seconds in (("timeout_s", timeout_s), ("grace_s", grace_s)):
             if seconds is not None and not 0 < seconds < math.inf:
-                raise UserError(f"hydra.launcher.{name}={seconds}: should be a number of seconds above 0")
+                fix = f"type hydra.launcher.{name}=60"
+                raise UserError("must be a number of seconds above 0", fix, f"hydra.launcher.{name}", seconds)
         self.folder = Path()
         self.config: DictConfig | None = None
         self.context: HydraContext | None = None
@@ -106,7 +108,7 @@ class RlhfLauncher(Launcher):
                     for job in [job for job in running if self._ended(job)]:
                         running.remove(job)
                         if job.status not in ("finished", "stopped") and job.attempts <= self.retries:
-                            _say(f"{self._label(job)} {job.status}, once more: {job.error}")
+                            _say(f"{self._label(job)} {job.status}, starts again: {job.error}")
                             waiting.append(job)
                         else:
                             self._tell(job)
@@ -121,7 +123,7 @@ class RlhfLauncher(Launcher):
             self.write()
         if stop.signal:
             left = sum(job.status != "finished" for job in jobs)
-            _say(f"interrupted: {left} of {len(jobs)} jobs not finished; type the same command again to go on")
+            _say(f"interrupted: {left} of {len(jobs)} jobs not finished; type the same command again to continue")
             raise SystemExit(128 + stop.signal)
         self._summary(jobs)
         return [job.returned() for job in jobs]
@@ -251,7 +253,7 @@ class RlhfLauncher(Launcher):
         value = job.result.get("value")
         told = {
             "finished": f"finished{'' if value is None else f', {value:.4g}'}, {job.result.get('run') or job.folder}",
-            "stopped": f"stopped, can go on; see {job.console}",
+            "stopped": f"stopped, can be resumed; see {job.console}",
         }.get(job.status, f"FAILED: {job.error}")
         _say(f"{self._label(job)} {told} ({job.seconds:.0f} s)")
 

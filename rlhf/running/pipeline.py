@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import console
 from rlhf.console import shell
-from rlhf.errors import RLHFError, RunFailed, UserError, error_from_fields, os_error, os_error_line
+from rlhf.errors import CHECK_PATH, RLHFError, RunFailed, UserError, error_from_fields, os_error, os_error_problem
 from rlhf.planning import comparison_file
 from rlhf.planning.checks.memory import check_memory
 from rlhf.planning.comparison_file import Comparison
@@ -148,7 +148,8 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
     whole, torn = checkpoint_files.newest_whole(step.folder)
     resume = whole is not None
     for path, wrong in torn.items():
-        console.say(f"{label}  {path}: {wrong}; resumes from {whole and whole.name}", "yellow")
+        instead = "starts again from the beginning" if whole is None else f"resumes from {whole.name}"
+        console.say(f"{label}  {path}: {wrong}; {instead}", "yellow")
         checkpoint_files.remove(path)
     if resume and (broken := unreadable(step.folder / "metrics.csv")):
         console.say(f"{label}  {step.folder / 'metrics.csv'}: {broken} lines cannot be read and are left out", "yellow")
@@ -158,7 +159,7 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
     again = "" if earlier in ("new", "finished") else f" (was {earlier})"
     lineage = _lineage(step)
     if earlier == "new" and (other := _of_other_code(step, command(), lineage["code"])) is not None:
-        again = f" anew: {other.folder}, which this command made before, is of other code"
+        again = f" a new run: {other.folder}, which this command made before, was made with other code"
     console.say(f"{label}  {step.folder}  {'resumes' if resume else 'starts'}{again}")
     own.begin(step.config, lineage, command())
     started = time.perf_counter()
@@ -171,7 +172,7 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
                 metrics, memory = train_here(step.config, step.folder, resume)
     except (SystemExit, KeyboardInterrupt):
         own.write_status("stopped", ended=run_directory.now())
-        console.say(f"{label}  stopped; type the same command again to go on", "yellow")
+        console.say(f"{label}  stopped; type the same command again to continue", "yellow")
         raise
     except BaseException as error:
         with suppress(OSError):  # the error may be a full disk
@@ -180,8 +181,8 @@ def _train(step: Step, own: Run, label: str) -> tuple[str, Plain]:
         if isinstance(error, RLHFError) or not isinstance(error, Exception):
             raise
         if (refused := os_error(error)) is not None:
-            again = f"then type the same command again (traceback in {step.folder / 'error.txt'})"
-            raise UserError(f"{os_error_line(refused)}, {again}", where=step.name) from error
+            fix = f"{CHECK_PATH}, then type the same command again (traceback in {step.folder / 'error.txt'})"
+            raise UserError(os_error_problem(refused), fix, where=step.name) from error
         lines = str(error).strip().splitlines() or [""]
         details = f"{type(error).__name__}: {lines[0]} (traceback in {step.folder / 'error.txt'})"
         raise RunFailed(f"failed with {details}", where=step.name) from error
@@ -202,7 +203,7 @@ def _draw(folder: Path) -> None:
     try:
         run_curves(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        console.say(f"  no curves drawn: {error}", "yellow")
+        console.say(f"  curves.png was not drawn: {error}", "yellow")
 
 
 @contextmanager
@@ -264,7 +265,7 @@ def _train_in_subprocess(folder: Path) -> tuple[dict[str, float], Plain]:
     if "error" in content:
         raise error_from_fields(content["error"], UserError if content["status"] == UserError.exit_code else RunFailed)
     if status != 0 or not content:
-        raise RunFailed(f"the processes that train {folder} ended with status {status}; see above")
+        raise RunFailed(f"the processes that train {folder} ended with status {status}", "see their output above")
     return content["metrics"], content["memory"]
 
 

@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 
 from rlhf import console, discovery
-from rlhf.errors import RLHFError, RunFailed, UserError, error_fields, first_line, os_error, os_error_line
+from rlhf.errors import (
+    CHECK_PATH,
+    RLHFError,
+    RunFailed,
+    UserError,
+    error_fields,
+    first_line,
+    os_error,
+    os_error_problem,
+)
 from rlhf.planning.step_config import resolve
 from rlhf.running import pipeline, processes
 from rlhf.runs.run_directory import Run
@@ -29,9 +38,9 @@ def main(folder: Path) -> int:
         if isinstance(error, RLHFError):
             reported: RLHFError = error
         elif refused is not None:
-            reported = UserError(f"{os_error_line(refused)}, then type it again")
+            reported = UserError(os_error_problem(refused), f"{CHECK_PATH}, then type it again")
         elif is_lost_peer_error(error):
-            reported = RunFailed(f"another process ended ({first_line(error)})", "see the cause that it printed")
+            reported = RunFailed(f"another rank ended ({first_line(error)})", "see the cause that it printed")
         else:
             raise
         if _first():  # the parent prints it, with the keys of its pipeline
@@ -48,6 +57,7 @@ def main(folder: Path) -> int:
 
 def is_lost_peer_error(error: Exception) -> bool:
     """Return whether an error only reports that another rank is gone; that rank has printed the cause."""
+    # torch raises a plain RuntimeError for a lost gloo connection: only the source file in its text identifies it.
     found = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/" in str(error)
     return isinstance(error, RuntimeError) and found
 

@@ -141,7 +141,7 @@ BEFORE_ANY_RUN = [
     ("stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.max_new_tokens=50", "responses of up to 150"),
     (
         "pipeline=dpo compare.max_new_tokens=512",
-        "compare.max_new_tokens=512 leaves no room for a prompt in the context",
+        "compare.max_new_tokens=512: leaves no room for a prompt in the context",
     ),
     ("pipeline=dpo compare.data.source=nosuch.jsonl", "compare.data.source=nosuch.jsonl: no such file"),
     # the user's own code and files
@@ -262,8 +262,8 @@ def test_no_objective_accepts_a_negative_beta() -> None:
     for path in OBJECTIVES:
         target = get_object(OmegaConf.load(path)["_target_"])
         if "beta" in (parameters(target) or {}):
-            (line,) = check_node(target, {"beta": -0.1}, "objective")
-            assert line.startswith("objective.beta=-0.1: should be greater than"), path.stem
+            (error,) = check_node(target, {"beta": -0.1}, "objective")
+            assert str(error).startswith("objective.beta=-0.1: should be greater than"), path.stem
             found += 1
     assert found >= 20
 

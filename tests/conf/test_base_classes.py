@@ -135,7 +135,7 @@ def test_a_sampler_needs_only_its_responses() -> None:
 
 
 def found(value: object, annotation: object) -> list[str]:
-    return list(check_base_classes(value, annotation, "reward"))
+    return [str(error) for error in check_base_classes(value, annotation, "reward")]
 
 
 def node(target: object) -> dict[str, str]:

@@ -38,7 +38,7 @@ def test_buildable_models_and_trainers_pass() -> None:
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000: should be a whole number from 1 to 1024"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
         ({"hidden_act": "nosuch"}, "nosuch"),
-        ({"model_type": [1]}, "model_type is [1], not a text"),
+        ({"model_type": [1]}, "model_type is [1], not a string"),
     ],
 )
 def test_an_architecture_that_cannot_be_built_is_refused(changed: dict, said: str) -> None:
@@ -60,14 +60,17 @@ def test_a_damaged_adapter_is_named(content: str, place: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "config.json is no JSON object"),
-        ("", "config.json is no JSON object"),
-        ("[1]", "config.json is no JSON object"),
-        (b"\xff\xfe{", "config.json is no JSON object"),
-        (json.dumps({"model_type": "llama", **TINY, "hidden_act": "nosuch"}), "cannot build what config.json says"),
+        ("{", "config.json is not a JSON object"),
+        ("", "config.json is not a JSON object"),
+        ("[1]", "config.json is not a JSON object"),
+        (b"\xff\xfe{", "config.json is not a JSON object"),
+        (
+            json.dumps({"model_type": "llama", **TINY, "hidden_act": "nosuch"}),
+            "transformers cannot build the model of its config.json",
+        ),
         (json.dumps({"model_type": "llama", **TINY, "num_hidden_layers": 10**6}), "config.json has num_hidden_layers="),
         (json.dumps({"model_type": "llama", **TINY, "pad_token_id": 5000}), None),
-        (json.dumps({"model_type": [1], **TINY}), "model_type is [1], not a text"),
+        (json.dumps({"model_type": [1], **TINY}), "model_type is [1], not a string"),
         (json.dumps({"model_type": "of_its_own", "auto_map": {}}), None),
     ],
 )
@@ -84,8 +87,8 @@ def test_a_config_json_that_cannot_be_built_is_refused(tmp_path: Path, content: 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"devices": -1}, "trainer.devices=-1: should be a whole number from 1"),
-        ({"devices": "abc"}, "trainer.devices=abc"),
+        ({"devices": -1}, "trainer.devices=-1: must be a whole number from 1, or auto; type trainer.devices=1"),
+        ({"devices": "abc"}, "trainer.devices=abc: must be a whole number"),
         ({"limit_val_batches": -1}, "trainer: Lightning cannot build it"),
         ({"max_steps": -5}, "trainer: Lightning cannot build it"),
         ({"accelerator": "nosuch"}, "trainer: Lightning cannot build it"),

@@ -138,7 +138,7 @@ def test_a_failed_job_is_retried(app: Path) -> None:
     code, out = sweep(app, "x=1,2", "do=once", "hydra.launcher.retries=1", "-m")
     assert code == 0, out
     assert [r["status"] for r in rows(app)] == ["finished", "finished"]
-    assert out.count("once more") == 2
+    assert out.count("starts again") == 2
 
 
 def test_a_job_beyond_its_time_limit_is_stopped(app: Path) -> None:

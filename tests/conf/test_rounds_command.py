@@ -23,7 +23,7 @@ def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("collect_safety_9.sampler.samples=3", "collect_safety_9: no such round, rounds=5; type collect_safety_5 or"),
         ("collect_safety_2.sampler.sampels=3", "unknown option (did you mean collect_safety_2.sampler.samples?)"),
         ("collect_safty_2.sampler.samples=3", "collect_safty_2: unknown option (did you mean collect_safety?)"),
-        ("rounds=0", "rounds=0: the number of rounds is a whole number from 1 to 100; type rounds=3"),
+        ("rounds=0", "rounds=0: must be a whole number from 1 to 100; type rounds=3"),
         ("annotator@collect_safety_2.annotator=rewrd", "no such option (did you mean reward?)"),
         ("collect_safety_2.sampler.samples=1", "collect_safety_2.sampler.samples=1: should be greater than or eq"),
         (
@@ -42,7 +42,10 @@ def test_a_mistake_is_reported_in_one_line(capsys: pytest.CaptureFixture[str], l
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("stage=sft collect_safety_2.sampler.samples=4", "collect_safety_2: nothing is repeated here"),
+        (
+            "stage=sft collect_safety_2.sampler.samples=4",
+            "collect_safety_2: is a round of a step, and this config repeats no step",
+        ),
         ("stage=collect inputs.policy=x/y sampler.samples=1", "sampler.samples=1: should be greater than or"),
         ("stage=reward_model objective.margin={superb:1}", "should be 'negligible', 'slightly', 'better' or 'signif"),
         ("stage=reward_model stage.safety_coefficient=-1", "stage.safety_coefficient=-1: should be greater than or eq"),

@@ -71,7 +71,7 @@ class Mine(Below):
 
 def test_a_config_is_validated_against_inherited_hyperparameters_too() -> None:
     def findings(**hyperparameters: Any) -> list[str]:
-        return check_node(Mine, hyperparameters, "stage", given=("model", "data"))
+        return [str(found) for found in check_node(Mine, hyperparameters, "stage", given=("model", "data"))]
 
     assert findings(rate=0.1, batch_size=2) == []
     assert findings(rate=-1.0) == ["stage.rate=-1.0: should be greater than 0"]
@@ -95,7 +95,7 @@ def test_an_annotation_that_cannot_be_evaluated_leaves_its_hyperparameter_unchec
     found = parameters(target)
     assert found is not None and found["size"].annotation is Any and found["rate"].annotation is float
     assert check_node(target, {"size": 3}, "stage") == []
-    assert "unknown option" in check_node(target, {"size": 3, "sise": 3}, "stage")[0]
+    assert "unknown option" in str(check_node(target, {"size": 3, "sise": 3}, "stage")[0])
 
 
 def test_a_partial_target_is_validated_by_parameter_names() -> None:

@@ -107,7 +107,7 @@ def config(stage: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]
             "objective.shape[1]=[1, 2.5]: should be a valid integer, got a number with a fractional part",
         ),
         ({"low": 2.0}, "objective: low=2.0 is above high=1.0"),
-        ({"beta": "???"}, "objective.beta: no value; type objective.beta=..."),
+        ({"beta": "???"}, "objective.beta: has no value; type objective.beta=..."),
         ({"beta": "${nowhere}"}, "objective.beta: Interpolation key 'nowhere' not found"),
     ],
 )
@@ -129,7 +129,9 @@ def test_nested_nodes_are_validated() -> None:
     reward = {"_target_": "Outer", "inner": {"_target_": "Inner", "width": 0}}
     assert findings(config(reward=reward)) == ["reward.inner.width=0: should be greater than 0"]
     reward["inner"] = {"_target_": "Inner"}
-    assert findings(config(reward=reward)) == ["reward.inner.width: required, no value; type reward.inner.width=..."]
+    assert findings(config(reward=reward)) == [
+        "reward.inner.width: is required and has no value; type reward.inner.width=..."
+    ]
 
 
 def test_missing_and_unread_groups_are_reported() -> None:

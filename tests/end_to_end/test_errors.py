@@ -39,7 +39,7 @@ TABLE = [
     ("stage=sft objective.beta=1,2", ["objective.beta", "-m"]),
     ("pipeline=instructgpt align.objective.betta=1", ["align.objective.betta", "did you mean align.objective.beta?"]),
     ("pipeline=instructgpt objective.beta=1", ["type align.objective.beta=1"]),
-    ("pipeline=instructgpt optimizer.lr=1", ["optimizer.lr=1 has no effect", "align.optimizer.lr"]),
+    ("pipeline=instructgpt optimizer.lr=1", ["optimizer.lr=1: has no effect", "align.optimizer.lr"]),
     ("pipeline=instructgpt until=sftt", ["until=sftt", "did you mean until=sft?"]),
 ]
 

@@ -109,7 +109,7 @@ def test_a_stopped_run_reports_that_it_can_be_resumed(tmp_path: Path, start: Sta
     stopped.signal(signal.SIGTERM)
     done = stopped.wait()
     assert done.status == 75, done.err
-    assert "type the same command again to go on" in done.out
+    assert "type the same command again to continue" in done.out
     folder = only(tmp_path / "outputs", "sft")
     assert status(folder)["status"] == "stopped" and not (folder / "model").exists()
 

@@ -32,10 +32,10 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     [
         ("", "rlhf inspect: no such page (one of: data, batch, template, plan)"),
         ("dat stage=sft", "rlhf inspect dat: no such page (did you mean data?)"),
-        ("data", "nothing to run: type stage=NAME"),
+        ("data", "nothing to run; type stage=NAME"),
         ("data stage=sfft", "stage=sfft: no such option (did you mean sft?)"),
         ("data stage=sft -m", "rlhf inspect data -m: expected KEY=VALUE"),
-        ("batch stage=dpo", "inputs.policy: no value"),
+        ("batch stage=dpo", "inputs.policy: has no value"),
         ("plan stage=sft data.betta=1", "data.betta: unknown option"),
         ("template", "rlhf inspect template: no model"),
         ("template model=nope", "model=nope: no such option"),
@@ -241,7 +241,7 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_is_loaded(monkey
     assert 0 < need < 16 * weights * 1.2
     monkeypatch.setattr(refusal, "SMALL", 0)
     monkeypatch.setattr(refusal, "read_machine_memory", lambda: need - 1)
-    with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take .* type a smaller model="):
+    with pytest.raises(UserError, match="sft: weights, gradients and optimizer state need .* type a smaller model="):
         refusal.check_memory([step])
     monkeypatch.setattr(refusal, "read_machine_memory", lambda: need)
     refusal.check_memory([step])

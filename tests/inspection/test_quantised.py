@@ -100,7 +100,7 @@ def test_the_memory_of_a_large_quantised_run_is_counted(
     refusal.check_memory([step])
     need = refusal.trained_bytes(step.config)
     monkeypatch.setattr(refusal, "read_machine_memory", lambda: need - 1)
-    with pytest.raises(UserError, match="sft: weights, gradients and optimizer state take"):
+    with pytest.raises(UserError, match="sft: weights, gradients and optimizer state need"):
         refusal.check_memory([step])
 
 

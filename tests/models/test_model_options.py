@@ -55,7 +55,9 @@ def test_a_stage_reads_the_weights_of_an_option(weights: Path, words: list[str],
 
 
 def test_a_model_option_alone_is_refused_with_the_input_to_type() -> None:
-    with pytest.raises(UserError, match=r"inputs.policy: no value, and model.path reads it; type inputs.policy=smoll"):
+    with pytest.raises(
+        UserError, match=r"inputs.policy: has no value, and model.path reads it; type inputs.policy=smoll"
+    ):
         planned(["stage=dpo", "model=smollm2_135m"])
 
 
@@ -68,7 +70,9 @@ def test_an_option_without_weights_and_a_typo_are_refused_with_suggestions() -> 
 
 @pytest.mark.parametrize("role", ["reward_model", "safety_model"])
 def test_a_language_model_is_refused_as_reward_model(role: str) -> None:
-    with pytest.raises(UserError, match="is a language model, which scores nothing"):
+    with pytest.raises(
+        UserError, match="is a language model, which has no score head; type a run of stage=reward_model"
+    ):
         references.resolve("smollm2_135m", role, Path("outputs"))
 
 

@@ -176,20 +176,29 @@ def test_data_and_code_are_part_of_the_fingerprint(typed: Typed, monkeypatch: py
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "nothing to run: type stage=NAME or pipeline=NAME"),
-        (["stage=sft", "pipeline=dpo"], "both a stage and a pipeline"),
-        (["stage=sft", "until=sft"], "until=sft is for pipelines"),
+        ([], "nothing to run; type stage=NAME or pipeline=NAME"),
+        (["stage=sft", "pipeline=dpo"], "both a stage and a pipeline are given; type one of them"),
+        (["stage=sft", "until=sft"], "until=sft: only a pipeline reads it; leave it out"),
         (["pipeline=dpo", "until=stf"], r"until=stf: no such step \(did you mean until=sft\?\)"),
-        (["stage=ppo"], r"inputs.policy: no value, and model.path reads it; type inputs.policy=RUN"),
-        (["stage=ppo"], r"inputs.reward_model: no value, and reward.path reads it"),
-        (["pipeline=dpo", "stage@align=ppo"], r"align.inputs.reward_model: no value, and align.reward.path reads it"),
+        (["stage=ppo"], r"inputs.policy: has no value, and model.path reads it; type inputs.policy=RUN"),
+        (["stage=ppo"], r"inputs.reward_model: has no value, and reward.path reads it"),
+        (
+            ["pipeline=dpo", "stage@align=ppo"],
+            r"align.inputs.reward_model: has no value, and align.reward.path reads it",
+        ),
         (["pipeline=instructgpt", "align.objective.beta=-1"], "align.objective.beta=-1"),
         (["pipeline=instructgpt", "+align.objective.betta=1"], "align.objective.betta: unknown option.*beta"),
         (["pipeline=dpo", "align.inputs.policy=${artifact:stf}"], r"reads the step stf, which does not exist.*sft"),
-        (["pipeline=dpo", "collect.inputs.policy=${artifact:align}"], "in a circle"),
+        (
+            ["pipeline=dpo", "collect.inputs.policy=${artifact:align}"],
+            "^the steps read each other in a circle, at align; change align.inputs",
+        ),
         (["pipeline=instructgpt", "compare.after=algin"], r"compare.after=algin: no such step.*align"),
         (["pipeline=instructgpt", "compare.count=many"], "compare.count=many"),
-        (["pipeline=instructgpt", "steps=[sft,nothing]"], "steps names nothing"),
+        (
+            ["pipeline=instructgpt", "steps=[sft,nothing]"],
+            "steps: names nothing, which is not a step with a stage; add /stage@nothing: STAGE",
+        ),
         (["stage=ppo", "inputs.policy=outputs/sft/123", "reward=gold"], "inputs.policy=outputs/sft/123"),
     ],
 )
@@ -215,22 +224,34 @@ def test_findings_of_all_steps_are_reported_at_once(typed: Typed) -> None:
     [
         (
             ["pipeline=instructgpt", "optimizer.lr=1"],
-            "optimizer.lr=1 has no effect: every step sets its own; type one of "
+            "optimizer.lr=1: has no effect, because every step sets its own; type one of "
             "pretrain.optimizer.lr, sft.optimizer.lr, reward_model.optimizer.lr, align.optimizer.lr",
         ),
-        (["pipeline=instructgpt", "+collect.optimizer.lr=1"], "does not read optimizer"),
-        (["stage=collect", "inputs.policy=org/name", "optimizer.lr=1"], "no stage of this run reads optimizer"),
+        (
+            ["pipeline=instructgpt", "+collect.optimizer.lr=1"],
+            "has no effect, because the stage of collect does not read optimizer; leave it out",
+        ),
+        (
+            ["stage=collect", "inputs.policy=org/name", "optimizer.lr=1"],
+            "has no effect, because no stage of this run reads optimizer; leave it out",
+        ),
         (
             ["stage=sft", "inputs.reward_model=org/name"],
-            "inputs.reward_model=org/name has no effect: stage=sft reads policy",
+            "inputs.reward_model=org/name: has no effect, because stage=sft reads only inputs.policy; leave it out",
         ),
-        (["pipeline=instructgpt", "inputs.reward_model=org/name"], "type align.inputs.reward_model"),
-        (["pipeline=dpo", "+align.inputs.value=org/name"], "stage=dpo reads comparisons, policy"),
+        (
+            ["pipeline=instructgpt", "inputs.reward_model=org/name"],
+            "because every step that reads it sets its own; type align.inputs.reward_model",
+        ),
+        (
+            ["pipeline=dpo", "+align.inputs.value=org/name"],
+            "stage=dpo reads only inputs.comparisons, inputs.policy; leave it out",
+        ),
         (
             ["pipeline=dpo", "+align.nosuch.y=1"],
-            "+align.nosuch.y=1 has no effect: nothing reads align.nosuch",
+            "+align.nosuch.y=1: has no effect, because nothing reads align.nosuch; leave it out",
         ),
-        (["pipeline=dpo", "+nosuch.y=1"], "+nosuch.y=1 has no effect: nothing reads nosuch; leave it out"),
+        (["pipeline=dpo", "+nosuch.y=1"], "+nosuch.y=1: has no effect, because nothing reads nosuch; leave it out"),
     ],
 )
 def test_an_override_that_nothing_reads_is_refused(typed: Typed, overrides: list[str], message: str) -> None:
@@ -261,7 +282,7 @@ def test_a_given_reward_model_replaces_its_step(typed: Typed) -> None:
 
 def test_an_override_for_a_step_that_does_not_run_gets_a_note(typed: Typed) -> None:
     found = planned(typed, "pipeline=instructgpt", "stage@align=dpo", "reward_model.objective.beta=0.3")
-    assert found.notes == ["reward_model.objective.beta=0.3 is not used: the step reward_model does not run"]
+    assert found.notes == ["reward_model.objective.beta=0.3: is not used, because the step reward_model does not run"]
 
 
 def test_compare_needs_both_policies(typed: Typed) -> None:
@@ -279,12 +300,12 @@ def test_a_name_that_leaves_its_directory_is_refused(typed: Typed, name: str) ->
     for words, key in ((["stage=pretrain"], "stage"), (["pipeline=dpo", "until=pretrain"], "pretrain.stage")):
         config = typed(*words)
         OmegaConf.update(config, f"{key}.name", name)
-        with pytest.raises(UserError, match=rf"(?s)^{key}\.name={re.escape(name)}: a name has letters, digits"):
+        with pytest.raises(UserError, match=rf"(?s)^{key}\.name={re.escape(name)}: must consist of letters, digits"):
             plan(config, words)
     config = typed("stage=pretrain", "stage.name=sweeps")  # where runs are not searched for
-    with pytest.raises(UserError, match="stage.name=sweeps: outputs/sweeps holds no runs"):
+    with pytest.raises(UserError, match="stage.name=sweeps: is reserved, because outputs/sweeps holds no runs"):
         plan(config, [])
     config = typed("pipeline=dpo")
     config.steps = [name]
-    with pytest.raises(UserError, match=rf"(?s)^steps={re.escape(name)}: a name has letters, digits"):
+    with pytest.raises(UserError, match=rf"(?s)^steps={re.escape(name)}: must consist of letters, digits"):
         plan(config, [])

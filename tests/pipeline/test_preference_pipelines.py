@@ -63,7 +63,7 @@ def test_kto_takes_the_run_of_a_collect_step_as_labels() -> None:
 def test_a_role_that_is_wrong_for_a_step_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="inputs.reward_model.* has no effect"):
+    with pytest.raises(UserError, match="inputs.reward_model.*: has no effect"):
         planned("stage=dpo", "inputs.policy=model", "inputs.reward_model=model")
     single = planned("stage=dpo", "inputs.policy=model", "inputs.reference=model").steps[0]
     assert single.config["stage"]["reference"] == "model"

@@ -148,14 +148,17 @@ def test_compare_uses_the_last_round(typed: Typed) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rounds=0"], "rounds=0: the number of rounds is a whole number from 1"),
-        (["rounds=two"], "rounds=two: the number"),
+        (["rounds=0"], "rounds=0: must be a whole number from 1 to 100; type rounds=3"),
+        (["rounds=two"], "rounds=two: must be a whole number"),
         (["++collect_9.sampler.temperature=1"], "collect_9: no such round, rounds=2; type collect_2 or rounds=9"),
         (["++collect_2.sampler.temprature=1"], "collect_2.sampler.temprature: unknown option .did you mean"),
-        (["repeat=[colect]"], r"repeat names colect, which is no step .did you mean collect\?"),
-        (["align.inputs.policy='${all_rounds:sft}'"], "reads .*all_rounds:sft.*sft is not repeated"),
-        (["align.inputs.policy='${previous_round:best}'"], "align reads .*is no step of repeat"),
-        (["+collect.inputs.reward_model=org/name"], "collect.inputs.reward_model=org/name has no effect"),
+        (["repeat=[colect]"], r"repeat: names colect, which is not a step .did you mean collect\?"),
+        (["align.inputs.policy='${all_rounds:sft}'"], "align: reads .*all_rounds:sft.*sft is not repeated"),
+        (
+            ["align.inputs.policy='${previous_round:best}'"],
+            "align: reads .*, which only a repeated step can read; type .*artifact:best",
+        ),
+        (["+collect.inputs.reward_model=org/name"], "collect.inputs.reward_model=org/name: has no effect"),
         (["+collect.optimizer.lr=1"], "the stage of collect does not read optimizer"),
         (["+collect.nosuch=1"], "nothing reads collect.nosuch; leave it out"),
         (["until=collekt"], "until=collekt: no such step"),
@@ -169,7 +172,9 @@ def test_invalid_rounds_are_refused(typed: Typed, overrides: list[str], message:
 def test_a_round_in_a_pipeline_without_rounds_is_refused(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "_pipelines", lambda: [OmegaConf.create({"repeat": ["collect"]})])
     words = ("pipeline=dpo", "++collect_2.sampler.temperature=1")
-    with pytest.raises(UserError, match="collect_2: nothing is repeated here"):
+    with pytest.raises(
+        UserError, match="collect_2: is a round of a step, and this config repeats no step; leave it out"
+    ):
         plan(typed(*words), words)
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.errors import RLHFError, RunFailed, UserError
+from rlhf.errors import RLHFError, RunFailed, UserError, key
 from rlhf.running import pipeline, versions, worker
 from rlhf.runs import fingerprint
 from rlhf.runs.run_directory import Run, find
@@ -53,13 +53,13 @@ def test_a_command_typed_again_after_its_code_changed_starts_anew_and_why(
 ) -> None:
     go(typed, "pipeline=instructgpt", "until=sft")
     first = set(train.folders.values())
-    assert "anew" not in capsys.readouterr().out
+    assert "a new run" not in capsys.readouterr().out
     monkeypatch.setattr(fingerprint, "source_digest", lambda names: "other code")
     go(typed, "pipeline=instructgpt", "until=sft")
     out = capsys.readouterr().out
     assert len(train.calls) == 4 and first.isdisjoint(train.folders.values())
     for folder in first:
-        assert f"starts anew: {folder}, which this command made before, is of other code" in out
+        assert f"starts a new run: {folder}, which this command made before, was made with other code" in out
 
 
 def test_only_the_swapped_step_is_trained(typed: Typed, train) -> None:
@@ -104,7 +104,9 @@ def test_a_failed_step_is_recorded_and_retried(typed: Typed, train) -> None:
         raise ValueError("the loss became nan\nmore")
 
     train.then = fail
-    with pytest.raises(RunFailed, match=r"sft failed: ValueError: the loss became nan \(traceback in outputs/sft"):
+    with pytest.raises(
+        RunFailed, match=r"^sft: failed with ValueError: the loss became nan \(traceback in outputs/sft"
+    ):
         go(typed, "stage=sft")
     run = Run(train.folders["sft"])
     assert run.status == "failed" and "the loss became nan" in run.status_file["error"]
@@ -131,13 +133,14 @@ def test_the_option_names_of_an_error_get_the_prefix_of_the_step(
 ) -> None:
     def refuse(name: str, folder: Path) -> None:
         if name == "ppo":
-            raise UserError("a prompt is too long: set data.max_prompt_length=4 or a smaller optimizer.lr")
+            fix = f"set {key('data.max_prompt_length', 4)} or a smaller {key('optimizer.lr')}"
+            raise UserError("a prompt is too long", fix=fix)
 
     monkeypatch.setenv("RLHF_RESULT", str(tmp_path / "result.json"))
     train.then = refuse
     with pytest.raises(UserError) as error:
         go(typed, "pipeline=instructgpt")
-    said = "align: a prompt is too long: set align.data.max_prompt_length=4 or a smaller align.optimizer.lr"
+    said = "align: a prompt is too long; set align.data.max_prompt_length=4 or a smaller align.optimizer.lr"
     assert str(error.value) == said
     assert json.loads((tmp_path / "result.json").read_text())["error"] == f"UserError: {said}"
 
@@ -335,7 +338,7 @@ def test_an_error_of_the_child_process_is_reported_once_with_its_status(typed: T
 
     def refuse(name: str, folder: Path) -> None:
         if name == "sft":
-            raise UserError("set data.max_length=4")
+            raise UserError("is too small", f"set {key('data.max_length', 4)}", "data.size", 3)
 
     class Child:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
@@ -346,7 +349,7 @@ def test_an_error_of_the_child_process_is_reported_once_with_its_status(typed: T
 
     train.then = refuse
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=Child))
-    with pytest.raises(UserError, match="^sft: set sft.data.max_length=4$"):
+    with pytest.raises(UserError, match="^sft.data.size=3: is too small; set sft.data.max_length=4$"):
         go(typed, "pipeline=dpo", "trainer.devices=2")
     assert Run(train.folders["sft"]).status == "failed" and not (train.folders["sft"] / ".result.json").exists()
 
@@ -358,7 +361,7 @@ def test_an_error_of_the_child_process_is_reported_once_with_its_status(typed: T
         (
             RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed"),
             RunFailed,
-            "another process ended",
+            "another rank ended",
         ),
     ],
 )
@@ -384,7 +387,7 @@ def test_errors_of_one_rank_are_reported_in_one_line(
 
     train.then = fail
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=Child))
-    with pytest.raises(kind if rank == "0" else RunFailed, match=said if rank == "0" else "see above"):
+    with pytest.raises(kind if rank == "0" else RunFailed, match=said if rank == "0" else "see their output above$"):
         go(typed, "stage=sft", "trainer.devices=2")
     assert statuses == [kind.exit_code]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -86,10 +86,10 @@ def test_each_file_type_is_written_deterministically(world, tmp_path, name, begi
 @pytest.mark.parametrize(
     ("name", "x", "y", "says"),
     [
-        ("a.jpg", "step", ["score"], r"end the name in \.png"),
-        ("a.png", "step", [], "--y METRIC"),
-        ("a.png", "beta", ["scor"], "did you mean score"),
-        ("a.png", "nothing", ["score"], "swept: objective.beta"),
+        ("a.jpg", "step", ["score"], r"a.jpg: its name must end in \.png, \.svg or \.pdf; type --plot NAME"),
+        ("a.png", "step", [], "--plot: needs a metric to draw; type --y METRIC"),
+        ("a.png", "beta", ["scor"], "--y scor: is not among the final metrics .did you mean score"),
+        ("a.png", "nothing", ["score"], "--x nothing: is not among .*or a swept hyperparameter: objective.beta"),
     ],
 )
 def test_invalid_figures_are_refused(world, tmp_path, name, x, y, says):

@@ -182,7 +182,11 @@ def test_the_x_axis_is_the_mapping_or_its_only_swept_number(tmp_path, monkeypatc
     assert [text.get_text() for text in words.get_xticklabels()] == ["none", "{better: 2}"]
     assert words.get_xlabel() == "margin" and numbers.get_xlabel() == "better"
     assert list(numbers.containers[0].lines[0].get_xdata()) == [2.0, 4.0]
-    with pytest.raises(UserError, match=r"--x margin: say which one: objective.margin.better, objective.margin.slight"):
+    with pytest.raises(
+        UserError,
+        match="^--x margin: names more than one hyperparameter; "
+        "type one of: objective.margin.better, objective.margin.slight",
+    ):
         figure.write_figure(found["both"], tmp_path / "a.png", "margin", ["val/accuracy"])
 
 

@@ -51,8 +51,8 @@ def test_a_failed_run_is_excluded_from_means(tmp_path):
     assert stopped.mean("val/accuracy") == 0.95  # the newest value of a run that can be resumed; it is never best
     assert comparison.best("val/accuracy") is None
     assert comparison.left_out(["val/accuracy"]) == [
-        "beta=0.1: 2 of 4 runs in no mean (1 failed, 1 stopped)",
-        "beta=0.5: 1 of 1 runs in no mean (1 failed)",
+        "beta=0.1: 2 of 4 runs not in the means (1 failed, 1 stopped)",
+        "beta=0.5: 1 of 1 runs not in the means (1 failed)",
     ]
 
 
@@ -67,7 +67,7 @@ def test_nan_is_counted_and_never_best(tmp_path, capsys):
     assert comparison.best("val/accuracy") is None
     assert main([*map(str, folders), "--outputs", str(tmp_path / "outputs")]) == 0
     out = capsys.readouterr().out
-    assert "beta=0.1: val/accuracy is nan or infinite in 1 of 2 runs, in no mean" in out
+    assert "beta=0.1: val/accuracy is nan or infinite in 1 of 2 runs, not in the mean" in out
     (page,) = (tmp_path / "outputs" / "reports").glob("*/report.html")
     assert "beta=0.9: val/accuracy is nan or infinite in 1 of 1 runs" in page.read_text(encoding="utf-8")
 
@@ -168,5 +168,7 @@ def test_links_that_leave_a_run_or_its_outputs_are_not_followed(tmp_path):
         (sweep / name).mkdir(parents=True)
         (sweep / name / "run").symlink_to(target)
     assert [run.folder.resolve() for run in find_runs(sweep, tmp_path / "elsewhere")] == [good.resolve()]
-    with pytest.raises(UserError, match="config.yaml is a link to .*secret, outside of the run"):
+    with pytest.raises(
+        UserError, match="config.yaml is a link to .*secret, outside of the run; replace the link by the file"
+    ):
         find_runs(bad, outputs)

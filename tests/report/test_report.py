@@ -41,12 +41,12 @@ def test_references_are_sweeps_runs_folders_and_fingerprints(world):
     assert [run.stage for run in find_runs("bb22", outputs)] == ["reward_model"]
     assert len(find_runs(outputs / "ppo" / "0", outputs)) == 6
     assert newest_sweep(outputs) == sweep
-    with pytest.raises(UserError, match="no such run or folder"):
+    with pytest.raises(UserError, match="no such run or directory"):
         find_runs(sweep.parent / "*-nothing-*", outputs)  # a glob without matches, as a shell passes it on
-    with pytest.raises(UserError, match="no such run or folder"):
+    with pytest.raises(UserError, match="no such run or directory"):
         find_runs("ffff", outputs)
     (outputs / "empty").mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="no runs in this folder"):
+    with pytest.raises(UserError, match="no runs in this directory"):
         find_runs(outputs / "empty", outputs)
 
 
@@ -164,7 +164,7 @@ def test_main_metrics_put_held_out_ones_first(world):
     telling = compare_runs([sweep], outputs).main_metrics(6)
     assert telling[:2] == ["val/gold", "gold"] and "epoch" not in telling
     assert compare_runs([sweep], outputs, ["entropy"]).main_metrics(6) == ["entropy"]
-    with pytest.raises(UserError, match="entropi: no run has it; the runs have: .*entropy"):
+    with pytest.raises(UserError, match="--metric entropi: no run has it; type one of: .*entropy"):
         compare_runs([sweep], outputs, ["entropi"])
 
 

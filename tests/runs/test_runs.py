@@ -70,12 +70,12 @@ def test_hub_ids_and_model_directories_are_resolved(outputs: Path) -> None:
     [
         ("outputs/sft/9", "policy", r"inputs.policy=outputs/sft/9: no such run.*did you mean outputs/sft/3f2a91bc04"),
         ("gpt2", "policy", "type `rlhf runs list`"),
-        ("3f2", "policy", "more than one run: .*3f2a91bc04, .*3f2b000000; type more letters"),
+        ("3f2", "policy", "matches more than one run: .*3f2a91bc04, .*3f2b000000; type more letters"),
         ("bbbb", "policy", r"not finished \(failed\); finish it with: rlhf stage=sft"),
         ("outputs/sft/bbbb000000/model", "policy", "not finished"),
-        ("cccc", "policy", "a run of stage collect that made no model"),
-        ("3f2a", "comparisons", "a run of stage sft that made no comparisons"),
-        ("empty", "policy", "neither a run .* nor a model folder"),
+        ("cccc", "policy", "is a run of stage collect, which has no model; type another run"),
+        ("3f2a", "comparisons", "is a run of stage sft, which has no comparisons"),
+        ("empty", "policy", "is neither a run .* nor a model directory"),
         ("a/b/c", "policy", "no such run"),
     ],
 )

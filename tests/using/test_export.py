@@ -198,7 +198,7 @@ def test_invalid_exports_are_reported_in_one_line(rlhf: Typed, outputs: Path, tm
         ((run, "--to", "full"), "is not empty; name another one, or type --force"),
         ((run, "--to", run / "there"), "lies in a run"),
         (("nothere", "--to", "new"), "no such run"),
-        ((outputs / "sft", "--to", "new"), "neither a run (status.json) nor a model folder"),
+        ((outputs / "sft", "--to", "new"), "is neither a run (status.json) nor a model directory"),
     ):
         status, out = rlhf("export", *words)
         assert status == 2 and said in out and "Traceback" not in out, out

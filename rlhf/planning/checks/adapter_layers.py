@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.lineage import of_hub
 from rlhf.planning.checks import context_length as context
 from rlhf.runs.run_directory import Run
@@ -38,8 +38,10 @@ def check(step: "Step", earlier: Iterable["Step"]) -> None:
     width = None if rank is None else context.size(step.config["model"], earlier, ("hidden_size", "n_embd", "d_model"))
     if rank is not None and width is not None and rank > width:
         raise UserError(
-            f"adapter.rank={rank}: no update of this model's layers has a rank above {width}, its hidden size; type "
-            f"adapter.rank={min(16, width)}"
+            f"no update of this model's layers has a rank above {width}, its hidden size",
+            fix=f"type {key('adapter.rank', min(16, width))}",
+            option="adapter.rank",
+            value=rank,
         )
     if names == "all-linear" or Run(step.folder).finished:
         return

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError, first_line
+from rlhf.errors import UserError, first_line, key
 from rlhf.models import lineage
 from rlhf.models.saved_config import check_file_limits, check_limits, find_file, read_config
 
@@ -38,24 +38,26 @@ def _check_model(model: Any) -> None:
         # The tokenizer is trained on the data and may be smaller than configured; any size shows a misfit.
         problem = _problem(json.dumps(own, sort_keys=True, default=str), run=True)
         if problem:
-            raise UserError(f"model.architecture: transformers cannot build it ({problem}); change its sizes")
+            option = "model.architecture"
+            raise UserError(f"transformers cannot build it ({problem})", fix="change its sizes", option=option)
     elif model.get("path") is not None:
-        _check_folder(f"model.path={model['path']}", model["path"])
+        _check_folder(model["path"])
 
 
-def _check_folder(name: str, path: Any) -> None:
+def _check_folder(path: Any) -> None:
     file, shape = find_file(path, "config.json"), read_config(path)
     if (adapter := find_file(path, "adapter_config.json")) is not None:
         lineage.stored_config(adapter.parent)
     if file is None:  # a model of the hub, or of a run that has not been made yet
         return
     if shape is None:
-        raise UserError(f"{name}: {file} is no JSON object; get the model again")
+        raise UserError(f"{file} is not a JSON object", fix="get the model again", option="model.path", value=path)
     check_file_limits(shape, path, "model.path")
     if not isinstance(shape.get("text_config"), dict) and "auto_map" not in shape and "model_type" in shape:
         problem = _problem(json.dumps(shape, sort_keys=True), run=False)
         if problem:
-            raise UserError(f"{name}: transformers cannot build what config.json says ({problem}); get the model again")
+            problem = f"transformers cannot build the model of its config.json ({problem})"
+            raise UserError(problem, fix="get the model again", option="model.path", value=path)
 
 
 @cache
@@ -78,7 +80,7 @@ def _tried(shape: str, run: bool) -> str | None:
     arguments = {name: value for name, value in json.loads(shape).items() if name not in _NOT_ITS_SHAPE}
     family = arguments.pop("model_type", "llama")
     if not isinstance(family, str):
-        return f"model_type is {family}, not a text"
+        return f"model_type is {family}, not a string"
     if family not in CONFIG_MAPPING:
         return None  # remote code; an architecture typed by hand is checked where it is read
     try:
@@ -99,24 +101,26 @@ def _check_trainer(trainer: Any) -> None:
     """Build the Trainer, because Lightning then checks accelerators, numbers of devices and limits."""
     if not isinstance(trainer, dict) or trainer.get("_target_") != "pytorch_lightning.Trainer":
         return
+    devices = trainer.get("devices", 1)
+    if devices != "auto" and not isinstance(devices, list) and not (type(devices) is int and devices >= 1):
+        fix = f"type {key('trainer.devices', 1)}"
+        raise UserError("must be a whole number from 1, or auto", fix=fix, option="trainer.devices", value=devices)
     problem = _trainer_problem(json.dumps(trainer, sort_keys=True, default=str))
     if problem:
-        raise UserError(problem)
+        fix = f"change the keys below {key('trainer')}"
+        raise UserError(f"Lightning cannot build it ({problem})", fix=fix, option="trainer")
 
 
 @cache
 def _trainer_problem(node: str) -> str | None:
+    """Return the first line of Lightning's error for a Trainer (JSON); None if it can be built."""
     import hydra.utils
 
     from rlhf.console import silence_libraries
 
     silence_libraries()
-    content = json.loads(node)
-    devices = content.get("devices", 1)
-    if devices != "auto" and not isinstance(devices, list) and not (type(devices) is int and devices >= 1):
-        return f"trainer.devices={devices}: should be a whole number from 1, or auto"
     try:
-        hydra.utils.instantiate(OmegaConf.create({**content, "logger": False, "enable_checkpointing": False}))
+        hydra.utils.instantiate(OmegaConf.create({**json.loads(node), "logger": False, "enable_checkpointing": False}))
     except Exception as error:  # Hydra's InstantiationException around any error of Lightning
-        return f"trainer: Lightning cannot build it ({first_line(error.__cause__ or error)}); change trainer.*"
+        return first_line(error.__cause__ or error)
     return None

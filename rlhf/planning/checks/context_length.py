@@ -7,7 +7,7 @@ one it started from, so its context length is known from configs alone. This mod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.saved_config import read_config
 from rlhf.planning.instantiate import instantiate_cheap
 from rlhf.storage.plain import Plain
@@ -28,13 +28,13 @@ def length(model: Any, steps: Iterable["Step"] = ()) -> int | None:
     return size(model, steps, _KEYS)
 
 
-def size(model: Any, steps: Iterable["Step"], keys: Iterable[str]) -> int | None:
-    """Return an integer of a model's configuration, under the first of ``keys`` that it has; None if it is unknown.
+def size(model: Any, steps: Iterable["Step"], names: Iterable[str]) -> int | None:
+    """Return an integer of a model's configuration, under the first of ``names`` that it has; None if it is unknown.
 
     Args:
         model: The ``model`` group, resolved.
         steps: Steps of the same plan, which may make the model later.
-        keys: Names of the integer in the model families.
+        names: Names of the integer in the model families.
     """
     made = {str(step.folder / "model"): step.config.get("model") for step in steps}
     while isinstance(model, dict) and model.get("path") in made:
@@ -42,7 +42,7 @@ def size(model: Any, steps: Iterable["Step"], keys: Iterable[str]) -> int | None
     if not isinstance(model, dict):
         return None
     shape = model.get("architecture") if model.get("path") is None else read_config(model["path"])
-    found = [shape[key] for key in keys if isinstance(shape, dict) and type(shape.get(key)) is int]
+    found = [shape[name] for name in names if isinstance(shape, dict) and type(shape.get(name)) is int]
     return found[0] if found else None
 
 
@@ -80,6 +80,8 @@ def check_comparison(node: Plain, steps: Iterable["Step"]) -> None:
         context = length(step.config.get("model"), steps) if step.name in (node["before"], node["after"]) else None
         if context is not None and type(longest) is int and longest >= context:
             raise UserError(
-                f"compare.max_new_tokens={longest} leaves no room for a prompt in the context of {context} tokens of "
-                f"{step.name}: type compare.max_new_tokens={context // 2}, or any number below {context}"
+                f"leaves no room for a prompt in the context of {context} tokens of {step.name}",
+                fix=f"type {key('compare.max_new_tokens', context // 2)}, or any number below {context}",
+                option="compare.max_new_tokens",
+                value=longest,
             )

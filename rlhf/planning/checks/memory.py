@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.machine_memory import read_machine_memory
 from rlhf.planning.step import Step
+from rlhf.planning.step_config import name_in_step
 from rlhf.runs.run_directory import Run
 from rlhf.storage.files import read_json
 from rlhf.storage.plain import Plain
@@ -38,11 +39,14 @@ def check_memory(steps: Iterable[Step]) -> None:
             continue
         need = trained_bytes(step.config)
         if need > have:
-            raise UserError(
-                f"{step.name}: weights, gradients and optimizer state take {need / 2**30:.0f} GiB, this machine has "
-                f"{have / 2**30:.0f} GiB: type a smaller model=..., adapter=lora, precision=bf16_true or "
-                f"optimizer=adamw_8bit (or {SWITCH}=0 before the command, to try)"
+            error = UserError(
+                f"weights, gradients and optimizer state need {need / 2**30:.0f} GiB, this machine has "
+                f"{have / 2**30:.0f} GiB",
+                fix=f"type a smaller {key('model', '...')}, {key('adapter', 'lora')}, {key('precision', 'bf16_true')} "
+                f"or {key('optimizer', 'adamw_8bit')} (or {SWITCH}=0 before the command, to try)",
+                where=step.name,
             )
+            raise name_in_step(error, step.own, step.name)
 
 
 def rough_parameters(model: Plain) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf.errors import RLHFError, UserError, UserErrors, suggest
+from rlhf.errors import RLHFError, UserError, UserErrors, closest
 from rlhf.planning import step_config as configs
 from rlhf.planning.root_config import root_config, root_keys
 from rlhf.planning.validation.nodes import node_problems
@@ -57,6 +57,5 @@ def _root_problems(config: dict[str, Any], prefix: str) -> Iterator[RLHFError]:
     for key, value in config.items():
         if key in known or isinstance(value, dict) and "_target_" in value:
             continue
-        hint = suggest(str(key), known, prefix)
-        if hint.startswith(" (did"):
-            yield UserError(f"unknown option{hint}", option=f"{prefix}{key}")
+        if (meant := closest(str(key), known)) is not None:
+            yield UserError(f"unknown option (did you mean {prefix}{meant}?)", option=f"{prefix}{key}")

@@ -67,7 +67,7 @@ def check_node(
             errors += check_base_classes(values[name], parameter.annotation, f"{path}.{name}")
         elif parameter.default is parameter.empty and not node.get("_partial_") and "_args_" not in node:
             fix = f"type {key(f'{path}.{name}', '...')}"
-            errors.append(UserError("required, no value", fix=fix, option=f"{path}.{name}"))
+            errors.append(UserError("is required and has no value", fix=fix, option=f"{path}.{name}"))
     if not errors and dataclasses.is_dataclass(target) and not holds_object(values) and not node.get("_partial_"):
         # A dataclass only holds values, so building it costs nothing and runs the checks of its __post_init__.
         try:

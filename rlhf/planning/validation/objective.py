@@ -28,7 +28,7 @@ def objective_problems(
     chosen = next((o for o, t in offered.items() if t == node["_target_"]), target.__name__)
     fitting = [o for o, t in offered.items() if inspect.isclass(c := load_target(t)) and issubclass(c, wanted)]
     objective = f"objective@{step}.objective" if step else "objective"
-    takes = ", ".join(sorted(fitting)) or "none that is installed"
+    takes = ", ".join(sorted(fitting)) or "no installed option"
     yield UserError(f"stage={stage} does not take {key(objective, chosen)}", fix=f"it takes: {takes}")
 
 

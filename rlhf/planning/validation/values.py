@@ -30,13 +30,11 @@ def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[RLHFError
 
     def child(parent: Any, name: Any, path: str) -> Any:
         if OmegaConf.is_missing(parent, name):
-            errors.append(UserError("no value", fix=f"type {key(prefix + path, '...')}", option=prefix + path))
+            errors.append(UserError("has no value", fix=f"type {key(prefix + path, '...')}", option=prefix + path))
             return UNRESOLVED
         try:
             return plain(parent[name], path)
-        except RLHFError as e:
-            errors.append(UserError(str(e), option=prefix + path))
-        except OmegaConfBaseException as e:
+        except OmegaConfBaseException as e:  # OmegaConf wraps whatever a resolver raises
             errors.append(UserError(first_line(e), option=prefix + path))
         return UNRESOLVED
 
@@ -75,7 +73,8 @@ def value_problems(value: Any, annotation: Any, path: str) -> list[RLHFError]:
     try:
         checked = model(value=value).value
     except ValidationError as e:
-        # pydantic reports every member of a union; equal messages are merged, and the first location is shown.
+        # pydantic reports every member of a union; equal messages are merged, and the first location is shown. Its
+        # messages start with "Input", which the config key before them replaces.
         messages = list(dict.fromkeys(str(x["msg"]).replace("Input should", "should") for x in e.errors()))
         inner = [".".join(str(part) for part in x["loc"][1:] if isinstance(part, int)) for x in e.errors()]
         where = path + (f"[{inner[0]}]" if inner[0] else "")
