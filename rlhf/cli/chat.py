@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     from rlhf.using.chat import Chat
 
-COMMANDS = "/reset forgets the dialogue, /system TEXT starts over with a system message, /quit ends"
+COMMANDS = "/reset clears the dialogue, /system TEXT clears it and sets a system message, /quit exits"
 
 
 def main(argv: list[str]) -> int:
@@ -41,15 +41,15 @@ def main(argv: list[str]) -> int:
     chat.encoded([*chat.messages, Message("user", "a")])  # raises now for a template that cannot render a dialogue
     if sys.stdin.isatty():
         print(f"{found.label}, context of {policy.context_length} tokens. {COMMANDS}.")
-    talk(chat, sys.stdin.isatty())
+    run_dialogue(chat, sys.stdin.isatty())
     if sys.stdin.isatty():
-        too = ["--chat-template", args.chat_template] if args.chat_template else []
-        following = shell("rlhf", "generate", args.run, "--prompts", "FILE", *too)
+        template_option = ["--chat-template", args.chat_template] if args.chat_template else []
+        following = shell("rlhf", "generate", args.run, "--prompts", "FILE", *template_option)
         print(f"next: {following}    # responses to a file of prompts")
     return 0
 
 
-def talk(chat: "Chat", interactive: bool) -> None:
+def run_dialogue(chat: "Chat", interactive: bool) -> None:
     """Read and process turns until the end of the input or /quit."""
     while (line := _read(interactive)) is not None:
         text = line.strip()
@@ -61,14 +61,14 @@ def talk(chat: "Chat", interactive: bool) -> None:
             _command(chat, text)
             continue
         try:
-            for piece in chat.say(text):
+            for piece in chat.respond(text):
                 print(piece, end="", flush=True)
             print(flush=True)
         except UserError as error:
             print(f"({error})", file=sys.stderr, flush=True)
             continue
         except KeyboardInterrupt:  # stops a long response; the turn is dropped
-            print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+            print("\n(interrupted; this turn is dropped)", file=sys.stderr)
             continue
         if chat.cut:
             print(f"({chat.cut})", file=sys.stderr, flush=True)
@@ -88,20 +88,18 @@ def _command(chat: "Chat", text: str) -> None:
     word, _, rest = text.partition(" ")
     if word == "/reset":
         chat.reset()
-        print("(the dialogue starts over)", file=sys.stderr)
+        print("(the dialogue is cleared)", file=sys.stderr)
     elif word == "/system":
         chat.reset(rest.strip())
-        print(f"(the dialogue starts over {'with' if rest.strip() else 'without'} a system message)", file=sys.stderr)
+        print(f"(the dialogue is cleared; {'new' if rest.strip() else 'no'} system message)", file=sys.stderr)
     else:
         print(f"({word}: no such command; {COMMANDS})", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf chat", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "run", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id"
-    )
-    parser.add_argument("--system", help="system message at the start (default: none, or the template's own)")
+    parser.add_argument("run", metavar="RUN", help="run, fingerprint prefix, model directory, GGUF file or hub id")
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: none, or the template's own)")
     options.chat_template(parser, "a model")
     options.sampling(parser, 0.7, 256)
     options.outputs(parser)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.cli.messages import explain
-from rlhf.errors import RLHFError, UserError
+from rlhf.errors import RLHFError, UserError, UserErrors
 from rlhf.planning.plan import plan
 from rlhf.planning.step import Plan
 from rlhf.running import launcher
@@ -57,16 +57,17 @@ def prepare_sweep(argv: list[str]) -> list[str]:
     parser.add_argument("-c", "--cfg")
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
-    asked, rest = parser.parse_known_args(argv)
-    if asked.cfg not in (None, "job"):
-        raise UserError(f"--cfg {asked.cfg}: a sweep shows the configs of its jobs; type --cfg job, or leave out -m")
-    show = None if asked.cfg is None else partial(_config_text, package=asked.package, resolve=asked.resolve)
+    args, rest = parser.parse_known_args(argv)
+    if args.cfg not in (None, "job"):
+        problem = "a sweep shows the configs of its jobs"
+        raise UserError(problem, fix="type --cfg job, or leave out -m", option="--cfg", value=args.cfg)
+    show = None if args.cfg is None else partial(_config_text, package=args.package, resolve=args.resolve)
     launcher.prepare = partial(_prepare, show=show)
-    return argv if asked.cfg is None else rest
+    return argv if args.cfg is None else rest
 
 
 def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig], str] | None) -> None:
-    """Plan every job; raise UserError with all problems, or end the process if this is a dry run."""
+    """Plan every job; raise `UserErrors` with all problems, or end the process if this is a dry run."""
     problems: dict[str, list[int]] = {}
     for number, (overrides, load) in enumerate(jobs):
         words = list(filter_overrides(overrides))
@@ -82,10 +83,10 @@ def _prepare(jobs: Sequence[tuple[list[str], Load]], show: Callable[[DictConfig]
                 text = "\n".join(describe(made)) if show is None else show(root)
                 print(f"# job {number}: {' '.join(words)}\n{text}", flush=True)
         except (RLHFError, HydraException, OmegaConfBaseException) as error:
-            for line in explain(error, words).splitlines():
+            for line in explain(error, words).lines:
                 problems.setdefault(line, []).append(number)
     if problems:
-        raise UserError("\n".join(line + _of_jobs(numbers, len(jobs)) for line, numbers in problems.items()))
+        raise UserErrors(UserError(line + _of_jobs(numbers, len(jobs))) for line, numbers in problems.items())
     if show is not None or requested():
         raise SystemExit(0)
 
@@ -100,7 +101,8 @@ def _of_jobs(numbers: list[int], count: int) -> str:
 def _config_text(root: DictConfig, package: str | None, resolve: bool) -> str:
     node = OmegaConf.select(root, package, throw_on_missing=False) if package else root
     if node is None:
-        raise UserError(f"--package {package}: not in the config; rlhf ... --cfg job shows what is")
+        fix = "type rlhf ... --cfg job to see it"
+        raise UserError("is not in the config", fix=fix, option="--package", value=package)
     return OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else str(node)
 
 

@@ -39,19 +39,19 @@ def main(argv: list[str]) -> int:
     references = _references(args.reference, [*policies, *([against] if against else [])], args.outputs)
     world = next((node for one in policies if one.run and (node := named.testbed(one.run))), None)
     if args.prompts is None and world is None:
-        raise UserError("these models did not learn from the testbed: type --prompts FILE to say what they are asked")
+        raise UserError("none of these models was trained on the testbed, so it needs prompts", "type --prompts FILE")
     source = args.prompts or "testbed"
     gold = source == "testbed"
     if judge is not None and against is None:
-        raise UserError("--judge compares two policies: type --against RUN to say with which")
+        raise UserError("compares two policies", fix="type --against RUN", option="--judge")
     if against is not None and not (gold or scorer or judge):
-        raise UserError("--against: nothing says which response is better; type --reward-model RUN or --judge MODEL")
+        fix = "type --reward-model RUN or --judge MODEL"
+        raise UserError("needs a model that decides which response is better", fix=fix, option="--against")
     prompts = load_prompts(source, world, args.limit)
-    for line in contamination.check_models(
-        prompts, [one.path for one in (*policies, against, scorer) if one is not None]
-    ):
-        told = line.replace("held-out prompts", "prompts").partition("; ")[0]
-        console.say(f"{told}; type --prompts FILE with prompts that it has not seen", "yellow")
+    measured_models = [one.path for one in (*policies, against, scorer) if one is not None]
+    other_prompts = "type --prompts FILE with prompts that it was not trained on"
+    for line in contamination.check_models(prompts, measured_models, "prompts", other_prompts):
+        console.say(line, "yellow")
     texts = load_documents("text", args.text, world, args.limit, "--text") if args.text else []
     dialogues = (
         load_documents("demonstration", args.demonstrations, world, args.limit, "--demonstrations")
@@ -133,10 +133,10 @@ def _measure(
         except UserError as error:  # the lineage names a model that is missing; the other metrics do not need it
             for one in measured:
                 if references.get(one.path) == reference:
-                    one.notes.append(f"no KL: {error}; --reference MODEL names another")
+                    one.notes.append(f"no KL: {error}; type --reference MODEL for another")
     for one in measured if references else ():
         if one.path not in references:
-            one.notes.append("no KL: no model is known that it started from; --reference MODEL names one")
+            one.notes.append("no KL: the model that it started from is unknown; type --reference MODEL")
         elif task.temperature == 0:
             one.notes.append("no KL: at temperature 0 responses are not samples of the policy")
     if gold:
@@ -154,18 +154,20 @@ def _wins(
     """Add the win rates of the other policies against the baseline, by gold reward, reward model and judge."""
     from rlhf.evaluation.wins import Judge, by_scores
 
-    asked = Judge(judge.path, args.judge_template, args.outputs / "judge", args.batch_size) if judge else None
+    compare = Judge(judge.path, args.judge_template, args.outputs / "judge", args.batch_size) if judge else None
     for one in measured:
         if one is baseline:
             continue
         for name in ("gold", "reward"):
             if name in one.values:
                 one.values[f"win_{name}"] = by_scores(one.values[name], baseline.values[name])
-        if asked is not None:
-            before, same = asked.asked, asked.same_place
-            one.values["win_judge"] = asked(task.prompts, one.texts, baseline.texts)
-            pairs, same = asked.asked - before, asked.same_place - same
-            one.notes.append(f"the judge preferred the same place in both orders for {same} of {pairs} pairs: ties")
+        if compare is not None:
+            before, same = compare.asked, compare.same_place
+            one.values["win_judge"] = compare(task.prompts, one.texts, baseline.texts)
+            pairs, same = compare.asked - before, compare.same_place - same
+            one.notes.append(
+                f"the judge preferred the same position in both orders for {same} of {pairs} pairs, which count as ties"
+            )
 
 
 def _result(one: "Measured", baseline: "Measured") -> "Result":
@@ -211,8 +213,8 @@ def _next(
 ) -> list[tuple[str, str]]:
     last = args.runs[-1]
     found = [
-        (shell("rlhf", "chat", last, *template), "talk with it"),
-        (shell("rlhf", "export", last, "--to", "FOLDER"), "take it elsewhere"),
+        (shell("rlhf", "chat", last, *template), "chat with it"),
+        (shell("rlhf", "export", last, "--to", "FOLDER"), "export it"),
     ]
     if against is None and everyone[-1].run is not None:
         found.insert(0, (shell("rlhf", "eval", last, "--against", "RUN", *template), "win rate against another run"))
@@ -222,19 +224,19 @@ def _next(
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf eval", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id")
-    add("--prompts", metavar="FILE", help="what is asked, in any format of rlhf's data (default: testbed's held-out "
-        "prompts where a run's lineage is the testbed)")  # fmt: skip
+    add("runs", nargs="+", metavar="RUN", help="run, fingerprint prefix, model directory, GGUF file or hub id")
+    add("--prompts", metavar="FILE", help="prompts, in any of rlhf's data formats (default: the testbed's held-out "
+        "prompts, for runs whose lineage is the testbed)")  # fmt: skip
     options.count(parser, "--limit", 400, "prompts and documents used, the first ones (default: 400)")
     add("--against", metavar="RUN", help="policy that the others are compared with: win rates and paired differences")
     add("--reward-model", "--reward_model", metavar="RUN", help="reward model that scores the responses")
-    add("--judge", metavar="MODEL", help="language model that is shown both responses, in both orders")
+    add("--judge", metavar="MODEL", help="language model that compares both responses, in both orders")
     add("--judge-template", metavar="T", default="instruction", help="short, instruction, or a text file with "
         "{prompt}, {first} and {second} (default: instruction)")  # fmt: skip
-    add("--reference", metavar="MODEL", help="what KL is measured against, none for no KL (default: what each run "
-        "started from)")  # fmt: skip
+    add("--reference", metavar="MODEL", help="model that KL is measured against, none for no KL (default: the model "
+        "that each run started from)")  # fmt: skip
     add("--text", metavar="FILE", help="plain text whose perplexity is measured; testbed for its held-out text")
-    add("--demonstrations", metavar="FILE", help="dialogues; perplexity of what the assistant says in them")
+    add("--demonstrations", metavar="FILE", help="dialogues; the perplexity of their assistant turns is measured")
     options.chat_template(parser, "those of the policies")
     options.longest(parser, None, f"{TESTBED_RESPONSE} on the testbed, else {RESPONSE}")
     options.temperature(parser, 1.0)

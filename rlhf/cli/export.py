@@ -1,4 +1,4 @@
-"""Export a model: rlhf export RUN --to FOLDER writes a Hugging Face folder with a model card.
+"""Export a model: rlhf export RUN --to FOLDER writes a Hugging Face directory with a model card.
 
 Plain transformers (for an adapter: peft) loads it and generates the same greedy tokens.
 """
@@ -25,8 +25,10 @@ def main(argv: list[str]) -> int:
     model = named.model(args.run, args.outputs)
     if named.scalar(model.path) and lacks_template(model.path):
         raise UserError(
-            f"RUN={args.run}: its tokenizer has no chat template, through which a reward model reads dialogues; put "
-            f"one into {Path(model.path) / 'chat_template.jinja'}"
+            "its tokenizer has no chat template, which a reward model needs to read dialogues",
+            fix=f"put one into {Path(model.path) / 'chat_template.jinja'}",
+            option="RUN",
+            value=args.run,
         )
     found = export(model, args.to, args.merge, args.force)
     if lacks_template(str(found.folder)):
@@ -43,11 +45,11 @@ def main(argv: list[str]) -> int:
         console.say(note)
     print(f"\n{found.folder}\n{found.folder / 'README.md'}    # lineage, metrics, and the code that loads it")
     following = (
-        [(shell("rlhf", "chat", found.folder), "talk with what was exported")] if found.kind != "reward_model" else []
+        [(shell("rlhf", "chat", found.folder), "chat with the exported model")] if found.kind != "reward_model" else []
     )
     if found.kind == "reward_model":
         following = [
-            (shell("rlhf", "eval", "RUN", "--reward-model", found.folder), "score a policy with what was exported")
+            (shell("rlhf", "eval", "RUN", "--reward-model", found.folder), "score a policy with the exported model")
         ]
     console.print_next_commands(following)
     return 0
@@ -64,14 +66,16 @@ def _end_id(folder: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf export", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "run", metavar="RUN", help="run of a policy or a reward model, model folder, GGUF file or hub id"
+        "run", metavar="RUN", help="run of a policy or a reward model, model directory, GGUF file or hub id"
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where; must be empty")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="directory to write; must be empty")
     parser.add_argument(
-        "--merge", action="store_true", help="all weights with the adapter in them (default: the adapter alone, if any)"
+        "--merge",
+        action="store_true",
+        help="merge the adapter into the weights (default: write the adapter alone)",
     )
-    parser.add_argument("--force", action="store_true", help="write over a model that is in the folder")
-    parser.add_argument("--license", metavar="ID", help="for the card, such as apache-2.0 (default: unknown)")
+    parser.add_argument("--force", action="store_true", help="replace a model that is in the directory")
+    parser.add_argument("--license", metavar="ID", help="licence in the card, such as apache-2.0 (default: unknown)")
     options.outputs(parser)
     return parser
 

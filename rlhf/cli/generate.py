@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     file = ResponseFile(args.out or default, settings, args.samples)
     with file.writing(args.force) as done:
         if done == len(prompts):
-            console.say(f"{file.path} is complete; --force writes it anew")
+            console.say(f"{file.path} is complete; type --force to write it again")
         else:
             with templates.as_typed(bool(args.chat_template)):
                 _write(found.path, prompts, file, done, args)
@@ -61,14 +61,14 @@ def main(argv: list[str]) -> int:
     tokens = sum(row["tokens"] for row in rows) / len(rows)
     likely = sum(row["logprob"] for row in rows) / len(rows)
     console.say(
-        f"{len(rows)} responses to {len(prompts)} prompts: {tokens:.1f} tokens on average, {100 * ended:.0f}% came to "
-        f"their end, mean log-probability {likely:.2f}"
+        f"{len(rows)} responses to {len(prompts)} prompts: {tokens:.1f} tokens on average, {100 * ended:.0f}% ended "
+        f"with end-of-turn, mean log-probability {likely:.2f}"
     )
     console.say(f"\n{file.path}\n{file.meta}")
-    too = ["--chat-template", args.chat_template] if args.chat_template else []
-    measure = shell("rlhf", "eval", args.run, "--prompts", args.prompts, *too)
-    talk = shell("rlhf", "chat", args.run, *too)
-    console.print_next_commands([(measure, "measure them: length, KL, reward, wins"), (talk, "talk with it")])
+    template_option = ["--chat-template", args.chat_template] if args.chat_template else []
+    measure = shell("rlhf", "eval", args.run, "--prompts", args.prompts, *template_option)
+    chat = shell("rlhf", "chat", args.run, *template_option)
+    console.print_next_commands([(measure, "measure them: length, KL, reward, win rates"), (chat, "chat with it")])
     return 0
 
 
@@ -81,7 +81,7 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
     policy = load_policy(path, args.chat_template)
     longest = room(policy, prompts, args.max_new_tokens)
     if args.max_new_tokens is None:
-        print(f"at most {longest} tokens a response (context {policy.context_length}; --max-new-tokens sets it)")
+        print(f"at most {longest} tokens per response (context {policy.context_length}; --max-new-tokens sets it)")
     sampler = SeededSampler(longest, args.temperature, args.top_k, args.top_p, args.samples, args.batch_size)
     if done % sampler.prompts_at_once:
         # A partial batch would be padded differently, which changes the last digits of its log-probabilities.
@@ -99,22 +99,20 @@ def _write(path: str, prompts: list[Any], file: Any, done: int, args: argparse.N
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf generate", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "run", metavar="RUN", help="run directory, fingerprint prefix, model folder, GGUF file or hub id"
-    )
+    parser.add_argument("run", metavar="RUN", help="run, fingerprint prefix, model directory, GGUF file or hub id")
     parser.add_argument(
         "--prompts",
         required=True,
         metavar="FILE",
-        help="prompts, demonstrations or comparisons (jsonl, json, parquet, .gz), a text file with one prompt a line, "
+        help="prompts, demonstrations, comparisons (jsonl, json, parquet, .gz), a text file with one prompt per line, "
         "a glob, a data set of the hub, or testbed (its held-out prompts)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where (default: in OUTPUTS/generations)")
-    parser.add_argument("--force", action="store_true", help="write over a file that something else has made")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="output file (default: in OUTPUTS/generations)")
+    parser.add_argument("--force", action="store_true", help="overwrite a file that was made with other settings")
     options.count(parser, "--samples", 1, "responses per prompt (default: 1)", most=100_000)
     options.count(parser, "--limit", None, "only the first N prompts")
     options.chat_template(parser, "a model")
-    options.sampling(parser, 1.0, None, "128, or what the longest prompt leaves of the context")
+    options.sampling(parser, 1.0, None, "128, or what remains of the context after the longest prompt")
     options.batch_size(parser, 64)
     options.outputs(parser)
     return parser

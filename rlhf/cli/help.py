@@ -9,16 +9,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from rlhf import __version__, discovery
+from rlhf.errors import UserError
 
 # Groups listed first, each with a description of its options.
 LEADING = {
     "stage": "one algorithm",
-    "pipeline": "several stages in order, each fed by the ones before",
+    "pipeline": "several stages in order; each reads the results of earlier ones",
     "experiment": "a named set of overrides",
     "sweep": "a named set of sweeps (implies -m)",
     "debug": "make any run tiny",
 }
 HIDDEN = ("hydra",)
+
+
+class UsageError(UserError):
+    """Error for a command line that names neither a stage nor a pipeline; its text is the page of `usage`."""
 
 
 def options() -> dict[str, dict[str, str]]:
@@ -53,15 +58,18 @@ def front() -> str:
     everything = options()
     stages, pipelines = list(everything.get("stage", {})), list(everything.get("pipeline", {}))
     stage, pipeline = _pick(stages, "sft", "STAGE"), _pick(pipelines, "instructgpt", "PIPELINE")
+    examples = {
+        f"rlhf pipeline={pipeline}": "run a pipeline; finished steps are reused",
+        f"rlhf stage={stage} optimizer.lr=1e-4": "run one stage with a changed value",
+        f"rlhf stage={stage} seed=0,1,2 -m": "sweep: every combination of comma-separated values",
+        f"rlhf stage={stage} --help": "print every hyperparameter of a stage, with its meaning",
+        "rlhf ... --cfg job": "print the config and run nothing",
+        "rlhf ... --dry-run": "validate, print what would run, and run nothing",
+    }
     lines = [
         f"rlhf {__version__}: experiments in reinforcement learning from human feedback",
         "",
-        f"  rlhf pipeline={pipeline}                    run a pipeline; finished steps are reused",
-        f"  rlhf stage={stage} optimizer.lr=1e-4              run one stage with a changed value",
-        f"  rlhf stage={stage} seed=0,1,2 -m                  sweep: every combination of comma-separated values",
-        f"  rlhf stage={stage} --help                         every hyperparameter of a stage, with its meaning",
-        "  rlhf ... --cfg job                           print the config and run nothing",
-        "  rlhf ... --dry-run                           validate, print what would run, and run nothing",
+        *(f"  {command:<44} {meaning}" for command, meaning in examples.items()),
         "",
         "commands:",
         *(f"  rlhf {name:<9} {text}" for name, text in subcommands().items()),
@@ -118,7 +126,7 @@ def chosen(overrides: list[str]) -> str:
     ]:
         for option in discovery.options(conf):
             places.setdefault(option, (conf / f"{option}.yaml", provider))
-    lines = [f"rlhf {' '.join(overrides)}: what it is made of. Change a value with KEY=VALUE."]
+    lines = [f"rlhf {' '.join(overrides)}: every option that it chooses. Change a value with KEY=VALUE."]
     for key, option in config.hydra.runtime.choices.items():
         group, _, package = str(key).partition("@")
         found = places.get(f"{group}/{option}")

@@ -1,9 +1,9 @@
 """Inspect a config before training: rlhf inspect data | batch | template | plan KEY=VALUE... (as for a run).
 
-rlhf inspect data stage=sft data=alpaca data.source=FILE     records: read, dropped and why, lengths
-rlhf inspect batch stage=sft --step 3 --rows 2               a batch as the stage sees it: tokens, mask, positions
+rlhf inspect data stage=sft data=alpaca data.source=FILE     rows read and dropped, with reasons; lengths
+rlhf inspect batch stage=sft --step 3 --rows 2               the batch of a training step: tokens, mask, positions
 rlhf inspect template model=smollm2_135m                     the chat template with its mask
-rlhf inspect plan pipeline=instructgpt                       steps, parameters, memory, and all amounts
+rlhf inspect plan pipeline=instructgpt                       steps, parameters, memory, amounts of work
 """
 
 import argparse
@@ -21,15 +21,15 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_args(list(argv))
     if options.page not in PAGES:
-        hint = suggest(str(options.page), PAGES) if options.page else f" (one of: {', '.join(PAGES)})"
-        raise UserError(f"rlhf inspect {options.page or ''}: no such page{hint}".replace("  ", " ").replace(" :", ":"))
+        if not options.page:
+            raise UserError("rlhf inspect: names no page", fix=f"type one of: {', '.join(PAGES)}")
+        raise UserError(f"rlhf inspect {options.page}: no such page{suggest(options.page, PAGES)}")
     words = [word for word in [*options.words, *unknown] if not word.startswith("step=")]
     for word in words:
         if word.startswith("-") or not ("=" in word or word.startswith(("+", "~"))):
-            instead = (
-                "an option of a run (inspect looks at one config)" if word in ("-m", "--multirun") else "KEY=VALUE"
-            )
-            raise UserError(f"rlhf inspect {options.page} {word}: expected KEY=VALUE as for a run, not {instead}")
+            is_sweep = word in ("-m", "--multirun")
+            problem = "shows one config, not a sweep" if is_sweep else "must be KEY=VALUE, as for a run"
+            raise UserError(f"rlhf inspect {options.page} {word}: {problem}", fix="leave it out" if is_sweep else "")
     named = [word.removeprefix("step=") for word in options.words if word.startswith("step=")]
     step = named[-1] if named else None
 
@@ -60,12 +60,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("page", nargs="?", metavar="data|batch|template|plan", help="what to look at")
+    parser.add_argument("page", nargs="?", metavar="data|batch|template|plan", help="page to print")
     parser.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="as for a run; step=NAME: a step of a pipeline [its last]"
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as for a run; step=NAME selects a step of a pipeline [the last]",
     )
-    options.amount(parser, "--rows", 3, "data, batch: how many to print [3]")
-    options.amount(parser, "--step", 0, "batch: of this training step, from 0 [0]")
+    options.amount(parser, "--rows", 3, "data, batch: number of records or rows to print [3]")
+    options.amount(parser, "--step", 0, "batch: training step whose batch is printed, from 0 [0]")
     return parser
 
 

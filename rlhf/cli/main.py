@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
             return 1
         return int(e.code or 0)
     except KeyboardInterrupt:
-        print("interrupted; type the same command again to go on", file=sys.stderr)
+        print("interrupted; type the same command again to continue", file=sys.stderr)
         return 130
     except Exception as e:
         _restore(debug)
@@ -87,12 +87,12 @@ def dispatch(argv: list[str]) -> int:
         return 2
     if not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
         return subcommand(argv)
-    asked = next((word for word in argv if word.startswith("query=")), None)
-    if asked is not None and {"-sc", "--shell-completion"} & set(argv):
+    shell_query = next((word for word in argv if word.startswith("query=")), None)
+    if shell_query is not None and {"-sc", "--shell-completion"} & set(argv):
         from rlhf.cli import complete
 
         register()
-        print(complete.query(asked.partition("=")[2], os.environ.get("COMP_LINE", "")))
+        print(complete.query(shell_query.partition("=")[2], os.environ.get("COMP_LINE", "")))
         return 0
 
     with discovery.lookup_cache.open():
@@ -162,14 +162,13 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
     words = argv if argv is not None else list(HydraConfig.get().overrides.task)
     try:
         if "stage" not in config and "steps" not in config:
-            from rlhf.cli.help import usage
+            from rlhf.cli.help import UsageError, usage
 
             chosen = " ".join(word for word in words if word.startswith(("~", "stage=", "pipeline=", "experiment=")))
-            raise UserError(
-                f"{chosen}: leaves neither a stage nor a pipeline; type stage=NAME or pipeline=NAME, or leave it out"
-                if chosen
-                else usage(words)
-            )
+            if not chosen:
+                raise UsageError(usage(words))
+            fix = "type stage=NAME or pipeline=NAME, or leave it out"
+            raise UserError(f"{chosen}: leaves neither a stage nor a pipeline", fix=fix)
         if dry_run.requested():
             dry_run.show(config, list(HydraConfig.get().overrides.task))
             return None
@@ -185,7 +184,7 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise error from None
         status = report(error, debug, words)
-        write_result({"status": "failed", "error": explain(error, words)})
+        write_result({"status": "failed", "error": str(explain(error, words))})
         raise SystemExit(status) from None
     write_result({"status": "finished", "value": value})
     return value
@@ -211,7 +210,7 @@ def subcommand(argv: list[str]) -> int:
     if name not in known:
         stages = [o.split("/")[1] for p in discovery.discover()[0] for o in p.options() if o.startswith("stage/")]
         hint = f" (did you mean stage={name}?)" if name in stages else suggest(name, known)
-        raise UserError(f"{name}: no such command{hint}; rlhf --help lists everything")
+        raise UserError(f"{name}: no such command{hint}", fix="type rlhf --help for a list")
     return import_module(f"rlhf.cli.{name}").main(argv[1:]) or 0
 
 
@@ -221,16 +220,17 @@ def report(error: BaseException, debug: bool, argv: list[str] | None = None) -> 
     A traceback precedes it if HYDRA_FULL_ERROR=1, and, for errors that the user cannot fix, in a sweep, whose terminal
     output goes to a log file.
     """
+    from rlhf.cli.help import UsageError
+
     user_can_fix = status_of(error) == 2
     if debug or (os.environ.get(RESULT) and not user_can_fix):
         traceback.print_exception(error)
     head = "config error" if isinstance(error, HydraException | OmegaConfBaseException) else "error"
-    lines = [shorten(line) for line in explain(error, argv).splitlines()] or [type(error).__name__]
-    if isinstance(error, UserError) and lines[0].startswith("usage:"):
-        print("\n".join(lines), file=sys.stderr)
+    if isinstance(error, UsageError):
+        print(shorten(str(error)), file=sys.stderr)
         return 2
-    for line in lines:
-        print(f"{head}: {line}", file=sys.stderr)
+    for line in explain(error, argv).lines:
+        print(f"{head}: {shorten(line)}", file=sys.stderr)
     if not isinstance(error, RLHFError) and not user_can_fix and not debug:
         print(f"type {FULL_ERROR}=1 before the command to see where it happened", file=sys.stderr)
     return status_of(error)
@@ -245,11 +245,11 @@ def status_of(error: BaseException) -> int:
     return 2 if user_fixable(error) else 1
 
 
-def explain(error: BaseException, argv: list[str] | None = None) -> str:
-    """Return an error as text, one line for each problem (`rlhf.cli.messages.explain`, imported late)."""
-    from rlhf.cli.messages import explain as words
+def explain(error: BaseException, argv: list[str] | None = None) -> RLHFError:
+    """Call `rlhf.cli.messages.explain`, which is imported late."""
+    from rlhf.cli import messages
 
-    return words(error, argv or [])
+    return messages.explain(error, argv or [])
 
 
 def _restore(value: str | None) -> None:

@@ -1,4 +1,8 @@
-"""Errors of Hydra and OmegaConf as one line that says what to type."""
+"""Conversion of any exception to an `RLHFError`; those of Hydra and OmegaConf get a fix to type.
+
+The exceptions of Hydra and OmegaConf have no fields for most of what they report, so this module reads their sentences.
+No other module does.
+"""
 
 import re
 import traceback
@@ -17,10 +21,13 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rlhf import discovery
 from rlhf.cli import suggestions
-from rlhf.errors import RLHFError, first_line, os_error_line, suggest
+from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error_line, suggest
 
 _OF_THE_USER = (HydraException, OmegaConfBaseException, OSError, YAMLError)
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
+_PER_STEP = "each step of a pipeline has its own"
+_NO_STAGE = "no stage with this group is chosen"
+_ADD_STAGE = "type stage=NAME or pipeline=NAME too"
 
 
 def user_fixable(error: BaseException) -> bool:
@@ -30,8 +37,8 @@ def user_fixable(error: BaseException) -> bool:
     return isinstance(error, _OF_THE_USER) or _while_composing(error) is not None
 
 
-def explain(error: BaseException, argv: list[str]) -> str:
-    """Return an error as text, one line for each problem.
+def explain(error: BaseException, argv: list[str]) -> RLHFError:
+    """Return an error with what is wrong and what to type; an `RLHFError` is returned as it is.
 
     Args:
         error: The exception.
@@ -40,31 +47,31 @@ def explain(error: BaseException, argv: list[str]) -> str:
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, RLHFError):
-            return str(link)
+            return link
     # Hydra's error for a missing option is also an OSError.
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return os_error_line(error)
+        return UserError(os_error_line(error))
     for link in chain:
         if isinstance(link, YAMLError):
-            return f"{_yaml_error(link)}; correct the YAML file"
+            return UserError(_yaml_problem(link), fix="correct the YAML file")
     if (composing := _while_composing(error)) is not None:
         return composing
     if not user_fixable(error):
         text = str(error).strip()
-        return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        return RunFailed(f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__)
     for link in chain:
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             return _no_such_option(link, argv)
         if isinstance(link, OverrideParseException):
             reason = f"cannot be read as KEY=VALUE ({first_line(link)})"
-            return f"{link.override}: {reason}; quote special characters: 'KEY=\"a,b\"'"
+            return UserError(f"{link.override}: {reason}", fix="quote special characters: 'KEY=\"a,b\"'")
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return _omegaconf(link, argv)
     for link in chain:
         if isinstance(link, ConfigCompositionException) and str(link):
             return _composition(str(link), argv)
-    return first_line(error)
+    return UserError(first_line(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -73,8 +80,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _while_composing(error: BaseException) -> str | None:
-    """Return a message for a plain Python error raised by Hydra while it composed the config; None for other errors.
+def _while_composing(error: BaseException) -> UserError | None:
+    """Return an error for a plain Python error raised by Hydra while it composed the config; None for other errors.
 
     An error raised between our call of Hydra and the first frame of our own code is caused by YAML files or arguments.
     """
@@ -95,34 +102,37 @@ def _while_composing(error: BaseException) -> str | None:
     )
     if not isinstance(error, RecursionError):
         place = f"{read[-1]}.yaml" if read else "the config"
-        return f"{place}: cannot be read ({first_line(error)}); correct the YAML file, or the word that chooses it"
+        fix = "correct the YAML file, or the override that chooses it"
+        return UserError(f"{place}: cannot be read ({first_line(error)})", fix=fix)
     if len(set(included)) < len(included):
-        return f"{included[-1]}.yaml: its defaults list leads back to itself; take the entry out"
-    return f"{read[-1]}.yaml: nested too deeply to be read; correct the YAML file" if read else None
+        return UserError(f"{included[-1]}.yaml: its defaults list is circular", fix="remove an entry")
+    return UserError(f"{read[-1]}.yaml: is nested too deeply", fix="correct the YAML file") if read else None
 
 
-def _yaml_error(error: YAMLError) -> str:
+def _yaml_problem(error: YAMLError) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: not YAML ({error.problem})"
-    return f"not YAML ({first_line(error)})"
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: is not YAML ({error.problem})"
+    return f"the config is not YAML ({first_line(error)})"
 
 
-def _no_such_option(error: MissingConfigException, argv: list[str]) -> str:
+def _no_such_option(error: MissingConfigException, argv: list[str]) -> UserError:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     if not group:
-        return first_line(error)
+        return UserError(first_line(error))
     options = [o for o in error.options or [] if o != "_self_"]
     # The group as typed, with its @package.
     typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
     package = typed.partition("@")[2]
-    other = [] if option in options else suggestions.elsewhere(option, group, package, argv)
-    if other:
-        return f"{typed}={option}: no such option; {option} is {' or '.join(other)}"
-    return f"{typed}={option}: no such option{suggest(option, suggestions.fitting(group, package, options, argv))}"
+    others = {} if option in options else suggestions.elsewhere(option, group, package, argv)
+    if others:
+        problem = f"no such option ({option} is {' or '.join(others)})"
+        return UserError(problem, fix=f"type {' or '.join(others.values())}", option=typed, value=option)
+    hint = suggest(option, suggestions.fitting(group, package, options, argv))
+    return UserError(f"no such option{hint}", option=typed, value=option)
 
 
-def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
+def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> UserError:
     key = str(error.full_key or "")
     reason = first_line(error)
     if "is not in struct" in reason:
@@ -131,28 +141,38 @@ def _omegaconf(error: OmegaConfBaseException, argv: list[str]) -> str:
         above, _, word = key.rpartition(".")
         if above:
             value = next((w.partition("=")[2] for w in argv if w.lstrip("+~").startswith(f"{key}=")), "...")
-            return f"{key}: unknown option{suggestions.suggest_key(word, keys, parent, above, value)}"
+            return _unknown_key(key, suggestions.suggest_key(word, keys, parent, above, value))
         return _unknown_root(key, keys, argv, parent)
     if isinstance(error, InterpolationResolutionError) and not key:
-        return reason
-    return f"{key}: {reason}" if key and not reason.startswith(key) else reason
+        return UserError(reason)
+    return UserError(reason, option="" if reason.startswith(key) else key)
 
 
-def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = None) -> str:
-    """Return the message for a root key that the chosen stage or pipeline does not have."""
+def _unknown_key(key: str, suggestion: suggestions.Suggestion) -> UserError:
+    return UserError(f"unknown option{suggestion.hint}", fix=suggestion.fix, option=key)
+
+
+def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = None) -> UserError:
+    """Return the error for a root key that the chosen stage or pipeline does not have."""
     word = next((w for w in argv if w.lstrip("+~").split("=")[0].split(".")[0] == key), key)
-    if instead := suggestions.of_root_key(key, word, suggestions.chosen(argv)):
-        return f"{word}: a pipeline's steps have their own; type {instead}"
+    if places := suggestions.of_root_key(key, word, suggestions.chosen(argv)):
+        return _wrong_word(word, _PER_STEP, f"type {' or '.join(places)}")
     if key in discovery.group_names():
         chosen = next((w for w in argv if _CHOICE.match(w)), None)
         if chosen is None:
-            return f"{key}: no stage is chosen that has it; type stage=NAME or pipeline=NAME before it"
-        return f"{key}: {chosen} has no such group{suggest(key, keys)}"
+            return UserError(_NO_STAGE, fix=_ADD_STAGE, option=key)
+        return UserError(f"{chosen} has no such group{suggest(key, keys)}", option=key)
     known = sorted({*keys, *discovery.group_names()} - {"hydra"})
-    return f"{key}: unknown option{suggestions.suggest_key(key, known, root, '', word.partition('=')[2])}"
+    return _unknown_key(key, suggestions.suggest_key(key, known, root, "", word.partition("=")[2]))
 
 
-def _composition(text: str, argv: list[str]) -> str:
+def _wrong_word(word: str, problem: str, fix: str = "") -> UserError:
+    """Return the error for a word KEY=VALUE of the command line."""
+    option, equals, value = word.partition("=")
+    return UserError(problem, fix, option, value) if equals else UserError(problem, fix, option)
+
+
+def _composition(text: str, argv: list[str]) -> UserError:
     line = next((x for x in text.splitlines() if x.strip()), text)
     override = re.match(r"Could not override '([^']+)'", line)
     if override:
@@ -165,22 +185,23 @@ def _composition(text: str, argv: list[str]) -> str:
             if group == "stage":
                 places = list(made.steps)
             elif f"{package}.{group}" in places:
-                return f"{word}: nothing to override there; type {group}@{package}.{group}={option}"
+                return _wrong_word(word, f"no {group} at {package}", f"type {group}@{package}.{group}={option}")
             elif made.at_root(group):
-                return f"{word}: nothing to override there; the group is at the root: type {group}={option}"
-            return f"{word}: nothing to override there{suggest(package, places, f'{group}@')}"
+                return _wrong_word(word, f"{group} is a group of the root", f"type {group}={option}")
+            return _wrong_word(word, f"no {group} at {package}{suggest(package, places, f'{group}@')}")
         if places:
             choices = " or ".join(f"{group}@{place}={option}" for place in places)
-            return f"{word}: a pipeline's steps have their own; type {choices}"
+            return _wrong_word(word, _PER_STEP, f"type {choices}")
         if group in discovery.group_names() and not any(_CHOICE.match(w) for w in argv):
-            return f"{word}: no stage is chosen that has this group; type stage=NAME or pipeline=NAME before it"
+            return _wrong_word(word, _NO_STAGE, _ADD_STAGE)
         if group in discovery.group_names():
-            return f"{word}: the chosen stage has no group {group}; name a stage that has, or leave it out"
-        return f"{word}: no such group{suggest(group, discovery.group_names())}"
+            fix = f"type a stage that reads {group}, or leave it out"
+            return _wrong_word(word, f"the chosen stage has no group {group}", fix)
+        return _wrong_word(word, f"no such group{suggest(group, discovery.group_names())}")
     sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", line)
     if sweep:
-        return f"{sweep[1]}: several values are a sweep; add -m"
+        return _wrong_word(sweep[1], "several values are a sweep", "add -m")
     match = re.search(r"Key '([^']+)' is not in struct", text)
     if match:
-        return f"{match[1]}: unknown option"
-    return line.strip()
+        return UserError("unknown option", option=match[1])
+    return UserError(line.strip())

@@ -13,53 +13,56 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage and ending the process."""
-        raise UserError(f"{self.prog}: {message}; type {self.prog} --help")
+        raise UserError(f"{self.prog}: {message}", fix=f"type {self.prog} --help")
 
 
 def outputs(parser: argparse.ArgumentParser) -> None:
     """Add --outputs, the directory of all runs."""
-    what = "folder of all results (default: outputs)"
+    what = "directory of all results (default: outputs)"
     parser.add_argument("--outputs", type=_folder, default=Path("outputs"), metavar="FOLDER", help=what)
 
 
-def sampling(parser: argparse.ArgumentParser, default: float, max_new_tokens: int | None, said: str = "") -> None:
+def sampling(
+    parser: argparse.ArgumentParser, default: float, max_new_tokens: int | None, description: str = ""
+) -> None:
     """Add the options of sampling, named as in transformers' generation config, spelled with - or _."""
-    longest(parser, max_new_tokens, said)
+    longest(parser, max_new_tokens, description)
     temperature(parser, default)
-    _both(parser, "--top-k", type=_whole(0), default=0, metavar="K", help="only the K likeliest tokens (default: all)")
+    what = "sample only from the K most likely tokens (default: all)"
+    _both(parser, "--top-k", type=_whole(0), default=0, metavar="K", help=what)
     _both(
         parser,
         "--top-p",
         type=_share,
         default=1.0,
         metavar="P",
-        help="only the likeliest tokens that have probability P together (default: 1, all)",
+        help="sample only from the most likely tokens with total probability P (default: 1, all)",
     )
     seed(parser)
 
 
-def longest(parser: argparse.ArgumentParser, default: int | None, said: str = "") -> None:
-    """Add --max-new-tokens, the maximum length of a response in tokens."""
-    what = f"longest response, tokens (default: {default or said})"
+def longest(parser: argparse.ArgumentParser, default: int | None, description: str = "") -> None:
+    """Add --max-new-tokens, the maximum length of a response in tokens; describe a default that is not a number."""
+    what = f"maximum length of a response in tokens (default: {default or description})"
     _both(parser, "--max-new-tokens", type=_whole(1), default=default, metavar="N", help=what)
 
 
 def temperature(parser: argparse.ArgumentParser, default: float) -> None:
     """Add --temperature, the sampling temperature."""
-    what = f"divides the logits, 0 takes the likeliest token (default: {default})"
+    what = f"divides the logits; 0 selects the most likely token (default: {default})"
     parser.add_argument("--temperature", type=_number(0), default=default, metavar="T", help=what)
 
 
 def seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, the seed of sampling."""
-    parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="seed of the sampling (default: 0)")
 
 
 def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
     """Add --chat-template, the template for models that have none."""
     what = (
         f"chat template for {whose} whose tokenizer has none: plain, chatml, llama2, llama3, zephyr or a Jinja file, "
-        "as model.chat_template in training; one that a model came with is never replaced"
+        "as model.chat_template in training; a model's own template is never replaced"
     )
     _both(parser, "--chat-template", metavar="NAME|FILE", help=what)
 
@@ -86,7 +89,7 @@ def _both(parser: argparse.ArgumentParser, flag: str, **hyperparameters: object)
 
 def _folder(text: str) -> Path:
     if not text or Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text or repr(text)} is no folder")
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is not a directory")
     return Path(text)
 
 

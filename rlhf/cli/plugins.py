@@ -14,17 +14,17 @@ from rlhf.errors import UserError, suggest
 
 def main(argv: list[str]) -> int:
     """Run `rlhf plugins ...`; return the exit status, which is 1 if `check` finds a problem."""
-    parser = options.Parser("rlhf plugins", description="What extends rlhf, and your own extensions.")
+    parser = options.Parser("rlhf plugins", description="List, show, create and check plugins.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    actions.add_parser("list", help="every plugin, where it is from, what it offers (the default)")
-    show = actions.add_parser("show", help="the options of one plugin, with their hyperparameters")
-    show.add_argument("name")
-    new = actions.add_parser("new", help="write a plugin that runs at once, to be changed into yours")
-    new.add_argument("name")
-    new.add_argument("--kind", required=True, help=", ".join(scaffold.kinds()))
-    new.add_argument("--into", type=Path, default=Path("plugins"), help="parent folder (default: ./plugins)")
-    check = actions.add_parser("check", help="does a plugin keep its side of the contract?")
-    check.add_argument("folder", type=Path)
+    actions.add_parser("list", help="list all plugins with their origins and options (the default)")
+    show = actions.add_parser("show", help="print the options of a plugin with their hyperparameters")
+    show.add_argument("name", metavar="NAME", help="name of the plugin")
+    new = actions.add_parser("new", help="write a working plugin, to be changed into yours")
+    new.add_argument("name", metavar="NAME", help="name of the package, such as my_loss")
+    new.add_argument("--kind", required=True, metavar="KIND", help=", ".join(scaffold.kinds()))
+    new.add_argument("--into", type=Path, default=Path("plugins"), metavar="FOLDER", help="parent (default: ./plugins)")
+    check = actions.add_parser("check", help="check that a plugin is commented, composable, and returns valid values")
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="directory of the plugin")
     typed = parser.parse_args(argv)
     if typed.action == "show":
         return _show(typed.name)
@@ -73,7 +73,7 @@ def _new(name: str, kind: str, into: Path) -> int:
         print(f"wrote {path}")
     searched = {Path(d).resolve() for d in os.environ.get("RLHF_PLUGINS", "plugins").split(os.pathsep)}
     if into.resolve() not in searched:
-        print(f"\nit is found when you type: export {shell(f'RLHF_PLUGINS={into.resolve()}')}")
+        print(f"\nto make rlhf find it, type: export {shell(f'RLHF_PLUGINS={into.resolve()}')}")
     print(f"\nnext:\n  {shell('rlhf', 'plugins', 'check', folder)}")
     print("\n".join(f"  {line}" for line in commands.splitlines()))
     return 0

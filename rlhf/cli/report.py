@@ -34,7 +34,8 @@ def _report(options: argparse.Namespace) -> int:
     if not references:
         sweep = newest_sweep(options.outputs)
         if sweep is None:
-            raise UserError(f"no sweep in {options.outputs}; type rlhf report RUN... (rlhf runs list shows the runs)")
+            fix = "type rlhf report RUN... (rlhf runs list shows the runs)"
+            raise UserError(f"no sweep in {options.outputs}", fix=fix)
         references = [str(sweep)]
     comparison = compare_runs(references, options.outputs, options.metric)
     shown, costs = comparison.main_metrics(6), comparison.costs()
@@ -67,7 +68,7 @@ def _report(options: argparse.Namespace) -> int:
         console.print(clean(line), style="yellow")
     every = {name for member in comparison.members for name in member.metrics} - set(COSTS)
     if every - set(shown):
-        console.print(f"{len(shown)} of {len(every)} metrics, all are in report.csv (--metric NAME)", style="dim")
+        console.print(f"{len(shown)} of {len(every)} metrics; report.csv has all (--metric NAME)", style="dim")
 
     from rlhf.report.html import failures, write_report
 
@@ -99,16 +100,16 @@ def _place(references: Sequence[str], outputs: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, folder of runs, or fingerprint prefix")
+    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, directory of runs, fingerprint prefix")
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
-    parser.add_argument("--title", help="heading of the page")
+    parser.add_argument("--title", metavar="TEXT", help="heading of the page")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw --y against --x (.png, .svg or .pdf)")
     parser.add_argument(
         "--x", default="step", metavar="NAME", help="a swept hyperparameter, a metric, or step (default)"
     )
     parser.add_argument("--y", action="append", default=[], metavar="METRIC", help="a panel of the plot (repeatable)")
-    parser.add_argument("--along", action="store_true", help="--x and --y over training, not at its end")
-    parser.add_argument("--out", type=Path, help="folder for report.html and report.csv")
+    parser.add_argument("--along", action="store_true", help="plot --x and --y over training instead of at its end")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="directory for report.html and report.csv")
     options.outputs(parser)
     return parser
 

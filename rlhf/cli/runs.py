@@ -24,24 +24,24 @@ REMOVED = ".removed-"  # name prefix of a run directory that is being deleted
 
 def main(argv: list[str]) -> int:
     """Run the sub-command; return its exit status."""
-    parser = options.Parser(prog="rlhf runs", description="What lies in the outputs folder.")
+    parser = options.Parser(prog="rlhf runs", description="List, show, check and remove runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|check|rm")
-    lists = commands.add_parser("list", help="every run: status, main metric, time, folder")
+    lists = commands.add_parser("list", help="list all runs: status, main metric, time, directory")
     lists.add_argument("--stage", help="only runs of this stage")
     lists.add_argument("--status", choices=STATUSES, help="only runs in this state")
-    shows = commands.add_parser("show", help="one run: what it is, where it comes from, what came out")
+    shows = commands.add_parser("show", help="print a run: status, inputs, ancestors, metrics, config")
     shows.add_argument("run", metavar="RUN", help="run directory, or the first letters of its fingerprint")
-    checks = commands.add_parser("check", help="compare the files of finished runs with the hashes of their manifests")
+    checks = commands.add_parser("check", help="compare the files of finished runs with the hashes in their manifests")
     checks.add_argument(
         "runs", nargs="*", metavar="RUN", help="run directory, or the first letters of its fingerprint [all]"
     )
-    removes = commands.add_parser("rm", help="remove runs; those that others were made from only with --force")
+    removes = commands.add_parser("rm", help="remove runs; those that other runs were made from need --force")
     removes.add_argument(
         "runs", nargs="*", metavar="RUN", help="run directory, or the first letters of its fingerprint"
     )
     removes.add_argument("--unfinished", action="store_true", help="also every failed, killed or stopped run")
-    removes.add_argument("--yes", action="store_true", help="do not ask")
-    removes.add_argument("--force", action="store_true", help="also if other runs were made from them")
+    removes.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    removes.add_argument("--force", action="store_true", help="remove runs that other runs were made from")
     for command in (lists, shows, checks, removes):
         options.outputs(command)
     args = parser.parse_args(argv)
@@ -67,10 +67,12 @@ def named(ref: str, outputs: Path) -> Run:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{ref} means more than one run: {', '.join(str(run.folder) for run in found[:5])}")
-    known = [str(run.folder) for run in find(outputs)]
-    short = "; type three letters of a fingerprint at least" if re.fullmatch(r"[0-9a-f]{1,2}", ref) else ""
-    raise UserError(f"{ref or repr(ref)}: no such run in {outputs}{short or suggest(ref, known)}")
+        names = ", ".join(str(run.folder) for run in found[:5])
+        raise UserError(f"{ref} matches more than one run: {names}", fix="type more letters")
+    problem = f"{ref or repr(ref)}: no such run in {outputs}"
+    if re.fullmatch(r"[0-9a-f]{1,2}", ref):
+        raise UserError(problem, fix="type at least three letters of a fingerprint")
+    raise UserError(f"{problem}{suggest(ref, [str(run.folder) for run in find(outputs)])}")
 
 
 @run_files.cache_reads()
@@ -166,15 +168,15 @@ def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, for
     for run in chosen:
         if not is_run_directory(run.folder, outputs):
             raise UserError(
-                f"{run.folder}: not a run directory in {outputs}; name {outputs}/STAGE/FINGERPRINT as rlhf runs list "
-                "shows it, or type --outputs for those of another folder"
+                f"{run.folder}: is not a run directory in {outputs}",
+                fix=f"type {outputs}/STAGE/FINGERPRINT as rlhf runs list prints it, or --outputs for another directory",
             )
     if not chosen:
         if unfinished:
             swept = sweep_out(outputs)
-            print(f"removed what was left of {swept} runs" if swept else "nothing to remove")
+            print(f"removed the remains of {swept} runs" if swept else "nothing to remove")
             return 0
-        raise UserError("rlhf runs rm: name a run, or type --unfinished")
+        raise UserError("rlhf runs rm: names no run", fix="type a run, or --unfinished")
     leaving = {run.fingerprint for run in chosen}
     for run in chosen:
         if run.status == "running":
@@ -184,12 +186,12 @@ def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, for
         children = [child for child in everything if child.fingerprint not in leaving and _made_from(child, run)]
         if children:
             child = children[0]
-            made = "was made from" if child.finished else f"({child.status}) reads"
-            raise UserError(f"{run.folder} is what {child.folder} {made}; type --force to remove it anyway")
+            uses = "was made from" if child.finished else f"({child.status}) reads"
+            raise UserError(f"{child.folder} {uses} {run.folder}", fix="type --force to remove it anyway")
     for run in chosen:
         print(f"{run.folder}  {run.status}")
     if not yes and (not sys.stdin.isatty() or input("remove? [y/N] ").strip().lower() not in ("y", "yes")):
-        print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes where nobody can be asked"))
+        print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes to remove without confirmation"))
         return 1
     for run in chosen:
         try:
@@ -225,7 +227,8 @@ def _remove_all(folder: Path) -> None:
 
 
 def _computed(run: Run) -> UserError:
-    return UserError(f"{run.folder} is being computed by process {run.status_file.get('pid')}; stop that first")
+    problem = f"{run.folder} is being computed by process {run.status_file.get('pid')}"
+    return UserError(problem, fix="stop that process first")
 
 
 def _made_from(child: Run, run: Run) -> bool:

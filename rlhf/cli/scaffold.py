@@ -26,17 +26,19 @@ def write(name: str, kind: str, parent: Path) -> tuple[Path, str]:
         UserError: the name is not a valid package name, or is taken.
     """
     if kind not in kinds():
-        raise UserError(f"--kind {kind}: no such kind{suggest(kind, kinds())}")
+        raise UserError(f"no such kind{suggest(kind, kinds())}", option="--kind", value=kind)
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
-        raise UserError(f"{name}: a plugin's name is a Python package's: small letters, digits and _, e.g. my_{kind}")
+        problem = f"{name}: is not a valid package name (lower-case letters, digits and _)"
+        raise UserError(problem, fix=f"type, for example, my_{kind}")
     folder = parent / name
     if folder.exists():
-        raise UserError(f"{folder} exists already; type another name, or remove it")
+        raise UserError(f"{folder} exists already", fix="type another name, or remove it")
     if find_spec(name) is not None:
-        raise UserError(f"{name} is the name of an installed package, which it would hide; type another name")
+        problem = f"{name} is the name of an installed package, which the plugin would hide"
+        raise UserError(problem, fix="type another name")
     owner = options().get(kind, {}).get(name)
     if owner is not None:
-        raise UserError(f"{kind}={name} exists already, in {owner}; type another name")
+        raise UserError(f"exists already, in {owner}", fix="type another name", option=kind, value=name)
     sources = sorted((TEMPLATES / kind).glob("*.tmpl"))
     module = next(path.stem for path in sources if path.stem.endswith(".py"))
     words = {

@@ -23,6 +23,19 @@ _ALIKE = 0.8  # minimum similarity of a key elsewhere in the config; the limit i
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """Suggestion for an unknown key.
+
+    Attributes:
+        hint: End of the problem, such as " (did you mean optimizer.lr?)".
+        fix: What to type instead; "" if the hint is enough.
+    """
+
+    hint: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
 class Chosen:
     """Stage or pipeline of a command line, composed without the other words.
 
@@ -92,8 +105,8 @@ def fitting(group: str, package: str, names: list[str], argv: list[str]) -> list
     return [name for name in names if name in takes] or names
 
 
-def elsewhere(option: str, group: str, package: str, argv: list[str]) -> list[str]:
-    """Return suggestions for an option that other groups have: `an objective: type stage=dpo objective=ipo`."""
+def elsewhere(option: str, group: str, package: str, argv: list[str]) -> dict[str, str]:
+    """Return the groups that have an option -> words to type: "an objective" -> "stage=dpo objective=ipo"."""
     made = chosen([word for word in argv if not word.startswith((f"{group}=", f"{group}@"))])
     homes = {
         other: path for other in sorted(discovery.group_names() - {group, "hydra"}) if (path := _of(other, option))
@@ -101,7 +114,7 @@ def elsewhere(option: str, group: str, package: str, argv: list[str]) -> list[st
     if "stage" in homes:  # a stage brings the objective of its name
         homes.pop("objective", None)
     typed = {other: _words(other, path, group, package, made) for other, path in homes.items()}
-    return [f"{_noun(other)}: type {words}" for other, words in typed.items() if words]
+    return {_noun(other): words for other, words in typed.items() if words}
 
 
 def _of(group: str, option: str) -> Path | None:
@@ -132,8 +145,8 @@ def _words(other: str, path: Path, group: str, package: str, made: Chosen) -> st
     return f"stage={(stage if other == 'objective' else '') or 'NAME'} {option}{' -m' if other == 'sweep' else ''}"
 
 
-def suggest_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> str:
-    """Return the end of a message about an unknown key, such as ` (did you mean optimizer.lr?)`.
+def suggest_key(word: str, keys: list[str], parent: Any, above: str, value: str) -> Suggestion:
+    """Return the suggestion for an unknown key.
 
     Args:
         word: The key, without the part before its last dot.
@@ -145,39 +158,42 @@ def suggest_key(word: str, keys: list[str], parent: Any, above: str, value: str)
     prefix = f"{above}." if above else ""
     root = parent._get_root() if isinstance(parent, DictConfig) else None
     if above and isinstance(root, DictConfig) and isinstance(root.get(word), DictConfig) and _of(word, value):
-        return f"; it is the same for all steps: type {word}={value}"
+        return Suggestion(f" ({word} is the same for all steps)", f"type {word}={value}")
     # A parent that holds a stage is a step of a pipeline.
     if isinstance(root, DictConfig) and "stage" in parent and isinstance(root.get(word), int | float):
-        return f"; {word} is for all steps, for this one type +{above}.{word}={value}"
+        return Suggestion(f" ({word} is set for all steps)", f"type +{above}.{word}={value} to set it for one step")
     below = [f"{prefix}{path}" for path in _paths(parent)]
     for paths in (below, _paths(root) if above else []):
         same = sorted((path for path in paths if path.rpartition(".")[2] == word), key=lambda path: path.count("."))
         if same:
-            return f" (did you mean {' or '.join(same[:3])}?)"
+            return Suggestion(f" (did you mean {' or '.join(same[:3])}?)")
     if other := _in_other_options(word, above, value, parent):
         return other
     names = dict.fromkeys(path.rpartition(".")[2] for path in below)
     initials = "".join(part[:1] for part in word.split("_")) if "_" in word else word  # learning_rate -> lr
     close = get_close_matches(word, names, n=1, cutoff=_ALIKE) or [name for name in names if name == initials]
     if close and close[0] not in keys:
-        return f" (did you mean {min(below, key=lambda path: (path.rpartition('.')[2] != close[0], path.count('.')))}?)"
-    return suggest(word, [key for key in keys if key not in ("hydra", "_target_", "_partial_")], prefix)
+        nearest = min(below, key=lambda path: (path.rpartition(".")[2] != close[0], path.count(".")))
+        return Suggestion(f" (did you mean {nearest}?)")
+    return Suggestion(suggest(word, [key for key in keys if key not in ("hydra", "_target_", "_partial_")], prefix))
 
 
-def _in_other_options(word: str, above: str, value: str, parent: Any) -> str:
+def _in_other_options(word: str, above: str, value: str, parent: Any) -> Suggestion | None:
     """Return the suggestion for a key that other options of its group have: `adapter.rank`, with adapter=none."""
     if not above:
-        option = [(group, path) for group in sorted(parent or ()) if (path := _of(str(group), word)) is not None]
-        return f"; {word} is {_noun(option[0][0])}: type {option[0][0]}={word}" if option else ""
+        having = [str(group) for group in sorted(parent or ()) if _of(str(group), word) is not None]
+        return Suggestion(f" ({word} is {_noun(having[0])})", f"type {having[0]}={word}") if having else None
     group = above.rpartition(".")[2]
     if group not in discovery.group_names():
-        return ""
+        return None
     stage = parent._get_parent() if isinstance(parent, DictConfig) else None
     takes = objectives(stage) if group == "objective" and isinstance(stage, DictConfig) else None
     options = (path for path in discovery.named(group) if takes is None or path.stem in takes)
     having = [path.stem for path in options if word in _top_keys(path)]
     at = f"{group}@{above}" if "." in above else group
-    return f"; of {at}={', '.join(having)} alone: type {at}={having[0]} {above}.{word}={value}" if having else ""
+    if not having:
+        return None
+    return Suggestion(f" (only {at}={', '.join(having)} has it)", f"type {at}={having[0]} {above}.{word}={value}")
 
 
 def _top_keys(path: Path) -> set[str]:
@@ -188,8 +204,8 @@ def _top_keys(path: Path) -> set[str]:
     return set(map(str, content)) if isinstance(content, dict) else set()
 
 
-def of_root_key(key: str, word: str, made: Chosen) -> str:
-    """Return the suggestion for a key that steps of a pipeline have but its root has not; "" if no step has it.
+def of_root_key(key: str, word: str, made: Chosen) -> list[str]:
+    """Return the overrides to type for a key that steps of a pipeline have but its root has not.
 
     Args:
         key: The unknown key, without the part after its first dot.
@@ -205,10 +221,10 @@ def of_root_key(key: str, word: str, made: Chosen) -> str:
     if owners and not found:
         step = below.removeprefix(".")
         if step in made.steps:
-            return f"stage@{step}={value}" if key == "stage" else f"{key}@{step}.{key}={value}"
+            return [f"stage@{step}={value}" if key == "stage" else f"{key}@{step}.{key}={value}"]
         paths = (path for step in made.steps for path in _paths(made.config[step], f"{step}."))
         found = get_close_matches(typed, paths, n=1, cutoff=_ALIKE)
-    return " or ".join(f"{path}={value or '...'}" for path in found)
+    return [f"{path}={value or '...'}" for path in found]
 
 
 def _has(config: DictConfig, path: str) -> bool:

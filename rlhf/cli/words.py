@@ -1,6 +1,7 @@
 """Checks of command-line words that Hydra would reject with its usage page or a traceback: one line each instead."""
 
 import re
+from difflib import get_close_matches
 
 from rlhf import discovery
 from rlhf.errors import UserError, suggest
@@ -30,25 +31,28 @@ def check(argv: list[str]) -> None:
         flag, equals, value = word.partition("=")
         if word.startswith("-"):
             if flag not in (*FLAGS, *SHORT):
-                hint = suggest(flag, FLAGS)
-                hint = hint if "did you" in hint else ""
-                raise UserError(f"{word}: unknown option{hint}; rlhf --help lists everything")
+                close = get_close_matches(flag, FLAGS, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                fix = "type rlhf --help for a list"
+                raise UserError(f"unknown option{hint}", fix, flag, value if equals else ...)
             if flag in _ALONE and equals:
-                raise UserError(f"{word}: takes no value; type {flag}")
+                raise UserError("takes no value", fix=f"type {flag}", option=flag, value=value)
             if flag in ("--info", "-i"):
                 after = "".join(argv[index + 1 : index + 2])
                 shown = value if equals else "" if re.search("[=-]|^$", after) else after
                 if shown and shown not in _INFO:
-                    raise UserError(f"{flag} {shown}: nothing to show{suggest(shown, _INFO)}; type --info config")
+                    raise UserError(f"no such page{suggest(shown, _INFO)}", "type --info config", flag, shown)
             if flag in ("--shell-completion", "-sc") and not {"install", "uninstall", "query"} & set(given):
-                raise UserError(f"{word}: type it with install=bash, uninstall=bash or query=bash")
+                fix = "type install=bash, uninstall=bash or query=bash"
+                raise UserError("needs an action", fix=fix, option=flag)
             if flag in ("--cfg", "-c"):
                 shown = value if equals else "".join(argv[index + 1 : index + 2])
                 if shown not in CONFIGS:
-                    raise UserError(f"{flag} {shown}: no such config{suggest(shown, CONFIGS)}; type --cfg job")
+                    raise UserError(f"no such config{suggest(shown, CONFIGS)}", "type --cfg job", flag, shown)
             if flag in ("--package", "-p", "--resolve") and not {"--cfg", "-c"} & set(given):
-                raise UserError(f"{word} is read with --cfg alone; type --cfg job beside it, or leave it out")
+                raise UserError("needs --cfg", fix="add --cfg job, or leave it out", option=flag)
         elif not (index and argv[index - 1] in _TAKES_A_WORD) and not _OVERRIDE.match(word):
-            raise UserError(f"{word}: cannot be read as KEY=VALUE; type, for example, optimizer.lr=1e-4")
+            raise UserError(f"{word}: cannot be read as KEY=VALUE", fix="type, for example, optimizer.lr=1e-4")
         elif equals and _NO_OPTION.fullmatch(value) and flag.lstrip("+").partition("@")[0] in discovery.group_names():
-            raise UserError(f"{word}: {value} names no option; {flag.lstrip('+')}=OPTION, rlhf --help lists them")
+            fix = f"type {flag.lstrip('+')}=OPTION (rlhf --help lists the options)"
+            raise UserError(f"{value} is not the name of an option", fix=fix, option=flag, value=value)

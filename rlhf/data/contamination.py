@@ -47,23 +47,40 @@ def check_stage(folder: Path, data: Any) -> list[str]:
     )
 
 
-def check_models(prompts: Sequence[Record], models: Iterable[Path | str | None]) -> list[str]:
-    """Return warnings for evaluation prompts: one for each run, of the models or their ancestors, trained on them."""
+def check_models(
+    prompts: Sequence[Record], models: Iterable[Path | str | None], name: str = "held-out prompts", fix: str = ""
+) -> list[str]:
+    """Return warnings for evaluation prompts: one for each run, of the models or their ancestors, trained on them.
+
+    Args:
+        prompts: Records that the measurement uses.
+        models: Models that are measured.
+        name: Name of the prompts in the warnings.
+        fix: What to type instead; "": the overrides that hold out the same prompts.
+    """
     trained: dict[str, Path] = {}
     for model in models:
         run = None if model is None else run_of(Path(model))
         if run is not None:
             trained |= {run.fingerprint: run.folder} | _ancestors(run)
-    return overlap_warnings(prompts, trained, None)
+    return overlap_warnings(prompts, trained, None, name, fix)
 
 
-def overlap_warnings(prompts: Sequence[Record], trained: Mapping[str, Path], own: float | None) -> list[str]:
+def overlap_warnings(
+    prompts: Sequence[Record],
+    trained: Mapping[str, Path],
+    own: float | None,
+    name: str = "held-out prompts",
+    fix: str = "",
+) -> list[str]:
     """Return one warning for each run that was trained on some of the prompts.
 
     Args:
         prompts: Records that the measurement uses.
         trained: Run directories by fingerprint.
         own: Share or number of records that the stage holds out; None if there is none.
+        name: Name of the prompts in the warnings.
+        fix: What to type instead; "": the overrides that hold out the same prompts.
     """
     keys, lines = _keys(prompts), []
     for folder in trained.values():
@@ -74,19 +91,18 @@ def overlap_warnings(prompts: Sequence[Record], trained: Mapping[str, Path], own
         except (OSError, ValueError, EOFError) as error:
             reason = first_line(error)
             lines.append(
-                f"warning: {folder / FILE} cannot be read ({reason}), so it is unknown whether held-out prompts were "
-                "trained on"
+                f"warning: {folder / FILE} cannot be read ({reason}), so it is unknown whether {name} were trained on"
             )
             continue
         if count:
             node = Run(folder).plain_config.get("data")
             share = node.get("validation") if isinstance(node, Mapping) else None
-            fix = "hold out the same prompts there and here: one file, one data.seed, one data.validation"
+            same = "hold out the same prompts there and here: one file, one data.seed, one data.validation"
             if share is not None and own is not None and float(share) != own:
-                fix = f"type data.validation={share} here, or data.validation={own:g} there, if both read one file"
+                same = f"type data.validation={share} here, or data.validation={own:g} there, if both read one file"
             lines.append(
-                f"warning: {count} of {len(keys)} held-out prompts were trained on by {folder.parent.name} ({folder}), "
-                f"so metrics on them are too optimistic; {fix}"
+                f"warning: {count} of {len(keys)} {name} were trained on by {folder.parent.name} ({folder}), "
+                f"so metrics on them are too optimistic; {fix or same}"
             )
     return lines
 

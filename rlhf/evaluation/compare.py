@@ -41,7 +41,7 @@ LABELS = {
     "gold_unsafe": "gold reward, unsafe prompts",
     "reward": "model's reward",
     "length": "response length (tokens)",
-    "ended": "responses that end",
+    "ended": "share of responses that end",
     "text_loss": "loss on pretraining text (nats per token)",
 }
 
@@ -173,10 +173,10 @@ def compare(
         gold = not isinstance(prompts, Sequence) and prompts.source == TESTBED
     documents: list[Text] = [] if text is None else list(text.load().validation[:count])
     if text is not None and not documents:
-        raise UserError("no held-out documents to compare on; type compare.text.validation=400")
+        raise UserError("no held-out documents to compare on", fix="type compare.text.validation=400")
     asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
     if not asked:
-        raise UserError("no held-out prompts to compare on; type data.validation=400 or name more prompts")
+        raise UserError("no held-out prompts to compare on", fix="type data.validation=400 or give more prompts")
     for line in contamination.check_models(asked, (before, after, reward_model)):
         print(f"  compare: {line}", flush=True)
     settings = (max_new_tokens, temperature, seed, *([[document.text for document in documents]] if documents else []))
@@ -187,7 +187,7 @@ def compare(
         try:
             return Evaluation.from_json(content)
         except (KeyError, TypeError, ValueError, AttributeError):
-            print(f"  compare: {cached}: {reason or 'holds no evaluation'}; computed again", flush=True)
+            print(f"  compare: {cached}: {reason or 'is not an evaluation'}; computed again", flush=True)
     result = _compare(
         before, after, asked, documents, reward_model, gold, max_new_tokens, temperature, seed, batch_size
     )

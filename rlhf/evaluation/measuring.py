@@ -129,7 +129,7 @@ def _add_likelihood(
     for name in (f"perplexity_{what}", f"bits_per_byte_{what}"):
         found.other_clusters[name] = [cluster_key(document) for document in documents]
     if likelihood.cut:
-        found.notes.append(f"{likelihood.cut} dialogues are longer than the context and were read as far as it goes")
+        found.notes.append(f"{likelihood.cut} dialogues are longer than the context and were truncated at its end")
 
 
 @torch.no_grad()

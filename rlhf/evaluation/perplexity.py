@@ -83,9 +83,9 @@ def response_likelihood(policy: LanguageModel, dialogues: Sequence[Demonstration
         row = Encoded(whole.ids[: policy.context_length], whole.mask[: policy.context_length])
         cut += len(row) < len(whole)
         share = sum(row.mask) / max(1, sum(whole.mask))
-        said = sum(len(turn.content.encode()) for turn in dialogue.messages if turn.role == "assistant")
+        response_bytes = sum(len(turn.content.encode()) for turn in dialogue.messages if turn.role == "assistant")
         rows.append((number, row))
-        sizes.append(round(share * said))
+        sizes.append(round(share * response_bytes))
     return _likelihood(policy, rows, sizes, cut)
 
 

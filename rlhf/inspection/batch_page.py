@@ -33,14 +33,14 @@ def show(words: Sequence[str], step: str | None, index: int, rows: int) -> None:
     """
     made = planned(words)
     look = Look(made.steps)
-    of = chosen(made, step)
-    stage = look.stage(of)
+    selected = chosen(made, step)
+    stage = look.stage(selected)
     batch = batch_at(stage, index)
     colour = tokens.coloured()
     model = look.policy(stage)
-    said = console.console()
-    for line in lines_of(stage, model, batch, rows, colour, f"{of.name}: batch {index}"):
-        said.print(line)
+    screen = console.console()
+    for line in lines_of(stage, model, batch, rows, colour, f"{selected.name}: batch {index}"):
+        screen.print(line)
 
 
 def batch_at(stage: Stage, index: int) -> Parts[Any]:
@@ -61,7 +61,7 @@ def batch_at(stage: Stage, index: int) -> Parts[Any]:
         total = len(loader)
         if index < total:
             return next(islice(loader, index, None))
-    raise UserError(f"--step {index}: the run has {total} steps, 0 to {total - 1}")
+    raise UserError(f"the run has {total} steps, 0 to {total - 1}", option="--step", value=index)
 
 
 def lines_of(
@@ -104,14 +104,15 @@ def _of_pairs(model: LanguageModel, part: PairBatch, rows: int, colour: bool) ->
     for pair in range(min(rows, len(part))):
         grade = int(part.grade[pair])
         better, worse = int(part.chosen[pair]), int(part.rejected[pair])
-        said = [f"prompt {prompts.index(int(part.prompt_index[pair]))}", f"weight {float(part.weight[pair]):.3g}"]
-        said += [f"grade {GRADES[grade]}"] if grade >= 0 else []
+        facts = [f"prompt {prompts.index(int(part.prompt_index[pair]))}", f"weight {float(part.weight[pair]):.3g}"]
+        facts += [f"grade {GRADES[grade]}"] if grade >= 0 else []
         if part.scores is not None:
-            said.append(f"scores {float(part.scores[better]):.3g} and {float(part.scores[worse]):.3g}")
-        yield Text(f"pair {pair}: row {better} chosen, row {worse} rejected; {', '.join(said)}")
+            facts.append(f"scores {float(part.scores[better]):.3g} and {float(part.scores[worse]):.3g}")
+        yield Text(f"pair {pair}: row {better} chosen, row {worse} rejected; {', '.join(facts)}")
         for name, row in (("chosen", better), ("rejected", worse)):
-            for line in tokens.batch_lines(model.tokenizer, part.tokens, [row], colour):
-                yield Text(f"{name}: ").append_text(line) if line.plain.startswith("row ") else line
+            numbers, shown = tokens.batch_lines(model.tokenizer, part.tokens, [row], colour)
+            yield Text(f"{name}: ").append_text(numbers)
+            yield shown
 
 
 def _of_labels(model: LanguageModel, part: LabelBatch, rows: int, colour: bool) -> Iterator[Text]:

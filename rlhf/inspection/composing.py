@@ -70,7 +70,8 @@ def chosen(made: Plan, name: str | None) -> Step:
         return made.steps[-1]
     step = made.get(name)
     if step is None:
-        raise UserError(f"step={name}: not among the steps that would run ({', '.join(s.name for s in made.steps)})")
+        names = ", ".join(step.name for step in made.steps)
+        raise UserError(f"is not among the steps that would run ({names})", option="step", value=name)
     return step
 
 
@@ -120,7 +121,7 @@ class Look:
             if isinstance(node, dict) and is_data(get_object(node.get("_target_", "builtins.int"))):
                 found[name] = build_option(OmegaConf.create(node))
         if not found:
-            raise UserError(f"stage={step.stage} reads no data")
+            raise UserError("reads no data", option="stage", value=step.stage)
         return found
 
     def unread(self, data: Data) -> Step | None:
@@ -138,7 +139,7 @@ class Look:
         for name, data in self.data(step).items():
             maker = self.unread(data)
             if maker is not None and strict:
-                raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
+                raise not_made(name, data, maker)
             found[name] = data.load() if maker is None else Split([], [], LoadReport(data.source), data)
         return found
 
@@ -178,7 +179,7 @@ class Look:
                 return part
             if isinstance(part, ScalarModel):
                 return part.language_model
-        raise UserError(f"stage={stage.name} has no language model to look at")
+        raise UserError("has no language model to inspect", option="stage", value=stage.name)
 
     def _leave(self, step: Step) -> None:
         """Write a replacement for a step that has not run: its model's configuration and tokenizer."""
@@ -197,6 +198,12 @@ class Look:
         self._stand_ins[str(step.folder)] = str(folder)
 
 
+def not_made(name: str, data: Data, maker: Step) -> UserError:
+    """Return the error for the data of a group ``name`` that a step would make which has not run."""
+    problem = f"the step {maker.name} has not run"
+    return UserError(problem, fix="run it first", option=f"{name}.source", value=data.source)
+
+
 def read_examples(stage: Stage) -> None:
     """Make a stage read its examples as it does before training.
 
@@ -204,7 +211,7 @@ def read_examples(stage: Stage) -> None:
         UserError: The stage does not implement ``read_examples``.
     """
     if type(stage).read_examples is Stage.read_examples:
-        raise UserError(f"{type(stage).__name__} has no read_examples, so its batches cannot be shown before it trains")
+        raise UserError(f"{type(stage).__name__} has no read_examples, so its batches are unknown before it trains")
     # The notes of a stage are discarded: the pages here report the same in more detail.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         stage.read_examples()

@@ -14,9 +14,8 @@ from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text, count_truncated
 from rlhf.data.sources import TESTBED
 from rlhf.data.split import Split
-from rlhf.errors import UserError
 from rlhf.inspection import tokens
-from rlhf.inspection.composing import Look, chosen, planned
+from rlhf.inspection.composing import Look, chosen, not_made, planned
 from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
 from rlhf.planning.step import Step
 from rlhf.planning.validation.stage import find_unread_data
@@ -38,24 +37,24 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
     with skip_file_checks():  # this page reports bad rows itself
         made = planned(words)
     look = Look(made.steps)
-    of = chosen(made, step)
-    groups = look.data(of)
+    selected = chosen(made, step)
+    groups = look.data(selected)
     for name, data in groups.items():
         maker = look.unread(data)
         if maker is not None:
-            raise UserError(f"{name}.source={data.source}: the step {maker.name} has not run; run it first")
+            raise not_made(name, data, maker)
     places: dict[int, str] = {}
-    for name in find_unread_data(of.config):
-        if of.config.get(name) is not None:
-            console.say(f"{of.name}: {name} is not read by this run, and not shown", "dim")
+    for name in find_unread_data(selected.config):
+        if selected.config.get(name) is not None:
+            console.say(f"{selected.name}: {name} is not read by this run, and not shown", "dim")
     splits = {name: _load(data, places) for name, data in groups.items()}
-    tokenizer, room = _reader(look, of, splits)
+    tokenizer, room = _reader(look, selected, splits)
     for name, split in splits.items():
-        console.say(f"{of.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
+        console.say(f"{selected.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
         if split.data.source == TESTBED and _own_model(words, made.steps[0]) and not _names_data(words, name):
             console.say(
-                f"this is the testbed's data, because none was named for your model; type {name}=NAME "
-                f"{name}.source=FILE, or {name}.source=testbed if you mean it",
+                f"this is the testbed's data, because the command names no data; type {name}=NAME "
+                f"{name}.source=FILE, or {name}.source=testbed to confirm it",
                 "yellow",
             )
         _loaded(name, split)
@@ -126,7 +125,7 @@ def _loaded(name: str, split: Split) -> None:
             f"{report.train:,} train, {report.validation:,} held out",
         ),
         ("ties dropped", f"{report.ties:,}", "no preference, or the same text twice"),
-        ("bad responses left out", f"{report.unwanted:,}", "marked bad (label false), and not to be imitated"),
+        ("bad responses left out", f"{report.unwanted:,}", "marked bad (label false), so not trained on"),
         ("unusable rows dropped", f"{len(report.bad):,}", "below, with file, row and field"),
     ]
     console.print_table("", ("", "", ""), [row for row in rows if row[1] != "0" or row[0] == "rows read"])
@@ -171,7 +170,8 @@ def _fit(name: str, split: Split, train: Lengths, held_out: Lengths, room: int |
         _listed(lengths.dropped)
         if lengths.truncated:
             console.say(
-                f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:", "yellow"
+                f"{side}: {len(lengths.truncated)} records cut to {name}.max_length={split.data.max_length}:",
+                "yellow",
             )
         _listed(lengths.truncated)
     misfits = (side.dropped or side.truncated or side.refused for side in (train, held_out))
@@ -206,7 +206,7 @@ def _contents(records: Sequence[Record]) -> None:
         if isinstance(record, Label):
             counted["labels"]["good" if record.desirable else "bad"] += 1
         if isinstance(record, Demonstration):
-            counted["turns"][f"{sum(message.role == 'assistant' for message in record.messages)} answers"] += 1
+            counted["turns"][f"{sum(message.role == 'assistant' for message in record.messages)} responses"] += 1
     cut = sum(map(count_truncated, records))
     if cut:
         console.say(f"cut off: {cut:,} responses reached a length limit; they are trained on without an end-of-turn")

@@ -75,7 +75,7 @@ def machine(accelerator: str) -> tuple[int | None, str]:
         return read_machine_memory(), "this machine"
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    return None, "no GPU here"
+    return None, "no GPU on this machine"
 
 
 def _trained(stage: Stage) -> Iterator[LanguageModel]:

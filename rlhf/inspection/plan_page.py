@@ -18,7 +18,7 @@ from rlhf.stage.base import Stage
 from rlhf.storage.plain import Plain
 
 NOT_INCLUDED = (
-    "Not included: Python and its libraries, logits of the chunk at hand, scoring passes without gradients, buffers of "
+    "Not included: Python and its libraries, logits of the current chunk, scoring passes without gradients, buffers of "
     "kernels and of the allocator, data."
 )
 
@@ -44,7 +44,7 @@ def show(words: Sequence[str]) -> None:
         stage = look.stage(step, strict=False)
         work[step.name] = amounts(look, step, stage)
         rows += _memory(look, step, stage, work[step.name])
-    columns = ("step", "role", "parameters", "trained", "weights", "gradients", "optimizer", "together", "")
+    columns = ("step", "role", "parameters", "trained", "weights", "gradients", "optimizer", "total", "")
     console.say("")
     console.print_table("Models and memory", columns, rows)
     console.say(NOT_INCLUDED, "dim")
@@ -93,7 +93,7 @@ def _memory(look: Look, step: Step, stage: Stage, work: Work) -> list[tuple[str,
     note = f"{what}: {size(have)}" if have is not None else what
     if have is not None and total > have:
         note += ": it does not fit"
-    rows.append(("", "all", "", "", "", "", "", size(total), note))
+    rows.append(("", "total", "", "", "", "", "", size(total), note))
     return rows
 
 

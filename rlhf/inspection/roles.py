@@ -54,11 +54,11 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
             if reference.shared:
                 note = "the policy's base, adapter off"
             elif not stage.keeps_reference:
-                note = "read once, dropped before training"
+                note = "read once, freed before training"
         elif name == "sampler":
-            note = "while it samples, and again once trained"
+            note = "while it samples, and after training"
         elif name == "start":
-            note = "what sampled, to measure KL once trained"
+            note = "model that sampled, to measure KL after training"
         found.append(_role(name, model, seen, None, note))
     if getattr(stage, "ema_decay", None) is not None:
         count = sum(value.numel() for value in stage.policy.trainable_parameters())

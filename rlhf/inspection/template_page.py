@@ -44,14 +44,16 @@ def show(words: Sequence[str], step: str | None) -> None:
         UserError: No model is named, or one that cannot be read.
     """
     if not words:
-        raise UserError("rlhf inspect template: no model; type model=NAME, model.path=FOLDER_OR_HUB_ID or stage=...")
+        fix = "type model=NAME, model.path=FOLDER_OR_HUB_ID or stage=NAME"
+        raise UserError("rlhf inspect template: names no model", fix=fix)
     tokenizer, given = tokenizer_of(words, step)
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template; type model.chat_template=chatml or plain, or a Jinja file")
+        fix = "type model.chat_template=chatml or plain, or a Jinja file"
+        raise UserError("the tokenizer has no chat template", fix=fix)
     facts = facts_of(tokenizer, given)
     console.print_table("Chat template", ("", ""), list(facts.items()))
-    said, colour = console.console(), tokens.coloured()
-    said.print(tokens.key(colour))
+    screen, colour = console.console(), tokens.coloured()
+    screen.print(tokens.key(colour))
     samples = {"with a system message": (SYSTEM, *DIALOGUE), "without": DIALOGUE, "with a tool call": CALL}
     for name, dialogue in samples.items():
         console.say(f"\n{name}", "bold")
@@ -61,7 +63,7 @@ def show(words: Sequence[str], step: str | None) -> None:
             console.say(f"  not supported: {first_line(error)}", "yellow")
             continue
         present = [True] * len(encoded)
-        said.print(tokens.row_text(tokenizer, encoded.ids, present, encoded.mask, None, colour))
+        screen.print(tokens.row_text(tokenizer, encoded.ids, present, encoded.mask, None, colour))
 
 
 def tokenizer_of(words: Sequence[str], step: str | None) -> tuple[Tokenizer, Any]:
@@ -70,8 +72,8 @@ def tokenizer_of(words: Sequence[str], step: str | None) -> tuple[Tokenizer, Any
     if root.get("stage") is not None or root.get("steps") is not None:
         made = planned(words)
         look = Look(made.steps)
-        of = chosen(made, step)
-        return look.policy(look.stage(of, strict=False)).tokenizer, None
+        selected = chosen(made, step)
+        return look.policy(look.stage(selected, strict=False)).tokenizer, None
     config = resolve(step_config(plain(root), None))
     spec = spec_of(OmegaConf.create({"model": config["model"]}))
     corpus = Data("text", "testbed", 500, 0, 64).load().texts if spec.path is None else None
@@ -85,7 +87,7 @@ def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
         "end of turn": f"{end} {tokenizer.convert_ids_to_tokens(end)}",
         "end of sequence": f"{tokenizer.eos_token_id} {tokenizer.eos_token}",
         "padding": f"{pad} {tokenizer.pad_token}",
-        "padding = end of turn": "yes: masks come from positions here, but other programs may mask the end of turn"
+        "padding = end of turn": "yes: rlhf masks by position, but other programs may mask the end of turn"
         if pad == end
         else "no",
     }
@@ -99,9 +101,9 @@ def facts_of(tokenizer: Tokenizer, spec: Any = None) -> dict[str, str]:
     facts["system message by default"] = _default_system(tokenizer)
     try:
         encode_tool_turn(tokenizer, "7")
-        facts["tool's turn"] = "yes"
+        facts["tool turn"] = "yes"
     except Exception as error:  # a template may raise any exception
-        facts["tool's turn"] = f"no: {first_line(error)}"
+        facts["tool turn"] = f"no: {first_line(error)}"
     return facts
 
 
@@ -113,7 +115,7 @@ def _appends(tokenizer: Tokenizer) -> str:
         return f"no: {error}"
     prompt = encode_prompt(tokenizer, DIALOGUE[:3])
     if encoded.ids[: len(prompt)] != prompt:
-        return "in text, but not in tokens: a token spans the border of two turns"
+        return "in text, but not in tokens: a token spans two turns"
     return "yes"
 
 
@@ -123,8 +125,8 @@ def _end_is_trained(tokenizer: Tokenizer, end: int) -> str:
     except RLHFError as error:
         return f"no: {error}"
     trained = sum(index == end and marked for index, marked in zip(encoded.ids, encoded.mask, strict=True))
-    answers = sum(message.role == "assistant" for message in DIALOGUE)
-    return "yes" if trained == answers else f"no: {trained} of {answers} answers end with it under the mask"
+    responses = sum(message.role == "assistant" for message in DIALOGUE)
+    return "yes" if trained == responses else f"no: for {trained} of {responses} responses"
 
 
 def _default_system(tokenizer: Tokenizer) -> str:
@@ -133,7 +135,7 @@ def _default_system(tokenizer: Tokenizer) -> str:
     bare = render(tokenizer, (Message("system", ""), DIALOGUE[0])) if "system" in head else ""
     if not bare:
         return "none"
-    return f"yes: the template writes {len(tokenize(tokenizer, head))} tokens before the first question: {head!r}"
+    return f"yes: the template writes {len(tokenize(tokenizer, head))} tokens before the first user turn: {head!r}"
 
 
 def _own_pad(spec: Any) -> str | None:

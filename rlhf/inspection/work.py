@@ -13,7 +13,7 @@ from rlhf.storage.plain import Plain
 
 # Rows of the table, in the order in which a step goes through them.
 ORDER = (
-    "processes",
+    "ranks",
     "prompts",
     "passes over the prompts",
     "rollouts",
@@ -76,7 +76,7 @@ def work_of(stage: Stage, config: Plain) -> Work:
     amounts = {}
     processes = _processes(config)
     if processes > 1:
-        amounts["processes"] = str(processes)
+        amounts["ranks"] = str(processes)
     sampler: Any = getattr(stage, "sampler", None)
     prompts, longest_prompt = _prompts(stage) if sampler is not None else ([], 0)
     if isinstance(stage, RolloutStage):
@@ -133,7 +133,7 @@ def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes
     unit = "prompts" if known and isinstance(stage.examples[0], EncodedComparison) else unit
     mine = -(-stage.batch_size // processes)
     micro = min(stage.micro_batch_size or mine, mine)
-    amounts["examples"] = f"{_count(len(stage.examples))} {unit}" if known else "known once it is made"
+    amounts["examples"] = f"{_count(len(stage.examples))} {unit}" if known else "unknown until the data is made"
     amounts |= {"epochs": f"{getattr(stage, 'epochs', 1):g}", "minibatches": f"of {_count(stage.batch_size)} {unit}"}
     amounts |= {"microbatch": f"{_count(micro)} {unit}", "accumulation": str(-(-mine // micro))}
     if not known or batches is None:

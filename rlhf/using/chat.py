@@ -57,20 +57,21 @@ class Chat:
         if system is not None:
             self.system = system or None
 
-    def say(self, text: str) -> Iterator[str]:
+    def respond(self, text: str) -> Iterator[str]:
         """Yield the policy's response in pieces; store both turns once the response is complete.
 
         Raises:
             ContextFull: With this turn no tokens are left for a response. The turn is not stored.
             UserError: The template rejects the dialogue.
         """
-        asked = [*self.messages, Message("user", text)]
-        ids = self.encoded(asked)
+        dialogue = [*self.messages, Message("user", text)]
+        ids = self.encoded(dialogue)
         left = self.policy.context_length - len(ids)
         if left < 1:
             raise ContextFull(
-                f"the context is full: with this turn the dialogue has {len(ids)} tokens and the model reads "
-                f"{self.policy.context_length}; type /reset to start over"
+                f"the context is full: with this turn the dialogue has {len(ids)} tokens, and the model reads "
+                f"{self.policy.context_length}",
+                fix="type /reset to clear the dialogue",
             )
         hyperparameters = self.sampler
         sampler = AncestralSampler(
@@ -108,12 +109,12 @@ class Chat:
             with as_typed(self.given):
                 return encode_prompt(self.policy.tokenizer, messages)
         except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this dialogue: {error}") from error
+            raise UserError(f"the model's chat template rejects this dialogue: {error}") from error
 
     def _text(self, response: list[int]) -> str:
         return str(self.policy.tokenizer.decode(response, skip_special_tokens=True)).lstrip()
 
     def _reason(self, length: int, left: int) -> str:
         if length >= left:
-            return f"cut: the model's context of {self.policy.context_length} tokens is full; /reset starts over"
-        return f"cut after {length} tokens; --max-new-tokens allows more"
+            return f"cut: the context of {self.policy.context_length} tokens is full; type /reset to clear the dialogue"
+        return f"cut after {length} tokens; a larger --max-new-tokens allows more"

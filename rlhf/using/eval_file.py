@@ -28,8 +28,8 @@ LABELS = {
     "ended": "share of responses that end",
     "perplexity_text": "perplexity of the text (per token)",
     "bits_per_byte_text": "bits per byte of the text",
-    "perplexity_answers": "perplexity of the answers (per token)",
-    "bits_per_byte_answers": "bits per byte of the answers",
+    "perplexity_answers": "perplexity of the responses (per token)",
+    "bits_per_byte_answers": "bits per byte of the responses",
 }
 
 

@@ -63,11 +63,13 @@ def prepare(folder: Path, force: bool) -> None:
         UserError: It is a file, belongs to a run, or is not empty and ``force`` is not set.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--to {folder}: is a file; name a folder")
+        raise UserError("is a file", fix="type the path of a directory", option="--to", value=folder)
     if run_directory.run_of(folder.absolute()) is not None:
-        raise UserError(f"--to {folder}: lies in a run, whose files must stay as they are; name another folder")
+        problem = "is inside a run directory, whose files must not change"
+        raise UserError(problem, fix="type another directory", option="--to", value=folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise UserError(f"--to {folder}: is not empty; name another one, or type --force to write over a model in it")
+        fix = "type another directory, or type --force to replace a model in it"
+        raise UserError("is not empty", fix=fix, option="--to", value=folder)
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in PARTS:
         for file in folder.glob(pattern):
@@ -96,7 +98,7 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
     adapter = None if merge or named.scalar(model.path) else adapter_of(model)
     base = None if adapter is None else _base(model, adapter)
     if folder.resolve() == Path(model.path).resolve():
-        raise UserError(f"--to {folder}: is the model itself; name another folder")
+        raise UserError("is the model itself", fix="type another directory", option="--to", value=folder)
     for inside in (Path(model.path), *([adapter] if adapter else [])):
         _refuse_links(inside, model)
     prepare(folder, force)
@@ -107,7 +109,7 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
         return _adapter(model, adapter, base, folder)
     if (Path(model.path) / "config.json").is_file():
         if read_config(model.path) is None:
-            raise UserError(f"{model.path}/config.json: is no JSON object; get the model again")
+            raise UserError(f"{model.path}/config.json: is not a JSON object", fix="get the model again")
         _copy(Path(model.path), folder, ("*",))
         return Exported("model", folder)
     from rlhf.evaluation.compare import load_policy
@@ -122,7 +124,8 @@ def _refuse_links(inside: Path, model: Named) -> None:
     if model.run is None and inside.parent.name == "snapshots":
         root = inside.parents[1]  # the hub's cache stores files beside the snapshots, which link to them
     if (link := links.first_outside(inside, root)) is not None:
-        raise UserError(f"{link}: is a link to {link.resolve()}, outside of {root}; put the file itself in its place")
+        problem = f"{link}: is a link to {link.resolve()}, outside of {root}"
+        raise UserError(problem, fix="replace the link by the file itself")
 
 
 def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
@@ -138,7 +141,7 @@ def _adapter(model: Named, adapter: Path, base: str, folder: Path) -> Exported:
     if found.source is not None:
         found.notes += _of_gguf(base, found.source)
     elif Path(base).exists():
-        found.notes.append(f"the adapter needs its base, {base}; --merge makes a folder that stands alone")
+        found.notes.append(f"the adapter needs its base, {base}; --merge writes a model that needs no base")
     return found
 
 
@@ -151,10 +154,10 @@ def _of_gguf(base: str, source: GGUFSource) -> list[str]:
         )
     first = f"`{source.install}`, then the code in the card, or " if source.install else ""
     return [
-        f"the adapter's base is {source}, dequantised to float32: close to the model of the hub that the file was made "
-        f"of, but not its weights; here it lies in {base}, which adapter_config.json names",
-        f"elsewhere: {first}`rlhf export {file} --to base` for the base as a folder; --merge makes a folder that "
-        "stands alone",
+        f"the adapter's base is {source}, dequantised to float32: close to the hub model that the file was made from, "
+        f"but not equal to it; on this machine it is {base}, which adapter_config.json names",
+        f"on another machine: {first}`rlhf export {file} --to base` for the base as a directory; --merge writes a "
+        "model that needs no base",
     ]
 
 
@@ -162,14 +165,15 @@ def _base(model: Named, adapter: Path) -> str:
     """Return the weights that an adapter was trained on, in a form that others can load."""
     path = _named_base(model, adapter)
     if not path:
-        raise UserError(f"{model.ref}: its adapter lies on random weights, which are nowhere else: type --merge")
+        problem = "its adapter was trained on random weights, which are stored nowhere else"
+        raise UserError(problem, "type --merge", "RUN", model.ref)
     place = Path(path).expanduser()
     if (place / "model" / "config.json").is_file() and not (place / "config.json").is_file():
         place = place / "model"
     if place.is_dir() and not (place / "config.json").is_file():
-        raise UserError(f"{model.ref}: its adapter lies on another adapter ({place}): type --merge")
+        raise UserError(f"its adapter was trained on another adapter ({place})", "type --merge", "RUN", model.ref)
     if not place.exists() and (place.is_absolute() or path.endswith(".gguf") or path.count("/") > 1):
-        raise UserError(f"{model.ref}: the base of its adapter, {path}, is gone: type --merge")
+        raise UserError(f"the base of its adapter, {path}, does not exist", "type --merge", "RUN", model.ref)
     return str(place.resolve()) if place.exists() else str(path)
 
 
@@ -205,12 +209,10 @@ def _reward_model(source: Path, folder: Path) -> Exported:
                 source, dtype="auto", trust_remote_code=False, output_loading_info=True
             )
         except ValueError as error:
-            if "trust_remote_code" not in str(error):
+            if "trust_remote_code" not in str(error):  # transformers has no class of its own for this error
                 raise
-            raise UserError(
-                f"{source}: the model needs Python code that came with it, and export runs none; copy the folder as it "
-                "is"
-            ) from error
+            problem = f"{source}: the model needs Python code that came with it, and export runs none"
+            raise UserError(problem, fix="copy the directory as it is") from error
         check_loaded(model, report, source)
     model.score.weight.data.mul_(numbers["scale"])
     model.save_pretrained(folder)
@@ -218,8 +220,8 @@ def _reward_model(source: Path, folder: Path) -> Exported:
     (folder / "rlhf.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     found = Exported("reward_model", folder, bias=float(numbers["bias"]))
     found.notes.append(
-        f"scores are normalised: the scale is in the head, the bias {found.bias:.6g} is to be added (it changes no "
-        "comparison of two responses)"
+        f"scores are normalised: the head includes the scale, and the bias {found.bias:.6g} has to be added (it "
+        "changes no comparison of two responses)"
     )
     if (source / SAFETY_HEAD).is_file():
         _copy(source, folder, (SAFETY_HEAD,))

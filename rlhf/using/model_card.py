@@ -179,7 +179,7 @@ def _lineage(run: Run) -> str:
     for one in chain:
         lines += ["", f"### {names[one.fingerprint]}\n"]
         if not (one.folder / "config.yaml").is_file():
-            lines.append(f"Its folder, {markdown.code(one.folder)}, is gone.")
+            lines.append(f"Its directory, {markdown.code(one.folder)}, no longer exists.")
             continue
         lines += [
             markdown.block(str(one.status_file.get("command", ""))),
@@ -265,7 +265,7 @@ def _evaluations(run: Run) -> str | None:
 def _licence(licence: str | None, model: Named) -> str:
     """Return a section on the licences to check before the model is distributed: its own, and those it depends on."""
     root = _root(model)
-    rows = [("this model", markdown.plain(licence) if licence else "unknown; `rlhf export --license ID` says it")]
+    rows = [("this model", markdown.plain(licence) if licence else "unknown; `rlhf export --license ID` sets it")]
     if root is not None:
         rows.append((f"the weights it started from, {markdown.code(root)}", "to be looked up"))
     chain = [] if model.run is None else [*named.ancestors(model.run), model.run]

@@ -44,41 +44,42 @@ class Named:
         return self.run.folder if self.run is not None else outputs / kind / self.slug
 
 
-def policy(ref: str, outputs: Path, key: str = "RUN") -> Named:
-    """Return the language model that ``ref`` names.
+def policy(ref: str, outputs: Path, option: str = "RUN") -> Named:
+    """Return the language model that ``ref`` names, the value of ``option``.
 
     Raises:
         UserError: There is none, its run is not finished, or it is a reward or value model.
     """
-    named = _model(ref, "policy", outputs, key)
+    named = _model(ref, "policy", outputs, option)
     if scalar(named.path):
-        raise UserError(f"{key}={ref}: is a reward or value model, which writes nothing; name a policy's run")
+        problem = "is a reward or value model, which generates no text"
+        raise UserError(problem, fix="type a run of a policy", option=option, value=ref)
     return named
 
 
-def reward_model(ref: str, outputs: Path, key: str = "--reward-model") -> Named:
-    """Return the reward model that ``ref`` names.
+def reward_model(ref: str, outputs: Path, option: str = "--reward-model") -> Named:
+    """Return the reward model that ``ref`` names, the value of ``option``.
 
     Raises:
         UserError: There is none, its run is not finished, or it is a language model.
     """
-    named = _model(ref, "reward_model", outputs, key)
+    named = _model(ref, "reward_model", outputs, option)
     if Path(named.path).is_dir() and not scalar(named.path):
-        raise UserError(f"{key}={ref}: is no reward model; name a run of stage=reward_model")
+        raise UserError("is not a reward model", "type a run of stage=reward_model", option, ref)
     return named
 
 
-def model(ref: str, outputs: Path, key: str = "RUN") -> Named:
-    """Return the model of either kind that ``ref`` names.
+def model(ref: str, outputs: Path, option: str = "RUN") -> Named:
+    """Return the model of either kind that ``ref`` names, the value of ``option``.
 
     Raises:
         UserError: There is none.
     """
-    return _model(ref, "policy", outputs, key)
+    return _model(ref, "policy", outputs, option)
 
 
-def _model(ref: str, role: str, outputs: Path, key: str) -> Named:
-    found = references.resolve(ref, role, outputs, key)
+def _model(ref: str, role: str, outputs: Path, option: str) -> Named:
+    found = references.resolve(ref, role, outputs, option)
     return Named(ref, found.path, None if found.run is None else Run(found.run))
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_FIX = "type another file, or type --force to overwrite it"
+
 
 class ResponseFile:
     """File of responses, K lines per prompt, with their settings beside it in ``FILE.meta.json``.
@@ -38,7 +40,7 @@ class ResponseFile:
 
     def __init__(self, path: Path, settings: Json, samples: int) -> None:
         if path.is_dir():
-            raise UserError(f"--out {path}: is a folder; name a file")
+            raise UserError("is a directory", fix="type the path of a file", option="--out", value=path)
         self.path, self.settings, self.samples = path, json.loads(json.dumps(settings)), samples
         self.meta = path.with_name(path.name + ".meta.json")
 
@@ -105,15 +107,11 @@ class ResponseFile:
         except (OSError, ValueError):
             before = None
         if not isinstance(before, dict):
-            raise UserError(
-                f"--out {self.path}: exists, and nothing says how it was made; name another file, or type --force"
-            )
-        for key, value in self.settings.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"--out {self.path}: exists and was made with {key}={before.get(key)}, now it is {value}; name "
-                    "another file, or type --force"
-                )
+            raise UserError(f"exists, but {self.meta} has no settings", _FIX, "--out", self.path)
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                problem = f"exists and was made with {name}={before.get(name)}, not {name}={value}"
+                raise UserError(problem, _FIX, "--out", self.path)
 
     def add(self, rollout: "Rollout", first: int) -> None:
         """Append the responses to the prompts from number ``first`` on, and flush them to disk."""

@@ -44,7 +44,10 @@ def typed(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
         (f"{TINY} stage.epochs=0 --dry-run", ["stage.epochs=0: should be greater than 0"]),
         (f"{TINY} --cfg job --package nosuch", ["package 'nosuch' not found in config"]),
         (f"{TINY} --cfg job --package=nosuch", ["package 'nosuch' not found in config"]),
-        (f"{TINY} seed=0 -m --cfg job -p nosuch", ["--package nosuch: not in the config"]),
+        (
+            f"{TINY} seed=0 -m --cfg job -p nosuch",
+            ["--package nosuch: is not in the config; type rlhf ..."],
+        ),
     ],
 )
 def test_a_sweep_with_a_mistake_starts_no_job(typed, line: str, said: list[str]) -> None:

@@ -30,14 +30,14 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "rlhf inspect: no such page (one of: data, batch, template, plan)"),
+        ("", "rlhf inspect: names no page; type one of: data, batch, template, plan"),
         ("dat stage=sft", "rlhf inspect dat: no such page (did you mean data?)"),
         ("data", "nothing to run; type stage=NAME"),
         ("data stage=sfft", "stage=sfft: no such option (did you mean sft?)"),
-        ("data stage=sft -m", "rlhf inspect data -m: expected KEY=VALUE"),
+        ("data stage=sft -m", "rlhf inspect data -m: shows one config, not a sweep; leave it out"),
         ("batch stage=dpo", "inputs.policy: has no value"),
         ("plan stage=sft data.betta=1", "data.betta: unknown option"),
-        ("template", "rlhf inspect template: no model"),
+        ("template", "rlhf inspect template: names no model; type model=NAME, "),
         ("template model=nope", "model=nope: no such option"),
         ("data stage=sft data.source=/nowhere.json", "data.source=/nowhere.json: no such file"),
         ("data stage=reward_model data=prompts", "data.record=prompt: stage=reward_model reads comparisons here"),
@@ -56,7 +56,7 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ("plan stage=reward_model demonstrations.source=x*.json", "demonstrations.source=x*.json: no file matches"),
         ("plan pipeline=dpo sft.data.source=half.json", "sft.data.source=half.json: 1 of 1 rows are unusable"),
         ("data pipeline=dpo step=align", "data.source=outputs/collect/"),
-        ("batch pipeline=dpo step=nope", "step=nope: not among the steps that would run"),
+        ("batch pipeline=dpo step=nope", "step=nope: is not among the steps that would run"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line_with_status_2(
@@ -126,7 +126,7 @@ def test_effects_of_the_chat_template_on_records_are_reported(capsys: pytest.Cap
 def test_reading_the_testbed_with_a_user_model_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "mine")
     words = ["stage=sft", "data.size=8", "data.validation=2", f"model.path={tmp_path / 'mine'}"]
-    said = "this is the testbed's data, because none was named for your model; type data=NAME data.source=FILE"
+    said = "this is the testbed's data, because the command names no data; type data=NAME data.source=FILE"
     for typed_words, there in ((words, True), ([*words, "data.source=testbed"], False), ([*words[:3], *MODEL], False)):
         code, out = typed(capsys, "data", *typed_words)
         assert code == 0 and (said in " ".join(out.split())) == there, out
@@ -204,7 +204,7 @@ def test_the_plan_page_counts_prompts_as_training_reads_them(
 def test_the_template_page(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = typed(capsys, "template", "stage=sft", *SMALL, *MODEL)
     assert code == 0, out
-    for name in ("prefix-preserving", "end of turn is trained", "tool's turn"):
+    for name in ("prefix-preserving", "end of turn is trained", "tool turn"):
         assert f"{name} yes" in out, out
     assert "[Rome.<|end|>]" in out.replace("¦", "")
 

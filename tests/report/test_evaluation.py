@@ -106,7 +106,7 @@ def test_the_result_is_kept_and_read_again(policies, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("evaluation-*.json"))) == 2
     assert Evaluation.from_json(first.to_json()) == first
     assert [row[0] for row in first.table()] == [
-        "response length (tokens)", "responses that end", "KL(after || before) per response (nats)",
+        "response length (tokens)", "share of responses that end", "KL(after || before) per response (nats)",
     ]  # fmt: skip
     assert set(first.metrics()) >= {"before_length", "after_length", "length_difference", "length_z", "after_kl"}
 

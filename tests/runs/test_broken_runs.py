@@ -245,7 +245,7 @@ def test_rm_removes_only_real_runs_of_its_outputs(outputs: Path, tmp_path: Path)
 def test_rm_keeps_runs_that_another_run_reads(outputs: Path, status: str) -> None:
     sft = make(outputs, "sft", "3f2a91bc04")
     child = make(outputs, "dpo", "eeee000000", parent=sft, status="running" if status == "killed" else status)
-    with pytest.raises(UserError, match=r"outputs/sft/3f2a91bc04 is what outputs/dpo/eeee000000 .*type --force"):
+    with pytest.raises(UserError, match=r"outputs/dpo/eeee000000 .* outputs/sft/3f2a91bc04; type --force"):
         command.main(["rm", "3f2a", "--yes"])
     assert sft.finished
     assert command.main(["rm", "3f2a", "--yes", "--force"]) == 0 and not sft.folder.exists() and child.folder.exists()

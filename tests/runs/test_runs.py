@@ -145,7 +145,7 @@ def test_rm_removes_runs_after_confirmation(outputs: Path, capsys: pytest.Captur
     sft = make(outputs, "sft", "3f2a91bc04")
     dpo = make(outputs, "dpo", "eeee000000", parent=sft)
     failed = make(outputs, "dpo", "ffff000000", status="failed")
-    with pytest.raises(UserError, match="is what outputs/dpo/eeee000000 was made from"):
+    with pytest.raises(UserError, match="outputs/dpo/eeee000000 was made from .*; type --force to remove"):
         command.main(["rm", "3f2a", "--yes"])
     assert command.main(["rm", "eeee"]) == 1 and dpo.folder.exists()  # no confirmation was typed
     assert command.main(["rm", "--unfinished", "--yes"]) == 0
@@ -156,11 +156,11 @@ def test_rm_removes_runs_after_confirmation(outputs: Path, capsys: pytest.Captur
 
 def test_rm_refuses_running_and_unknown_runs(outputs: Path) -> None:
     run = make(outputs, "sft", "3f2a91bc04", status="running")
-    with run.lock(), pytest.raises(UserError, match="is being computed by process"):
+    with run.lock(), pytest.raises(UserError, match="is being computed by process .*; stop that process first"):
         command.main(["rm", "3f2a", "--yes"])
     with pytest.raises(UserError, match="no such run"):
         command.main(["rm", "1234"])
-    with pytest.raises(UserError, match="name a run"):
+    with pytest.raises(UserError, match="rlhf runs rm: names no run; type a run, or --unfinished"):
         command.main(["rm"])
 
 
@@ -170,4 +170,4 @@ def test_outputs_must_be_a_directory(words: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "file").touch()
     for given, said in ((str(tmp_path / "file"), str(tmp_path / "file")), ("", "''")):
         assert main.run([*words.split(), "--outputs", given]) == 2
-        assert f"argument --outputs: {said} is no folder; type rlhf" in capsys.readouterr().err
+        assert f"argument --outputs: {said} is not a directory; type rlhf" in capsys.readouterr().err

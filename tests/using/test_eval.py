@@ -157,8 +157,8 @@ def test_a_policy_compared_with_itself_has_no_difference(rlhf: Typed, outputs: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("reward_model/b0",), "is a reward or value model, which writes nothing"),
-        (("sft/none0", "--reward-model", "sft/none0"), "is no reward model; name a run of stage=reward_model"),
+        (("reward_model/b0",), "is a reward or value model, which generates no text; type a run of a policy"),
+        (("sft/none0", "--reward-model", "sft/none0"), "is not a reward model; type a run of stage=reward_model"),
         (("sft/none0", "--judge", "nobody"), "--judge=nobody: no such run"),
         (("sft/none0", "--judge", "sft/none0"), "type --against RUN"),
         (("sft/none0", "--against", "sft/lora0", "--prompts", "p.txt"), "type --reward-model RUN or --judge MODEL"),

@@ -195,8 +195,11 @@ def test_invalid_exports_are_reported_in_one_line(rlhf: Typed, outputs: Path, tm
     (tmp_path / "full" / "thesis.json").write_text("years of work")
     run = outputs / "sft" / "lora0"
     for words, said in (
-        ((run, "--to", "full"), "is not empty; name another one, or type --force"),
-        ((run, "--to", run / "there"), "lies in a run"),
+        ((run, "--to", "full"), "is not empty; type another directory, or type --force"),
+        (
+            (run, "--to", run / "there"),
+            "is inside a run directory, whose files must not change; type another",
+        ),
         (("nothere", "--to", "new"), "no such run"),
         ((outputs / "sft", "--to", "new"), "is neither a run (status.json) nor a model directory"),
     ):
@@ -218,7 +221,7 @@ def test_an_adapter_without_a_base_must_be_merged(tmp_path: Path) -> None:
     )
     move_adapter(model)
     run = finished(tmp_path / "outputs" / "sft" / "d0", model, None)
-    with pytest.raises(UserError, match="random weights.*--merge"):
+    with pytest.raises(UserError, match="RUN=.*: its adapter was trained on random weights.*; type --merge"):
         export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=False)
     assert export(Named("d0", str(run / "model"), Run(run)), tmp_path / "taken", merge=True).kind == "model"
 

@@ -104,7 +104,7 @@ def test_an_interrupted_file_is_resumed(rlhf: Typed, outputs: Path, batch: tuple
     status, said = rlhf(*words, "--out", "part.jsonl")
     assert status == 0 and "is complete" in said
     status, said = rlhf(*words, "--out", "part.jsonl", "--seed", 1)
-    assert status == 2 and "was made with seed=0, now it is 1" in said
+    assert status == 2 and "was made with seed=0, not seed=1" in said
     assert Path("part.jsonl").read_bytes() == whole
     Path("mine.jsonl").write_text("precious\n")
     status, said = rlhf(*words, "--out", "mine.jsonl")

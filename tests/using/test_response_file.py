@@ -99,7 +99,7 @@ def test_the_second_of_two_writers_waits_for_the_first(tmp_path: Path, capsys: p
     assert begun.wait(60)
     with path.open("a") as file:
         file.write('{"index": 0, "sample": 0, "response": "0"}\n')
-    with pytest.raises(UserError, match="was made with seed=0, now it is 1"):  # immediately, and not after the wait
+    with pytest.raises(UserError, match="was made with seed=0, not seed=1"):  # immediately, and not after the wait
         write(path, SETTINGS | {"seed": 1})
     waits.set()
     write(path)
@@ -109,14 +109,14 @@ def test_the_second_of_two_writers_waits_for_the_first(tmp_path: Path, capsys: p
 
 def test_unwritable_files_are_refused(tmp_path: Path) -> None:
     for force in (False, True):
-        with pytest.raises(UserError, match="is a folder; name a file"):
+        with pytest.raises(UserError, match="is a directory; type the path of a file"):
             write(tmp_path, force=force)
     path = tmp_path / "mine.jsonl"
     path.write_text("{}\n")
     for settings in (None, "[1]", "half {"):
         if settings is not None:
             path.with_name("mine.jsonl.meta.json").write_text(settings)
-        with pytest.raises(UserError, match="nothing says how it was made"):
+        with pytest.raises(UserError, match=r"exists, but .*\.meta\.json has no settings; type another file"):
             write(path)
     assert path.read_text() == "{}\n"
     assert files.read_json(path)[0] == {}
@@ -124,5 +124,5 @@ def test_unwritable_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "/", ".."])
 def test_a_directory_is_refused_as_a_file_of_responses(name: str) -> None:
-    with pytest.raises(UserError, match=r"--out .*: is a folder; name a file"):
+    with pytest.raises(UserError, match=r"--out .*: is a directory; type the path of a file"):
         ResponseFile(Path(name), {}, 1)
