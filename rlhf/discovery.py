@@ -55,6 +55,24 @@ class Plugin:
         return options(self.conf)
 
 
+@dataclass(frozen=True)
+class UnusablePlugin:
+    """Entry point of an installed distribution that is not a plugin; its string is one line to print.
+
+    Attributes:
+        name: Name of the entry point.
+        origin: "NAME VERSION" of the distribution.
+        problem: What is wrong with it.
+    """
+
+    name: str
+    origin: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"plugin {self.name} of {self.origin} {self.problem}"
+
+
 def options(conf: Path) -> Iterator[str]:
     """Yield every YAML below a conf directory as "group/option" (nested groups keep their slashes), sorted."""
     for path in sorted(conf.rglob("*.yaml")):
@@ -76,7 +94,7 @@ def user_conf() -> Path | None:
     try:
         own = Path("conf").resolve()
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise UserError(f"conf: cannot be read ({error}); remove the link") from error
+        raise UserError(f"conf: cannot be read ({error})", fix="remove the link") from error
     return own if own.is_dir() and own != conf_dir() else None
 
 
@@ -151,8 +169,8 @@ def refuse_shadows(plugins: dict[str, Plugin], known: set[str]) -> None:
         taken = package in sys.stdlib_module_names or package in ("rlhf", "hydra_plugins")
         if taken or PathFinder.find_spec(package, installed) is not None:
             raise UserError(
-                f"plugin directory {plugin.folder}: {package} is the name of an installed package, which it would hide;"
-                f" rename the directory, for example to my_{package}"
+                f"plugin directory {plugin.folder}: {package} is the name of an installed package, which it would hide",
+                fix=f"rename the directory, for example to my_{package}",
             )
 
 
@@ -175,10 +193,10 @@ def checkout() -> dict[str, Plugin]:
     return {p.package: p for p in _folders(root / "plugins", "checkout")}
 
 
-def installed() -> tuple[dict[str, Plugin], list[str]]:
-    """Return the plugins of installed distributions, and one line for each unusable entry point."""
+def installed() -> tuple[dict[str, Plugin], list[UnusablePlugin]]:
+    """Return the plugins of installed distributions, and the unusable entry points."""
     found: dict[str, Plugin] = {}
-    broken: list[str] = []
+    broken: list[UnusablePlugin] = []
     for name, value, origin in _entry_points(entry_points, tuple(sys.path)):
         top, *below = value.split(".")
         # Look up the top package only: find_spec of a dotted name would import its parents.
@@ -186,9 +204,9 @@ def installed() -> tuple[dict[str, Plugin], list[str]]:
         roots = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(roots[0], *below) if roots else None
         if folder is None or not folder.is_dir():
-            broken.append(f"plugin {name} of {origin} names {value}, which is not an importable package")
+            broken.append(UnusablePlugin(name, origin, f"names {value}, which is not an importable package"))
         elif not (folder / "conf").is_dir():
-            broken.append(f"plugin {name} of {origin} has no conf folder ({folder / 'conf'})")
+            broken.append(UnusablePlugin(name, origin, f"has no directory conf ({folder / 'conf'})"))
         else:
             found[value] = Plugin(name.removeprefix("rlhf_"), value, folder.resolve(), origin)
     return found, broken
@@ -210,8 +228,8 @@ def _entry_points(find: Callable[..., Iterable[EntryPoint]], path: tuple[str, ..
 lookup_cache = Once("plugins")
 
 
-def discover() -> tuple[list[Plugin], list[str]]:
-    """Return all plugins, sorted by name, and one line for each that cannot be used.
+def discover() -> tuple[list[Plugin], list[UnusablePlugin]]:
+    """Return all plugins, sorted by name, and those that cannot be used.
 
     A local directory wins over the checkout's plugin and over an installed one of the same package name.
 
@@ -223,7 +241,7 @@ def discover() -> tuple[list[Plugin], list[str]]:
     return list(plugins), list(broken)
 
 
-def _discovered() -> tuple[list[Plugin], list[str]]:
+def _discovered() -> tuple[list[Plugin], list[UnusablePlugin]]:
     built_in = checkout()
     here = local()
     _serve(built_in | here)
@@ -232,7 +250,7 @@ def _discovered() -> tuple[list[Plugin], list[str]]:
     plugins = distributed | built_in | here
     ordered = sorted(plugins.values(), key=lambda p: p.name)
     refuse_duplicates(ordered)
-    return ordered, [line for line in broken if line.split()[1] not in {p.name for p in ordered}]
+    return ordered, [one for one in broken if one.name not in {p.name for p in ordered}]
 
 
 def refuse_duplicates(plugins: list[Plugin]) -> None:
@@ -243,8 +261,8 @@ def refuse_duplicates(plugins: list[Plugin]) -> None:
         for option in plugin.options():
             if option in owner:
                 raise UserError(
-                    f"option {option} is offered twice: by {owner[option]} and by {label}; "
-                    "rename or remove one of the two files"
+                    f"option {option} is offered twice: by {owner[option]} and by {label}",
+                    fix="rename or remove one of the two files",
                 )
             owner[option] = label
 

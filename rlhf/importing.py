@@ -47,11 +47,11 @@ def catch_exits() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def load_function(key: str, name: str) -> Callable[..., Any]:
+def load_function(option: str, name: str) -> Callable[..., Any]:
     """Import a function.
 
     Args:
-        key: Config key that names it, for messages.
+        option: Config key that names it, for errors.
         name: The name, as `module:function` or `package.module:function`.
 
     Raises:
@@ -60,7 +60,10 @@ def load_function(key: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not (module and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise UserError(
-            f"{key}={name}: write it as module:function, such as my_module:my_function for my_module.py here"
+            "is not of the form module:function",
+            fix="type for example my_module:my_function for my_module.py in this directory",
+            option=option,
+            value=name,
         )
     try:
         with catch_exits():
@@ -68,17 +71,29 @@ def load_function(key: str, name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise UserError(
-                f"{key}={name}: no module {error.name}, neither in {os.getcwd()} nor installed; type the command where "
-                f"{error.name.replace('.', '/')}.py lies, or install its package"
+                f"no module {error.name}, neither in {os.getcwd()} nor installed",
+                fix=f"type the command in the directory of {error.name.replace('.', '/')}.py, or install its package",
+                option=option,
+                value=name,
             ) from error
-        raise UserError(f"{key}={name}: {module} imports {error.name}, which is not installed") from error
+        raise UserError(
+            f"{module} imports {error.name}, which is not installed",
+            fix="install its package",
+            option=option,
+            value=name,
+        ) from error
     except Exception as error:  # a foreign module may raise anything
         reason = (str(error).strip() or "no message").splitlines()[0]
-        raise UserError(f"{key}={name}: importing {module} failed: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"importing {module} failed with {type(error).__name__}: {reason}",
+            fix="correct the module",
+            option=option,
+            value=name,
+        ) from error
     found = getattr(loaded, function, None)
     if not callable(found):
         functions = [word for word, value in vars(loaded).items() if callable(value) and not word.startswith("_")]
         hint = suggest(function, functions)
-        raise UserError(f"{key}={name}: {loaded.__file__ or module} has no function {function}{hint}")
+        raise UserError(f"{loaded.__file__ or module} has no function {function}{hint}", option=option, value=name)
     called: Callable[..., Any] = found
     return called

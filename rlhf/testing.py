@@ -1,8 +1,7 @@
 """Test helpers, also for plugin authors: a tiny model, a rollout without a model, and checks of the plugin contract."""
 
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from rlhf import discovery, objective, signatures
+from rlhf import discovery, objective
 from rlhf.annotator.base import Annotator
 from rlhf.data.records import Comparison, Message, Prompt
-from rlhf.errors import RLHFError, UserError
+from rlhf.errors import RLHFError, UserError, first_line
 from rlhf.importing import catch_exits
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
@@ -27,14 +26,12 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.planning import step_config as configs
 from rlhf.planning.base_classes import missing_base_error
+from rlhf.planning.option_files import defaults_compared, foreign_keys, nodes, unexplained_keys
 from rlhf.planning.validation.config import validate_config
-from rlhf.planning.validation.nodes import RESERVED
-from rlhf.planning.validation.values import holds_object
 from rlhf.reward.base import Reward
 from rlhf.running import launcher
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.rollout import Rollout
-from rlhf.storage.plain import leaves, targets
 
 __all__ = [
     "Report",
@@ -109,68 +106,6 @@ def rollout(prompts: list[str], responses: list[str]) -> Rollout:
     )
 
 
-# Checks of any YAML file
-
-
-def unexplained_keys(path: Path) -> list[str]:
-    """Return the lines of a YAML whose key has no comment on its line, above it, or above its enclosing block.
-
-    Exempt are keys that only hold others, `_target_`, `_partial_`, defaults lists and `${inputs.ROLE}`.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
-    for i, line in enumerate(lines):
-        match = re.match(r"\s*([\w./@-]+):( .*|$)", line)
-        if not match or match[1] in ("_target_", "_partial_", "defaults") or "#" in line or not match[2].strip():
-            continue
-        reference = re.fullmatch(r"\s*\$\{(inputs\.|artifact:|optional_input:)\w+\}", match[2])
-        if not reference and not (i and lines[i - 1].strip().startswith("#")) and not _block_explained(lines, i):
-            found.append(f"{path.name}:{i + 1}: {line.strip()}")
-    return found
-
-
-def _block_explained(lines: list[str], index: int) -> bool:
-    indent = len(lines[index]) - len(lines[index].lstrip())
-    for i in range(index - 1, -1, -1):
-        if lines[i].strip() and len(lines[i]) - len(lines[i].lstrip()) < indent:
-            return "#" in lines[i] or (i > 0 and lines[i - 1].strip().startswith("#"))
-    return False
-
-
-def nodes(path: Path) -> Iterator[tuple[str, dict[str, Any], Callable[..., Any]]]:
-    """Yield the nodes of a YAML that build something: (dotted key, node, constructor)."""
-    for where, node in targets(OmegaConf.to_container(OmegaConf.load(path))):
-        yield where, node, get_object(node["_target_"])
-
-
-def foreign_keys(path: Path) -> list[str]:
-    """Return the keys of a YAML that its constructors do not accept."""
-    found = []
-    for where, node, target in nodes(path):
-        known = signatures.parameters(target) or {}
-        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            continue
-        groups = set(signatures.groups(target)) if where == "stage" else set()
-        allowed = (set(known) - groups) | {*RESERVED, "defaults"} | ({"name"} if where == "stage" else set())
-        found += [
-            f"{path.name}: {where or 'the file'} has {key}, {target.__name__} has not" for key in set(node) - allowed
-        ]
-    return found
-
-
-def defaults_compared(path: Path) -> Iterator[tuple[str, str, bool, Any, Any]]:
-    """Yield, for every YAML value whose constructor has a default: (target, name, same, value, default)."""
-    for _, node, target in nodes(path):
-        for name, parameter in (signatures.parameters(target) or {}).items():
-            value = node.get(name, parameter.empty)
-            if value is parameter.empty or parameter.default is parameter.empty:
-                continue
-            computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in leaves(value, "v"))
-            if not computed and not holds_object(value):
-                default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-                yield node["_target_"], name, default == value, value, parameter.default
-
-
 # Checks of the plugin contract
 
 
@@ -199,16 +134,18 @@ def check_plugin(folder: Path) -> Report:
     """
     folder = folder.resolve()
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; type the folder of a plugin, e.g. plugins/my_plugin")
+        raise UserError(
+            f"{folder}: no such directory", fix="type the directory of a plugin, for example plugins/my_plugin"
+        )
     report = Report()
     files = sorted((folder / "conf").rglob("*.yaml"))
     report.see("is a package", [] if (folder / "__init__.py").is_file() else [f"{folder / '__init__.py'} is missing"])
-    report.see("has options in conf/GROUP/NAME.yaml", [] if files else [f"{folder / 'conf'} holds no GROUP/NAME.yaml"])
+    report.see("has options in conf/GROUP/NAME.yaml", [] if files else [f"{folder / 'conf'} has no GROUP/NAME.yaml"])
     try:
         found = _found(folder)
     except UserError as e:
-        found = [str(e)]
-    report.see("is found, and offers nothing twice", found)
+        found = list(e.lines)
+    report.see("is found, and offers no option twice", found)
     if report.problems:
         return report
     for path in files:
@@ -227,20 +164,20 @@ def _found(folder: Path) -> list[str]:
         named = os.environ.get("RLHF_PLUGINS", "plugins")
         os.environ["RLHF_PLUGINS"] = os.pathsep.join([str(folder.parent), *([named] if named else [])])
     folders = {plugin.folder for plugin in discovery.discover()[0]}
-    return [] if folder in folders else [f"{folder} is not found; is its name a Python identifier?"]
+    return [] if folder in folders else [f"{folder} is not found; its name must be a Python identifier"]
 
 
 def _check_file(path: Path, option: str, package: str, report: Report) -> None:
     group, _, name = option.rpartition("/")
-    report.see(f"{option}: every key is explained", [f"no comment: {line}" for line in unexplained_keys(path)])
-    report.see(f"{option}: its keys are its constructor's", foreign_keys(path))
+    report.see(f"{option}: every key has a comment", [f"no comment: {line}" for line in unexplained_keys(path)])
+    report.see(f"{option}: its keys are parameters of its constructor", foreign_keys(path))
     different = [
-        f"{path.name}: {key} is {value}, its constructor says {default}"
-        for target, key, same, value, default in defaults_compared(path)
+        f"{path.name}: {parameter} is {value}, the default of its constructor is {default}"
+        for target, parameter, same, value, default in defaults_compared(path)
         # Options of constructors outside the plugin exist to set other values.
         if not same and target.startswith(f"{package}.")
     ]
-    report.see(f"{option}: its values are its constructor's", different)
+    report.see(f"{option}: its values are the defaults of its constructor", different)
     for where, _, target in nodes(path):
         base = BASES.get(group) if where == "" else None
         if base is not None:
@@ -313,14 +250,14 @@ def check_objective(made: Any) -> list[str]:
         leaf = numbers(count, 5)
         losses, metrics = made(leaf)
     else:
-        return [f"{type(made).__name__} derives from none of the objectives of rlhf.objective, so no stage takes it"]
+        return [f"{type(made).__name__} does not derive from a class of rlhf.objective, so no stage accepts it"]
     found = []
     if losses.shape != leaf.shape:
-        found.append(f"losses have the shape {tuple(losses.shape)}, expected {tuple(leaf.shape)}: one each, no mean")
+        found.append(f"losses have the shape {tuple(losses.shape)}, expected {tuple(leaf.shape)}, one each and no mean")
     if not torch.isfinite(losses).all():
         found.append("losses are not finite on ordinary inputs")
     elif not losses.requires_grad:
-        found.append("losses have no gradient: nothing would be trained")
+        found.append("losses have no gradient, so nothing would be trained")
     else:
         losses.sum().backward()
         if leaf.grad is None or not torch.isfinite(leaf.grad).all() or not leaf.grad.any():
@@ -354,7 +291,7 @@ def check_annotator(annotator: Any) -> list[str]:
         return ["expected a list of rlhf.data.records.Comparison"]
     found = [] if annotator(given, samples=2, seed=0) == made else ["the same seed gives other comparisons"]
     foreign = [c for c in made if not set(c.responses) <= set(responses)]
-    return found + [f"a comparison holds a response that nobody gave: {c.responses}" for c in foreign[:1]]
+    return found + [f"a comparison has a response that was not in the rollout: {c.responses}" for c in foreign[:1]]
 
 
 def check_sampler(sampler: Sampler) -> list[str]:
@@ -365,7 +302,7 @@ def check_sampler(sampler: Sampler) -> list[str]:
     try:
         first, again = (sampler.sample(policy, list(prompts), seed=0) for _ in range(2))
     except UserError as e:
-        return [str(e)]
+        return list(e.lines)
     rows = len(prompts) * sampler.samples
     if first.prompts != [prompt for prompt in prompts for _ in range(sampler.samples)]:
         return [f"expected {rows} rows, {sampler.samples} consecutive ones for each prompt"]
@@ -387,7 +324,8 @@ def _composes(group: str, name: str) -> list[str]:
                 validate_config(composed)
             return []
         except (RLHFError, HydraException, OmegaConfBaseException) as e:
-            problems.append(f"{' '.join(choice)}: {str(e).splitlines()[0]}")
+            problem = e.lines[0] if isinstance(e, RLHFError) else first_line(e)
+            problems.append(f"{' '.join(choice)}: {problem}")
     return problems[:1] or [f"{group}={name}: no stage reads the group {group}"]
 
 

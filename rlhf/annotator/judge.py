@@ -19,7 +19,7 @@ from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import GRADES, TIE, Comparison, Message, Prompt
 from rlhf.data.rendering import tokenize
 from rlhf.data.sources import digest_files
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
@@ -31,7 +31,7 @@ OPTIONS = ("A", "B")
 READING = 3  # version of the reading of answers; increase it on a change, to invalidate cached answers
 FEW = 20  # answers before the share of nonsense is meaningful
 
-# Log-odds of the response shown first against the other (None: nonsense), and what was said.
+# Log-odds of the response shown first against the other (None: nonsense), and the text that the judge generated.
 Answer = tuple[float | None, str]
 
 
@@ -94,10 +94,18 @@ class JudgeAnnotator(Annotator):
             for first, option in zip(self.option_ids, OPTIONS, strict=False)
         ]
         if len(set(self.option_ids)) < 2:
-            raise UserError(f"annotator.path={path}: its tokenizer does not tell A from B; give another judge")
+            raise UserError(
+                "its tokenizer encodes the answers A and B alike",
+                fix="type the path of another judge",
+                option="annotator.path",
+                value=path,
+            )
         if answer == "generate" and not self.model.tokenizer.chat_template:
             raise UserError(
-                f"annotator.path={path}: has no chat template to write with; type annotator.answer=logprobs"
+                "has no chat template, which generated answers need",
+                fix=f"type {key('annotator.answer', 'logprobs')}",
+                option="annotator.path",
+                value=path,
             )
         self.known: dict[str, Answer] = {}
         self.file: Path | None = None
@@ -228,46 +236,50 @@ class JudgeAnnotator(Annotator):
 
     # -- questions --------------------------------------------------------------------------------------------------
 
-    def ask(self, questions: Sequence[str], told: Callable[[int], None] | None = None) -> list[Answer]:
+    def ask(self, questions: Sequence[str], advance: Callable[[int], None] | None = None) -> list[Answer]:
         """Return the judge's answers to filled templates, in order, from the cache where possible.
 
         Args:
             questions: Filled templates.
-            told: Progress callback; receives the number of questions answered since the last call.
+            advance: Progress callback; receives the number of questions answered since the last call.
 
         Raises:
             UserError: If too many of the answers are nonsense.
         """
-        told = told or (lambda _: None)
-        keys = [self._key(question) for question in questions]
-        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.known}
-        told(len(keys) - len(new))
-        for part in _parts(sorted(new, key=lambda key: len(new[key])), self.batch_size):  # length-grouped
-            answers = self._answers([new[key] for key in part])
+        advance = advance or (lambda _: None)
+        names = [self._key(question) for question in questions]
+        new = {name: question for name, question in zip(names, questions, strict=True) if name not in self.known}
+        advance(len(names) - len(new))
+        for part in _parts(sorted(new, key=lambda name: len(new[name])), self.batch_size):  # length-grouped
+            answers = self._answers([new[name] for name in part])
             self.known.update(zip(part, answers, strict=True))
             self._keep(part)
-            told(len(part))
-        found = [self.known[key] for key in keys]
-        nonsense = [said for value, said in found if value is None]
+            advance(len(part))
+        found = [self.known[name] for name in names]
+        nonsense = [text for value, text in found if value is None]
         self._asked, self._nonsense = self._asked + len(found), self._nonsense + len(nonsense)
         self._example = self._example or (nonsense[0] if nonsense else "")
         if self._asked >= FEW and self._nonsense > self.max_nonsense * self._asked:
             raise UserError(
-                f"annotator.path={self.path}: {self._nonsense} of {self._asked} answers are neither A nor B (one says "
-                f"{self._example!r}; annotator.max_nonsense={self.max_nonsense} allows "
-                f"{int(self.max_nonsense * self._asked)}): give a model that can judge, or another annotator.template"
+                f"{self._nonsense} of {self._asked} answers are neither A nor B, for example {self._example!r}, and "
+                f"{key('annotator.max_nonsense', self.max_nonsense)} allows "
+                f"{int(self.max_nonsense * self._asked)}",
+                fix=f"type the path of another judge, or another {key('annotator.template')}",
+                option="annotator.path",
+                value=self.path,
             )
         return found
 
     def _key(self, question: str) -> str:
+        """Return the name under which the answer to a question is cached."""
         limit = self.least_mass if self.answer == "logprobs" else self.max_new_tokens
         how = [self.identity, self.answer, limit, question]
         return hashlib.sha256(json.dumps(how).encode()).hexdigest()
 
-    def _keep(self, keys: Sequence[str]) -> None:
+    def _keep(self, names: Sequence[str]) -> None:
         if self.file is None:
             return
-        rows = [{"question": key, "answer": self.known[key][0], "said": self.known[key][1]} for key in keys]
+        rows = [{"question": name, "answer": self.known[name][0], "said": self.known[name][1]} for name in names]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -19,8 +19,12 @@ TEMPLATES = {
 }
 
 
-def read_template(template: str, key: str) -> str:
-    """Return the text of a template, by name or from a text file, as typed for ``key``.
+def read_template(template: str, option: str) -> str:
+    """Return the text of a template, by name or from a text file.
+
+    Args:
+        template: The name or the path.
+        option: Config key that it was typed for.
 
     Raises:
         UserError: If there is no such template, or if it lacks a field.
@@ -30,14 +34,20 @@ def read_template(template: str, key: str) -> str:
         # The path needs a slash: a run's fingerprint hashes the content of values that look like a path.
         if "/" not in template or not Path(template).expanduser().is_file():
             raise UserError(
-                f"{key}={template}: no such template; type one of {', '.join(TEMPLATES)}, or a text file with "
-                "a slash in it, such as ./judge.txt"
+                "no such template",
+                fix=f"type one of {', '.join(TEMPLATES)}, or the path of a text file with a slash in it, such as "
+                "./judge.txt",
+                option=option,
+                value=template,
             )
         text = Path(template).expanduser().read_text(encoding="utf-8")
     missing = [field for field in ("{prompt}", "{first}", "{second}") if field not in text]
     if missing:
         raise UserError(
-            f"{key}={template}: lacks {' and '.join(missing)}; it must show {{prompt}}, {{first}}, {{second}}"
+            f"lacks {' and '.join(missing)}",
+            fix="write {prompt}, {first} and {second} in the template",
+            option=option,
+            value=template,
         )
     return text
 

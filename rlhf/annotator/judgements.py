@@ -10,7 +10,7 @@ from rlhf.annotator.judge_text import fill, read_template
 from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Demonstration, Message
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 
 class Judgements(Data):
@@ -58,7 +58,11 @@ class Judgements(Data):
         made = []
         for comparison in comparisons:
             if not isinstance(comparison, Comparison):
-                raise UserError(f"data.comparisons holds {comparison.name}s; type data@data.comparisons=comparisons")
+                raise UserError(
+                    f"must be data of comparisons, has {comparison.name}s",
+                    fix=f"type {key('data@data.comparisons', 'comparisons')}",
+                    option="data.comparisons",
+                )
             for better, worse, _ in comparison.pairs():
                 one, two = comparison.responses[better], comparison.responses[worse]
                 for first, second, answer in ((one, two, OPTIONS[0]), (two, one, OPTIONS[1])):

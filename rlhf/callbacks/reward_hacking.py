@@ -149,7 +149,7 @@ class HackingWarnings(pl.Callback):
 
     Args:
         length_factor: Limit on the mean length relative to the first rollout's; its inverse is the lower limit.
-        ended: Lower limit on the share of responses that end by themselves.
+        ended: Lower limit on the share of responses that end with EOS.
         repetition: Limit on the share of a response's bigrams that occurred before in it.
         distinct: Lower limit on the share of a rollout's responses that differ from each other.
         special_tokens: Limit on the share of responses with special tokens before their end. Such tokens are dropped
@@ -172,16 +172,16 @@ class HackingWarnings(pl.Callback):
         self.length_factor, self.ended, self.repetition, self.distinct = length_factor, ended, repetition, distinct
         self.special_tokens, self.kl, self.proxy_gold_gap = special_tokens, kl, proxy_gold_gap
         self.first_length: float | None = None
-        self.said: list[str] = []
+        self.warned: list[str] = []
         self.gaps: list[list[float]] = []  # proxy_gold_gap and its standard error, of the last rollouts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that makes a resumed run compare with the same start and repeat no warning."""
-        return {"first_length": self.first_length, "said": list(self.said), "gaps": [list(gap) for gap in self.gaps]}
+        return {"first_length": self.first_length, "said": list(self.warned), "gaps": [list(gap) for gap in self.gaps]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
-        self.first_length, self.said = state_dict["first_length"], list(state_dict["said"])
+        self.first_length, self.warned = state_dict["first_length"], list(state_dict["said"])
         self.gaps = [list(gap) for gap in state_dict.get("gaps", ())]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -207,8 +207,8 @@ class HackingWarnings(pl.Callback):
         if self.first_length is None:
             self.first_length = now.get("length")
         for sign, words in self.tripped(now).items():
-            if sign not in self.said:
-                self.said.append(sign)
+            if sign not in self.warned:
+                self.warned.append(sign)
                 if aloud:
                     print(f"  {stage}: warning: {words} (callbacks.hacking.{sign})", flush=True)
 
@@ -219,44 +219,44 @@ class HackingWarnings(pl.Callback):
         if self.length_factor is not None and first and length is not None:
             if length > first * self.length_factor:
                 found["length_factor"] = (
-                    f"responses have grown from {first:.1f} to {length:.1f} tokens: the reward may pay for length; "
+                    f"responses have grown from {first:.1f} to {length:.1f} tokens: the reward may favour length; "
                     "read samples.jsonl, try a larger objective.beta"
                 )
             elif length < first / self.length_factor:
                 found["length_factor"] = (
-                    f"responses have shrunk from {first:.1f} to {length:.1f} tokens: the reward may pay for saying "
-                    "little; read samples.jsonl, try a larger objective.beta"
+                    f"responses have shrunk from {first:.1f} to {length:.1f} tokens: the reward may favour short "
+                    "responses; read samples.jsonl, try a larger objective.beta"
                 )
         if self.ended is not None and now.get("ended", 1.0) < self.ended:
             found["ended"] = (
-                f"only {now['ended']:.0%} of the responses end by themselves: the policy does not stop; try a larger "
+                f"only {now['ended']:.0%} of the responses end with EOS before their limit of tokens; try a larger "
                 "sampler.max_new_tokens, or stage.missing_eos=subtract and a larger stage.missing_eos_penalty"
             )
         if self.repetition is not None and now.get("repetition", 0.0) > self.repetition:
             found["repetition"] = (
-                f"{now['repetition']:.0%} of the pairs of tokens in a response repeat: the policy loops; try a larger "
-                "objective.beta, a smaller optimizer.lr"
+                f"{now['repetition']:.0%} of the pairs of tokens in a response occurred before in it; try a larger "
+                "objective.beta or a smaller optimizer.lr"
             )
         if self.distinct is not None and now.get("distinct", 1.0) < self.distinct:
             found["distinct"] = (
-                f"only {now['distinct']:.0%} of the responses differ: the policy says the same to all; try a larger "
-                "objective.beta, a smaller optimizer.lr"
+                f"only {now['distinct']:.0%} of the responses differ from each other; try a larger "
+                "objective.beta or a smaller optimizer.lr"
             )
         if self.special_tokens is not None and now.get("special_tokens", 0.0) > self.special_tokens:
             found["special_tokens"] = (
-                f"{now['special_tokens']:.0%} of the responses hold special tokens before their end, which rewards, "
-                "gold and judges do not see; try a larger objective.beta, a smaller optimizer.lr"
+                f"{now['special_tokens']:.0%} of the responses have special tokens before their end, which rewards, "
+                "gold and judges do not read; try a larger objective.beta or a smaller optimizer.lr"
             )
         if self.kl is not None and now.get("kl", 0.0) > self.kl:
             found["kl"] = (
-                f"the policy is {now['kl']:.1f} nats per response from its reference, where the reward has seen "
-                "little; try a larger objective.beta, stage.kl_budget or a smaller optimizer.lr"
+                f"the policy is {now['kl']:.1f} nats per response from its reference, where the reward was "
+                "trained on few responses; try a larger objective.beta, stage.kl_budget or a smaller optimizer.lr"
             )
         gap, error = now.get("proxy_gold_gap", 0.0), now.get("proxy_gold_gap_se", 0.0)
         if self.proxy_gold_gap is not None and gap - 2 * error > self.proxy_gold_gap:
             found["proxy_gold_gap"] = (
-                f"the score has risen {gap:.1f} standard deviations more than gold: the reward model is being "
-                "exploited; stop earlier, a larger objective.beta, a better reward model"
+                f"the score has risen {gap:.1f} standard deviations more than gold: the policy exploits the "
+                "reward model; try fewer steps, a larger objective.beta or a better reward model"
             )
         return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf.cli import options
 from rlhf.console import Screen, clean
-from rlhf.errors import UserError
+from rlhf.errors import UserError, UserErrors
 from rlhf.runs import run_files
 
 
@@ -59,7 +59,7 @@ def _report(options: argparse.Namespace) -> int:
     console.print(table)
     # Runs share ancestors: dict.fromkeys reads each once.
     runs = dict.fromkeys(run for member in comparison.members for run in (member.run, *member.ancestors.values()))
-    for line in dict.fromkeys(line for run in runs for line in run.problems()):
+    for line in UserErrors(error for run in runs for error in run.problems()).lines:
         console.print(Text(line, style="yellow"))
     if comparison.seeds > 1:
         console.print(comparison.error_note, style="dim")

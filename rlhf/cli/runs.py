@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rlhf import console
 from rlhf.cli import options
 from rlhf.console import shell
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, UserErrors, suggest
 from rlhf.planning.references import find_runs_by_prefix
 from rlhf.runs import run_files
 from rlhf.runs.run_directory import Run, find, is_run_directory, remove
@@ -78,10 +78,11 @@ def named(ref: str, outputs: Path) -> Run:
 @run_files.cache_reads()
 def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
     """Print a table of runs, oldest first within a stage; return the exit status."""
-    rows, problems = [], []
+    rows = []
+    problems: list[str] = []
     for run in find(outputs):
         state = run.status
-        problems += run.problems("status.json", "summary.json")
+        problems += UserErrors(run.problems("status.json", "summary.json")).lines
         if state == "damaged":
             problems += [f"{run.folder / name} {wrong}" for name, wrong in run.damage().items()]
         if stage not in (None, run.stage) or status not in (None, state):
@@ -121,7 +122,7 @@ def show(run: Run) -> int:
         facts.append((f"input {role}", ", ".join(str(ancestors.get(i, {}).get("folder", i)) for i in identities)))
     for name, wrong in run.damage().items() if run.status == "damaged" else ():
         facts.append((name, wrong))
-    for problem in run.problems():
+    for problem in UserErrors(run.problems()).lines:
         console.say(problem, "yellow")
     console.print_table("Run", ("", ""), facts)
     console.print_table("Metrics", ("", ""), [(name, console.number(v)) for name, v in sorted(run.metrics.items())])
@@ -136,7 +137,7 @@ def check(runs: list[Run]) -> int:
     """Compare finished runs with the hashes in their manifests; return 1 if any differs, else 0."""
     damaged, changed, without = 0, [], 0
     for run in runs:
-        problems = run.problems()
+        problems = [*UserErrors(run.problems()).lines]
         if run.status_file.get("status") == "finished":
             damage = run.damage(thorough=True)
             problems += [f"{run.folder / name} {wrong}" for name, wrong in damage.items()]

@@ -54,7 +54,7 @@ def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) ->
         ValueError: If there are no pairs.
     """
     if not len(gaps):
-        raise ValueError("reliability: no pairs")
+        raise ValueError("reliability needs at least one pair")
     gaps = gaps.detach().double().cpu()
     predicted = torch.sigmoid(gaps.abs())
     held = torch.where(gaps > 0, 1.0, torch.where(gaps < 0, 0.0, 0.5)).double()

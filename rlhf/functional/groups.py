@@ -24,7 +24,7 @@ def grouped(scores: Tensor, samples: int) -> Tensor:
         ValueError: For fewer than two responses per prompt, which have no baseline, or a size that K does not divide.
     """
     if samples < 2 or scores.dim() != 1 or len(scores) % samples:
-        raise ValueError(f"{tuple(scores.shape)} scores are no groups of {samples} (at least 2)")
+        raise ValueError(f"scores of shape {tuple(scores.shape)} must be groups of {samples} (at least 2)")
     return scores.view(-1, samples)
 
 

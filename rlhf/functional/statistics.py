@@ -83,7 +83,7 @@ def clustered(values: Sequence[float], weights: Sequence[float], clusters: Seque
         parts.setdefault(cluster, []).append((value, weight))
     total = math.fsum(weights)
     if not total > 0:
-        raise ValueError("clustered: no observation has a weight")
+        raise ValueError("clustered needs an observation with a positive weight")
     mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
     n = len(parts)
     if n == 1:

@@ -98,7 +98,9 @@ class WeightsAndBiases(WandbLogger):
                 resume="allow",
             )
         except ModuleNotFoundError as error:
-            raise UserError("logger=wandb needs the wandb package; type: pip install wandb") from error
+            raise UserError(
+                "needs the wandb package", fix="type pip install wandb", option="logger", value="wandb"
+            ) from error
 
     def log_text(self, name: str, text: str) -> None:  # type: ignore[override]
         """Write a text as a table of its lines."""
@@ -124,7 +126,9 @@ class MLFlow(MLFlowLogger):
                 tracking_uri=tracking_uri or (folder / "mlflow").absolute().as_uri(),
             )
         except ModuleNotFoundError as error:
-            raise UserError("logger=mlflow needs the mlflow package; type: pip install mlflow-skinny") from error
+            raise UserError(
+                "needs the mlflow package", fix="type pip install mlflow-skinny", option="logger", value="mlflow"
+            ) from error
 
     def log_text(self, name: str, text: str) -> None:
         """Write a text as an artifact."""

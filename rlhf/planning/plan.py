@@ -68,11 +68,11 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
         *(problem for one in planned for problem in one.problems),
         *comparison.problems,
         *(one.error for one in unused if one.is_error),
-        *(UserError(choice.problem) for choice in weights if choice.problem),
+        *(error for choice in weights if (error := choice.error) is not None),
     ]
     if problems:
         raise UserErrors(problems)
-    notes = [str(one.error) for one in unused] + [choice.said for choice in weights]
+    notes = [str(one.error) for one in unused] + [choice.note for choice in weights]
     return Plan(steps, skipped_steps(request, selected), comparison.node, notes)
 
 

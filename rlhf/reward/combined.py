@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, key, suggest
 from rlhf.functional.gate import safety_gate
 from rlhf.reward.base import Reward
 from rlhf.sampler.rollout import Rollout
@@ -69,8 +69,9 @@ class GatedReward(Combination):
             return (scores * self.rewards[name].log_odds).sigmoid()
         if ((scores < 0) | (scores > 1)).any():
             raise UserError(
-                f"reward.{name} gives {scores.min():.3g} to {scores.max():.3g}: no probabilities, "
-                "type reward.scale=logit"
+                f"its scores, from {scores.min():.3g} to {scores.max():.3g}, are not probabilities",
+                fix=f"type {key('reward.scale', 'logit')}",
+                option=f"reward.{name}",
             )
         return scores
 
@@ -96,10 +97,12 @@ class WeightedReward(Combination):
             UserError: If there is no reward, or for a weight without a reward.
         """
         if not rewards:
-            raise UserError("reward.rewards is empty: type +reward@reward.rewards.NAME=model")
+            raise UserError(
+                "is empty", fix=f"type {key('+reward@reward.rewards.NAME', 'model')}", option="reward.rewards"
+            )
         for name in weights:
             if name not in rewards:
-                raise UserError(f"reward.weights.{name}: there is no such reward{suggest(name, rewards)}")
+                raise UserError(f"no such reward{suggest(name, rewards)}", option=f"reward.weights.{name}")
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Return the weighted sum of the scores, [B]."""

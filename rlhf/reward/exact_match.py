@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.reward.answers import last_number, same
 from rlhf.reward.base import Reward
 from rlhf.sampler.rollout import Rollout
 
 _MARKER = "####"
+_EXAMPLE = '"answer: (.*)"'  # of a pattern, for messages
 
 Extract = Literal["last_number", "after_marker", "regex", "whole"]
 
@@ -42,21 +43,43 @@ class ExactMatch(Reward):
     missing: float = 0.0
 
     def __post_init__(self) -> None:
-        if (self.pattern is not None) != (self.extract == "regex"):
+        example = f"'{key('reward.pattern', _EXAMPLE)}'"
+        if self.extract == "regex" and self.pattern is None:
             raise UserError(
-                f"reward.extract={self.extract} with reward.pattern={self.pattern}: a pattern is for extract=regex "
-                "alone; type reward.extract=regex 'reward.pattern=\"answer: (.*)\"'"
+                f"needs {key('reward.pattern')}",
+                fix=f"type for example {example}",
+                option="reward.extract",
+                value=self.extract,
+            )
+        if self.extract != "regex" and self.pattern is not None:
+            raise UserError(
+                f"is read only with {key('reward.extract', 'regex')}, not with {key('reward.extract', self.extract)}",
+                fix=f"type {key('reward.extract', 'regex')} or {key('reward.pattern', None)}",
+                option="reward.pattern",
+                value=self.pattern,
             )
         try:
             groups = re.compile(self.pattern or "()").groups
         except re.error as error:
-            raise UserError(f"reward.pattern={self.pattern}: no regular expression ({error})") from error
+            raise UserError(
+                f"is not a regular expression ({error})",
+                fix=f"type for example {example}",
+                option="reward.pattern",
+                value=self.pattern,
+            ) from error
         if groups != 1:
-            raise UserError(f"reward.pattern={self.pattern}: needs one group (in parentheses), has {groups}")
+            raise UserError(
+                f"must have one group (in parentheses), has {groups}",
+                fix=f"type for example {example}",
+                option="reward.pattern",
+                value=self.pattern,
+            )
         if not self.correct > max(self.wrong, self.missing):
             raise UserError(
-                f"reward.correct={self.correct} must be above reward.wrong={self.wrong} and "
-                f"reward.missing={self.missing}"
+                f"must be greater than {key('reward.wrong', self.wrong)} and {key('reward.missing', self.missing)}",
+                fix=f"type for example {key('reward.correct', max(self.wrong, self.missing) + 1)}",
+                option="reward.correct",
+                value=self.correct,
             )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -68,9 +91,12 @@ class ExactMatch(Reward):
         without = [prompt for prompt in prompts if prompt.reference is None]
         if without:
             raise UserError(
-                f"reward=exact_match: {len(without)} of {len(prompts)} prompts have no reference answer, such as "
-                f"'{without[0].messages[-1].content[:60]}'; type data=arithmetic, data=gsm8k, or prompts with a "
-                '"reference" field'
+                f"{len(without)} of {len(prompts)} prompts have no reference answer, for example "
+                f"'{without[0].messages[-1].content[:60]}'",
+                fix=f"type {key('data', 'arithmetic')}, {key('data', 'gsm8k')}, or the path of prompts with a "
+                '"reference" field',
+                option="reward",
+                value="exact_match",
             )
 
     def answer(self, response: str) -> str | None:

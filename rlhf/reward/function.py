@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf import importing
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.reward.base import Reward
 from rlhf.sampler.rollout import Rollout
 
@@ -38,10 +38,12 @@ class FunctionReward(Reward):
         try:
             inspect.signature(found).bind(None, "", **(arguments or {}))
         except (TypeError, ValueError) as error:
+            call = ", ".join(["prompt", "response", *(f"{name}={value}" for name, value in (arguments or {}).items())])
             raise UserError(
-                f"reward.function={function}: {error}; it is called as function(prompt, response"
-                + "".join(f", {key}={value}" for key, value in (arguments or {}).items())
-                + ")"
+                f"cannot be called as function({call}): {error}",
+                fix=f"change its parameters or {key('reward.arguments')}",
+                option="reward.function",
+                value=function,
             ) from error
         return found
 
@@ -55,7 +57,10 @@ class FunctionReward(Reward):
             value = self.function(prompt, text, **self.arguments)
         except Exception as error:  # a user's function may raise anything; the message names the function
             raise UserError(
-                f"reward.function={self.name} failed on the response {text[:60]!r}: {type(error).__name__}: {error}"
+                f"failed on the response {text[:60]!r} with {type(error).__name__}: {error}",
+                fix="correct the function",
+                option="reward.function",
+                value=self.name,
             ) from error
         try:
             number = float(value)
@@ -63,6 +68,9 @@ class FunctionReward(Reward):
             number = math.nan
         if not math.isfinite(number):
             raise UserError(
-                f"reward.function={self.name} gave {value!r} for the response {text[:60]!r}: no finite number"
+                f"returned {value!r} for the response {text[:60]!r}, must return a finite number",
+                fix="correct the function",
+                option="reward.function",
+                value=self.name,
             )
         return number

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.scores import MissingEOS
 from rlhf.reward.model import find_model_rewards
 
@@ -30,11 +30,14 @@ def resolve_missing_eos(how: MissingEOSOption, penalty: float, reward: Any) -> M
     """
     if how == "auto":
         how = "replace" if find_model_rewards(reward) else "none"
-        why = "missing_eos=auto leaves the scores of a rule as they are"
+        why = f"{key('stage.missing_eos', 'auto')} leaves the scores of a rule unchanged"
     else:
-        why = f"missing_eos={how} reads no penalty"
+        why = f"{key('stage.missing_eos', how)} reads no penalty"
     if how == "none" and penalty not in (0.0, MISSING_EOS_PENALTY):
         raise UserError(
-            f"stage.missing_eos_penalty={penalty:g} is not read: stage.{why}; type stage.missing_eos=subtract"
+            f"is not read, because {why}",
+            fix=f"type {key('stage.missing_eos', 'subtract')}",
+            option="stage.missing_eos_penalty",
+            value=f"{penalty:g}",
         )
     return how

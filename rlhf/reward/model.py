@@ -11,7 +11,7 @@ from rlhf.data.collate import collate
 from rlhf.data.encoded_rows import Encoded
 from rlhf.data.encoding import encode_prompt, encode_turns
 from rlhf.data.records import Message, Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.saved_config import is_scalar_model, missing_head_error
 from rlhf.models.scalar import ScalarModel
@@ -91,9 +91,9 @@ class ModelReward(Reward):
     def _fits(self, length: int, prompt: Prompt) -> None:
         if length > self.model.context_length:
             raise UserError(
-                f"prompt '{prompt.messages[-1].content[:60]}' with its response has {length} tokens, the reward model "
-                f"{self.path} reads {self.model.context_length}: set a smaller data.max_prompt_length or "
-                "sampler.max_new_tokens"
+                f"the prompt '{prompt.messages[-1].content[:60]}' with its response has {length} tokens, and the "
+                f"reward model {self.path} reads {self.model.context_length}",
+                fix=f"type a smaller {key('data.max_prompt_length')} or {key('sampler.max_new_tokens')}",
             )
 
     @torch.no_grad()
@@ -101,8 +101,8 @@ class ModelReward(Reward):
         """Return the scores, [B]."""
         tokenizer = self.model.tokenizer
         encoded = []
-        said = rollout.turns or [(Message("assistant", text),) for text in rollout.texts]
-        for prompt, turns, ended in zip(rollout.prompts, said, rollout.ended.tolist(), strict=True):
+        responses = rollout.turns or [(Message("assistant", text),) for text in rollout.texts]
+        for prompt, turns, ended in zip(rollout.prompts, responses, rollout.ended.tolist(), strict=True):
             # A truncated response gets no end-of-turn token, as in the training of the reward model.
             question, response = encode_prompt(tokenizer, prompt.messages), encode_turns(tokenizer, turns, ended)
             self._fits(len(question) + len(response), prompt)
@@ -122,4 +122,4 @@ def find_model_rewards(reward: Reward) -> dict[str, ModelReward]:
     if isinstance(reward, ModelReward):
         return {"reward": reward}
     found = {name: find_model_rewards(inner) for name, inner in reward.rewards.items()}
-    return {name if len(of) == 1 else f"{name}.{key}": one for name, of in found.items() for key, one in of.items()}
+    return {name if len(of) == 1 else f"{name}.{part}": one for name, of in found.items() for part, one in of.items()}

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from rlhf.errors import UserError, first_line
+from rlhf.errors import RLHFError, UserError, first_line
 from rlhf.runs import run_files
 from rlhf.storage import checkpoint_files, locks, manifest, yaml_files, yaml_size
 from rlhf.storage.files import no_file, write_json, write_text
@@ -129,20 +129,20 @@ class Run:
         """Resolved config of the run; empty if it cannot be read."""
         return self._config()[0]
 
-    def _config(self) -> tuple[Plain, list[str]]:
+    def _config(self) -> tuple[Plain, list[RLHFError]]:
         path = self.folder / "config.yaml"
         try:
             stat = path.stat()
         except OSError:
             return {}, []
         if reason := no_file(path):
-            return {}, [f"{path}: {reason}"]
+            return {}, [UserError(f"{path}: {reason}")]
         content, problems = _load_config(path, stat.st_size, stat.st_mtime_ns)
         return _copy(content), list(problems)
 
-    def problems(self, *names: str) -> list[str]:
-        """Return one line for everything unreadable in the run's files: those in `names`, or all if none is given."""
-        found: list[str] = []
+    def problems(self, *names: str) -> list[RLHFError]:
+        """Return one error for everything unreadable in the run's files: those in `names`, or all if none is given."""
+        found: list[RLHFError] = []
         for name, fields in (
             ("status.json", run_files.STATUS),
             ("summary.json", run_files.SUMMARY),
@@ -205,14 +205,14 @@ class Run:
 
 
 @lru_cache(maxsize=4096)  # a report reads the same config many times
-def _load_config(path: Path, size: int, changed_ns: int) -> tuple[Plain, list[str]]:
+def _load_config(path: Path, size: int, changed_ns: int) -> tuple[Plain, list[RLHFError]]:
     try:
         yaml_size.check(path)
         content = yaml_files.load(path)
     except UserError as error:
-        return {}, [str(error)]
+        return {}, list(error.findings)
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
-        return {}, [f"{path}: {first_line(error)}"]
+        return {}, [UserError(f"{path}: {first_line(error)}")]
     return run_files.good(path, content, run_files.CONFIG)
 
 

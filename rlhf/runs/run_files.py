@@ -1,7 +1,7 @@
 """Files of a run directory as they are read back: every field is checked for the type that its readers need.
 
-A file that cannot be read counts as empty, a field of another type is left out, and one line names each of them. So one
-broken run affects only its own numbers. No torch here.
+A file that cannot be read counts as empty, a field of another type is left out, and one error names each of them. So
+one broken run affects only its own numbers. No torch here.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import RLHFError, UserError
 from rlhf.storage.cache import Once
 from rlhf.storage.files import no_file, read_json
 
@@ -21,7 +21,7 @@ Check = Callable[[Any], Any]  # returns the validated value; raises ValueError("
 def text(value: Any) -> str:
     """Return a string, with unpaired surrogates replaced, which no file or terminal accepts."""
     if not isinstance(value, str):
-        raise ValueError("not a text")
+        raise ValueError("not a string")
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -42,21 +42,21 @@ def finite(value: Any) -> float:
 def amount(value: Any) -> float:
     """Return a finite number of at least 0."""
     if not (math.isfinite(number(value)) and value >= 0):
-        raise ValueError("not a finite number from 0 on")
+        raise ValueError("not a finite number of at least 0")
     return float(value) if isinstance(value, float) else int(value)
 
 
 def count(value: Any) -> int:
     """Return a whole number of at least 0."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError("not a whole number from 0 on")
+        raise ValueError("not a whole number of at least 0")
     return value
 
 
 def process(value: Any) -> int:
     """Return a process id."""
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise ValueError("not the number of a process")
+        raise ValueError("not a process id")
     return value
 
 
@@ -143,8 +143,8 @@ once = Once("run_files")
 cache_reads = once.open  # for lists and reports
 
 
-def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
-    """Return the valid fields of a JSON file, and one line for each problem.
+def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[RLHFError]]:
+    """Return the valid fields of a JSON file, and one error for each problem.
 
     A missing file is empty without a problem.
     """
@@ -152,12 +152,12 @@ def read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
     return dict(content), list(problems)
 
 
-def _read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
+def _read(path: Path, fields: Mapping[str, Check]) -> tuple[Plain, list[RLHFError]]:
     if not path.exists():
         return {}, []
     content, reason = read_json(path)
     if reason is not None:
-        return {}, [f"{path}: {reason}"]
+        return {}, [UserError(f"{path}: {reason}")]
     return good(path, content, fields)
 
 
@@ -167,36 +167,37 @@ def required(path: Path, fields: Mapping[str, Check], fix: str) -> Plain:
     Args:
         path: The file.
         fields: Checks of its required fields; a field whose check is `optional` may be missing and is then None.
-        fix: Instruction for a damaged file, the end of the message.
+        fix: The error's fix for a damaged file.
 
     Raises:
-        UserError: If the file cannot be read, holds no mapping, or lacks a field.
+        UserError: If the file cannot be read, is not a mapping, or lacks a field.
     """
     content, reason = read_json(path)
     if reason is None and not isinstance(content, dict):
-        reason = "holds no mapping"
-    for key, check in fields.items() if reason is None else ():
+        reason = "is not a mapping"
+    for name, check in fields.items() if reason is None else ():
         try:
-            content[key] = check(content.get(key))
+            content[name] = check(content.get(name))
         except ValueError as error:
-            reason = f"{key} is {_shown(content[key])}, {error}" if key in content else f"has no {key}"
+            reason = f"{name} is {_shown(content[name])}, {error}" if name in content else f"has no {name}"
             break
     if reason is not None:
-        raise UserError(f"{path}: {reason}; {fix}")
+        raise UserError(f"{path}: {reason}", fix)
     found: Plain = content
     return found
 
 
-def good(path: Path, content: Any, fields: Mapping[str, Check]) -> tuple[Plain, list[str]]:
-    """Return the valid fields of a mapping, and one line for each field that is left out."""
+def good(path: Path, content: Any, fields: Mapping[str, Check]) -> tuple[Plain, list[RLHFError]]:
+    """Return the valid fields of a mapping, and one error for each field that is left out."""
     if not isinstance(content, dict):
-        return {}, [f"{path}: holds no mapping"]
-    found, problems = {}, []
-    for key, value in content.items():
+        return {}, [UserError(f"{path}: is not a mapping")]
+    found: Plain = {}
+    problems: list[RLHFError] = []
+    for name, value in content.items():
         try:
-            found[str(key)] = fields[key](value) if key in fields else value
+            found[str(name)] = fields[name](value) if name in fields else value
         except ValueError as error:
-            problems.append(f"{path}: {key} is {_shown(value)}, {error}; it is left out")
+            problems.append(UserError(f"{path}: {name} is {_shown(value)}, {error}, and is left out"))
     return found, problems
 
 

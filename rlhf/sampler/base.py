@@ -1,7 +1,7 @@
 """Sampler interface: takes prompts, returns a Rollout of K responses to each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Annotated, TypeVar
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.language_model import LanguageModel
 from rlhf.sampler.rollout import Rollout
 
@@ -72,7 +72,8 @@ class Sampler(ABC):
     def require_single_turn(self, why: str) -> None:  # noqa: B027
         """Raise UserError for a sampler whose responses have several turns; by default it never raises.
 
-        ``why`` is part of the message of samplers that raise.
+        ``why`` is the reason in the message of samplers that raise: a clause such as "comparisons are of single
+        responses".
         """
 
     def room(self, policy: LanguageModel) -> int:
@@ -96,9 +97,11 @@ class Sampler(ABC):
         for prompt, length in zip(prompts, lengths, strict=True):
             if length > limit:
                 raise UserError(
-                    f"prompt '{prompt.messages[-1].content[:60]}' has {length} tokens; with "
-                    f"sampler.max_new_tokens={self.max_new_tokens} the model's context of {policy.context_length} "
-                    f"leaves {limit}: set data.max_prompt_length={limit} or a smaller sampler.max_new_tokens"
+                    f"the prompt '{prompt.messages[-1].content[:60]}' has {length} tokens, and the model's context of "
+                    f"{policy.context_length} leaves {limit} for a prompt",
+                    fix=f"type {key('data.max_prompt_length', limit)} or a smaller {key('sampler.max_new_tokens')}",
+                    option="sampler.max_new_tokens",
+                    value=self.max_new_tokens,
                 )
 
     def check_context(self, context: int, room: int | None = None) -> None:
@@ -113,14 +116,23 @@ class Sampler(ABC):
         """
         room = self.longest if room is None else room
         if room >= context:
+            values = self.reducible_hyperparameters(context)
+            fixes = [key(f"sampler.{name}", value) for name, value in values.items() if value is not None]
+            others = [key(f"sampler.{name}") for name, value in values.items() if value is None]
+            fixes += [f"a smaller {' or '.join(others)}"] if others else []
             raise UserError(
-                f"sampler.max_new_tokens={self.max_new_tokens} leaves no room for a prompt: responses of up to {room} "
-                f"tokens in the model's context of {context}; type a smaller one, {self.shorter(context)}"
+                f"leaves no room for a prompt: a response has up to {room} tokens, the model's context has {context}",
+                fix=f"type {' or '.join(fixes)}",
+                option="sampler.max_new_tokens",
+                value=self.max_new_tokens,
             )
 
-    def shorter(self, context: int) -> str:
-        """Return the part of an error message that names the options to reduce."""
-        return f"such as sampler.max_new_tokens={max(1, context // 2)}"
+    def reducible_hyperparameters(self, context: int) -> Mapping[str, int | None]:
+        """Return the hyperparameters that shorten the longest response, each with a value that leaves room.
+
+        The value is None where it depends on the others. ``check_context`` names them in its error.
+        """
+        return {"max_new_tokens": max(1, context // 2)}
 
 
 S = TypeVar("S", bound=Sampler)

@@ -12,7 +12,7 @@ from rlhf.data.collate import collate, collate_prompts
 from rlhf.data.encoded_rows import Encoded
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.language_model import LanguageModel
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.rollout import Rollout, joined
@@ -55,8 +55,10 @@ class BestOfK(AncestralSampler):
         """
         if temperatures and len(temperatures) > samples:
             raise UserError(
-                f"{len(temperatures)} temperatures for {samples} samples leave some without a response; "
-                f"set samples={len(temperatures)} or more"
+                f"has {len(temperatures)} temperatures for {samples} samples, so that some have no response",
+                fix=f"type {key('sampler.samples', len(temperatures))} or more",
+                option="sampler.temperatures",
+                value=temperatures,
             )
 
     @property

@@ -69,8 +69,8 @@ def room(policy: LanguageModel, prompts: Sequence[Prompt], wanted: int | None, d
     if left < (wanted or 1):
         raise UserError(
             f"prompt number {longest + 1} ('{prompts[longest].messages[-1].content[:60]}') has {lengths[longest]} "
-            f"tokens, and of the model's context of {policy.context_length} it leaves {max(0, left)}: "
-            + (f"type --max-new-tokens {left}, or shorten it" if left > 0 else "shorten it")
+            f"tokens and leaves {max(0, left)} of the model's context of {policy.context_length} for a response",
+            fix=f"type --max-new-tokens {left}, or shorten the prompt" if left > 0 else "shorten the prompt",
         )
     return wanted or min(default, left)
 

@@ -8,7 +8,7 @@ but have no log-probability, no KL and no loss, because the policy did not choos
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Protocol
@@ -25,7 +25,7 @@ from rlhf.data.special_tokens import has_special_tokens
 from rlhf.data.testbed.language import BY_NAME
 from rlhf.data.testbed.world import Testbed
 from rlhf.data.tool_calls import Call, read_call
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.language_model import LanguageModel
 from rlhf.sampler.ancestral import AncestralSampler, _until_end
 from rlhf.sampler.rollout import Rollout
@@ -180,7 +180,9 @@ class ToolSampler(AncestralSampler):
         self.tools = dict(tools)
         self.max_calls, self.max_result_tokens = max_calls, max_result_tokens
         if not self.tools:
-            raise UserError("sampler.tools is empty: type sampler=sample for responses without tools")
+            raise UserError(
+                "is empty", fix=f"type {key('sampler', 'sample')} for responses without tools", option="sampler.tools"
+            )
 
     @property
     def longest(self) -> int:
@@ -189,7 +191,12 @@ class ToolSampler(AncestralSampler):
 
     def require_single_turn(self, why: str) -> None:
         """Raise UserError, because responses have several turns."""
-        raise UserError(f"sampler=tools gives responses of several turns, and {why}: type sampler=best_of_k")
+        raise UserError(
+            f"its responses have several turns, and {why}",
+            fix=f"type {key('sampler', 'best_of_k')}",
+            option="sampler",
+            value="tools",
+        )
 
     def room(self, policy: LanguageModel) -> int:
         """Return the most tokens that may follow a prompt.
@@ -199,9 +206,9 @@ class ToolSampler(AncestralSampler):
         around = len(encode_tool_turn(policy.tokenizer, "."))
         return self.longest + self.max_calls * (self.max_result_tokens + around)
 
-    def shorter(self, context: int) -> str:
-        """Return the message part of ``Sampler.shorter``; calls and tool results use the context too."""
-        return "or a smaller sampler.max_calls or sampler.max_result_tokens"
+    def reducible_hyperparameters(self, context: int) -> Mapping[str, int | None]:
+        """Return the hyperparameters that shorten the longest response; calls and tool results use the context too."""
+        return dict.fromkeys(("max_new_tokens", "max_calls", "max_result_tokens"))
 
     @torch.no_grad()
     def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:

@@ -50,7 +50,7 @@ def _zip_problem(path: Path, size: int, changed_ns: int) -> str | None:
         with zipfile.ZipFile(path) as file:
             record = file.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return f"is cut off or no checkpoint ({error})"
+        return f"is cut off or is not a checkpoint ({error})"
     return None if record is None else f"its record {record} is damaged"
 
 
@@ -69,8 +69,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     if torn:
         newest, command = next(iter(torn)), shlex.join(["rlhf", "runs", "rm", str(folder)])
         raise UserError(
-            f"{newest}: {torn[newest]}, and no other checkpoint of this run is whole; type "
-            f"`{command}` and then the same command again to compute it from the start"
+            f"{newest}: {torn[newest]}, and no other checkpoint of this run is whole",
+            fix=f"type `{command}` and then the same command again to compute it from the start",
         )
     return None, torn
 

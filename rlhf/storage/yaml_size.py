@@ -24,7 +24,9 @@ def check(path: Path) -> None:
         return
     size = 0 if root is None else _size(root, {}, set())
     if size > MOST:
-        raise UserError(f"{path}: its aliases (*NAME) write out to more than {MOST} values; write them out by hand")
+        raise UserError(
+            f"{path}: its aliases (*NAME) expand to more than {MOST} values", fix="write the values without aliases"
+        )
 
 
 def _size(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> int:

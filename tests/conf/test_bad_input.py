@@ -126,19 +126,23 @@ BEFORE_ANY_RUN = [
     # responses that fill the context: of random weights, of those that a later step reads, of a model on disk
     (
         "pipeline=dpo collect.sampler.max_new_tokens=5000",
-        "collect: collect.sampler.max_new_tokens=5000 leaves no room for a prompt: responses of up to 5000 tokens in "
-        "the model's context of 512; type a smaller one, such as collect.sampler.max_new_tokens=256",
+        "error: collect.sampler.max_new_tokens=5000: leaves no room for a prompt: a response has up to 5000 tokens, "
+        "the model's context has 512; type collect.sampler.max_new_tokens=256",
     ),
     (
         "pipeline=instructgpt align.sampler.max_new_tokens=512",
-        "align: align.sampler.max_new_tokens=512 leaves no room",
+        "error: align.sampler.max_new_tokens=512: leaves no room",
     ),
     (
         "pipeline=instructgpt sampler@align.sampler=sample align.sampler.max_new_tokens=128 inputs.policy=policy",
-        "context of 128; type",
+        "context has 128; type align.sampler.max_new_tokens=64",
     ),
     ("stage=grpo inputs.policy=policy reward=gold sampler.max_new_tokens=128", "sampler.max_new_tokens=64"),
-    ("stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.max_new_tokens=50", "responses of up to 150"),
+    (
+        "stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.max_new_tokens=50",
+        "a response has up to 150 tokens, the model's context has 128; type a smaller sampler.max_new_tokens or "
+        "sampler.max_calls or sampler.max_result_tokens",
+    ),
     (
         "pipeline=dpo compare.max_new_tokens=512",
         "compare.max_new_tokens=512: leaves no room for a prompt in the context",
@@ -151,11 +155,12 @@ BEFORE_ANY_RUN = [
     ),
     (
         "stage=grpo inputs.policy=policy reward=function reward.function=broken:rule",
-        "broken:rule: importing broken failed: ZeroDivisionError: ",
+        "broken:rule: importing broken failed with ZeroDivisionError: ",
     ),
     (
         "stage=grpo inputs.policy=policy reward=function reward.function=operator:not_",
-        "reward.function=operator:not_: too many positional arguments; it is called as function(prompt, response)",
+        "reward.function=operator:not_: cannot be called as function(prompt, response): too many positional arguments; "
+        "change its parameters or reward.arguments",
     ),
     (
         "stage=ppo inputs.policy=policy inputs.reward_model=org/r reward=weighted +reward@reward.rewards.rule=function "
@@ -196,7 +201,7 @@ AFTER_MODELS_ARE_READ = [
     ),
     (
         "stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2 data.max_length=999",
-        "set data.max_prompt_length=96",
+        "type data.max_prompt_length=96",
     ),
     (
         "stage=collect inputs.policy=policy data.source=long.jsonl data.validation=2",
@@ -288,7 +293,7 @@ def test_a_plugin_module_that_exits_the_process_is_reported_in_one_line(
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match=f"reward.function={name}:f: importing {name} failed: ") as caught:
+    with pytest.raises(UserError, match=f"reward.function={name}:f: importing {name} failed with ") as caught:
         importing.load_function("reward.function", f"{name}:f")
     assert "\n" not in str(caught.value)
 

@@ -54,7 +54,7 @@ BAD = [
     ("stage=sft inputs.policy=ORG/P trainer=ddp trainer.devices=3", "no multiple of the 3 processes"),
     (
         "stage=ppo inputs.policy=ORG/P reward=weighted reward.rewards.model.path=ORG/R +reward.weights.rule=1",
-        "no such reward",
+        "reward.weights.rule: no such reward",
     ),
     (
         "stage=dpo inputs.policy=ORG/P data=mixture data.parts.second.source=ORG/D +data.weights.third=1",

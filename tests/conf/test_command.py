@@ -290,7 +290,7 @@ def test_plugins_check_reports_every_mistake(capsys: pytest.CaptureFixture[str],
     assert code == 1
     for finding in (
         "no comment: bad_loss.yaml:3: beta: 0.2",
-        "beta is 0.2, its constructor says 0.1",
+        "beta is 0.2, the default of its constructor is 0.1",
         "losses have the shape (), expected (6,)",
         "metric reward_margin has a gradient",
     ):

@@ -86,8 +86,10 @@ def test_a_broken_entry_point_is_reported_and_affects_no_other_plugin(
     monkeypatch.setattr(discovery, "entry_points", lambda group: points)
     plugins, broken = discovery.discover()
     assert {p.name: p.origin for p in plugins}["good"] == "some-dist 1.0"
-    assert [line.split()[1] for line in broken] == ["rlhf_bare", "rlhf_gone"]
-    assert "no conf folder" in broken[0] and "not an importable package" in broken[1]
+    assert [str(one) for one in broken] == [
+        f"plugin rlhf_bare of some-dist 1.0 has no directory conf ({site / 'rlhf_bare' / 'conf'})",
+        "plugin rlhf_gone of some-dist 1.0 names rlhf_gone, which is not an importable package",
+    ]
 
 
 def test_user_conf_is_in_the_working_directory_and_not_the_project(

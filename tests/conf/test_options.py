@@ -10,11 +10,12 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.planning.option_files import defaults_compared, foreign_keys, nodes, unexplained_keys
 from rlhf.planning.validation.config import validate_config
 from rlhf.planning.validation.objective import annotated_classes, objective_options
 from rlhf.planning.validation.stage import SHARED_GROUPS
 from rlhf.signatures import groups, parameters
-from rlhf.testing import ROLES, defaults_compared, foreign_keys, nodes, unexplained_keys
+from rlhf.testing import ROLES
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("plugins/*/conf/**/*.yaml")])

@@ -28,7 +28,8 @@ def isolated_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("collect_safety_2.sampler.samples=1", "collect_safety_2.sampler.samples=1: should be greater than or eq"),
         (
             "rejection_sampling_1.sampler.temperatures=[1,2,3] rejection_sampling.sampler.samples=2",
-            "rejection_sampling_1.sampler: 3 temperatures for 2 samples leave some without a response; set samples=3",
+            "rejection_sampling_1.sampler.temperatures=[1, 2, 3]: has 3 temperatures for 2 samples, so that some "
+            "have no response; type rejection_sampling_1.sampler.samples=3 or more",
         ),
     ],
 )

@@ -120,13 +120,13 @@ def test_weights_of_another_head_are_ignored(folder: Path, tmp_path: Path) -> No
     ("name", "content", "said"),
     [
         ("base.json", HALF, "not JSON"),
-        ("base.json", b"[]", "holds no mapping"),
+        ("base.json", b"[]", "is not a mapping"),
         ("base.json", b'{"digest": null}', "has no path"),
-        ("base.json", b'{"path": 5, "digest": null}', "path is 5, not a text"),
+        ("base.json", b'{"path": 5, "digest": null}', "path is 5, not a string"),
         ("base.json", b"\xff\xfe", "not JSON in UTF-8"),
         ("adapter_config.json", HALF, "not JSON"),
-        ("adapter_config.json", b"[1]", "holds no mapping"),
-        ("adapter_config.json", b'{"base_model_name_or_path": [1]}', "not a text"),
+        ("adapter_config.json", b"[1]", "is not a mapping"),
+        ("adapter_config.json", b'{"base_model_name_or_path": [1]}', "not a string"),
     ],
 )
 def test_a_damaged_adapter_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_model_with_a_merged_adapter_is_trained_in_full(folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"scale": 1.0, "bi', "not JSON"),
-        (b"[]", "holds no mapping"),
+        (b'{"scale": 1.0, "bi', "is not JSON"),
+        (b"[]", "is not a mapping"),
         (b'{"scale": 1.0}', "has no bias"),
         (b'{"scale": "1", "bias": 0.0}', "scale is '1', not a number"),
         (b'{"scale": NaN, "bias": 0.0}', "scale is nan, not a finite number"),

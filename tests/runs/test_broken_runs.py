@@ -29,15 +29,15 @@ HALF = b'{"status": "finished", "metrics": {"lo'
 # File -> invalid contents, each with a word of the line that names it.
 BROKEN: dict[str, list[tuple[bytes | dict, str]]] = {
     "status.json": [
-        (STATUS | {"pid": "x"}, "pid is 'x', not the number of a process"),
+        (STATUS | {"pid": "x"}, "pid is 'x', not a process id"),
         (STATUS | {"pid": 10**30}, "pid is"),
         (STATUS | {"attempt": "x"}, "attempt is 'x', not a whole number"),
-        (STATUS | {"started": 5}, "started is 5, not a text"),
+        (STATUS | {"started": 5}, "started is 5, not a string"),
         (STATUS | {"fingerprint": ["x"]}, "fingerprint is"),
         (HALF, "not JSON"),
         (b"\xff\xfe\x00", "not JSON in UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"[]", "holds no mapping"),
+        (b"[]", "is not a mapping"),
     ],
     "summary.json": [
         (SUMMARY | {"wall_s": "abc"}, "wall_s is 'abc', not a number"),
@@ -47,13 +47,13 @@ BROKEN: dict[str, list[tuple[bytes | dict, str]]] = {
         (SUMMARY | {"value": "abc"}, "value is 'abc'"),
         (SUMMARY | {"peak_memory_bytes": 5}, "peak_memory_bytes is 5"),
         (HALF, "not JSON"),
-        (b'["a list"]', "holds no mapping"),
+        (b'["a list"]', "is not a mapping"),
     ],
     "lineage.json": [
         (LINEAGE | {"inputs": "sft"}, "inputs is 'sft', not a mapping"),
         (LINEAGE | {"inputs": {"policy": "sft"}}, "not a list"),
         (LINEAGE | {"ancestors": {"a": 5}}, "ancestors is"),
-        (LINEAGE | {"ancestors": {"a": {"folder": 5}}}, "not a text"),
+        (LINEAGE | {"ancestors": {"a": {"folder": 5}}}, "not a string"),
         (LINEAGE | {"fingerprint": 5}, "fingerprint is 5"),
         (HALF, "not JSON"),
     ],
@@ -62,12 +62,12 @@ BROKEN: dict[str, list[tuple[bytes | dict, str]]] = {
         (b"model: 5\nseed: 0\n", "model is 5, not a mapping"),
         (b"model: {path: [1]}\n", "model is"),
         (b"inputs: {policy: 5}\n", "inputs is"),
-        (b"- a\n- list\n", "holds no mapping"),
+        (b"- a\n- list\n", "is not a mapping"),
         (b"\xff\xfe\x00\x01", "config.yaml"),
     ],
     "evaluation-abc.json": [
         (HALF, "not JSON"),
-        (b"[1]", "holds no mapping"),
+        (b"[1]", "is not a mapping"),
         (EVALUATION | {"after": {"gold": 5}}, "after is"),
         (EVALUATION | {"after": {"gold": {"mean": "x"}}}, "after is"),
         (EVALUATION | {"kl": 5}, "kl is 5"),
@@ -75,6 +75,11 @@ BROKEN: dict[str, list[tuple[bytes | dict, str]]] = {
     ],
 }
 CASES = [(name, content, said) for name, cases in BROKEN.items() for content, said in cases]
+
+
+def lines(run: Run) -> list[str]:
+    """Return the problems of a run's files as they are printed."""
+    return [str(problem) for problem in run.problems()]
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_a_broken_file_is_named_and_affects_no_other_run(outputs: Path, capsys: 
         (run.folder / name).write_bytes(content)
         broken[run.folder / name] = run, said
     for path, (run, said) in broken.items():
-        assert any(line.startswith(f"{path}: ") and said in line for line in run.problems()), (path, run.problems())
+        assert any(line.startswith(f"{path}: ") and said in line for line in lines(run)), (path, lines(run))
         assert named.ancestors(run) == [] and named.testbed(run) is None and named.started_from(run) is None
         if path.name != "status.json":
             assert references.resolve(run.folder.name[:4], "policy", outputs).run == run.folder
@@ -145,7 +150,7 @@ def test_a_named_pipe_in_place_of_a_file_is_not_read(outputs: Path, name: str) -
     run = make(outputs, "dpo", "eeee000000")
     (run.folder / name).unlink()
     os.mkfifo(run.folder / name)
-    assert any("is a named pipe" in line for line in run.problems()), run.problems()
+    assert any("is a named pipe" in line for line in lines(run)), lines(run)
 
 
 def test_unreadable_rows_and_arrays_are_skipped(outputs: Path) -> None:
@@ -304,8 +309,8 @@ def test_a_named_pipe_among_the_files_is_not_read(tmp_path: Path, monkeypatch: p
     os.mkfifo(run.folder / name)
     assert command.main(["list"]) == 0
     assert run_files.rows(run.folder / name, 3) == []
-    assert run.problems() == (
-        [] if name == "samples.jsonl" else [f"{run.folder / name}: is a named pipe or a device and no file"]
+    assert lines(run) == (
+        [] if name == "samples.jsonl" else [f"{run.folder / name}: is a named pipe or a device, not a file"]
     )
 
 
@@ -313,7 +318,8 @@ def test_a_config_that_contains_itself_is_refused(tmp_path: Path) -> None:
     run = make(tmp_path / "outputs", "sft", "a" * 64)
     (run.folder / "config.yaml").write_text("a: &a [*a]\n")
     assert run.plain_config == {}
-    assert "its aliases" in run.problems("config.yaml")[0]
+    (problem,) = run.problems("config.yaml")
+    assert "its aliases" in problem.problem and problem.fix == "write the values without aliases"
 
 
 def test_check_names_the_command_that_recomputes_a_changed_run(

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, moved
 from rlhf.reward.answers import last_number, number
 from rlhf.reward.exact_match import ExactMatch
 from rlhf.testing import rollout
@@ -97,19 +97,47 @@ def test_a_rollout_is_scored():
     assert ExactMatch()(given).tolist() == [1.0, 0.0]
 
 
+EXAMPLE = """type for example 'reward.pattern="answer: (.*)"'"""
+
+
 @pytest.mark.parametrize(
-    "hyperparameters",
+    ("hyperparameters", "line"),
     [
-        {"extract": "regex"},
-        {"pattern": "(.*)"},
-        {"extract": "regex", "pattern": "("},
-        {"extract": "regex", "pattern": "no group"},
-        {"correct": 0.0},
+        ({"extract": "regex"}, f"reward.extract=regex: needs reward.pattern; {EXAMPLE}"),
+        (
+            {"pattern": "(.*)"},
+            "reward.pattern=(.*): is read only with reward.extract=regex, not with reward.extract=last_number; "
+            "type reward.extract=regex or reward.pattern=null",
+        ),
+        (
+            {"extract": "regex", "pattern": "("},
+            "reward.pattern=(: is not a regular expression (missing ), unterminated subpattern at position 0); "
+            f"{EXAMPLE}",
+        ),
+        (
+            {"extract": "regex", "pattern": "no group"},
+            f"reward.pattern=no group: must have one group (in parentheses), has 0; {EXAMPLE}",
+        ),
+        (
+            {"correct": 0.0},
+            "reward.correct=0.0: must be greater than reward.wrong=0.0 and reward.missing=0.0; "
+            "type for example reward.correct=1.0",
+        ),
     ],
 )
-def test_invalid_settings_are_refused(hyperparameters):
-    with pytest.raises(UserError, match="reward"):
+def test_invalid_settings_are_refused(hyperparameters, line):
+    with pytest.raises(UserError) as error:
         ExactMatch(**hyperparameters)
+    assert str(error.value) == line
+
+
+def test_renaming_reaches_all_keys_of_a_message():
+    with pytest.raises(UserError) as error:
+        ExactMatch(pattern="(.*)")
+    assert str(error.value.rename(moved("reward", "align.reward"))) == (
+        "align.reward.pattern=(.*): is read only with align.reward.extract=regex, not with "
+        "align.reward.extract=last_number; type align.reward.extract=regex or align.reward.pattern=null"
+    )
 
 
 def test_prompts_without_reference_are_refused_before_sampling():

@@ -122,7 +122,7 @@ def test_interleaving_keeps_rows_together(load):
 
 
 def test_more_temperatures_than_responses_are_refused():
-    with pytest.raises(UserError, match="set samples=3 or more"):
+    with pytest.raises(UserError, match="type sampler.samples=3 or more"):
         BestOfK(samples=2, temperatures=[0.5, 1.0, 1.5])
 
 
@@ -315,7 +315,7 @@ def test_kl_is_monitored_for_reward_hacking(load, tmp_path, capsys):
     stage = stage_on(load, epochs=3)
     stage._optimizer = in_leaps
     fit(stage, tmp_path, callbacks=[watch])
-    assert watch.said == ["kl"] and "nats per response from its reference" in capsys.readouterr().out
+    assert watch.warned == ["kl"] and "nats per response from its reference" in capsys.readouterr().out
 
 
 def test_kl_is_omitted_for_a_sampler_with_another_vocabulary(load, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_the_logit_is_clamped():
 def test_the_gate_reads_probabilities():
     reward = GatedReward(fixed(0.9, 0.9), fixed(0.5, 0.1), scale="probability")
     torch.testing.assert_close(reward(asked(False, False)), torch.logit(torch.tensor([0.9, 0.1])))
-    with pytest.raises(UserError, match=r"reward\.safety gives -1 to 0\.5: .*type reward\.scale=logit"):
+    with pytest.raises(UserError, match=r"safety: its scores, from -1 to 0\.5, are not .*type reward\.scale=logit"):
         GatedReward(fixed(0.9, 0.9), fixed(0.5, -1.0), scale="probability")(asked(False, False))
 
 
@@ -180,10 +180,10 @@ def test_a_rule_takes_arguments():
         (
             "nowhere:rule",
             None,
-            "no module nowhere, neither in .* nor installed; type the command where nowhere",
+            "no module nowhere, neither in .* nor installed; type the command in the directory of nowhere.py",
         ),
         (f"{__name__}:nothing", None, "test_rewards.py has no function nothing"),
-        ("nowhere", None, "write it as module:function, such as"),
+        ("nowhere", None, "is not of the form module:function; type for example my_module:my_function"),
         (f"{__name__}:words", {"least": 2}, r"called as function\(prompt, response, least=2\)"),
     ],
 )
@@ -193,9 +193,9 @@ def test_a_rule_that_cannot_be_called_is_refused_at_construction(function, argum
 
 
 def test_a_rule_that_returns_no_number_is_named():
-    with pytest.raises(UserError, match=r"test_rewards:broken gave 'good' for the response"):
+    with pytest.raises(UserError, match=r"test_rewards:broken: returned 'good' for the response 'y', must"):
         FunctionReward(f"{__name__}:broken")(rollout(["x"], ["y"]))
-    with pytest.raises(UserError, match=r"test_rewards:raising failed on the response 'y': KeyError: 'colour'"):
+    with pytest.raises(UserError, match=r"raising: failed on the response 'y' with KeyError: 'colour'"):
         FunctionReward(f"{__name__}:raising")(rollout(["x"], ["y"]))
 
 
@@ -244,7 +244,7 @@ def test_missing_eos_is_replaced_under_a_reward_model_and_left_under_a_rule(load
     assert {resolve_missing_eos("auto", 1.0, reward) for reward in rules} == {"none"}
     assert resolve_missing_eos("subtract", 3.0, rules[0]) == "subtract" and resolve_missing_eos("auto", 3.0, model)
     for how, message in (("auto", "leaves the scores of a rule"), ("none", "reads no penalty")):
-        with pytest.raises(UserError, match=rf"missing_eos_penalty=3 is not read: .*{message}.*missing_eos=subtract"):
+        with pytest.raises(UserError, match=rf"missing_eos_penalty=3: is not read, .*{message}.*missing_eos=subtract"):
             resolve_missing_eos(how, 3.0, rules[0])
     raw, ended = torch.tensor([2.0, 2.0, -3.0]), torch.tensor([True, False, False])
     for kind, objective, samples in ((PPOStage, PPO, 1), (GRPOStage, GRPO, 2), (RLOOStage, RLOO, 2)):

@@ -137,9 +137,14 @@ def test_calls_and_results_are_limited(policy, prompts, monkeypatch):
     assert rollout.lengths.max() <= long.longest == 24
     assert int((rollout.response_attention_mask & ~rollout.mask).sum(1).max()) <= 3 * (5 + around)
     room = ToolSampler(TOOLS, max_new_tokens=32, max_calls=3, max_result_tokens=5)
-    with pytest.raises(UserError, match="or a smaller sampler.max_calls"):
+    with pytest.raises(UserError, match="type a smaller sampler.max_new_tokens or sampler.max_calls or "):
         room.sample(policy, prompts, seed=0)
-    with pytest.raises(UserError, match="sampler.tools is empty"):
+    with pytest.raises(UserError) as error:
+        sampler().require_single_turn("a pick is a single response")
+    assert str(error.value) == (
+        "sampler=tools: its responses have several turns, and a pick is a single response; type sampler=best_of_k"
+    )
+    with pytest.raises(UserError, match="^sampler.tools: is empty; type sampler=sample "):
         ToolSampler({})
 
 
