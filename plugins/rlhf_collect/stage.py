@@ -14,7 +14,7 @@ from rlhf.data.records import Comparison, Prompt, count_truncated
 from rlhf.data.sources import TESTBED
 from rlhf.data.split import Split
 from rlhf.data.testbed.gold import gold
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.language_model import LanguageModel
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.rollout import Rollout
@@ -57,7 +57,12 @@ class CollectStage(Stage):
         if sampler is None:
             return
         if sampler.samples < 2:
-            raise UserError(f"sampler.samples={sampler.samples}: a comparison needs 2 or more; type sampler.samples=4")
+            raise UserError(
+                "a comparison needs 2 or more responses",
+                fix=f"type {key('sampler.samples', 4)}",
+                option="sampler.samples",
+                value=sampler.samples,
+            )
         sampler.require_single_turn("comparisons are of single responses")
 
     def read_examples(self) -> None:

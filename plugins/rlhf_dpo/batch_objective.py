@@ -61,7 +61,7 @@ class ByNearness:
             ValueError: There are no embeddings.
         """
         if embedding is None:
-            raise ValueError("relative preference optimisation needs an embedding of every prompt")
+            raise ValueError("relative preference optimization needs an embedding of every prompt")
         e = F.normalize(embedding.detach().float(), dim=-1)
         return e @ e.t() / self.temperature
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf.data.collate import LabelBatch, TokenBatch, collate_labels
 from rlhf.data.encoded_rows import EncodedLabel
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics
@@ -55,8 +55,10 @@ class Contrasts:
         """Raise UserError for a batch too small to hold a contrast."""
         if batch_size < 2:
             raise UserError(
-                f"stage.batch_size={batch_size}: this objective sets the good responses of a batch against its bad "
-                "ones; type stage.batch_size=2 or more"
+                "this objective contrasts the good responses of a batch with its bad ones",
+                fix=f"type {key('stage.batch_size', 2)} or more",
+                option="stage.batch_size",
+                value=batch_size,
             )
 
     def complete(self, examples: Sequence[EncodedLabel], longest: int, training: bool) -> list[EncodedLabel]:

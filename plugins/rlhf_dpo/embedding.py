@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rlhf.data.collate import collate_prompts
 from rlhf.data.encoded_rows import EncodedComparison, EncodedLabel
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line, key
 from rlhf.functional.masking import last_index
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reference import Reference
@@ -77,10 +77,11 @@ class _Encoder:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.model: Any = AutoModel.from_pretrained(path, trust_remote_code=False).eval().to(policy.device)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"objective.encoder={path}: cannot be read ({reason}); give a model folder or hub id, or null for the "
-                "reference"
+                f"cannot be read ({first_line(error)})",
+                fix=f"type a model directory or hub id, or {key('objective.encoder', None)} for the reference",
+                option="objective.encoder",
+                value=path,
             ) from error
         self.policy = policy
         if self.tokenizer.pad_token is None:

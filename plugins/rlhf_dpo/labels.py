@@ -12,7 +12,7 @@ from rlhf.data.encoded_rows import EncodedLabel
 from rlhf.data.record_conversion import comparison_labels
 from rlhf.data.records import Comparison, Label
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import LabelObjective, Metrics
@@ -51,8 +51,10 @@ class Labels:
         done = add_mismatched_responses(examples, longest)
         if training and all(label.mismatched is None for label in done):
             raise UserError(
-                "the KL estimate of this objective reads responses to other prompts, and all of these answer the same "
-                "one (or none fits data.max_length with another prompt): give responses to several prompts"
+                "the KL estimate of this objective reads responses to other prompts, and all responses of the data are "
+                f"to one prompt (or none fits {key('data.max_length')} with another prompt)",
+                fix="give responses to several prompts",
+                option="data",
             )
         return done
 
@@ -123,8 +125,12 @@ def labelled_responses(data: Split) -> Split:
     train, validation = _labelled(data.train, data), _labelled(data.validation, data)
     kinds = {label.desirable for label in train}
     if len(kinds) == 1:
-        what = "good" if kinds.pop() else "bad"
-        raise UserError(f"data.source={data.data.source}: all responses are {what}; this objective needs both kinds")
+        raise UserError(
+            f"all responses are {'good' if kinds.pop() else 'bad'}, and this objective needs both kinds",
+            fix="give good and bad responses",
+            option="data.source",
+            value=data.data.source,
+        )
     return replace(data, train=train, validation=validation)
 
 
@@ -144,5 +150,7 @@ def check_labels(name: str | None) -> None:
     """Raise UserError for a record type without labels; None passes."""
     if name not in (None, "label", "comparison"):
         raise UserError(
-            f"this objective reads labelled responses, and the data holds {name}s: type data=labels or data=comparisons"
+            f"this objective reads labelled responses, and the data holds {name}s",
+            fix=f"type {key('data', 'labels')} or {key('data', 'comparisons')}",
+            option="data",
         )

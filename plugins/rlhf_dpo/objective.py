@@ -357,7 +357,7 @@ class RewardAware(PairObjective):
             ValueError: `context` has no scores.
         """
         if context is None or context.chosen_score is None or context.rejected_score is None:
-            raise ValueError("reward-aware preference optimisation needs a numeric score of every response")
+            raise ValueError("reward-aware preference optimization needs a numeric score of every response")
         chosen, rejected = log_ratios(policy, reference)
         logits = self.beta * (chosen - rejected)
         target = self.score_scale * (context.chosen_score - context.rejected_score).to(logits.dtype).detach()

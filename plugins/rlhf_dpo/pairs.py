@@ -11,7 +11,7 @@ from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
 from rlhf.data.encoded_rows import EncodedComparison
 from rlhf.data.records import Comparison
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
@@ -61,24 +61,30 @@ class Pairs:
         if self.objective.needs_scores and without:
             raise UserError(
                 f"this objective reads a numeric score of every response, and {without} of {len(everything)} "
-                "comparisons have none: give comparisons of stage=collect, or type objective=dpo"
+                "comparisons have none",
+                fix=f"give comparisons of stage=collect, or type {key('objective', 'dpo')}",
+                option="data",
             )
         return data
 
     def check_records(self, name: str | None) -> None:
         """Raise UserError for a record type without pairs; None passes."""
         if name not in (None, "comparison"):
-            instead = " or objective=kto" if name == "label" else ""
+            other = f" or {key('objective', 'kto')}" if name == "label" else ""
             raise UserError(
-                f"this objective reads pairs of responses, and the data holds {name}s: type data=comparisons{instead}"
+                f"this objective reads pairs of responses, and the data holds {name}s",
+                fix=f"type {key('data', 'comparisons')}{other}",
+                option="data",
             )
 
     def check_batch(self, batch_size: int) -> None:
         """Raise UserError for a batch too small for a loss that couples pairs."""
         if self.objective.couples_pairs and batch_size < 2:
             raise UserError(
-                f"stage.batch_size={batch_size}: this objective sets the prompts of a batch against each other; "
-                "type stage.batch_size=2 or more"
+                "this objective compares the prompts of a batch with each other",
+                fix=f"type {key('stage.batch_size', 2)} or more",
+                option="stage.batch_size",
+                value=batch_size,
             )
 
     def complete(self, examples: Sequence[EncodedComparison], longest: int, training: bool) -> list[EncodedComparison]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from rlhf.callbacks.progress import work_of
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import RunFailed, UserError
+from rlhf.errors import RunFailed, UserError, key
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reference import Reference
@@ -100,7 +100,9 @@ class DPOStage(Stage):
         kind.check_records(record)
         kind.check_batch(batch_size)
         if reference is not None and not kind.needs_reference:
-            raise UserError(f"inputs.reference={reference}: this objective has no reference; leave it out")
+            raise UserError(
+                "this objective has no reference", fix="leave it out", option="inputs.reference", value=reference
+            )
 
     def read_examples(self) -> None:
         """Tokenize the data and build the batch sampler."""
@@ -130,8 +132,10 @@ class DPOStage(Stage):
         context = self.policy.context_length
         if longest > context:
             raise UserError(
-                f"the longest prompt and response have {longest} tokens, the model's context holds {context}: "
-                f"type data.max_length={context}"
+                f"the longest prompt and response have {longest} tokens, more than the model's context of {context}",
+                fix=f"type {key('data.max_length', context)}",
+                option="data.max_length",
+                value=self.data.data.max_length,
             )
 
     def with_reference(self, examples: Sequence[Any]) -> list[Any]:
@@ -176,7 +180,8 @@ class DPOStage(Stage):
         if self.trainer.precision in ("32-true", "64-true") and gap.max() > 1e-2:
             raise RunFailed(
                 f"policy and reference differ by {gap.max():.2g} nats before the first update, though the reference is "
-                "the policy as it starts: dropout, padding or a resumed adapter makes them differ"
+                "the policy as it starts",
+                fix="check the model for dropout, for outputs that depend on padding, and for a resumed adapter",
             )
 
     def prompts_to_show(self) -> list[Prompt]:

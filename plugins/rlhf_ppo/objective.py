@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlhf.errors import UserError, key
 from rlhf.functional.advantages import gae, shaped_rewards
 from rlhf.functional.kl import KLEstimator, adaptive_beta
 from rlhf.functional.masking import SumOver, masked_whiten
@@ -47,9 +48,11 @@ class PPO(PolicyObjective):
 
     def __post_init__(self) -> None:
         if self.kl_target is not None and self.beta == 0:
-            raise ValueError(
-                f"objective.kl_target={self.kl_target:g} steers beta by factors, and objective.beta=0 stays 0: type "
-                "objective.beta=0.05 (where it starts), or objective.kl_target=null"
+            raise UserError(
+                f"multiplies beta by factors, and {key('objective.beta', 0)} stays 0",
+                fix=f"type {key('objective.beta', 0.05)} (the initial beta), or {key('objective.kl_target', None)}",
+                option="objective.kl_target",
+                value=f"{self.kl_target:g}",
             )
 
     def estimate(

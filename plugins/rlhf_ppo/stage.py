@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf.data.collate import TokenBatch
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.advantages import explained_variance
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.auxiliary_models import load_critic
@@ -104,21 +104,27 @@ class PPOStage(RolloutStage):
         super().check_parts(objective=objective, model=model, **parts)
         if steps is not None and value_warmup >= steps:
             raise UserError(
-                f"stage.value_warmup={value_warmup} of stage.steps={steps} rollouts leaves none that trains the "
-                f"policy: type stage.steps={value_warmup + 1} or more, or stage.value_warmup=0"
+                f"leaves none of the {key('stage.steps', steps)} rollouts to train the policy",
+                fix=f"type {key('stage.steps', value_warmup + 1)} or more, or {key('stage.value_warmup', 0)}",
+                option="stage.value_warmup",
+                value=value_warmup,
             )
         if is_scalar_model(value) is False:
             raise missing_head_error("stage.value", value, OWN_CRITIC)
         check_vocabulary(model, value, "stage.value", OWN_CRITIC)
         if value_warmup and getattr(objective, "value_coefficient", None) == 0:
             raise UserError(
-                f"stage.value_warmup={value_warmup} trains the critic alone, and objective.value_coefficient=0 does "
-                "not train it: type objective.value_coefficient=0.1, or stage.value_warmup=0"
+                f"trains the critic alone, and {key('objective.value_coefficient', 0)} does not train it",
+                fix=f"type {key('objective.value_coefficient', 0.1)}, or {key('stage.value_warmup', 0)}",
+                option="stage.value_warmup",
+                value=value_warmup,
             )
         if sampler is not None and not (sampler.exact and sampler.samples == 1):
+            overrides = [key("sampler.top_k", 0), key("sampler.top_p", 1), key("sampler.samples", 1)]
             raise UserError(
-                "PPO samples one response per prompt from the policy's own distribution: "
-                "type sampler.top_k=0 sampler.top_p=1 sampler.samples=1 and sampler.temperature above 0"
+                "PPO samples one response per prompt from the policy's own distribution",
+                fix=f"type {' '.join(overrides)} and {key('sampler.temperature')} above 0",
+                option="sampler",
             )
 
     def modules_trained(self) -> list[nn.Module]:

@@ -128,7 +128,9 @@ def read_picks(source: str) -> list[Candidate]:
     path = Path(source)
     path = path / "picks.jsonl" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"inputs.picks={source}: no picks.jsonl there; name a run of stage=rejection_sampling")
+        raise UserError(
+            "has no picks.jsonl", fix="type a run of stage=rejection_sampling", option="inputs.picks", value=source
+        )
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -137,5 +139,10 @@ def read_picks(source: str) -> list[Candidate]:
                 Candidate(Prompt.from_json(raw), raw["response"], bool(raw.get("ended", True)), raw.get("temperature"))
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"inputs.picks={source}: line {number} is no pick ({error!r})") from error
+            raise UserError(
+                f"line {number} is not a pick ({error!r})",
+                fix="type a run of stage=rejection_sampling",
+                option="inputs.picks",
+                value=source,
+            ) from error
     return found

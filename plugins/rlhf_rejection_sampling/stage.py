@@ -12,7 +12,7 @@ from rlhf.callbacks.progress import work_of
 from rlhf.callbacks.reward_hacking import count_clusters, look, proxy_gold_gap, proxy_gold_gap_error, response_metrics
 from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.scores import missing_eos
 from rlhf.models.adapters import NoAdapter
@@ -113,7 +113,12 @@ class RejectionSamplingStage(Supervised):
         if sampler is None:
             return
         if sampler.samples < 2:
-            raise UserError(f"sampler.samples={sampler.samples}: the best of one is no choice; type sampler.samples=4")
+            raise UserError(
+                "best-of-K needs at least 2 samples",
+                fix=f"type {key('sampler.samples', 4)}",
+                option="sampler.samples",
+                value=sampler.samples,
+            )
         sampler.require_single_turn("a pick is a single response")
 
     # -- sampling and selection -----------------------------------------------------------------------------------
@@ -146,8 +151,9 @@ class RejectionSamplingStage(Supervised):
         """Tokenize the picks and build the batch sampler."""
         if not self.best_of_k_file.exists():
             raise UserError(
-                f"stage={self.name} trains on picks among responses that have not been sampled yet "
-                f"({self.run_directory} has none): run it first; rlhf inspect data shows its prompts"
+                f"{self.name} trains on picks among responses that have not been sampled yet ({self.run_directory} "
+                "has none)",
+                fix="run it first; `rlhf inspect data` shows its prompts",
             )
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
         candidates = read_picks(str(self.picks_file))
@@ -164,7 +170,7 @@ class RejectionSamplingStage(Supervised):
         held_out = max(1, len(encoded) // 20)
         self.examples, self.held_out = encoded[held_out:], encoded[:held_out]
         if not self.examples:
-            raise UserError(f"{len(encoded)} picks are too few to train on: type a larger data.size")
+            raise UserError(f"{len(encoded)} picks are too few to train on", fix=f"type a larger {key('data.size')}")
         self.pack_and_batch()
 
     @property

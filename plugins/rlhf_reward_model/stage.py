@@ -17,7 +17,7 @@ from rlhf.data.encoded_rows import Encoded, EncodedComparison
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import GRADES
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.calibration import Reliability, histogram, reliability
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
@@ -103,7 +103,12 @@ class RewardModelStage(Stage):
         """Validate as ``Stage.check_parts``; require demonstrations if they are used for normalization."""
         super().check_parts(**parts)
         if normalize == "demonstrations" and demonstrations is None:
-            raise UserError("stage.normalize=demonstrations needs them: type +data@demonstrations=demonstrations")
+            raise UserError(
+                "needs demonstrations",
+                fix=f"type {key('+data@demonstrations', 'demonstrations')}",
+                option="stage.normalize",
+                value=normalize,
+            )
 
     @classmethod
     def unread(cls, *, normalize: str = "none", **_: Any) -> tuple[str, ...]:
@@ -123,7 +128,11 @@ class RewardModelStage(Stage):
         """Tokenize the comparisons and build the batch sampler."""
         self.encode(self.data, self.scorer.tokenizer)
         if self.objective.needs_grades and all(grade is None for x in self.examples for *_, grade in x.pairs):
-            raise UserError("objective.margin reads grades, and no comparison here has one: type objective.margin=none")
+            raise UserError(
+                "reads grades, and no comparison of the data has one",
+                fix=f"type {key('objective.margin', 'none')}",
+                option="objective.margin",
+            )
         if self.safety_coefficient:
             self.check_safety_labels()
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
@@ -135,9 +144,12 @@ class RewardModelStage(Stage):
         if len(marks) < 2:
             found = "has a label" if not marks else f"that is labelled is {'harmless' if False in marks else 'harmful'}"
             raise UserError(
-                f"stage.safety_coefficient={coefficient:g} learns from harmful and harmless responses, and "
-                f"{'no' if not marks else 'every'} response of {source} {found}: type stage.safety_coefficient=0, or "
-                "give rows a field unsafe with true or false for each response (stage=collect annotator=gold does)"
+                f"needs harmful and harmless responses, and {'no' if not marks else 'every'} response of {source} "
+                f"{found}",
+                fix=f"type {key('stage.safety_coefficient', 0)}, or give rows a field unsafe with true or false for "
+                "each response (stage=collect annotator=gold does)",
+                option="stage.safety_coefficient",
+                value=f"{coefficient:g}",
             )
         without = sum(not example.unsafe for example in self.examples)
         if without:
@@ -248,7 +260,12 @@ class RewardModelStage(Stage):
             if len(prompt) + len(response) <= self.demonstrations.data.max_length:
                 rows.append(Encoded(prompt + response, [False] * len(prompt) + [True] * len(response)))
         if not rows:
-            raise UserError("stage.normalize=demonstrations: none fits demonstrations.max_length; type a larger one")
+            raise UserError(
+                f"no demonstration fits, and {key('stage.normalize', 'demonstrations')} needs their scores",
+                fix=f"type a larger {key('demonstrations.max_length')}",
+                option="demonstrations.max_length",
+                value=self.demonstrations.data.max_length,
+            )
         scores = []
         for start in range(0, len(rows), 4 * self.batch_size):
             batch = collate(rows[start : start + 4 * self.batch_size], self.scorer.pad_id).to(self.device)

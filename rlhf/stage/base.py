@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.half_weights import HalfWeights
@@ -119,8 +119,10 @@ class Stage(Update, MetricsLog):
         """
         if batch_size % processes:
             raise UserError(
-                f"stage.batch_size={batch_size} is no multiple of the {processes} processes: "
-                f"type stage.batch_size={-(-batch_size // processes) * processes}"
+                f"must be a multiple of the {processes} devices",
+                fix=f"type {key('stage.batch_size', -(-batch_size // processes) * processes)}",
+                option="stage.batch_size",
+                value=batch_size,
             )
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rlhf.data.batches import Batches, mix_seed
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.stage.experience import chunks
 
 __all__ = ["Parts", "derive_seed"]
@@ -92,9 +92,12 @@ class BatchOrder(pl.LightningModule):
         if not self.held_out:
             return []
         if len(self.held_out) < self.trainer.world_size:  # a rank without batches would hang the others
+            needed = key("data.validation", self.trainer.world_size)
             raise UserError(
-                f"{len(self.held_out)} held-out examples for {self.trainer.world_size} processes: each needs one; "
-                f"type data.validation={self.trainer.world_size} or more, or trainer.limit_val_batches=0"
+                f"{len(self.held_out)} held-out examples are too few for {self.trainer.world_size} devices, each of "
+                "which needs one",
+                fix=f"type {needed} or more, or {key('trainer.limit_val_batches', 0)}",
+                option="data.validation",
             )
         mine = self.held_out[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=self.parts)  # type: ignore[arg-type]

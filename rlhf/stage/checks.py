@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import RunFailed, UserError
+from rlhf.errors import RunFailed, UserError, key
 from rlhf.functional.masking import masked_mean
 from rlhf.models.language_model import LanguageModel
 
@@ -38,18 +38,22 @@ def check_resolution(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             count += weight.numel()
     if lost > count / 2:
         raise UserError(
-            f"precision=bf16_true with optimizer.lr={lr:g}: weights of 8 significant bits cannot move by that "
-            f"little, so {lost / count:.0%} of those trained would stay as they are; type precision=bf16 (weights "
-            "in 32 bits), or a larger optimizer.lr"
+            f"is too small for {key('precision', 'bf16_true')}: weights of 8 significant bits cannot change by that "
+            f"little, so {lost / count:.0%} of the trained ones would stay as they are",
+            fix=f"type {key('precision', 'bf16')} (weights in 32 bits), or a larger {key('optimizer.lr')}",
+            option="optimizer.lr",
+            value=f"{lr:g}",
         )
 
 
-def check_context(model: LanguageModel, length: int, key: str) -> None:
-    """Raise UserError if a length exceeds the model's context."""
+def check_context(model: LanguageModel, length: int, option: str) -> None:
+    """Raise UserError if a length, the value of a config key, exceeds the model's context."""
     if length > model.context_length:
         raise UserError(
-            f"{key}={length} is more than the model's context of {model.context_length} tokens: "
-            f"type {key}={model.context_length} or less"
+            f"is more than the model's context of {model.context_length} tokens",
+            fix=f"type {key(option, model.context_length)} or less",
+            option=option,
+            value=length,
         )
 
 
@@ -72,13 +76,14 @@ def check_sampler(sampled: Tensor, logp: Tensor, mask: Tensor, tolerance: float,
     """
     gaps = (sampled - logp).abs()
     if exact:
-        gap, limit, key = (gaps * mask).max(), tolerance, "stage.tolerance"
+        gap, limit, name = (gaps * mask).max(), tolerance, key("stage.tolerance")
     else:
-        gap, limit, key = masked_mean(gaps, mask), COARSE * tolerance, f"{COARSE} x stage.tolerance"
+        gap, limit, name = masked_mean(gaps, mask), COARSE * tolerance, f"{COARSE} x {key('stage.tolerance')}"
     if not gap <= limit:  # nan too
         raise RunFailed(
-            f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats "
-            f"({key}={limit:g}): the responses were not drawn from the distribution that is scored"
+            f"the sampler's log-probabilities differ from the policy's by {gap:.2g} nats, more than "
+            f"{name}={limit:g}: the responses were not drawn from the distribution that is scored",
+            fix=f"correct the sampler, or type a larger {key('stage.tolerance')}",
         )
 
 
@@ -88,8 +93,12 @@ def check_ratio(ratio: Tensor, mask: Tensor) -> None:
     The policy is then the one that sampled.
 
     Raises:
-        RunFailed: It is not.
+        RunFailed: The ratio is not 1.
     """
     gap = ((ratio - 1).abs() * mask).max()
     if not gap <= 1e-4:
-        raise RunFailed(f"ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout: dropout or padding?")
+        raise RunFailed(
+            f"the importance ratio differs from 1 by {gap:.2g} at the first minibatch of a rollout, where the policy "
+            "is the one that sampled",
+            fix="check the model for dropout, and for outputs that depend on padding",
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.groups import grouped, has_spread
 from rlhf.functional.scores import missing_eos
 from rlhf.models.language_model import LanguageModel
@@ -83,13 +83,17 @@ class GroupStage(RolloutStage):
         super().check_parts(**parts)
         if sampler is not None and sampler.samples < 2:
             raise UserError(
-                f"sampler.samples={sampler.samples}: the baseline of a response is the other responses to its prompt; "
-                "type sampler.samples=8"
+                "must be 2 or more: the baseline of a response is the other responses to its prompt",
+                fix=f"type {key('sampler.samples', 8)}",
+                option="sampler.samples",
+                value=sampler.samples,
             )
         if sampler is not None and not sampler.exact:
+            overrides = f"{key('sampler.top_k', 0)} {key('sampler.top_p', 1)}"
             raise UserError(
-                "responses must come from the policy's own distribution: "
-                "type sampler.top_k=0 sampler.top_p=1 and sampler.temperature above 0"
+                "responses must come from the policy's own distribution",
+                fix=f"type {overrides} and {key('sampler.temperature')} above 0",
+                option="sampler",
             )
 
     @torch.no_grad()

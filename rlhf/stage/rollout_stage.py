@@ -18,7 +18,7 @@ from rlhf.data.disk import store_like
 from rlhf.data.encoding import encode_text
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 from rlhf.functional.scores import Moments, ScoreScale, missing_eos
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
@@ -160,17 +160,24 @@ class RolloutStage(RolloutMetrics):
         check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
         if batch_size % minibatches:
             raise UserError(
-                f"stage.batch_size={batch_size} is not a multiple of stage.minibatches={minibatches}: "
-                f"type stage.batch_size={-(-batch_size // minibatches) * minibatches}"
+                f"must be a multiple of {key('stage.minibatches', minibatches)}",
+                fix=f"type {key('stage.batch_size', -(-batch_size // minibatches) * minibatches)}",
+                option="stage.batch_size",
+                value=batch_size,
             )
         if batch_size // processes % minibatches:
             raise UserError(
-                f"stage.minibatches={minibatches} does not divide the {batch_size // processes} prompts of each of the "
-                f"{processes} processes: type a stage.batch_size that is a multiple of {minibatches * processes}"
+                f"must divide the {batch_size // processes} prompts of each of the {processes} devices",
+                fix=f"type a {key('stage.batch_size')} that is a multiple of {minibatches * processes}",
+                option="stage.minibatches",
+                value=minibatches,
             )
         if objective is not None and objective.gamma and text is None:
             raise UserError(
-                f"objective.gamma={objective.gamma:g} needs pretraining text: type data@text=text, or objective.gamma=0"
+                "needs pretraining text",
+                fix=f"type {key('data@text', 'text')}, or {key('objective.gamma', 0)}",
+                option="objective.gamma",
+                value=f"{objective.gamma:g}",
             )
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import RunFailed
+from rlhf.errors import RunFailed, key
 from rlhf.functional.distributed import average_gradients
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel
@@ -139,7 +139,7 @@ class Update(BatchOrder):
         metrics, self._sums = self._sums, {}
         loss = self.sum_over_ranks(metrics["loss"])  # all ranks must stop together, or the others would hang
         if not torch.isfinite(loss):
-            raise RunFailed(self._not_finite(loss))
+            raise self._not_finite(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._averages:
             average_gradients(parameters)
@@ -164,8 +164,8 @@ class Update(BatchOrder):
         skipped = scaler.get_scale() < scale
         if skipped and scale <= 1.0:
             raise RunFailed(
-                f"gradients overflow in 16 bits at a loss scale of {scale:g}, at batch {self.batches_done}: "
-                "type precision=bf16, or a smaller optimizer.lr"
+                f"gradients overflow in 16 bits at a loss scale of {scale:g}, at batch {self.batches_done}",
+                fix=f"type {key('precision', 'bf16')}, or a smaller {key('optimizer.lr')}",
             )
         if not skipped:
             metrics["gradient_norm"] = self._norm
@@ -180,7 +180,7 @@ class Update(BatchOrder):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")).detach()
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and not torch.isfinite(self._norm):
-            raise RunFailed(self._not_finite(self._norm, "gradient of the loss"))
+            raise self._not_finite(self._norm, "gradient of the loss")
 
     def count(self, examples: int, tokens: int | Tensor) -> None:
         """Count the examples and tokens trained on, for the throughput.
@@ -190,12 +190,14 @@ class Update(BatchOrder):
         self.examples_seen += examples * self.trainer.world_size
         self.tokens_seen += int(tokens) * self.trainer.world_size
 
-    def _not_finite(self, value: Tensor, name: str = "loss") -> str:
-        where = self.run_directory / "failed_step.txt"
-        where.write_text(
+    def _not_finite(self, value: Tensor, name: str = "loss") -> RunFailed:
+        """Write the step's number to ``failed_step.txt``, and return the error."""
+        file = self.run_directory / "failed_step.txt"
+        file.write_text(
             f"batch {self.batches_done}, update {self.updates_done}, {name} {value.item()}\n", encoding="utf-8"
         )
-        return (
-            f"the {name} became {value.item()} at batch {self.batches_done} (see {where}); "
-            "try a smaller optimizer.lr, stage.gradient_clip=1.0 or precision=fp32"
+        others = f"{key('stage.gradient_clip', 1.0)} or {key('precision', 'fp32')}"
+        return RunFailed(
+            f"the {name} became {value.item()} at batch {self.batches_done} (see {file})",
+            fix=f"type a smaller {key('optimizer.lr')}, {others}",
         )

@@ -65,11 +65,11 @@ VOCABULARY = "has another vocabulary than the policy (300 tokens against 320"
 
 BEFORE_ANY_RUN = [
     # strategies that shard weights
-    ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: weights that are cut up"),
-    ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "cut up over processes cannot be trained yet"),
+    ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: a stage supports ddp and"),
+    ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "cannot train sharded weights yet"),
     (
         "stage=sft inputs.policy=policy trainer.strategy={_target_:pytorch_lightning.strategies.ModelParallelStrategy}",
-        "ModelParallelStrategy: weights that are cut up",
+        "ModelParallelStrategy: a stage supports ddp and",
     ),
     ("stage=sft inputs.policy=policy +trainer.gradient_clip_val=1.0", "type stage.gradient_clip=..."),
     ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
@@ -99,13 +99,13 @@ BEFORE_ANY_RUN = [
     ("pipeline=dpo collect.sampler.samples=1", "collect.sampler.samples=1: should be greater than or equal to 2"),
     (
         "pipeline=dpo sampler@collect.sampler=sample",
-        "collect: collect.sampler.samples=1: a comparison needs 2",
+        "collect.sampler.samples=1: a comparison needs 2 or more responses; type collect.sampler.samples=4",
     ),
     ("stage=rejection_sampling inputs.policy=policy reward=gold sampler.samples=1", "sampler.samples=1: should be"),
-    ("stage=rejection_sampling inputs.policy=policy reward=gold sampler=sample sampler.samples=1", "the best of one"),
+    ("stage=rejection_sampling inputs.policy=policy reward=gold sampler=sample sampler.samples=1", "best-of-K needs"),
     (
         "pipeline=verifiable align.sampler.samples=1",
-        "align: align.sampler.samples=1: the baseline of a response is the other res",
+        "align.sampler.samples=1: must be 2 or more: the baseline of a response is the other res",
     ),
     ("stage=rloo inputs.policy=policy reward=gold sampler=tools sampler.samples=1", "type sampler.samples=8"),
     ("stage=ppo inputs.policy=policy reward=gold sampler=group", "PPO samples one response per prompt"),
@@ -120,7 +120,7 @@ BEFORE_ANY_RUN = [
     # other bad combinations: test_combinations, and
     (
         "pipeline=dpo data@align.data=labels",
-        "holds labels: type data@align.data=comparisons or objective@align.objective=kto",
+        "holds labels; type data@align.data=comparisons or objective@align.objective=kto",
     ),
     ("pipeline=instructgpt align.objective.kl_target=6 align.objective.beta=0", "type align.objective.beta=0.05"),
     # responses that fill the context: of random weights, of those that a later step reads, of a model on disk

@@ -27,11 +27,11 @@ BAD = [
     ),
     (
         "stage=ppo inputs.policy=ORG/P reward=gold objective.beta=0 objective.kl_target=6",
-        "objective.kl_target=6 steers beta by factors, and objective.beta=0 stays 0: type objective.beta=0.05",
+        "objective.kl_target=6: multiplies beta by factors, and objective.beta=0 stays 0; type objective.beta=0.05 ",
     ),
     (
         "stage=ppo inputs.policy=ORG/P reward=gold objective.gamma=2 text=null",
-        "objective.gamma=2 needs pretraining text",
+        "objective.gamma=2: needs pretraining text; type data@text=text, or objective.gamma=0",
     ),
     ("stage=ppo inputs.policy=ORG/P reward=gold trainer=ddp trainer.devices=3", "type stage.batch_size=129"),
     (
@@ -45,13 +45,13 @@ BAD = [
     ("stage=collect inputs.policy=ORG/P sampler=tools", "type sampler=best_of_k"),
     (
         "stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=sample sampler.samples=1",
-        "the best of one is no choice",
+        "sampler.samples=1: best-of-K needs at least 2 samples; type sampler.samples=4",
     ),
     ("stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=tools", "a pick is a single response"),
     ("stage=reward_model inputs.policy=ORG/P stage.normalize=demonstrations demonstrations=null", "type +data@demonst"),
     ("stage=dpo inputs.policy=ORG/P objective=simpo inputs.reference=ORG/R", "this objective has no reference"),
     ("stage=dpo inputs.policy=ORG/P objective=relative stage.batch_size=1", "type stage.batch_size=2"),
-    ("stage=sft inputs.policy=ORG/P trainer=ddp trainer.devices=3", "no multiple of the 3 processes"),
+    ("stage=sft inputs.policy=ORG/P trainer=ddp trainer.devices=3", "must be a multiple of the 3 devices"),
     (
         "stage=ppo inputs.policy=ORG/P reward=weighted reward.rewards.model.path=ORG/R +reward.weights.rule=1",
         "reward.weights.rule: no such reward",
@@ -75,18 +75,18 @@ def test_a_bad_combination_is_refused_by_validation(composed: Composed, words: s
     [
         (
             "align.sampler.samples=4",
-            "error: align: PPO samples one response per prompt from the policy's own distribution: "
+            "error: align.sampler: PPO samples one response per prompt from the policy's own distribution; "
             "type align.sampler.top_k=0 align.sampler.top_p=1 align.sampler.samples=1 "
             "and align.sampler.temperature above 0",
         ),
         (
             "stage@align=grpo align.stage.minibatches=5",
-            "error: align: align.stage.batch_size=32 is not a multiple of align.stage.minibatches=5: "
+            "error: align.stage.batch_size=32: must be a multiple of align.stage.minibatches=5; "
             "type align.stage.batch_size=35",
         ),
         (
             "stage@align=dpo objective@align.objective=relative align.stage.batch_size=1",
-            "error: align: align.stage.batch_size=1: this objective sets the prompts of a batch against each other; "
+            "error: align.stage.batch_size=1: this objective compares the prompts of a batch with each other; "
             "type align.stage.batch_size=2 or more",
         ),
     ],
@@ -105,5 +105,5 @@ def test_combinations_that_depend_on_the_machine_are_not_checked(composed: Compo
     """devices=auto may be any number, and a stage without the hook is not checked."""
     words = ("stage=ppo", "inputs.policy=ORG/P", "reward=gold", "trainer=ddp")
     validate_config(composed(*words, "trainer.devices=auto"))
-    with pytest.raises(UserError, match="no multiple of the 3 processes"):
+    with pytest.raises(UserError, match="must be a multiple of the 3 devices; type stage.batch_size=129"):
         validate_config(composed(*words, "trainer.devices=3"))

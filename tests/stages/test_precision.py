@@ -122,7 +122,9 @@ def test_16_bit_weights_that_the_learning_rate_cannot_move_are_refused(lr, moves
     if moves:
         fit(stage, tmp_path, precision="bf16-true", limit_train_batches=1, limit_val_batches=0)
     else:
-        with pytest.raises(UserError, match=r"precision=bf16_true with optimizer.lr=1e-05: .*type precision=bf16 "):
+        with pytest.raises(
+            UserError, match=r"optimizer.lr=1e-05: is too small for precision=bf16_true.*type precision=bf16 "
+        ):
             fit(stage, tmp_path, precision="bf16-true", limit_val_batches=0)
         fit(sft(load, adamw), tmp_path / "mixed", precision="bf16-mixed", limit_train_batches=1, limit_val_batches=0)
 

@@ -213,7 +213,7 @@ def test_a_response_longer_than_the_context_is_refused(load: Load, tmp_path: Pat
     records = data("comparison")
     long = Comparison((Message("user", "Where?"),), ("word " * 200, "no"))
     records = replace(records, train=[*records.train, long], data=Data("comparison", "testbed", 32, 8, 4096))
-    with pytest.raises(UserError, match="context holds 128: type data.max_length=128"):
+    with pytest.raises(UserError, match=r"more than the model's context of 128; type data.max_length=128"):
         fit(stage(load, DPO(), records), tmp_path)
 
 
@@ -288,7 +288,7 @@ def test_kto_labels_of_a_ranking_are_its_winners_and_losers() -> None:
 
 
 def test_wrong_records_are_refused(load: Load) -> None:
-    with pytest.raises(UserError, match="holds labels: type data=comparisons or objective=kto"):
+    with pytest.raises(UserError, match="holds labels; type data=comparisons or objective=kto"):
         stage(load, DPO(), data("label"))
     with pytest.raises(UserError, match="holds demonstrations"):
         stage(load, KTO(), data("demonstration"))
@@ -345,7 +345,7 @@ def test_relative_unpaired_reads_labels_and_starts_at_log_two(load: Load, tmp_pa
         0.5, abs=0.3
     )
     assert rows[-1]["loss"] < math.log(2) and rows[-1]["accuracy"] > 0.5
-    with pytest.raises(UserError, match="good responses of a batch against its bad ones; type stage.batch_size=2"):
+    with pytest.raises(UserError, match="good responses of a batch with its bad ones; type stage.batch_size=2"):
         stage(load, RelativeUnpaired(), data("label"), batch_size=1)
 
 

@@ -489,12 +489,12 @@ def test_every_hyperparameter_changes_the_result(load, tmp_path, hyperparameter)
 
 
 def test_bad_input_is_reported_in_one_line(load, tmp_path):
-    with pytest.raises(UserError, match="sampler.samples=1: the best of one"):
+    with pytest.raises(UserError, match="sampler.samples=1: best-of-K needs at least 2"):
         stage_on(load, sampler=AncestralSampler(samples=1))
     with pytest.raises(UserError, match="inputs.picks=.*no picks.jsonl"):
         stage_on(load, earlier=str(tmp_path))
     (tmp_path / "picks.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="line 1 is no pick"):
+    with pytest.raises(UserError, match="line 1 is not a pick"):
         stage_on(load, earlier=str(tmp_path))
 
 

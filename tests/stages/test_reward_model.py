@@ -313,7 +313,7 @@ def test_the_safety_head_needs_responses_of_both_kinds(load, tmp_path):
         fit(stage_on(load, of(safe, split), safety_coefficient=0.1), tmp_path)
     tagged = [replace(record, unsafe=None) for record in split.train]
     assert any("unsafe" in record.tags for record in tagged)
-    with pytest.raises(UserError, match="no response of here has a label: type stage.safety_coefficient=0"):
+    with pytest.raises(UserError, match="no response of here has a label; type stage.safety_coefficient=0"):
         fit(stage_on(load, of(tagged, split), safety_coefficient=0.1), tmp_path)
 
 
