@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch.utils.data import DataLoader
 
 from rlhf.annotator.base import Annotator, completed
@@ -26,14 +26,15 @@ from rlhf.storage.batch_file import BatchFile
 class CollectStage(Stage):
     """Stage that writes ``comparisons.jsonl``: rankings of K responses with a grade for every pair.
 
-    Args:
-        batch_size: Prompts per batch; finished batches survive an interruption.
+    ``batch_size`` is in prompts; finished batches survive an interruption.
     """
 
     produces = "comparisons"
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",)}
     progress_metrics = ()
     headline = "comparisons"
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128}
+    fixed = ("micro_batch_size", "gradient_clip")  # nothing is trained
 
     def __init__(
         self,
@@ -41,11 +42,10 @@ class CollectStage(Stage):
         data: Split,
         sampler: Sampler,
         annotator: Annotator,
-        *,
-        batch_size: Annotated[int, Field(gt=0)] = 128,
+        **hyperparameters: Any,
     ) -> None:
         self.check_parts(sampler=sampler)
-        super().__init__(model, None, None, batch_size=batch_size)
+        super().__init__(model, None, None, **hyperparameters)
         self.data, self.sampler, self.annotator = data, sampler, annotator
 
     @classmethod

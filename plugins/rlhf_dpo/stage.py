@@ -1,7 +1,7 @@
 """Direct preference optimization and related losses: the policy learns from comparisons without a reward model."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -33,9 +33,8 @@ class DPOStage(Stage):
     trained on; the reference is then freed.
 
     Args:
-        batch_size: Prompts per update (labelled responses, for a loss on those).
-        micro_batch_size: The same, per forward pass; null: all.
-        gradient_clip: Largest gradient norm, null: none.
+        hyperparameters: Those of ``Stage``: ``batch_size`` and ``micro_batch_size`` are in prompts (labelled responses,
+            for a loss on those).
         epochs: Passes over the comparisons.
         reference: Model that log-ratios are measured against, null: the initial policy.
     """
@@ -44,6 +43,7 @@ class DPOStage(Stage):
     headline = "val/accuracy"
     keeps_reference = False  # it reads the data once and is then freed
     auxiliary_models = {"reference": False}
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "gradient_clip": 1.0}
 
     def __init__(
         self,
@@ -53,21 +53,12 @@ class DPOStage(Stage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 64,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 1,
         reference: str | None = None,
+        **hyperparameters: Any,
     ) -> None:
-        super().__init__(
-            model,
-            optimizer,
-            scheduler,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-        )
-        self.check_parts(objective=objective, batch_size=batch_size, reference=reference)
+        super().__init__(model, optimizer, scheduler, **hyperparameters)
+        self.check_parts(objective=objective, batch_size=self.batch_size, reference=reference)
         self.kind = select_adapter(objective)
         self.data, self.epochs = self.kind.records(data), epochs
         self.policy.disable_dropout()

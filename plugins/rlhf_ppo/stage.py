@@ -6,8 +6,9 @@
 4. Make a few epochs of clipped updates over minibatches, each one optimizer step on L_PPO + gamma * L_pretraining.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -38,14 +39,20 @@ class PPOStage(RolloutStage):
     """Stage of proximal policy optimization with a trained critic.
 
     Args:
-        steps, batch_size, epochs, minibatches, score_clip: As ``RolloutStage``; defaults of PPO.
+        hyperparameters: Those of ``RolloutStage``.
         value: Model of a reward run from which the critic starts, or null for the policy's own weights and a zero head.
             In both cases the critic has its own adapter, if the policy has one; the head is trained in full.
         value_warmup: Rollouts at the start that train the critic alone.
-        hyperparameters: The others of ``RolloutStage``.
     """
 
     auxiliary_models = {"reference": False, "value": True}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "steps": 20,
+        "batch_size": 128,
+        "epochs": 2,
+        "minibatches": 4,
+        "score_clip": 5.0,
+    }
 
     def __init__(
         self,
@@ -58,31 +65,11 @@ class PPOStage(RolloutStage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        steps: Annotated[int, Field(gt=0)] = 20,
-        batch_size: Annotated[int, Field(gt=0)] = 128,
-        epochs: Annotated[int, Field(gt=0)] = 2,
-        minibatches: Annotated[int, Field(gt=0)] = 4,
-        score_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         value: str | None = None,
         value_warmup: Annotated[int, Field(ge=0)] = 0,
         **hyperparameters: Any,
     ) -> None:
-        super().__init__(
-            model,
-            objective,
-            data,
-            text,
-            reward,
-            sampler,
-            optimizer,
-            scheduler,
-            steps=steps,
-            batch_size=batch_size,
-            epochs=epochs,
-            minibatches=minibatches,
-            score_clip=score_clip,
-            **hyperparameters,
-        )
+        super().__init__(model, objective, data, text, reward, sampler, optimizer, scheduler, **hyperparameters)
         self.value_warmup = value_warmup
         self.critic = load_critic(model, value).disable_dropout()
 

@@ -1,7 +1,7 @@
 """Rejection sampling fine-tuning (Llama 2, section 3.2.3): K responses per prompt, the best becomes a demonstration."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -44,11 +44,8 @@ class RejectionSamplingStage(Supervised):
     """Stage that selects among K responses of a policy by a reward, then fine-tunes on them with the loss of SFT.
 
     Args:
-        batch_size: Picks per update, and prompts per sampling batch.
-        micro_batch_size: Rows per forward pass, null: all.
-        gradient_clip: Largest gradient norm, null: none.
-        epochs: Passes over the picks.
-        packing: Tokens in a row of several dialogues; null: one dialogue per row, padded.
+        hyperparameters: Those of ``Supervised``: ``batch_size`` is in picks per update, and in prompts per sampling
+            batch.
         select: "best_per_prompt" is the best response to each of the N prompts; "top_overall" the N best distinct
             responses of all. "random_per_prompt" and "random_overall" are their controls: as many picks, without the
             reward.
@@ -62,6 +59,7 @@ class RejectionSamplingStage(Supervised):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",)}
     headline = "val/score_gain"
     auxiliary_models = {"sampling_model": False}
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32, "epochs": 2}
 
     def __init__(
         self,
@@ -73,31 +71,16 @@ class RejectionSamplingStage(Supervised):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 32,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
-        epochs: Annotated[float, Field(gt=0)] = 2,
-        packing: Annotated[int, Field(gt=1)] | None = None,
         select: Selection = "best_per_prompt",
         missing_eos: MissingEOSOption = "auto",
         missing_eos_penalty: Annotated[float, Field(ge=0)] = MISSING_EOS_PENALTY,
         sampling_model: str | None = None,
         earlier: str | list[str] | None = None,
         keep_earlier: bool = True,
+        **hyperparameters: Any,
     ) -> None:
         self.check_parts(sampler=sampler)
-        super().__init__(
-            model,
-            objective,
-            data,
-            optimizer,
-            scheduler,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-            epochs=epochs,
-            packing=packing,
-        )
+        super().__init__(model, objective, data, optimizer, scheduler, **hyperparameters)
         self.reward, self.sampler, self.select, self.sampling_model = reward, sampler, select, sampling_model
         self.missing_eos = resolve_missing_eos(missing_eos, missing_eos_penalty, reward)
         self.missing_eos_penalty = missing_eos_penalty

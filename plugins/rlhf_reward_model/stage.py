@@ -1,7 +1,7 @@
 """Reward model: a scalar head on a language model, trained so that better responses score higher."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -41,9 +41,7 @@ class RewardModelStage(Stage):
     starts from a language model, or from an earlier reward model with its head and normalization.
 
     Args:
-        batch_size: Prompts per update.
-        micro_batch_size: Prompts per forward pass, null: all.
-        gradient_clip: Largest gradient norm, null: none.
+        hyperparameters: Those of ``Stage``: ``batch_size`` and ``micro_batch_size`` are in prompts.
         epochs: Passes over the comparisons.
         head_init: Initialization of the scalar head on a language model: "normal" is N(0, 1/(D+1)), "zero" scores every
             response 0.
@@ -57,6 +55,7 @@ class RewardModelStage(Stage):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("comparison",), "demonstrations": ("demonstration",)}
     progress_metrics = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32, "gradient_clip": 1.0}
 
     def __init__(
         self,
@@ -67,25 +66,16 @@ class RewardModelStage(Stage):
         scheduler: Schedule,
         demonstrations: Split | None = None,
         *,
-        batch_size: Annotated[int, Field(gt=0)] = 32,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         epochs: Annotated[float, Field(gt=0)] = 1,
         head_init: Literal["normal", "zero"] = "normal",
         normalize: Literal["none", "mean", "standard", "demonstrations"] = "standard",
         safety_coefficient: Annotated[float, Field(ge=0)] = 0.0,
+        **hyperparameters: Any,
     ) -> None:
         self.check_parts(normalize=normalize, demonstrations=demonstrations)
         if isinstance(model, LanguageModel):
             model = ScalarModel.load(model, zero_init=head_init == "zero")
-        super().__init__(
-            model.language_model,
-            optimizer,
-            scheduler,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-        )
+        super().__init__(model.language_model, optimizer, scheduler, **hyperparameters)
         self.objective, self.data, self.demonstrations = objective, data, demonstrations
         self.epochs, self.normalize, self.safety_coefficient = epochs, normalize, safety_coefficient
         self.scorer = model.disable_dropout()

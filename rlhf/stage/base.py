@@ -12,11 +12,13 @@ micro-batches and all ranks, so that neither micro-batches nor ranks change the 
 """
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from pytorch_lightning.plugins import HalfPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +36,7 @@ from rlhf.models.precision import Precision
 from rlhf.models.tokenizer_loading import Corpus
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.base import Sampler
-from rlhf.signatures import merge_signature
+from rlhf.signatures import apply_defaults, merge_signature
 from rlhf.stage.batch_order import derive_seed
 from rlhf.stage.checks import check_repeatable, check_resolution
 from rlhf.stage.metrics_log import MetricsLog
@@ -46,6 +48,9 @@ __all__ = ["Stage"]
 
 class Stage(Update, MetricsLog):
     """Base class of all stages.
+
+    The constructor of a subclass names the hyperparameters that it adds, takes the rest as ``**hyperparameters``, and
+    passes them on. ``defaults`` changes the default values of those that base classes declare.
 
     Args:
         model: The policy, or the language model that the stage starts from.
@@ -68,6 +73,10 @@ class Stage(Update, MetricsLog):
     auxiliary_models: ClassVar[dict[str, bool]] = {}
     #: groups of data -> record types that each may hold; groups that are not listed are not checked
     reads: ClassVar[dict[str, tuple[str, ...]]] = {}
+    #: hyperparameters of the base classes -> their default values in this class and those derived from it
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    #: hyperparameters of the base classes that the constructor sets itself, so that a config cannot
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -75,9 +84,9 @@ class Stage(Update, MetricsLog):
         optimizer: Optimizer | None,
         scheduler: Schedule | None,
         *,
-        batch_size: int,
-        micro_batch_size: int | None = None,
-        gradient_clip: float | None = None,
+        batch_size: Annotated[int, Field(gt=0)],
+        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
+        gradient_clip: Annotated[float, Field(gt=0)] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -91,12 +100,16 @@ class Stage(Update, MetricsLog):
         self._prepared = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Set the signature of the subclass, which configs are validated against.
+        """Apply ``defaults``, and set the signature of the subclass, which configs are validated against.
 
         It includes the hyperparameters that a constructor passes on as ``**hyperparameters``.
+
+        Raises:
+            TypeError: ``defaults`` or ``fixed`` names something else than a hyperparameter of a base class.
         """
         super().__init_subclass__(**arguments)
         cls.__signature__ = merge_signature(cls)  # type: ignore[attr-defined]
+        apply_defaults(cls)
 
     # -- methods that a stage overrides ---------------------------------------------------------------------------
 

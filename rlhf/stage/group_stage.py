@@ -3,7 +3,8 @@
 GRPO and RLOO differ in their objectives and in nothing defined here.
 """
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -32,12 +33,18 @@ class GroupStage(RolloutStage):
     """Base class of stages whose baseline is the other responses to the same prompt.
 
     Args:
-        steps: Rollouts, each of ``sampler.samples`` responses to ``batch_size`` prompts.
-        batch_size, epochs, minibatches, score_clip: As ``RolloutStage``.
-        hyperparameters: The others of ``RolloutStage``.
+        hyperparameters: Those of ``RolloutStage``; a rollout has ``sampler.samples`` responses to each prompt.
         refills: Most attempts per rollout at dynamic sampling (DAPO): groups whose responses all score the same are
             replaced by groups of freshly sampled prompts. 0: such groups stay.
     """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "steps": 40,
+        "batch_size": 32,
+        "epochs": 1,
+        "minibatches": 1,
+        "score_clip": None,
+    }
 
     def __init__(
         self,
@@ -50,30 +57,10 @@ class GroupStage(RolloutStage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        steps: Annotated[int, Field(gt=0)] = 40,
-        batch_size: Annotated[int, Field(gt=0)] = 32,
-        epochs: Annotated[int, Field(gt=0)] = 1,
-        minibatches: Annotated[int, Field(gt=0)] = 1,
-        score_clip: Annotated[float, Field(gt=0)] | None = None,
         refills: Annotated[int, Field(ge=0)] = 0,
         **hyperparameters: Any,
     ) -> None:
-        super().__init__(
-            model,
-            objective,
-            data,
-            text,
-            reward,
-            sampler,
-            optimizer,
-            scheduler,
-            steps=steps,
-            batch_size=batch_size,
-            epochs=epochs,
-            minibatches=minibatches,
-            score_clip=score_clip,
-            **hyperparameters,
-        )
+        super().__init__(model, objective, data, text, reward, sampler, optimizer, scheduler, **hyperparameters)
         self.refills = refills
         self.first_draw: Metrics = {}
 

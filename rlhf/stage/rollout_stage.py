@@ -4,7 +4,7 @@ A subclass of ``RolloutStage`` defines how advantages come from scores and which
 be the same in PPO, GRPO and RLOO for a fair comparison is defined here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
@@ -54,16 +54,12 @@ class SampledObjective(Protocol):
 class RolloutStage(RolloutMetrics):
     """Base class of stages that sample from the policy, score the responses, and update on them.
 
-    A subclass names the hyperparameters that it adds or whose default it changes, and takes the rest as
-    ``**hyperparameters``.
-
     Args:
+        hyperparameters: Those of ``Stage``: ``batch_size`` is in prompts per rollout; ``micro_batch_size`` is in rows
+            per forward pass, null: a whole minibatch.
         steps: Rollouts, each of ``batch_size`` prompts.
-        batch_size: Prompts per rollout.
         epochs: Passes over each rollout.
         minibatches: Updates per pass.
-        micro_batch_size: Rows per forward pass, null: a whole minibatch.
-        gradient_clip: Largest gradient norm, null: none.
         text_ratio: Rows of pretraining text per response in the pretraining term.
         text_length: Tokens in a row of pretraining text.
         missing_eos_penalty: Missing-EOS penalty, in units of the normalized and clipped score.
@@ -83,6 +79,7 @@ class RolloutStage(RolloutMetrics):
     progress_metrics = ("score", "kl", "length", "loss")
     headline = "val/score"
     auxiliary_models = {"reference": False}
+    defaults: ClassVar[Mapping[str, Any]] = {"gradient_clip": 1.0}
 
     def __init__(
         self,
@@ -96,12 +93,9 @@ class RolloutStage(RolloutMetrics):
         scheduler: Schedule,
         *,
         steps: Annotated[int, Field(gt=0)],
-        batch_size: Annotated[int, Field(gt=0)],
         epochs: Annotated[int, Field(gt=0)],
         minibatches: Annotated[int, Field(gt=0)],
         score_clip: Annotated[float, Field(gt=0)] | None,
-        micro_batch_size: Annotated[int, Field(gt=0)] | None = None,
-        gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0,
         text_ratio: Annotated[float, Field(gt=0)] = 1.0,
         text_length: Annotated[int, Field(gt=1)] = 64,
         tolerance: Annotated[float, Field(gt=0)] = 1e-3,
@@ -111,17 +105,11 @@ class RolloutStage(RolloutMetrics):
         missing_eos_penalty: Annotated[float, Field(ge=0)] = MISSING_EOS_PENALTY,
         kl_budget: Annotated[float, Field(gt=0)] | None = None,
         ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        **hyperparameters: Any,
     ) -> None:
-        super().__init__(
-            model,
-            optimizer,
-            scheduler,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-        )
+        super().__init__(model, optimizer, scheduler, **hyperparameters)
         self.check_parts(
-            objective=objective, text=text, sampler=sampler, batch_size=batch_size, minibatches=minibatches
+            objective=objective, text=text, sampler=sampler, batch_size=self.batch_size, minibatches=minibatches
         )
         check_context(model, text_length, "stage.text_length")
         self.objective: Any = objective

@@ -1,10 +1,11 @@
 """Base class of training on given text: pretraining, SFT and the fine-tuning of rejection sampling."""
 
 import math
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlhf.data.collate import TokenBatch, collate, packed
@@ -25,6 +26,7 @@ class Supervised(Stage):
     """Next-token prediction on the tokens whose loss mask is 1.
 
     Args:
+        hyperparameters: Those of ``Stage``.
         epochs: Passes over the examples.
         packing: Tokens in a row that holds several documents (each attends only to itself); null: padded rows.
     """
@@ -32,6 +34,7 @@ class Supervised(Stage):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("text", "demonstration")}
     progress_metrics = ("loss", "accuracy", "val/loss")
     headline = "val/loss"
+    defaults: ClassVar[Mapping[str, Any]] = {"gradient_clip": 1.0}
 
     def __init__(
         self,
@@ -41,20 +44,11 @@ class Supervised(Stage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        batch_size: int,
-        micro_batch_size: int | None,
-        gradient_clip: float | None,
-        epochs: float,
-        packing: int | None,
+        epochs: Annotated[float, Field(gt=0)],
+        packing: Annotated[int, Field(gt=1)] | None = None,
+        **hyperparameters: Any,
     ) -> None:
-        super().__init__(
-            model,
-            optimizer,
-            scheduler,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            gradient_clip=gradient_clip,
-        )
+        super().__init__(model, optimizer, scheduler, **hyperparameters)
         self.objective = objective
         self.data, self.epochs, self.packing = data, epochs, packing
         if packing is not None:

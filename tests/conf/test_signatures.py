@@ -3,7 +3,8 @@
 import functools
 import inspect
 import typing
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import pytest
 from pydantic import Field
@@ -60,7 +61,8 @@ def test_groups_are_those_of_the_class_itself_and_unclaimed_keywords_stay_open()
 
 
 class Below(Stage):
-    def __init__(self, model: Any, *, rate: Annotated[float, Field(gt=0)] = 0.5, batch_size: int = 1) -> None: ...
+    def __init__(self, model: Any, *, rate: Annotated[float, Field(gt=0)] = 0.5, batch_size: int = 1) -> None:
+        self.given = {"rate": rate, "batch_size": batch_size}
 
 
 class Mine(Below):
@@ -78,6 +80,90 @@ def test_a_config_is_validated_against_inherited_hyperparameters_too() -> None:
     assert findings(batch_size=1) == ["stage.batch_size=1: should be greater than 1"]
     assert findings(rat=0.1) == ["stage.rat: unknown option (did you mean stage.rate?)"]
     assert list(groups(Mine)) == ["model", "data"]
+
+
+class Changed(Below):
+    """Class without a constructor."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"rate": 0.25}
+
+
+class Adding(Changed):
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 16}
+
+    def __init__(self, model: Any, data: Any, *, more: int = 3, **hyperparameters: Any) -> None:
+        super().__init__(model, **hyperparameters)
+        self.given["more"] = more
+
+
+class Again(Adding):
+    defaults: ClassVar[Mapping[str, Any]] = {"rate": 0.125, "more": 4}
+
+
+class Setting(Changed):
+    defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 16}
+    fixed = ("rate",)
+
+    def __init__(self, model: Any, *, half_rate: float = 1.0, **hyperparameters: Any) -> None:
+        super().__init__(model, rate=2 * half_rate, **hyperparameters)
+
+
+class Naming(Adding):
+    """Stage whose constructor names everything itself."""
+
+    def __init__(self, model: Any, data: Any, *, batch_size: int = 5) -> None:
+        super().__init__(model, data, batch_size=batch_size)
+
+
+class BelowNaming(Naming):
+    """Class without a constructor, and without defaults."""
+
+
+@pytest.mark.parametrize(
+    ("made", "defaults", "given"),
+    [
+        (Below, {"rate": 0.5, "batch_size": 1}, {"rate": 0.5, "batch_size": 1}),
+        (Changed, {"rate": 0.25, "batch_size": 1}, {"rate": 0.25, "batch_size": 1}),
+        (Adding, {"rate": 0.25, "batch_size": 16, "more": 3}, {"rate": 0.25, "batch_size": 16, "more": 3}),
+        (Again, {"rate": 0.125, "batch_size": 16, "more": 4}, {"rate": 0.125, "batch_size": 16, "more": 4}),
+        (Setting, {"batch_size": 16, "half_rate": 1.0}, {"rate": 2.0, "batch_size": 16}),
+        (Naming, {"batch_size": 5}, {"rate": 0.25, "batch_size": 5, "more": 3}),
+        (BelowNaming, {"batch_size": 5}, {"rate": 0.25, "batch_size": 5, "more": 3}),
+    ],
+)
+def test_defaults_of_a_class_are_in_its_signature_and_reach_the_constructors_below(
+    made: Any, defaults: dict[str, Any], given: dict[str, Any]
+) -> None:
+    found = parameters(made)
+    assert found is not None
+    hyperparameters = {name: p for name, p in found.items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: p.default for name, p in hyperparameters.items()} == defaults
+    assert not any(p.kind is p.VAR_KEYWORD for p in found.values())
+    if "rate" in found:
+        assert len(check_node(made, {"rate": -1}, "stage", given=groups(made))) == 1
+    assert made(*groups(made)).given == given
+    changed = {name: value + 1 for name, value in defaults.items()}
+    expected = {**given, **changed, **({"rate": 4.0} if made is Setting else {})}
+    expected.pop("half_rate", None)
+    assert made(*groups(made), **changed).given == expected
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("defaults", {"rat": 1.0}, r"Wrong.defaults: rat is not a hyperparameter .*did you mean rate"),
+        ("defaults", {"model": None}, "Wrong.defaults: model is not"),
+        ("defaults", {"own": 2}, "Wrong.defaults: own is not"),
+        ("fixed", ("rat",), r"Wrong.fixed: rat is not a hyperparameter .*did you mean rate"),
+    ],
+)
+def test_a_default_for_something_else_than_an_inherited_hyperparameter_is_refused(
+    attribute: str, value: Any, message: str
+) -> None:
+    def constructor(self: Any, model: Any, *, own: int = 1, **hyperparameters: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (Below,), {attribute: value, "__init__": constructor})
 
 
 @pytest.mark.parametrize(
