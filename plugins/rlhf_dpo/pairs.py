@@ -1,13 +1,13 @@
 """Batch adapter for losses on pairs of responses to one prompt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import PairBatch, TokenBatch, collate_comparisons
+from rlhf.data.collate import PairBatch, collate_comparisons
 from rlhf.data.encoded_rows import EncodedComparison
 from rlhf.data.records import Comparison
 from rlhf.data.split import Split
@@ -15,27 +15,16 @@ from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
+from rlhf_dpo.batch_adapter import BatchAdapter
+from rlhf_dpo.gradient_caching import CachedLosses, cache_losses
 
 T = TypeVar("T", PairLogps, PairContext)
 
 
-@dataclass(frozen=True)
-class Coupled:
-    """Losses computed over a whole batch, split by micro-batch."""
-
-    losses: list[Tensor]  # [P] each, without gradient
-    metrics: list[Metrics]
-    by_chosen: list[Tensor]  # [P] each, gradient of the weighted sum of losses by the chosen log-probability
-    by_rejected: list[Tensor]
-
-
-class Pairs:
+class Pairs(BatchAdapter[EncodedComparison, PairBatch, CachedLosses | None]):
     """Batch adapter of a ``PairObjective``.
 
-    Most losses read one pair at a time. Those that do not (``couples_pairs``) use gradient caching (GradCache): they
-    are computed on the log-probabilities of the whole batch, of all ranks; every micro-batch then runs a second time
-    for its gradient, with the cached derivative by its log-probabilities. The size of a micro-batch changes memory and
-    time, not the gradient.
+    Most losses read one pair at a time. Those that do not (``couples_pairs``) use gradient caching, over all ranks.
     """
 
     def __init__(self, objective: PairObjective) -> None:
@@ -47,7 +36,7 @@ class Pairs:
         """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
         return pooling_and_encoder(self.objective)
 
-    def records(self, data: Split) -> Split:
+    def read_records(self, data: Split) -> Split:
         """Return the comparisons.
 
         Raises:
@@ -77,7 +66,7 @@ class Pairs:
                 option="data",
             )
 
-    def check_batch(self, batch_size: int) -> None:
+    def check_batch_size(self, batch_size: int) -> None:
         """Raise UserError for a batch too small for a loss that couples pairs."""
         if self.objective.couples_pairs and batch_size < 2:
             raise UserError(
@@ -87,84 +76,58 @@ class Pairs:
                 value=batch_size,
             )
 
-    def complete(self, examples: Sequence[EncodedComparison], longest: int, training: bool) -> list[EncodedComparison]:
-        """Return the examples unchanged."""
-        return list(examples)
-
     def collate(self, examples: list[EncodedComparison], pad_id: int) -> PairBatch:
         """Return a micro-batch: every response once, and the pairs among them."""
         return collate_comparisons(examples, pad_id)
 
-    def read(self, part: PairBatch) -> list[TokenBatch]:
-        """Return the batches that the reference reads."""
-        return [part.tokens]
-
-    def with_reference(self, examples: list[EncodedComparison], logp: list[float]) -> list[EncodedComparison]:
+    def with_reference(self, examples: list[EncodedComparison], *logps: list[float]) -> list[EncodedComparison]:
         """Return the comparisons with the reference's log-probability of each response."""
-        rest = iter(logp)
+        rest = iter(logps[0])
         return [replace(example, reference={row: next(rest) for row in example.used}) for example in examples]
 
     def weight(self, part: PairBatch) -> Tensor:
         """Return the weight of each pair [P]: 1 / the number of pairs of its prompt."""
         return part.weight
 
-    def teaches(self, parts: list[PairBatch], together: bool = True) -> bool:
-        """Return True: every batch has a gradient."""
-        return True
+    def batch_terms(
+        self, policy: LanguageModel, parts: list[PairBatch], across_ranks: bool = True
+    ) -> CachedLosses | None:
+        """Return the losses of coupled pairs of the batch and their derivatives by chosen and by rejected.
 
-    def around(self, policy: LanguageModel, parts: list[PairBatch], together: bool = True) -> Coupled | None:
-        """Compute the losses of coupled pairs over the whole batch, and their gradients (gradient caching).
-
-        Args:
-            policy: The trained model.
-            parts: This rank's micro-batches.
-            together: Whether the batch includes all ranks; every rank must then call this method.
-
-        Returns:
-            The losses by micro-batch; None if the loss couples no pairs or one micro-batch holds the whole batch.
+        None if the loss couples no pairs or one micro-batch holds the whole batch.
         """
-        if not self.objective.couples_pairs or (len(parts) == 1 and not (together and world_size() > 1)):
-            return None  # one micro-batch is the whole batch
+        if not self.objective.couples_pairs or (len(parts) == 1 and not (across_ranks and world_size() > 1)):
+            return None
         with torch.no_grad():
-            logps = [pair_logps(policy, part) for part in parts]
-        whole = _joined(logps)
-        references = [reference for part in parts if (reference := _reference(part)) is not None]
+            logps = _joined([pair_logps(policy, part) for part in parts])
+        references = [found for part in parts if (found := _reference(part)) is not None]
         reference = _joined(references) if references else None
         context = self._context(parts)
-        weight, here = torch.cat([part.weight for part in parts]), slice(None)
-        if together:
-            whole, context = _gathered(whole), _gathered(context)
+        weight, own = torch.cat([part.weight for part in parts]), slice(None)
+        if across_ranks:
+            logps, context = _gathered(logps), _gathered(context)
             reference = None if reference is None else _gathered(reference)
-            weight, here = gather_rows(weight)
-        chosen, rejected = (x.clone().requires_grad_(torch.is_grad_enabled()) for x in (whole.chosen, whole.rejected))
-        losses, metrics = self.objective(replace(whole, chosen=chosen, rejected=rejected), reference, context)
-        if torch.is_grad_enabled():
-            by_chosen, by_rejected = torch.autograd.grad((losses * weight).sum(), [chosen, rejected])
-        else:
-            by_chosen, by_rejected = torch.zeros_like(weight), torch.zeros_like(weight)
-        sizes = [len(part) for part in parts]
-        pieces = {name: values[here].split(sizes) for name, values in metrics.items()}
-        return Coupled(
-            losses=list(losses.detach()[here].split(sizes)),
-            metrics=[{name: values[i] for name, values in pieces.items()} for i in range(len(parts))],
-            by_chosen=list(by_chosen[here].split(sizes)),
-            by_rejected=list(by_rejected[here].split(sizes)),
-        )
+            weight, own = gather_rows(weight)
+
+        def objective(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Metrics]:
+            return self.objective(replace(logps, chosen=chosen, rejected=rejected), reference, context)
+
+        return cache_losses(objective, [logps.chosen, logps.rejected], weight, own, [len(part) for part in parts])
 
     def losses(
-        self, policy: LanguageModel, part: PairBatch, around: Coupled | None, index: int
+        self, policy: LanguageModel, part: PairBatch, terms: CachedLosses | None, index: int
     ) -> tuple[Tensor, Metrics]:
         """Return the objective per pair and its metrics, [P] each, of micro-batch number ``index``."""
         logps = pair_logps(policy, part)
         reference = _reference(part)
-        if around is None:
+        if terms is None:
             losses, metrics = self.objective(logps, reference, self._context([part]))
         else:
             # The value is the cached loss; the gradient is that of the whole batch's sum, whose weight is applied again
             # later.
-            slope = around.by_chosen[index] * logps.chosen + around.by_rejected[index] * logps.rejected
-            losses = around.losses[index] + (slope - slope.detach()) / part.weight
-            metrics = around.metrics[index]
+            slope = terms.slope(index, logps.chosen, logps.rejected)
+            losses = terms.losses[index] + (slope - slope.detach()) / part.weight
+            metrics = terms.metrics[index]
         if reference is not None:
             gap = (logps.chosen - reference.chosen).abs() + (logps.rejected - reference.rejected).abs()
             metrics = {**metrics, "reference_gap": gap.detach()}

@@ -20,6 +20,7 @@ from rlhf.stage.batch_order import Parts
 from rlhf.stage.experience import chunks
 from rlhf.stage.supervised import sum_scalars
 from rlhf.stage.update import Optimizer, Schedule
+from rlhf_dpo.batch_adapter import AnyAdapter
 from rlhf_dpo.contrasts import Contrasts
 from rlhf_dpo.embedding import embed_prompts
 from rlhf_dpo.labels import Labels
@@ -59,12 +60,12 @@ class DPOStage(Stage):
     ) -> None:
         super().__init__(model, optimizer, scheduler, **hyperparameters)
         self.check_parts(objective=objective, batch_size=self.batch_size, reference=reference)
-        self.kind = select_adapter(objective)
-        self.data, self.epochs = self.kind.records(data), epochs
+        self.batch_adapter = select_adapter(objective)
+        self.data, self.epochs = self.batch_adapter.read_records(data), epochs
         self.policy.disable_dropout()
-        self.starts_at_reference = self.kind.needs_reference and reference is None
+        self.starts_at_reference = self.batch_adapter.needs_reference and reference is None
         self.reference: Reference | None = None
-        if self.kind.needs_reference:
+        if self.batch_adapter.needs_reference:
             self.reference = load_reference(model, reference)
 
     def roles(self) -> dict[str, Any]:
@@ -87,10 +88,10 @@ class DPOStage(Stage):
         check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
         if objective is None:
             return
-        kind = select_adapter(objective)
-        kind.check_records(record)
-        kind.check_batch(batch_size)
-        if reference is not None and not kind.needs_reference:
+        adapter = select_adapter(objective)
+        adapter.check_records(record)
+        adapter.check_batch_size(batch_size)
+        if reference is not None and not adapter.needs_reference:
             raise UserError(
                 "this objective has no reference", fix="leave it out", option="inputs.reference", value=reference
             )
@@ -100,15 +101,15 @@ class DPOStage(Stage):
         self.encode(self.data, self.policy.tokenizer)
         self.check_lengths()
         longest = min(self.policy.context_length, self.data.data.max_length)
-        self.examples = self.kind.complete(self.examples, longest, training=True)
-        self.held_out = self.kind.complete(self.held_out, longest, training=False)
+        self.examples = self.batch_adapter.add_mismatched(self.examples, longest, training=True)
+        self.held_out = self.batch_adapter.add_mismatched(self.held_out, longest, training=False)
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def prepare(self) -> None:
         """Read the data, and cache prompt embeddings and reference log-probabilities."""
         self.read_examples()
-        if self.kind.embedding is not None:
-            pooling, encoder = self.kind.embedding
+        if self.batch_adapter.embedding is not None:
+            pooling, encoder = self.batch_adapter.embedding
             self.examples = embed_prompts(self.examples, self.reference, self.policy, pooling, encoder, self.batch_size)
             self.held_out = embed_prompts(self.held_out, self.reference, self.policy, pooling, encoder, self.batch_size)
         if self.reference is not None:
@@ -137,30 +138,33 @@ class DPOStage(Stage):
             for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
                 chosen = list(examples[rows])
                 part = self.collate(chosen).to(self.device)
-                logp = [self.reference.logprobs(tokens).sum(dim=1).tolist() for tokens in self.kind.read(part)]
-                done += self.kind.with_reference(chosen, *logp)
+                logp = [
+                    self.reference.logprobs(tokens).sum(dim=1).tolist()
+                    for tokens in self.batch_adapter.reference_batches(part)
+                ]
+                done += self.batch_adapter.with_reference(chosen, *logp)
                 meter.advance(len(chosen))
         return done
 
     def collate(self, examples: list[Any]) -> Any:
         """Return a micro-batch of examples as tensors."""
-        return self.kind.collate(examples, self.policy.pad_id)
+        return self.batch_adapter.collate(examples, self.policy.pad_id)
 
     def training_step(self, batch: Parts[Any], batch_idx: int) -> None:
         """Make one optimizer step on the mean of the objective.
 
         Pairs: mean over prompts of the mean over their pairs; labels: mean over responses.
         """
-        total = self.loss_denominator(sum_scalars(self.kind.weight(part).sum() for part in batch))
-        around = self.kind.around(self.policy, list(batch))
+        total = self.loss_denominator(sum_scalars(self.batch_adapter.weight(part).sum() for part in batch))
+        terms = self.batch_adapter.batch_terms(self.policy, list(batch))
         for index, part in enumerate(batch):
-            losses, metrics = self.kind.losses(self.policy, part, around, index)
+            losses, metrics = self.batch_adapter.losses(self.policy, part, terms, index)
             if self.updates_done == 0 and self.starts_at_reference:
                 self.check_start(metrics["reference_gap"])
-            self.backward_mean(losses, self.kind.weight(part), total, metrics)
+            self.backward_mean(losses, self.batch_adapter.weight(part), total, metrics)
             self.count(len(part.tokens), part.tokens.attention_mask.sum())
         # Without anything to compare, momentum alone must not move the policy.
-        self.record(self.step(frozen=None if self.kind.teaches(list(batch)) else self.policy))
+        self.record(self.step(frozen=None if self.batch_adapter.has_gradient(list(batch)) else self.policy))
 
     def check_start(self, gap: torch.Tensor) -> None:
         """Raise RunFailed if policy and reference differ at step 0.
@@ -182,16 +186,16 @@ class DPOStage(Stage):
     @torch.no_grad()
     def validation_step(self, batch: Parts[Any], batch_idx: int) -> None:
         """Log loss and metrics on held-out comparisons; the batch that a loss reads is this rank's batch."""
-        if not self.kind.teaches(list(batch), together=False):
+        if not self.batch_adapter.has_gradient(list(batch), across_ranks=False):
             return
-        around = self.kind.around(self.policy, list(batch), together=False)
+        terms = self.batch_adapter.batch_terms(self.policy, list(batch), across_ranks=False)
         for index, part in enumerate(batch):
-            losses, metrics = self.kind.losses(self.policy, part, around, index)
+            losses, metrics = self.batch_adapter.losses(self.policy, part, terms, index)
             for name, values in {"loss": losses, **metrics}.items():
-                self.log_mean(f"val/{name}", values, self.kind.weight(part))
+                self.log_mean(f"val/{name}", values, self.batch_adapter.weight(part))
 
 
-def select_adapter(objective: PairObjective | LabelObjective | ContrastObjective) -> Any:
+def select_adapter(objective: PairObjective | LabelObjective | ContrastObjective) -> AnyAdapter:
     """Select the batch adapter (pairs, labels or batch-wise contrasts) for an objective."""
     if isinstance(objective, LabelObjective):
         return Labels(objective)

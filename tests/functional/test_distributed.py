@@ -43,7 +43,7 @@ def _results(rank: int) -> dict[str, object]:
     z = KTO.reference_point(gather_rows(ratio)[0], gather_rows(torch.zeros_like(ratio))[0])
     batch, policy = whole()
     own = part(batch, slice(0, 2) if rank == 0 else slice(2, 3))
-    around = Pairs(Relative(beta=1.0)).around(policy, [own])
+    terms = Pairs(Relative(beta=1.0)).batch_terms(policy, [own])
     values, returns, mask = (x[:, :2] if rank == 0 else x[:, 2:] for x in critic())
     return {
         "explained": explained_variance(values, returns, mask, sum_over),
@@ -54,8 +54,8 @@ def _results(rank: int) -> dict[str, object]:
         "rows": everything,
         "here": (here.start, here.stop),
         "z": z.item(),
-        "losses": around.losses[0],
-        "slopes": around.by_chosen[0],
+        "losses": terms.losses[0],
+        "slopes": terms.derivatives[0][0],
     }
 
 
@@ -181,7 +181,7 @@ def test_two_ranks_compute_what_one_process_would(results: list[dict[str, object
         together, (SCORES - SCORES.view(3, 2).mean(1).repeat_interleave(2)) / SCORES.std(), atol=1e-4, rtol=1e-4
     )
     batch, policy = whole()
-    alone = Pairs(Relative(beta=1.0)).around(policy, [part(batch, slice(0, 1)), part(batch, slice(1, 3))])
+    alone = Pairs(Relative(beta=1.0)).batch_terms(policy, [part(batch, slice(0, 1)), part(batch, slice(1, 3))])
     for name in ("losses", "slopes"):
-        values = torch.cat(alone.losses if name == "losses" else alone.by_chosen)
+        values = torch.cat(alone.losses if name == "losses" else [by_chosen for by_chosen, _ in alone.derivatives])
         torch.testing.assert_close(torch.cat([first[name], second[name]]), values)

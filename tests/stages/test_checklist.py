@@ -144,7 +144,7 @@ def test_padding_on_either_side_gives_the_same_preference_loss(side, load, tmp_p
     stage = DPOStage(load(), DPO(beta=0.5), data("comparison", 8, 2), adamw, constant, batch_size=8)
     fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=0)
     part = stage.collate(list(stage.examples))
-    plain, _ = stage.kind.losses(stage.policy, part, None, 0)
+    plain, _ = stage.batch_adapter.losses(stage.policy, part, None, 0)
 
     def padded(x, empty):
         wide = (3, 0) if side == "left" else (0, 3)
@@ -154,5 +154,5 @@ def test_padding_on_either_side_gives_the_same_preference_loss(side, load, tmp_p
     wide = TokenBatch(
         padded(t.ids, stage.policy.pad_id), *(padded(x, 0) for x in (t.attention_mask, t.loss_mask, t.position_ids))
     )
-    other, _ = stage.kind.losses(stage.policy, replace(part, tokens=wide), None, 0)
+    other, _ = stage.batch_adapter.losses(stage.policy, replace(part, tokens=wide), None, 0)
     torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-5)

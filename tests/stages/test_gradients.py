@@ -130,7 +130,7 @@ def test_gradient_of_dpo(load, tmp_path):
     """
     beta = 0.3
     stage, policy = dpo(load, micro_batch_size=3), load()
-    stage.kind.objective = DPO(beta=beta)
+    stage.batch_adapter.objective = DPO(beta=beta)
     found = gradients(stage, tmp_path)
     prompts = []
     for example in first_batch(stage):

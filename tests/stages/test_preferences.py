@@ -251,7 +251,7 @@ def test_kto_reference_point_is_the_mismatched_mean_over_the_batch(load: Load, t
     run = stage(load, KTO(), micro_batch_size=3)
     fit(run, tmp_path, limit_train_batches=3)
     chosen = list(run.examples[:8])
-    z = run.kind.around(run.policy, list(run.parts(chosen)))
+    z = run.batch_adapter.batch_terms(run.policy, list(run.parts(chosen)))
     with torch.no_grad():
         ratios = []
         for example in chosen:
@@ -271,7 +271,7 @@ def test_kto_has_no_gradient_through_the_reference_point(load: Load, tmp_path: P
     got = gradient(run, tmp_path)
     part = run.collate([run.examples[i] for i in next(iter(run.batches))])
     policy = load()
-    losses, _ = run.kind.losses(policy, part, torch.tensor(0.0), 0)  # at the start z = 0
+    losses, _ = run.batch_adapter.losses(policy, part, torch.tensor(0.0), 0)  # at the start z = 0
     losses.mean().backward()
     expected = {name: p.grad for name, p in policy.named_parameters()}
     assert got.norm() == pytest.approx(float(sum(g.square().sum() for g in expected.values()).sqrt()), rel=1e-3)
@@ -312,7 +312,7 @@ def test_reward_aware_needs_scores_and_reads_them(load: Load, tmp_path: Path) ->
     fit(run, tmp_path, limit_train_batches=1)
     part = run.collate(list(run.examples))
     record = run.data.train[0]
-    gap = run.kind._context([part])
+    gap = run.batch_adapter._context([part])
     assert float(gap.chosen_score[0] - gap.rejected_score[0]) == pytest.approx(record.scores[0] - record.scores[1])
 
 
@@ -334,6 +334,20 @@ def test_the_gradient_of_relative_by_micro_batches_equals_that_of_the_batch(load
         for size in (None, 1)
     }
     torch.testing.assert_close(at[1], at[None], atol=1e-4, rtol=1e-3)
+
+
+def test_the_gradient_of_relative_unpaired_by_micro_batches_equals_that_of_the_batch(
+    load: Load, tmp_path: Path
+) -> None:
+    other = str(other_model(tmp_path / "other", seed=5))
+    whole, cut = (
+        gradient(
+            stage(load, RelativeUnpaired(), data("label"), micro_batch_size=size, reference=other), tmp_path / f"{size}"
+        )
+        for size in (None, 3)
+    )
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-3)
 
 
 def test_relative_unpaired_reads_labels_and_starts_at_log_two(load: Load, tmp_path: Path) -> None:
@@ -358,8 +372,10 @@ def test_a_batch_of_one_kind_does_not_change_the_policy(load: Load, tmp_path: Pa
     )
     run._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
     before = weights(run)
-    collate = run.kind.collate
-    run.kind.collate = lambda examples, pad: replace(collate(examples, pad), desirable=torch.ones(len(examples)).bool())
+    collate = run.batch_adapter.collate
+    run.batch_adapter.collate = lambda examples, pad: replace(
+        collate(examples, pad), desirable=torch.ones(len(examples)).bool()
+    )
     fit(run, tmp_path)
     assert same(before, weights(run))
 
@@ -401,7 +417,7 @@ def test_no_response_of_a_ranking_is_contrasted_with_a_better_one(load: Load, tm
     run = stage(load, RelativeDiagonal(own_weight=0.0), records.load())
     fit(run, tmp_path, limit_train_batches=1)
     part = run.collate(list(run.examples[:2]))
-    context = run.kind._context([run.collate([run.examples[0]]), run.collate([run.examples[1]])])
+    context = run.batch_adapter._context([run.collate([run.examples[0]]), run.collate([run.examples[1]])])
     assert len(set(context.prompt_index.tolist())) == 2
     count = len(run.examples[0].pairs)
     _, counts = contrasts(torch.zeros(len(part)), torch.zeros(len(part)), context)
