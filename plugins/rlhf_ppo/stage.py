@@ -29,8 +29,8 @@ from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage.batch_order import Parts
-from rlhf.stage.checks import check_ratio, check_sampler
-from rlhf.stage.experience import Experience, chunks, response_logprobs
+from rlhf.stage.checks import check_ratio
+from rlhf.stage.experience import Experience, chunks
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.stage.update import Optimizer, Schedule
 
@@ -142,14 +142,19 @@ class PPOStage(RolloutStage):
         if not self.in_value_warmup:  # a frozen policy has no KL to adapt beta to
             self.beta = self.objective.next_beta(self.beta, kl, self.batch_size, self.steps * self.batch_size)
 
+    def rows_per_pass(self, rollout: Rollout) -> int:
+        """Return the rows per forward pass over a whole rollout: those of a micro-batch, or else of a minibatch.
+
+        The minibatch is that of all ranks, which one rank's rollout may be shorter than.
+        """
+        return self.micro_batch_size or self.batch_size // self.minibatches
+
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:
         """Compute log-probabilities, values, advantages and returns of a rollout."""
-        size = self.micro_batch_size or self.batch_size // self.minibatches
-        logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, self.sampler.temperature, size)
-        tokens, width = rollout.tokens, rollout.mask.shape[1]
+        logp, ref_logp = self.recompute_logprobs(rollout)
+        tokens, width, size = rollout.tokens, rollout.mask.shape[1], self.rows_per_pass(rollout)
         values = torch.cat([self.response_values(tokens[rows], width) for rows in chunks(len(logp), size)])
-        check_sampler(rollout.logp, logp, rollout.mask, self.tolerance, self.is_exact)
         values = values * rollout.mask
         _, advantages, returns = self.objective.estimate(
             scores, logp, ref_logp, values, rollout.mask, self.beta, self.sum_over_ranks

@@ -20,7 +20,7 @@ class RLOOStage(GroupStage):
         rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("sample"))
         rollout = self.resample_groups(rollout)
         raw, scores = self.scores(rollout)
-        logp, ref_logp = self.log_probabilities(rollout)
+        logp, ref_logp = self.recompute_logprobs(rollout)
         advantages, keep = self.objective.advantages(
             scores, logp, ref_logp, rollout.mask, self.sampler.samples, self.sum_over_ranks
         )

@@ -21,8 +21,8 @@ from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.dynamic_sampling import fresh_prompts, refill
 from rlhf.sampler.rollout import Rollout
-from rlhf.stage.checks import check_ratio, check_sampler
-from rlhf.stage.experience import Experience, chunks, response_logprobs
+from rlhf.stage.checks import check_ratio
+from rlhf.stage.experience import Experience, chunks
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.stage.update import Optimizer, Schedule
 
@@ -112,17 +112,6 @@ class GroupStage(RolloutStage):
             "resampled": torch.tensor(asked * samples / len(rollout.texts), device=rollout.mask.device),
         }
         return final
-
-    def log_probabilities(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities [B, R] of the response tokens under the sampling policy and the reference.
-
-        Raises:
-            RunFailed: If the rollout was not sampled from the policy.
-        """
-        size = self.micro_batch_size or -(-len(rollout.texts) // self.minibatches)
-        logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, self.sampler.temperature, size)
-        check_sampler(rollout.logp, logp, rollout.mask, self.tolerance, self.is_exact)
-        return logp, ref_logp
 
     def update(self, minibatch: Experience, first: bool) -> Metrics:
         """Make one optimizer step on the objective + gamma * L_pretraining."""

@@ -31,8 +31,8 @@ from rlhf.reward.model import find_model_rewards
 from rlhf.sampler.base import Sampler, single
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage.batch_order import Parts
-from rlhf.stage.checks import check_context
-from rlhf.stage.experience import Experience, chunks
+from rlhf.stage.checks import check_context, check_sampler
+from rlhf.stage.experience import Experience, chunks, response_logprobs
 from rlhf.stage.rollout_metrics import RolloutMetrics
 from rlhf.stage.update import Optimizer, Schedule
 
@@ -258,6 +258,22 @@ class RolloutStage(RolloutMetrics):
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
         return missing_eos(scores, ended, self.missing_eos_penalty, self.missing_eos)
+
+    def rows_per_pass(self, rollout: Rollout) -> int:
+        """Return the rows per forward pass over a whole rollout: those of a micro-batch, or else of a minibatch."""
+        return self.micro_batch_size or -(-len(rollout.texts) // self.minibatches)
+
+    @torch.no_grad()
+    def recompute_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities [B, R] of the response tokens under the sampling policy and the reference.
+
+        Raises:
+            RunFailed: The rollout was not sampled from the policy.
+        """
+        size, temperature = self.rows_per_pass(rollout), self.sampler.temperature
+        logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
+        check_sampler(rollout.logp, logp, rollout.mask, self.tolerance, self.is_exact)
+        return logp, ref_logp
 
     def is_within_kl_budget(self, kl: float) -> bool:
         """Return whether the rollout, at ``kl`` nats per response, may be trained on; end the training otherwise."""
