@@ -67,10 +67,10 @@ class CollectStage(Stage):
 
     def read_examples(self) -> None:
         """Read the training prompts; the held-out ones are not used."""
-        self.examples = self.fit_prompts(self.data, self.sampler, held_out_answered=0).train
+        self.examples = self.fit_prompts(self.data, self.sampler, held_out_sampled=0).train
 
     def prepare(self) -> None:
-        """Move the annotator's weights to the device, and open its cache of earlier answers."""
+        """Move the annotator's weights to the device, and open the files that it keeps across runs."""
         self.annotator.to(self.device)
         self.annotator.open(self.run_directory.parent.parent / "judge")
         self.policy.eval()

@@ -39,11 +39,15 @@ def embed_prompts(
         batch_size: Prompts per batch.
     """
     assert reference is not None
-    read = _Own(reference.to(policy.device), policy) if encoder is None else _Encoder(encoder, policy)
+    embed = (
+        _EncoderEmbedding(encoder, policy)
+        if encoder is not None
+        else _ReferenceEmbedding(reference.to(policy.device), policy)
+    )
     done: list[E] = []
     for rows in chunks(len(examples), batch_size):
         chosen = examples[rows]
-        hidden, mask = read([list(example.prompt) for example in chosen])
+        hidden, mask = embed([list(example.prompt) for example in chosen])
         vectors = pooled(hidden.float(), mask.bool(), pooling).cpu()
         done += [replace(example, embedding=vector) for example, vector in zip(chosen, vectors, strict=True)]
     return done
@@ -57,7 +61,7 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
 
 
-class _Own:
+class _ReferenceEmbedding:
     """Embedding by the reference, which reads the policy's tokens."""
 
     def __init__(self, reference: Reference, policy: LanguageModel) -> None:
@@ -69,7 +73,7 @@ class _Own:
             return model.hidden(batch.ids, batch.attention_mask, batch.position_ids), batch.attention_mask
 
 
-class _Encoder:
+class _EncoderEmbedding:
     """Embedding by another model, which reads the prompts' text without the template's special tokens."""
 
     def __init__(self, path: str, policy: LanguageModel) -> None:

@@ -36,7 +36,7 @@ from rlhf.stage.update import Optimizer, Schedule
 from rlhf.storage.batch_file import BatchFile
 from rlhf_rejection_sampling.picks import Candidate, Selection, best_of_k_statistics, pick, read_picks, write_picks
 
-JUDGED = 400  # held-out prompts on which the result is scored; the standard error is then 1/20 of the deviation
+EVALUATED = 400  # held-out prompts on which the result is scored; the standard error is then 1/20 of the deviation
 HELD_OUT = -1  # batch number of the held-out prompts among those of training prompts
 
 
@@ -118,14 +118,14 @@ class RejectionSamplingStage(Supervised):
 
     def prepare(self) -> None:
         """Sample responses, select the picks, tokenize them."""
-        self.data = self.fit_prompts(self.data, self.sampler, held_out_answered=JUDGED)
-        make_ready(self.reward, self.device, [*self.data.train, *self.judged], self.sampler.max_new_tokens)
+        self.data = self.fit_prompts(self.data, self.sampler, held_out_sampled=EVALUATED)
+        make_ready(self.reward, self.device, [*self.data.train, *self.evaluated_prompts], self.sampler.max_new_tokens)
         if not self.best_of_k_file.exists():  # written last; if absent, only missing batches are sampled
             self.trainer.strategy.barrier()
             responses = self.sample()
             self.trainer.strategy.barrier()
             if self.trainer.is_global_zero:
-                self.choose(responses.read())
+                self.select_picks(responses.read())
             self.trainer.strategy.barrier()
         self.policy.train()
         self.read_examples()
@@ -157,12 +157,12 @@ class RejectionSamplingStage(Supervised):
         self.pack_and_batch()
 
     @property
-    def judged(self) -> list[Prompt]:
+    def evaluated_prompts(self) -> list[Prompt]:
         """Held-out prompts on which the trained policy is scored."""
-        return list(self.data.validation[:JUDGED])
+        return list(self.data.validation[:EVALUATED])
 
     @property
-    def asked(self) -> list[Prompt]:
+    def training_prompts(self) -> list[Prompt]:
         """Training prompts; if batches are limited, only as many as can be trained on."""
         limit = self.trainer.limit_train_batches
         prompts = list(self.data.train)
@@ -194,11 +194,11 @@ class RejectionSamplingStage(Supervised):
 
         Batches that an earlier attempt has finished are not sampled again.
         """
-        trainer, prompts = self.trainer, self.asked
+        trainer, prompts = self.trainer, self.training_prompts
         file = BatchFile(self.run_directory, "responses", trainer.global_rank, trainer.world_size)
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
         todo = list(file.mine(len(batches)))
-        held_out = self.judged and trainer.is_global_zero and HELD_OUT not in file.done
+        held_out = self.evaluated_prompts and trainer.is_global_zero and HELD_OUT not in file.done
         if not todo and not held_out:
             return file
         policy = self.sampling_policy().eval()
@@ -206,21 +206,21 @@ class RejectionSamplingStage(Supervised):
         with work_of(self, "sampling", total, "batch", start=total - len(todo), always=True) as meter:
             for index in todo:
                 seed = derive_seed(self.seed, "sample", index * self.batch_size)
-                keep(file, index, self.sampler.sample(policy, batches[index], seed))
+                write_responses(file, index, self.sampler.sample(policy, batches[index], seed))
                 meter.advance()
         if held_out:
-            keep(file, HELD_OUT, self.answers(policy))
+            write_responses(file, HELD_OUT, self.sample_held_out(policy))
         return file
 
     @torch.no_grad()
-    def choose(self, responses: dict[int, dict[str, Any]]) -> None:
+    def select_picks(self, responses: dict[int, dict[str, Any]]) -> None:
         """Score the responses and the picks of earlier rounds, select, and write picks and best-of-k statistics.
 
         Args:
             responses: The sampled responses, by batch.
         """
         held_out = responses.pop(HELD_OUT, {"texts": [], "ended": []})
-        prompts, spread = self.asked, self.sampler.spread
+        prompts, spread = self.training_prompts, self.sampler.spread
         rows = [row for batch in responses.values() for row in zip(batch["texts"], batch["ended"], strict=True)]
         candidates = [
             Candidate(prompts[index // len(spread)], text, ended, spread[index % len(spread)])
@@ -254,20 +254,20 @@ class RejectionSamplingStage(Supervised):
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def answers(self, policy: LanguageModel) -> Rollout:
+    def sample_held_out(self, policy: LanguageModel) -> Rollout:
         """Sample one response per held-out prompt at temperature 1, with the same noise before and after training."""
-        return self.judging.sample(policy, self.judged, derive_seed(self.seed, "judge"))
+        return self.evaluation_sampler.sample(policy, self.evaluated_prompts, derive_seed(self.seed, "judge"))
 
     @property
-    def judging(self) -> Sampler:
+    def evaluation_sampler(self) -> Sampler:
         """Sampler for held-out prompts."""
         return AncestralSampler(self.sampler.max_new_tokens)
 
     def kl(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Return KL(policy || sampling model) in nats per response, by k1 and by k3; empty if vocabularies differ.
 
-        Measured on the policy's own responses, without top-k or top-p and at the temperature of ``judging``, so that k1
-        is unbiased.
+        Measured on the policy's own responses, without top-k or top-p and at the temperature of ``evaluation_sampler``,
+        so that k1 is unbiased.
         """
         other = self.sampling_reference()
         if other.modules[0].tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
@@ -277,7 +277,7 @@ class RejectionSamplingStage(Supervised):
             )
             return {}
         size = self.micro_batch_size or self.batch_size
-        logp, ref_logp = response_logprobs(self.policy, other, rollout, self.judging.temperature, size)
+        logp, ref_logp = response_logprobs(self.policy, other, rollout, self.evaluation_sampler.temperature, size)
         return {
             "kl": sequence_kl(logp, ref_logp, rollout.mask).mean(),
             "kl_k3": sequence_kl(logp, ref_logp, rollout.mask, "k3").mean(),
@@ -288,24 +288,24 @@ class RejectionSamplingStage(Supervised):
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             BatchFile(self.run_directory, "responses").remove()  # the picks replace it
-        if not self.judged:
+        if not self.evaluated_prompts:
             return
         training = self.policy.training
-        after = self.answers(self.policy.eval())
+        after = self.sample_held_out(self.policy.eval())
         distance = self.kl(after)
         self.policy.train(training)
+        prompts = self.evaluated_prompts
+        texts, ended = self.found["held_out_responses"], self.found["held_out_ended"]
         rows = [
-            *zip(self.judged, self.found["held_out_responses"], self.found["held_out_ended"], strict=True),
-            *zip(self.judged, after.texts, after.ended.tolist(), strict=True),
+            *zip(prompts, texts, ended, strict=True),
+            *zip(prompts, after.texts, after.ended.tolist(), strict=True),
         ]
         old, new = self.scores([Candidate(*row, None) for row in rows]).view(2, -1)
-        was = response_metrics(
-            build_rollout(self.policy, self.judged, self.found["held_out_responses"], self.found["held_out_ended"]), old
-        )
+        was = response_metrics(build_rollout(self.policy, prompts, texts, ended), old)
         now = response_metrics(after, new) | distance
         if "gold" in now:
             now["proxy_gold_gap"] = proxy_gold_gap(now, was)
-            count = count_clusters(self.judged)
+            count = count_clusters(prompts)
             error = proxy_gold_gap_error(now, was, count, count)
             now["proxy_gold_gap_se"] = new.new_tensor(error)
         for metrics in (was, now):
@@ -335,6 +335,6 @@ class RejectionSamplingStage(Supervised):
         }
 
 
-def keep(file: BatchFile, batch: int, rollout: Rollout) -> None:
+def write_responses(file: BatchFile, batch: int, rollout: Rollout) -> None:
     """Write the texts and ended flags of a rollout, which the reward and the fine-tuning read."""
     file.add(batch, texts=rollout.texts, ended=rollout.ended.tolist())

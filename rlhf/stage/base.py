@@ -40,7 +40,7 @@ from rlhf.signatures import apply_defaults, merge_signature
 from rlhf.stage.batch_order import derive_seed
 from rlhf.stage.checks import check_repeatable, check_resolution
 from rlhf.stage.metrics_log import MetricsLog
-from rlhf.stage.strategies import sharded
+from rlhf.stage.strategies import sharding_error
 from rlhf.stage.update import Optimizer, Schedule, Update
 
 __all__ = ["Stage"]
@@ -114,7 +114,7 @@ class Stage(Update, MetricsLog):
     # -- methods that a stage overrides ---------------------------------------------------------------------------
 
     @classmethod
-    def check_parts(cls, *, batch_size: int = 1, processes: int = 1, **_: Any) -> None:
+    def check_parts(cls, *, batch_size: int = 1, world_size: int = 1, **_: Any) -> None:
         """Validate combinations of hyperparameters and groups. Called before anything runs, and by constructors.
 
         A subclass with a rule of its own declares the parameters that it reads, gives each a default, and calls this
@@ -122,7 +122,7 @@ class Stage(Update, MetricsLog):
 
         Args:
             batch_size: Every hyperparameter is passed by its name.
-            processes: World size of the training, if the config gives it.
+            world_size: World size of the training, if the config gives it.
             _: Groups, by the constructor's parameter names. A group that only holds hyperparameters (objective,
                 sampler) is passed as the object. An optional group is None when absent, any other value when present.
                 ``record`` is the name of the record type that the data holds.
@@ -130,10 +130,10 @@ class Stage(Update, MetricsLog):
         Raises:
             UserError: One line, with the keys to type.
         """
-        if batch_size % processes:
+        if batch_size % world_size:
             raise UserError(
-                f"must be a multiple of the {processes} devices",
-                fix=f"type {key('stage.batch_size', -(-batch_size // processes) * processes)}",
+                f"must be a multiple of the {world_size} devices",
+                fix=f"type {key('stage.batch_size', -(-batch_size // world_size) * world_size)}",
                 option="stage.batch_size",
                 value=batch_size,
             )
@@ -197,11 +197,11 @@ class Stage(Update, MetricsLog):
         with (self.run_directory / "samples.jsonl").open("w", encoding="utf-8") as file:
             turns = rollout.turns or [()] * len(rollout.texts)
             ended = rollout.ended.tolist()
-            for prompt, text, said, whole in zip(rollout.prompts, rollout.texts, turns, ended, strict=True):
+            for prompt, text, messages, has_ended in zip(rollout.prompts, rollout.texts, turns, ended, strict=True):
                 row: dict[str, Any] = {"prompt": [message.to_json() for message in prompt.messages], "response": text}
-                row["ended"] = whole
-                if said:
-                    row["turns"] = [message.to_json() for message in said]
+                row["ended"] = has_ended
+                if messages:
+                    row["turns"] = [message.to_json() for message in messages]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def final_metrics(self) -> dict[str, float]:
@@ -214,7 +214,7 @@ class Stage(Update, MetricsLog):
         self.held_out, held_out = data.encode(tokenizer, "validation")
         self.note(f"{data.report}; training: {training}; held out: {held_out}")
 
-    def fit_prompts(self, data: Split, sampler: Sampler, held_out_answered: int | None = None) -> Split:
+    def fit_prompts(self, data: Split, sampler: Sampler, held_out_sampled: int | None = None) -> Split:
         """Return the prompts that fit ``data.max_length`` and ``data.max_prompt_length``.
 
         Prints how many were dropped or truncated.
@@ -222,15 +222,15 @@ class Stage(Update, MetricsLog):
         Args:
             data: Prompts, each tokenized once.
             sampler: The sampler that generates the responses.
-            held_out_answered: Only this many of the first held-out prompts get a response; None: all.
+            held_out_sampled: Only this many of the first held-out prompts get a response; None: all.
 
         Raises:
             UserError: A prompt leaves too little context for the longest response. Raised before anything is sampled.
         """
         fitted, training, held_out = data.fit_prompts(self.policy.tokenizer)
         sampler.check_lengths(self.policy, fitted.train, training.lengths)
-        answered = slice(held_out_answered)
-        sampler.check_lengths(self.policy, fitted.validation[answered], held_out.lengths[answered])
+        sampled = slice(held_out_sampled)
+        sampler.check_lengths(self.policy, fitted.validation[sampled], held_out.lengths[sampled])
         if any(part.truncated or part.dropped for part in (training, held_out)):
             self.note(f"prompts: {training}; held out: {held_out}")
         return fitted
@@ -247,7 +247,7 @@ class Stage(Update, MetricsLog):
     def on_fit_start(self) -> None:
         """Check the strategy and the precision, then call ``prepare`` once the weights are on their device."""
         if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
-            raise sharded(type(self.trainer.strategy).__name__)
+            raise sharding_error(type(self.trainer.strategy).__name__)
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # The wrapper has broadcast the weights to all ranks. It would now average gradients in every backward pass,
             # whose number may differ between ranks, and require every pass to reach every parameter.

@@ -122,12 +122,12 @@ def style() -> Iterator[None]:
 
 
 # Metadata to leave out, by file type: date and software. Each format rejects the keys of the others.
-_UNSAID = {".png": ("Software",), ".svg": ("Date", "Creator"), ".pdf": ("CreationDate", "Creator", "Producer")}
+_OMITTED = {".png": ("Software",), ".svg": ("Date", "Creator"), ".pdf": ("CreationDate", "Creator", "Producer")}
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure at 160 dpi without date and software metadata, and return its path."""
-    metadata = dict.fromkeys(_UNSAID[path.suffix])
+    metadata = dict.fromkeys(_OMITTED[path.suffix])
     if path.suffix == ".png":  # savefig draws a figure twice; the canvas draws it once, with the same pixels
         figure.set_dpi(DPI)
         FigureCanvasAgg(figure).print_png(str(path), metadata=metadata)
@@ -145,7 +145,7 @@ def plot_calibration(curve: Reliability, path: Path) -> Path:
         predicted, observed = [one.predicted for one in curve.bins], [one.observed for one in curve.bins]
         errors = [0.0 if math.isnan(one.error) else one.error for one in curve.bins]
         axes.errorbar(predicted, observed, yerr=errors, fmt="o-", color=COLOURS[0], markersize=4, label="reward model")
-        axes.set(title=f"Calibration: expected error {curve.ece:.3f}, {curve.pairs} pairs", ylabel="share that held")
+        axes.set(title=f"Calibration: expected error {curve.ece:.3f}, {curve.pairs} pairs", ylabel="observed frequency")
         axes.set(ylim=(0.0, 1.02))
         axes.legend(loc="lower right")
         middles = [(one.low + one.high) / 2 for one in curve.bins]

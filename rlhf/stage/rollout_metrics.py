@@ -35,7 +35,7 @@ class RolloutMetrics(Stage):
     sampler: Sampler
     reference: Reference
     beta: float
-    answers: list[tuple[Rollout, Tensor, Tensor]]  # of held-out prompts, until they are described
+    validation_rollouts: list[tuple[Rollout, Tensor, Tensor]]  # of held-out prompts, until they are described
     start: dict[str, dict[str, float]]  # scores before training, by part of the data
 
     def shape_scores(self, raw: Tensor, ended: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class RolloutMetrics(Stage):
     def on_validation_epoch_start(self) -> None:
         """Reset the validation responses."""
         super().on_validation_epoch_start()
-        self.answers = []
+        self.validation_rollouts = []
 
     @torch.no_grad()
     def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
@@ -117,13 +117,13 @@ class RolloutMetrics(Stage):
             rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
             size, temperature = len(rollout.texts), self.sampler.temperature
             logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
-        self.answers.append((rollout, logp, ref_logp))
+        self.validation_rollouts.append((rollout, logp, ref_logp))
 
     @torch.no_grad()
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation responses at once, so that spreads do not depend on batches."""
-        rollouts, logps, ref_logps = zip(*self.answers, strict=True)
-        self.answers, whole = [], joined(rollouts, self.policy.pad_id)
+        rollouts, logps, ref_logps = zip(*self.validation_rollouts, strict=True)
+        self.validation_rollouts, whole = [], joined(rollouts, self.policy.pad_id)
         with self.trainer.precision_plugin.forward_context():
             raw = self.reward(whole).float()
             metrics = self.describe(whole, raw, pad_and_concatenate(logps), pad_and_concatenate(ref_logps))

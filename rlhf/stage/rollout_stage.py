@@ -128,7 +128,7 @@ class RolloutStage(RolloutMetrics):
         self.over_budget = False
         self.ema: EMA | None = None
         self._ema_state: dict[str, Tensor] | None = None
-        self.answers: list[tuple[Rollout, Tensor, Tensor]] = []  # validation responses with logp and ref_logp
+        self.validation_rollouts: list[tuple[Rollout, Tensor, Tensor]] = []  # with logp and ref_logp
 
     @classmethod
     def check_parts(
@@ -136,7 +136,7 @@ class RolloutStage(RolloutMetrics):
         *,
         batch_size: int = 1,
         minibatches: int = 1,
-        processes: int = 1,
+        world_size: int = 1,
         objective: Any = None,
         text: Any = None,
         model: Any = None,
@@ -144,7 +144,7 @@ class RolloutStage(RolloutMetrics):
         **parts: Any,
     ) -> None:
         """Validate as ``Stage.check_parts``; also minibatches, the reference's vocabulary, and gamma without text."""
-        super().check_parts(batch_size=batch_size, processes=processes, **parts)
+        super().check_parts(batch_size=batch_size, world_size=world_size, **parts)
         check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
         if batch_size % minibatches:
             raise UserError(
@@ -153,10 +153,10 @@ class RolloutStage(RolloutMetrics):
                 option="stage.batch_size",
                 value=batch_size,
             )
-        if batch_size // processes % minibatches:
+        if batch_size // world_size % minibatches:
             raise UserError(
-                f"must divide the {batch_size // processes} prompts of each of the {processes} devices",
-                fix=f"type a {key('stage.batch_size')} that is a multiple of {minibatches * processes}",
+                f"must divide the {batch_size // world_size} prompts of each of the {world_size} devices",
+                fix=f"type a {key('stage.batch_size')} that is a multiple of {minibatches * world_size}",
                 option="stage.minibatches",
                 value=minibatches,
             )
@@ -182,8 +182,8 @@ class RolloutStage(RolloutMetrics):
 
     def read_examples(self) -> None:
         """Read the prompts, all of which fit the context together with a response."""
-        processes = self.trainer.world_size  # the config does not always give it
-        self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, processes=processes)
+        world_size = self.trainer.world_size  # the config does not always give it
+        self.check_parts(batch_size=self.batch_size, minibatches=self.minibatches, world_size=world_size)
         fitted = self.fit_prompts(self.data, self.sampler)
         self.examples, self.held_out = fitted.train, fitted.validation
         self.batches = self.order(len(self.examples), steps=self.steps)

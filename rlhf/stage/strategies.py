@@ -13,12 +13,12 @@ WHOLE = re.compile(r"auto|single_device|ddp(_\w+)?|(.*\.)?(DDP|SingleDevice)Stra
 INSTEAD = {"gradient_clip_val": ("stage.gradient_clip", 0), "accumulate_grad_batches": ("stage.micro_batch_size", 1)}
 
 
-def problems(trainer: Mapping[str, Any]) -> Iterator[UserError]:
+def trainer_problems(trainer: Mapping[str, Any]) -> Iterator[UserError]:
     """Yield the problems of a trainer's config, without the name of the step that it belongs to."""
     strategy = trainer.get("strategy", "auto")
     name = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
     if isinstance(name, str) and not WHOLE.fullmatch(name):
-        yield sharded(name)
+        yield sharding_error(name)
     for argument, (instead, nothing) in INSTEAD.items():
         if trainer.get(argument) not in (None, nothing):
             yield UserError(
@@ -29,7 +29,7 @@ def problems(trainer: Mapping[str, Any]) -> Iterator[UserError]:
             )
 
 
-def sharded(strategy: str) -> UserError:
+def sharding_error(strategy: str) -> UserError:
     """Return the error for a strategy that shards weights, gradients or optimizer states over ranks."""
     return UserError(
         "a stage supports ddp and single devices, and cannot train sharded weights yet (each rank would clip by the "

@@ -63,7 +63,7 @@ def of_an_update(tokens) -> dict[str, float]:
 def of_a_rollout(rollout, x) -> dict[str, float]:
     """Return statistics of the responses, their scores and the critic."""
     raw = Varied()(rollout).tolist()
-    learnt = [
+    shaped = [
         min(max(score, -SCORE_CLIP), SCORE_CLIP) - (0 if ended else PENALTY)
         for score, ended in zip(raw, rollout.ended.tolist(), strict=True)
     ]
@@ -83,10 +83,10 @@ def of_a_rollout(rollout, x) -> dict[str, float]:
     return {
         "score": statistics.fmean(raw),
         "score_std": statistics.stdev(raw),
-        "shaped_score": statistics.fmean(learnt),
+        "shaped_score": statistics.fmean(shaped),
         "kl": statistics.fmean(kl),
         "kl_k3": statistics.fmean(kl_k3),
-        "rlhf_reward": statistics.fmean(learnt) - BETA * statistics.fmean(kl),
+        "rlhf_reward": statistics.fmean(shaped) - BETA * statistics.fmean(kl),
         "length": statistics.fmean(rollout.mask.sum(1).tolist()),
         "ended": statistics.fmean(map(float, rollout.ended.tolist())),
         "repetition": repeated / bigrams,

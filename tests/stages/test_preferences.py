@@ -69,7 +69,7 @@ def test_every_loss_trains(path: Path, load: Load, tmp_path: Path) -> None:
         return weights(run)
 
     before = trained()
-    assert not same(before, weights(stage(load, named(path.stem)))), "nothing was learnt"
+    assert not same(before, weights(stage(load, named(path.stem)))), "the weights did not change"
     if "pooling" in OmegaConf.load(path):  # of the examples that the stage embeds
         assert not same(trained(pooling="last"), before)
 

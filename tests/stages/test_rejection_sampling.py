@@ -292,7 +292,7 @@ def test_kl_equals_that_of_the_two_models_on_the_responses(load, folder, tmp_pat
     fit(stage, tmp_path)
     after = stage.policy.eval()
     with torch.no_grad():
-        responses = stage.answers(after)
+        responses = stage.sample_held_out(after)
         logp, ref_logp = (log_softmax_of_all(one, responses) for one in (after, before))
     ratio = (logp - ref_logp) * responses.mask
     metrics = stage.final_metrics()

@@ -39,7 +39,7 @@ def validate_config(config: DictConfig, step: str = "", own: Mapping[str, Any] |
         errors += stage_problems(plain, prefix)
         errors += _root_problems(plain, prefix)
         if isinstance(plain.get("trainer"), dict):
-            found = strategies.problems(plain["trainer"])
+            found = strategies.trainer_problems(plain["trainer"])
             errors += [configs.name_in_step(x, own, step) if own and "trainer" in own else x for x in found]
         if not errors:
             errors += cross_field_problems(plain, plain if own is None else own, step)

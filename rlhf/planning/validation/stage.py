@@ -107,7 +107,7 @@ def _collect_parts(config: dict[str, Any], stage: Any) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
     if all(type(count) is int and count > 0 for count in counts):  # "auto" and -1 depend on the machine
-        parts["processes"] = counts[0] * counts[1]
+        parts["world_size"] = counts[0] * counts[1]
     return parts
 
 
