@@ -22,10 +22,15 @@ class BatchAdapter(ABC, Generic[Example, Batch, Terms]):
     #: whether the reference model is read
     needs_reference = True
 
+    def __init__(self, objective: Any) -> None:
+        self.objective = objective
+
     @property
     def embedding(self) -> tuple[str, str | None] | None:
         """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
-        return None
+        if not getattr(self.objective, "needs_prompt_embedding", False):
+            return None
+        return getattr(self.objective, "pooling", "mean"), getattr(self.objective, "encoder", None)
 
     @abstractmethod
     def read_records(self, data: Split) -> Split:

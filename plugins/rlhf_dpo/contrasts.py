@@ -13,7 +13,6 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.objective import ContrastObjective, Metrics
 from rlhf_dpo.gradient_caching import CachedLosses, cache_losses
 from rlhf_dpo.labels import LabelledResponses
-from rlhf_dpo.pairs import pooling_and_encoder
 
 
 class Contrasts(LabelledResponses[CachedLosses | None]):
@@ -22,13 +21,7 @@ class Contrasts(LabelledResponses[CachedLosses | None]):
     Uses gradient caching. The mean over responses of their losses is the mean over contrasts.
     """
 
-    def __init__(self, objective: ContrastObjective) -> None:
-        self.objective = objective
-
-    @property
-    def embedding(self) -> tuple[str, str | None] | None:
-        """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
-        return pooling_and_encoder(self.objective)
+    objective: ContrastObjective
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raise UserError for a batch too small to hold a contrast."""

@@ -78,8 +78,7 @@ class Labels(LabelledResponses[Tensor]):
     batch may have any size.
     """
 
-    def __init__(self, objective: LabelObjective) -> None:
-        self.objective = objective
+    objective: LabelObjective
 
     def add_mismatched(self, examples: Sequence[EncodedLabel], longest: int, training: bool) -> list[EncodedLabel]:
         """Add to each prompt the response to another prompt (mismatched).

@@ -14,7 +14,7 @@ from rlhf.data.split import Split
 from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
-from rlhf.objective import ContrastObjective, Metrics, PairContext, PairLogps, PairObjective
+from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective
 from rlhf_dpo.batch_adapter import BatchAdapter
 from rlhf_dpo.gradient_caching import CachedLosses, cache_losses
 
@@ -28,13 +28,8 @@ class Pairs(BatchAdapter[EncodedComparison, PairBatch, CachedLosses | None]):
     """
 
     def __init__(self, objective: PairObjective) -> None:
-        self.objective = objective
+        super().__init__(objective)
         self.needs_reference = objective.needs_reference or objective.needs_prompt_embedding
-
-    @property
-    def embedding(self) -> tuple[str, str | None] | None:
-        """Pooling and encoder of the prompts' embeddings; None if the objective reads none."""
-        return pooling_and_encoder(self.objective)
 
     def read_records(self, data: Split) -> Split:
         """Return the comparisons.
@@ -143,13 +138,6 @@ class Pairs(BatchAdapter[EncodedComparison, PairBatch, CachedLosses | None]):
             prompt_embedding=torch.cat([part.embedding for part in parts]) if embedded else None,  # type: ignore[misc]
             prompt_index=torch.cat([part.prompt_index for part in parts]),
         )
-
-
-def pooling_and_encoder(objective: PairObjective | ContrastObjective) -> tuple[str, str | None] | None:
-    """Return pooling and encoder of the prompts' embeddings; None if the objective reads none."""
-    if not objective.needs_prompt_embedding:
-        return None
-    return getattr(objective, "pooling", "mean"), getattr(objective, "encoder", None)
 
 
 def pair_logps(policy: LanguageModel, part: PairBatch) -> PairLogps:
