@@ -5,14 +5,10 @@ is recognised by its fingerprint, so the same sweep typed again resumes where it
 imports are Hydra and OmegaConf.
 """
 
-import csv
 import hashlib
 import importlib
 import json
 import math
-import os
-import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -21,10 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import Any
+from types import ModuleType
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, filter_overrides, setup_globals
@@ -34,12 +28,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import discovery
 from rlhf.errors import UserError
-from rlhf.running import processes
-from rlhf.running.job import STOPPED, Job
-from rlhf.storage.files import read_json
-from rlhf.storage.metrics_file import distinct_names
+from rlhf.running.job import Interruption, Job, environment, program, stop
+from rlhf.running.sweep_table import SweepTable, assigned
 
-RESULT = "RLHF_RESULT"  # environment variable: file to which a job writes its result
+ROOT_CONFIG = "config"  # name of the config that the command composes by default
 # Hydra rejects launchers whose target is outside the namespace hydra_plugins.
 NAMESPACE = "hydra_plugins.rlhf"
 
@@ -64,7 +56,6 @@ class RlhfLauncher(Launcher):
     ) -> None:
         self.n_jobs, self.retries, self.timeout_s, self.grace_s = n_jobs, retries, timeout_s, grace_s
         self.gpus_per_job = gpus_per_job
-        self.jobs: list[Job] = []  # of all calls: an optimising sweeper launches in rounds
         for name, value, least in (("n_jobs", n_jobs, 1), ("retries", retries, 0), ("gpus_per_job", gpus_per_job, 1)):
             if value is not None and value < least:
                 fix = f"type hydra.launcher.{name}={least}"
@@ -73,14 +64,14 @@ class RlhfLauncher(Launcher):
             if seconds is not None and not 0 < seconds < math.inf:
                 fix = f"type hydra.launcher.{name}=60"
                 raise UserError("must be a number of seconds above 0", fix, f"hydra.launcher.{name}", seconds)
-        self.folder = Path()
+        self.table = SweepTable(Path())
         self.config: DictConfig | None = None
         self.context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the sweep's config; Hydra calls this once, before the sweep is composed."""
         self.config, self.context = config, hydra_context
-        self.folder = Path(str(config.hydra.sweep.dir))
+        self.table.folder = Path(str(config.hydra.sweep.dir))
         _current[:] = [self]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -96,201 +87,62 @@ class RlhfLauncher(Launcher):
             load = self.context.config_loader.load_sweep_config
             prepare([(list(words), partial(load, self.config, list(words))) for words in job_overrides])
         jobs = [self._job(initial_job_idx + i, list(words)) for i, words in enumerate(job_overrides)]
-        self.jobs += jobs
+        self.table.jobs += jobs
         waiting, running = list(jobs), list[Job]()
-        stop = _Stop()
-        _say(f"{len(jobs)} jobs, {min(self.n_jobs, len(jobs))} at a time, in {self.folder}")
+        interruption = Interruption()
+        _say(f"{len(jobs)} jobs, {min(self.n_jobs, len(jobs))} at a time, in {self.table.folder}")
         try:
-            with stop:
-                while (waiting or running) and not stop.signal:
+            with interruption:
+                while (waiting or running) and not interruption.signal:
                     while waiting and len(running) < self.n_jobs:
                         running.append(self._start(waiting.pop(0), running))
-                    for job in [job for job in running if self._ended(job)]:
+                    for job in [job for job in running if job.ended(self.timeout_s, self.grace_s)]:
                         running.remove(job)
                         if job.status not in ("finished", "stopped") and job.attempts <= self.retries:
-                            _say(f"{self._label(job)} {job.status}, starts again: {job.error}")
+                            _say(f"{self.table.label(job)} {job.status}, starts again: {job.error}")
                             waiting.append(job)
                         else:
-                            self._tell(job)
-                        self.write()
+                            _say(self.table.outcome(job))
+                        self.table.write()
                     time.sleep(0.05)
-                if stop.signal:
-                    self._stop(running, stop)
+                if interruption.signal:
+                    _say(f"stopping {len(running)} running jobs, each saves a checkpoint (again: kill them)")
+                    stop(running, interruption, self.grace_s)
         finally:
             for job in running:
-                if job.process and job.process.poll() is None:
-                    _signal(job.process, signal.SIGKILL)
-            self.write()
-        if stop.signal:
+                job.kill()
+            self.table.write()
+        if interruption.signal:
             left = sum(job.status != "finished" for job in jobs)
             _say(f"interrupted: {left} of {len(jobs)} jobs not finished; type the same command again to continue")
-            raise SystemExit(128 + stop.signal)
-        self._summary(jobs)
+            raise SystemExit(128 + interruption.signal)
+        _say(self.table.summary(jobs))
         return [job.returned() for job in jobs]
-
-    # -- one job ----------------------------------------------------------------------------------------------------
 
     def _job(self, number: int, overrides: list[str]) -> Job:
         key = hashlib.sha256(json.dumps(sorted(filter_overrides(overrides))).encode()).hexdigest()[:6]
         # With an optimising sweeper the same number has other values the next time: hence the key.
-        earlier = sorted(self.folder.glob(f"*_{key}"))
-        return Job(number, overrides, earlier[0] if earlier else self.folder / f"{number:03d}_{key}")
+        earlier = sorted(self.table.folder.glob(f"*_{key}"))
+        return Job(number, overrides, earlier[0] if earlier else self.table.folder / f"{number:03d}_{key}")
 
     def _start(self, job: Job, running: list[Job]) -> Job:
         taken = {other.slot for other in running}
         job.slot = next(i for i in range(self.n_jobs) if i not in taken)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        result = job.folder / "result.json"
-        result.unlink(missing_ok=True)
-        job.attempts, job.started, job.status, job.result = job.attempts + 1, time.monotonic(), "running", {}
-        words = self._command(job)
-        with job.console.open("a", encoding="utf-8") as console:
-            console.write(f"$ {shlex.join(words)}\n")
-            console.flush()
-            # A new session: Ctrl-C reaches the job only through us, once, together with all processes that it started.
-            job.process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=self._environment(job, result),
-                start_new_session=True,
-            )
-        _say(f"{self._label(job)} started")
+        job.start(self._command(job), environment(self.n_jobs, job.slot, self.gpus_per_job))
+        _say(f"{self.table.label(job)} started")
         return job
 
     def _command(self, job: Job) -> list[str]:
         assert self.config is not None
-        typed, _ = get_args_parser().parse_known_args(sys.argv[1:])
-        words = _program()
-        for flag, value in (("--config-dir", typed.config_dir), ("--config-name", typed.config_name)):
-            words += [flag, value] if value else []
-        own = OmegaConf.to_container(self.config.hydra.overrides.hydra)
+        hydra = self.config.hydra
+        words = program()
+        for source in hydra.runtime.config_sources:
+            words += ["--config-dir", source.path] if source.provider == "command-line" else []
+        words += ["--config-name", hydra.job.config_name] if hydra.job.config_name != ROOT_CONFIG else []
+        own = OmegaConf.to_container(hydra.overrides.hydra)
         assert isinstance(own, list)
         words += [str(o) for o in own if str(o).lstrip("+").startswith(("hydra.searchpath", "hydra.job."))]
         return [*words, *job.overrides, "hydra.mode=RUN"]
-
-    def _environment(self, job: Job, result: Path) -> dict[str, str]:
-        environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-        environment[RESULT] = str(result.absolute())
-        environment |= processes.environment()
-        if self.n_jobs > 1:
-            # Parallel jobs that each use every core are slower than sequential ones.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.n_jobs)))
-        if self.gpus_per_job:
-            first = job.slot * self.gpus_per_job
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(self.gpus_per_job))
-        return environment
-
-    def _ended(self, job: Job) -> bool:
-        assert job.process is not None
-        code = job.process.poll()
-        late = code is None and self.timeout_s is not None and time.monotonic() - job.started > self.timeout_s
-        if late:
-            _signal(job.process, signal.SIGTERM)
-            try:
-                job.process.wait(self.grace_s)
-            except subprocess.TimeoutExpired:
-                _signal(job.process, signal.SIGKILL)
-                job.process.wait()
-        elif code is None:
-            return False
-        self._read(job)
-        if late and job.status != "finished":
-            job.status = "timeout"
-        return True
-
-    def _read(self, job: Job) -> None:
-        """Record the result of a process that has ended."""
-        assert job.process is not None
-        job.seconds = time.monotonic() - job.started
-        code = job.process.returncode
-        result = job.folder / "result.json"
-        content = read_json(result)[0]
-        job.result = content if isinstance(content, dict) else {}
-        job.status = "finished" if code == 0 else "stopped" if code == STOPPED else "failed"
-        run = job.result.get("run")
-        if run and Path(run).is_dir():
-            link = job.folder / "run"
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(Path(run).resolve(), job.folder.resolve()))
-
-    def _stop(self, running: list[Job], stop: "_Stop") -> None:
-        """Signal the running jobs to save a checkpoint; kill them after the grace period or at a second signal."""
-        asked = stop.count
-        _say(f"stopping {len(running)} running jobs, each saves a checkpoint (again: kill them)")
-        for job in running:
-            assert job.process is not None
-            _signal(job.process, signal.SIGTERM)
-        deadline = time.monotonic() + self.grace_s
-        while any(job.process and job.process.poll() is None for job in running):
-            if time.monotonic() > deadline or stop.count > asked:
-                for job in running:
-                    assert job.process is not None
-                    _signal(job.process, signal.SIGKILL)
-                    job.process.wait()
-            time.sleep(0.05)
-        for job in running:
-            self._read(job)
-            if job.status == "failed":
-                job.status = "stopped"
-
-    # -- output ------------------------------------------------------------------------------------------------------
-
-    def _varied(self) -> list[str]:
-        """Return the keys whose values differ between the jobs; all keys if none does."""
-        table = [_pairs(job.overrides) for job in self.jobs]
-        keys = list(dict.fromkeys(key for row in table for key in row))
-        return [key for key in keys if len({row.get(key) for row in table}) > 1] or keys
-
-    def _label(self, job: Job) -> str:
-        pairs = _pairs(job.overrides)
-        varied = " ".join(f"{key}={pairs[key]}" for key in self._varied() if key in pairs)
-        width = len(str(self.jobs[-1].number))
-        return f"[{job.number:>{width}}] {varied}"
-
-    def _tell(self, job: Job) -> None:
-        value = job.result.get("value")
-        told = {
-            "finished": f"finished{'' if value is None else f', {value:.4g}'}, {job.result.get('run') or job.folder}",
-            "stopped": f"stopped, can be resumed; see {job.console}",
-        }.get(job.status, f"FAILED: {job.error}")
-        _say(f"{self._label(job)} {told} ({job.seconds:.0f} s)")
-
-    def _summary(self, jobs: list[Job]) -> None:
-        failed = [job for job in jobs if job.status != "finished"]
-        _say(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; results in {self.folder / 'results.csv'}")
-        for job in failed:
-            _say(f"  {self._label(job)} {job.status}; {job.console}")
-
-    def write(self) -> None:
-        """Write results.csv: one row per job, with the values that differ, the status and the final metrics."""
-        varied = self._varied()
-        metrics = list(dict.fromkeys(name for job in self.jobs for name in job.result.get("metrics") or {}))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / ".results.csv"
-        with scratch.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            own = ["job", *varied, "status", "value", "seconds", "run", "error"]
-            named = distinct_names(own, metrics)[
-                len(own) :
-            ]  # a metric may be named value, too (the loss of a value head)
-            writer.writerow([*own[:-3], *named, *own[-3:]])
-            for job in self.jobs:
-                pairs, found = _pairs(job.overrides), job.result.get("metrics") or {}
-                writer.writerow(
-                    [
-                        job.folder.name,
-                        *(pairs.get(key, "") for key in varied),
-                        job.status,
-                        job.result.get("value"),
-                        *(found.get(name) for name in metrics),
-                        round(job.seconds, 1),
-                        job.result.get("run"),
-                        job.error if job.status in ("failed", "timeout") else "",
-                    ]
-                )
-        scratch.replace(self.folder / "results.csv")
 
 
 #: called before the first job starts, with (overrides, function that composes the config) of every job
@@ -306,52 +158,15 @@ def finish() -> None:
     the command, leaves no files.
     """
     for launcher in _current:
-        if any(job.result.get("run") for job in launcher.jobs):
-            subprocess.run([*_program(), "report", str(launcher.folder)], check=False)
-        elif not launcher.jobs:
-            (launcher.folder / "multirun.yaml").unlink(missing_ok=True)
+        sweep = launcher.table.folder
+        if any(job.result.get("run") for job in launcher.table.jobs):
+            subprocess.run([*program(), "report", str(sweep)], check=False)
+        elif not launcher.table.jobs:
+            (sweep / "multirun.yaml").unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or missing
-                for folder in (launcher.folder, *launcher.folder.parents[:2]):
+                for folder in (sweep, *sweep.parents[:2]):
                     folder.rmdir()
     _current.clear()
-
-
-def _program() -> list[str]:
-    """Return the command that starts this program again."""
-    script = Path(sys.argv[0])
-    return [sys.executable, str(script)] if script.name == "rlhf" else [sys.executable, "-m", "rlhf.cli"]
-
-
-class _Stop:
-    """Context manager: record SIGINT and SIGTERM instead of raising."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.count = 0
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal, self.count = self.signal or number, self.count + 1
-
-    def __enter__(self) -> "_Stop":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the job and to all processes that it started."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _pairs(overrides: Sequence[str]) -> dict[str, str]:
-    return {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in filter_overrides(overrides))}
 
 
 def _say(line: str) -> None:
@@ -362,7 +177,7 @@ def sweep_name(*, _root_: DictConfig) -> str:
     """Return the name of a sweep's directory: the stage, pipeline or experiment, and a key of all overrides."""
     choices = _root_.hydra.runtime.choices
     words = list(filter_overrides(_root_.hydra.overrides.task))
-    typed = {k: v for k, v in _pairs(words).items() if k in ("stage", "pipeline", "experiment", "sweep")}
+    typed = {k: v for k, v in assigned(words).items() if k in ("stage", "pipeline", "experiment", "sweep")}
     named = typed.get("experiment") or typed.get("pipeline") or typed.get("stage") or choices.get("stage") or "sweep"
     swept = sorted([*words, f"sweep={choices.get('sweep')}"])
     key = hashlib.sha256(json.dumps(swept).encode()).hexdigest()[:6]
@@ -378,7 +193,8 @@ def register() -> None:
         UserError: two providers offer the same option, or a YAML file of theirs is too large.
     """
     discovery.register()
-    # Every Hydra program of the environment would load a package hydra_plugins.rlhf; only ours sees an alias.
+    # Hydra imports a launcher by a name in this namespace. Every Hydra program of the environment would load a real
+    # package hydra_plugins.rlhf; only ours sees an alias.
     RlhfLauncher.__module__ = NAMESPACE
     try:
         importlib.import_module("hydra_plugins")

@@ -134,6 +134,15 @@ def test_a_job_that_fails_or_dies_affects_no_other_job(app: Path, do: str, reaso
     assert "2 of 3 jobs finished" in out
 
 
+def test_a_job_gets_the_config_directory_and_the_config_name_of_the_sweep(app: Path) -> None:
+    (app / "mine").mkdir()
+    (app / "mine" / "other.yaml").write_text("defaults: [root, _self_]\ny: 5\n")
+    code, out = sweep(app, "--config-dir", "mine", "--config-name", "other", "x=1", "-m")
+    assert code == 0, out
+    (console,) = folder(app).glob("*/console.log")
+    assert f"--config-dir {app / 'mine'} --config-name other x=1 hydra.mode=RUN" in console.read_text()
+
+
 def test_a_failed_job_is_retried(app: Path) -> None:
     code, out = sweep(app, "x=1,2", "do=once", "hydra.launcher.retries=1", "-m")
     assert code == 0, out
