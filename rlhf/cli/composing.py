@@ -1,47 +1,55 @@
-"""Patch that composes the config of a command once; Hydra composes it twice, first to find its mode."""
+"""Start of a single run with one composition of its config; `hydra.main` composes it twice, first to find its mode."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from hydra._internal.hydra import Hydra
-from hydra.types import RunMode
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
+from rlhf import discovery
 
-@contextmanager
-def composed_once() -> Iterator[None]:
-    """Context manager: a single run reuses the config that Hydra composed to find the mode.
 
-    For commands without ``--multirun``. A config that makes itself a sweep, or that cannot be composed, is left to
-    Hydra, which composes it again.
+def run_composed_once(task: TaskFunction, overrides: Sequence[str]) -> None:
+    """Compose the config of a command without flags and call ``task`` with it, as `hydra.main` does.
+
+    Args:
+        task: Function of the composed config.
+        overrides: The words of the command. A config that makes itself a sweep starts one.
     """
-    Hydra.get_mode = _mode  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.get_mode = _hydras_mode  # type: ignore[method-assign]
+    words = list(overrides)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(discovery.conf_dir()), job_name="main", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        loader: Any = hydra.config_loader
+        try:
+            config = loader.load_configuration("config", words, RunMode.RUN)
+            mode = config.hydra.mode
+        except Exception:  # a sweep's values, or a mistake that is raised again when Hydra composes the run
+            config, mode = None, hydra.get_mode("config", words)
+        if mode is None:
+            words.append("hydra.mode=RUN")
+            if config is not None:  # Hydra makes the same additions for a run whose config sets no mode
+                config.hydra.mode = RunMode.RUN
+                config.hydra.overrides.hydra.append("hydra.mode=RUN")
+        if mode == RunMode.MULTIRUN:
+            hydra.multirun("config", task, words)
+        else:
+            if config is not None:
+                hydra.config_loader = _Composed(loader, config)  # type: ignore[assignment]
+            hydra.run("config", task, words)
 
 
-_hydras_mode = Hydra.get_mode
+class _Composed:
+    """Config loader that returns a composed config, and is the loader it wraps in everything else."""
 
+    def __init__(self, loader: Any, config: DictConfig) -> None:
+        self._loader, self._config = loader, config
 
-def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    """Return the mode that the config sets; if it sets none, keep the config for the run that follows."""
-    loader: Any = self.config_loader
-    try:
-        config = loader.load_configuration(config_name, overrides, RunMode.RUN)
-        mode = config.hydra.mode
-    except Exception:  # Hydra raises it again when it composes for the run
-        return _hydras_mode(self, config_name, overrides)
-    if mode is None:
+    def load_configuration(self, *_: Any, **__: Any) -> DictConfig:
+        return self._config
 
-        def composed(*_: Any, **__: Any) -> DictConfig:
-            del loader.load_configuration  # restores the method after one use
-            # Hydra makes the same additions for a run whose config sets no mode.
-            config.hydra.mode = RunMode.RUN
-            config.hydra.overrides.hydra.append("hydra.mode=RUN")
-            return config
-
-        loader.load_configuration = composed
-    return mode
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -5,7 +5,6 @@ import locale
 import os
 import sys
 import traceback
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -127,9 +126,11 @@ def run_experiment(argv: list[str]) -> int:
     task.__module__, task.__qualname__ = __name__, "run_task"
     sys.argv = [sys.argv[0], *argv]
     try:
-        once = nullcontext() if flags else composing.composed_once()
-        with dry_run.switched(dry), once:
-            hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+        with dry_run.switched(dry):
+            if any(word.startswith("-") for word in argv):
+                hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+            else:
+                composing.run_composed_once(task, argv)
     except SystemExit as e:
         if e.code == 1 and {"-c", "--cfg"} & {word.partition("=")[0] for word in argv}:
             return 2  # nothing ran: Hydra has reported that the config has no such --package

@@ -61,7 +61,7 @@ class SweepTable:
         value = job.result.get("value")
         text = {
             "finished": f"finished{'' if value is None else f', {value:.4g}'}, {job.result.get('run') or job.folder}",
-            "stopped": f"stopped, can go on; see {job.console}",
+            "stopped": f"stopped, can be resumed; see {job.console}",
         }.get(job.status, f"FAILED: {job.error}")
         return f"{self.label(job)} {text} ({job.seconds:.0f} s)"
 

@@ -1,15 +1,16 @@
 """A single run is composed once, to exactly the config that Hydra composes in two passes."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import discovery
 from rlhf.cli import composing, main
 from rlhf.running import pipeline
 
@@ -29,8 +30,8 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
         return load(*args, **kwargs)
 
     def run(config: DictConfig) -> None:
-        hydra = OmegaConf.to_container(HydraConfig.get())
-        found.append((OmegaConf.to_container(config), hydra, OmegaConf.is_struct(config)))
+        of_hydra = OmegaConf.to_container(HydraConfig.get())
+        found.append((OmegaConf.to_container(config), of_hydra, OmegaConf.is_struct(config)))
 
     monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counted)
     monkeypatch.setattr(pipeline, "run", run)
@@ -45,8 +46,11 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
 
 @pytest.mark.parametrize("line", ["stage=dpo objective.beta=0.2", "stage=sft hydra.verbose=false hydra.job.name=mine"])
 def test_one_composition_equals_the_two_of_hydra(typed: Typed, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    def by_hydra(task: Any, words: list[str]) -> None:
+        hydra.main(version_base="1.3", config_path=str(discovery.conf_dir()), config_name="config")(task)()
+
     once = typed(line)
-    monkeypatch.setattr(composing, "composed_once", nullcontext)
+    monkeypatch.setattr(composing, "run_composed_once", by_hydra)
     twice = typed(line)
     assert (once[0], once[1]) == (0, 1) and (twice[0], twice[1]) == (0, 2)
     assert once[2] == twice[2] and len(once[2]) == 1
