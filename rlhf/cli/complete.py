@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.bash_completion import BashCompletion
-from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from omegaconf import OmegaConf
 
 from rlhf import discovery
@@ -99,7 +97,9 @@ def _fitting(words: list[str], key: str) -> set[str] | None:
 def _by_hydra(line: str) -> list[str]:
     GlobalHydra.instance().clear()
     try:
-        path = create_config_search_path(str(discovery.conf_dir()))
-        return list(BashCompletion(ConfigLoaderImpl(path))._query(config_name="config", line=line))
+        with initialize_config_dir(str(discovery.conf_dir()), version_base="1.3"):
+            plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
+            # The public method reads the line from the environment and prints the words.
+            return list(plugin._query(config_name="config", line=line))
     except Exception:  # an unfinished line rarely composes
         return []

@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Iterator
 
+# For the frames of a traceback: no public attribute of Hydra's errors names the YAML file that was being read.
 from hydra._internal import config_loader_impl, config_repository, defaults_list
 from hydra.errors import (
     ConfigCompositionException,

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
+from omegaconf._utils import get_yaml_loader  # no public function gives OmegaConf's loader, only its results
 from yaml.constructor import SafeConstructor
 from yaml.resolver import Resolver
 
