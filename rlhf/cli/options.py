@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
 from rlhf.errors import UserError
 
@@ -29,11 +29,11 @@ def sampling(
     longest(parser, max_new_tokens, description)
     temperature(parser, default)
     what = "sample only from the K most likely tokens (default: all)"
-    _both(parser, "--top-k", type=_whole(0), default=0, metavar="K", help=what)
+    _both(parser, "--top-k", type=_number(int, ge=0), default=0, metavar="K", help=what)
     _both(
         parser,
         "--top-p",
-        type=_share,
+        type=_number(float, gt=0, le=1),
         default=1.0,
         metavar="P",
         help="sample only from the most likely tokens with total probability P (default: 1, all)",
@@ -44,18 +44,19 @@ def sampling(
 def longest(parser: argparse.ArgumentParser, default: int | None, description: str = "") -> None:
     """Add --max-new-tokens, the maximum length of a response in tokens; describe a default that is not a number."""
     what = f"maximum length of a response in tokens (default: {default or description})"
-    _both(parser, "--max-new-tokens", type=_whole(1), default=default, metavar="N", help=what)
+    _both(parser, "--max-new-tokens", type=_number(int, ge=1), default=default, metavar="N", help=what)
 
 
 def temperature(parser: argparse.ArgumentParser, default: float) -> None:
     """Add --temperature, the sampling temperature."""
     what = f"divides the logits; 0 selects the most likely token (default: {default})"
-    parser.add_argument("--temperature", type=_number(0), default=default, metavar="T", help=what)
+    parser.add_argument("--temperature", type=_number(float, ge=0), default=default, metavar="T", help=what)
 
 
 def seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, the seed of sampling."""
-    parser.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="seed of the sampling (default: 0)")
+    what = "seed of the sampling (default: 0)"
+    parser.add_argument("--seed", type=_number(int, ge=0), default=0, metavar="S", help=what)
 
 
 def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
@@ -70,17 +71,17 @@ def chat_template(parser: argparse.ArgumentParser, whose: str) -> None:
 def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     """Add --batch-size, which bounds memory and changes no response."""
     what = f"responses sampled or scored at a time; bounds memory (default: {default})"
-    _both(parser, "--batch-size", type=_whole(1), default=default, metavar="N", help=what)
+    _both(parser, "--batch-size", type=_number(int, ge=1), default=default, metavar="N", help=what)
 
 
 def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, most: int | None = None) -> None:
     """Add an option for a number of items, at least 1 and at most ``most``."""
-    parser.add_argument(flag, type=_whole(1, most), default=default, metavar="N", help=help)
+    parser.add_argument(flag, type=_number(int, ge=1, le=most), default=default, metavar="N", help=help)
 
 
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
     """Add an option for a number of items or an index, at least 0."""
-    parser.add_argument(flag, type=_whole(0), default=default, metavar="N", help=help)
+    parser.add_argument(flag, type=_number(int, ge=0), default=default, metavar="N", help=help)
 
 
 def _both(parser: argparse.ArgumentParser, flag: str, **hyperparameters: object) -> None:
@@ -93,32 +94,17 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
-        return value
+def _number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]:
+    """Return the parser of a number within bounds, given as to pydantic's Field: ge, gt, le."""
 
-    read.__name__ = "whole number"
+    def read(text: str) -> Any:
+        from pydantic import ConfigDict, Field, TypeAdapter, ValidationError  # slow, and most commands parse no number
+
+        bounded: Any = Annotated[kind, Field(**bounds)]
+        try:
+            return TypeAdapter(bounded, config=ConfigDict(allow_inf_nan=False)).validate_python(text)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].replace("Input", text or repr(text), 1)
+            raise argparse.ArgumentTypeError(problem) from None
+
     return read
-
-
-def _number(least: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = float(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g}")
-        return value
-
-    read.__name__ = "number"
-    return read
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value

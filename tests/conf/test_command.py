@@ -73,9 +73,15 @@ def typed(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
         ("stage=sft +callbacks.mine=5 inputs.policy=org/name", "callbacks.mine=5: should be null or have a _target_"),
         ("pipeline=dpo ++steps=5", "steps=5: must be a list of steps; leave it out"),
         ("pipeline=dpo ++compare=5", "compare=5: must be a mapping; leave it out, or type"),
-        ("generate m --prompts testbed --samples 1000000000000", "--samples: 1000000000000 is more than 100000"),
-        ("inspect batch stage=sft --rows -1", "argument --rows: -1 is less than 0"),
-        ("inspect batch stage=sft --step -1", "argument --step: -1 is less than 0"),
+        (
+            "generate m --prompts testbed --samples 1000000000000",
+            "1000000000000 should be less than or equal to 100000",
+        ),
+        ("inspect batch stage=sft --rows -1", "argument --rows: -1 should be greater than or equal to 0"),
+        ("inspect batch stage=sft --step -1", "argument --step: -1 should be greater than or equal to 0"),
+        ("generate m --prompts testbed --seed x", "argument --seed: x should be a valid integer"),
+        ("generate m --prompts testbed --top-p 0", "argument --top-p/--top_p: 0 should be greater than 0"),
+        ("generate m --prompts testbed --temperature inf", "argument --temperature: inf should be a finite number"),
         (f"{'x' * 120_000}", f"{'x' * 200}...{'x' * 40} no such command"[:240]),
         ("pipeline=dpo objective=ipo", "own; type objective@align.objective=ipo\n"),  # of the step that reads it
         ("pipeline=dpo objective@align=ipo", "no objective at align; type objective@align.objective=ipo"),
