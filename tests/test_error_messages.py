@@ -45,7 +45,10 @@ def groups() -> str:
 
 
 def config_keys(text: str) -> list[str]:
-    found = re.finditer(rf"(?<![\w./@-])(?:{groups()})(?:(?!\.(?:jsonl?|txt|csv)\b)(?:\.[a-z_]+)+|=\w*)(?!\w*\()", text)
+    """Return the config keys and overrides in a text; "a run of stage=sft" describes a run and is not typed."""
+    found = re.finditer(
+        rf"(?<![\w./@-])(?<!run of )(?:{groups()})(?:(?!\.(?:jsonl?|txt|csv)\b)(?:\.[a-z_]+)+|=\w*)(?!\w*\()", text
+    )
     return [match[0] for match in found]
 
 

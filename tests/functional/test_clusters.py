@@ -49,5 +49,5 @@ def test_one_cluster_has_no_error_and_no_cluster_has_no_mean():
     mean, error = clustered_mean(torch.tensor([1.0, 0.0]), torch.ones(2), torch.zeros(2))
     assert mean == 0.5 and math.isnan(error)
     for weights in (torch.ones(0), torch.zeros(1)):
-        with pytest.raises(ValueError, match="no observation"):
+        with pytest.raises(ValueError, match="needs an observation with a positive weight"):
             clustered_mean(torch.ones(len(weights)), weights, torch.zeros(len(weights)))

@@ -91,7 +91,7 @@ def test_export_refuses_a_truncated_config(folder: Path, tmp_path: Path) -> None
     model = Named("m", str(tmp_path / "model"))
     refusal(
         lambda: export.export(model, tmp_path / "out", merge=False),
-        f"{tmp_path / 'model'}/config.json: is no JSON object",
+        f"{tmp_path / 'model'}/config.json: is not a JSON object",
     )
 
 

@@ -152,7 +152,7 @@ def test_omitted_rows_are_reported(tmp_path, capsys):
     assert "6 of 8 settings and 3 of 5 prompts; all are in samples.jsonl of the runs." in page
     assert f"{len(comparison.main_metrics(8))} of 11 metrics; all are in report.csv." in page
     main([*map(str, folders), "--outputs", str(tmp_path / "outputs")])
-    assert f"{len(comparison.main_metrics(6))} of 11 metrics, all are in report.csv" in capsys.readouterr().out
+    assert f"{len(comparison.main_metrics(6))} of 11 metrics; report.csv has all" in capsys.readouterr().out
 
 
 def test_links_that_leave_a_run_or_its_outputs_are_not_followed(tmp_path):

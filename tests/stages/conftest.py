@@ -28,7 +28,7 @@ from rlhf.stage.base import Stage
 ARCHITECTURE = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,

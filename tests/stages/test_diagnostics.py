@@ -84,7 +84,7 @@ def test_the_gap_is_in_standard_deviations_of_the_start():
         ("ended", "ended", 0.7, "only 70% of the responses end"),
         ("repetition", "repetition", 0.3, "30% of the pairs of tokens"),
         ("distinct", "distinct", 0.05, "only 5% of the responses differ"),
-        ("special_tokens", "special_tokens", 0.2, "20% of the responses hold special tokens"),
+        ("special_tokens", "special_tokens", 0.2, "20% of the responses have special tokens"),
         ("kl", "kl", 31.0, "31.0 nats per response"),
         ("proxy_gold_gap", "proxy_gold_gap", 1.5, "1.5 standard deviations more than gold"),
     ],

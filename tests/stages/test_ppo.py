@@ -217,10 +217,10 @@ def test_ppo_finds_the_optimum_of_reward_minus_beta_kl(beta, load, tmp_path):
         None,
         Even(),
         AncestralSampler(1),
-        lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+        lambda parameters: torch.optim.Adam(parameters, lr=6e-3),
         constant,
         batch_size=64,
-        steps=60,
+        steps=30,
         epochs=2,
         minibatches=2,
     )

@@ -106,10 +106,10 @@ def test_logged_metrics_equal_plain_loops(load, tmp_path):
         "missing_eos_penalty": PENALTY,
         "missing_eos": "subtract",
     }
-    stage = varied(load, objective, AncestralSampler(24), **hyperparameters)
+    stage = varied(load, objective, AncestralSampler(48), **hyperparameters)
     stage.__class__ = Measured
     torch.nn.init.normal_(stage.critic.head.weight, generator=torch.Generator().manual_seed(0))
-    stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
+    stage._optimizer = lambda groups: torch.optim.AdamW(groups, lr=3e-2)
     fit(stage, tmp_path, limit_val_batches=0)
     rows = rows_of(tmp_path)
     assert len(rows) == 3 and len(stage.tokens) == 12

@@ -73,7 +73,8 @@ def test_a_prompt_without_room_for_a_response_is_refused_before_sampling(
     make: Callable[..., Stage], load: Callable, tmp_path: Path
 ) -> None:
     """The context has 128 tokens, and the response may take all but one."""
-    with pytest.raises(UserError, match=r"^prompt '.*' has \d+ tokens; .* leaves 1: set data.max_prompt_length=1 "):
+    said = r"the prompt '.*' has \d+ tokens, .* leaves 1 for a prompt; type data.max_prompt_length=1 or a smaller "
+    with pytest.raises(UserError, match=said):
         run(make(load, dies(BestOfK(127, samples=4), 0)), tmp_path)
 
 

@@ -159,7 +159,7 @@ def test_a_policy_compared_with_itself_has_no_difference(rlhf: Typed, outputs: P
     [
         (("reward_model/b0",), "is a reward or value model, which generates no text; type a run of a policy"),
         (("sft/none0", "--reward-model", "sft/none0"), "is not a reward model; type a run of stage=reward_model"),
-        (("sft/none0", "--judge", "nobody"), "--judge=nobody: no such run"),
+        (("sft/none0", "--judge", "nobody"), "--judge nobody: no such run"),
         (("sft/none0", "--judge", "sft/none0"), "type --against RUN"),
         (("sft/none0", "--against", "sft/lora0", "--prompts", "p.txt"), "type --reward-model RUN or --judge MODEL"),
         (("sft/none0", "--text", "nothing.txt"), "--text nothing.txt: no such file"),

