@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from rlhf.errors import UserError, suggest
+from rlhf.errors import RLHFError, UserError, suggest
 
 
 class ModuleEnded(Exception):
@@ -97,3 +97,19 @@ def load_function(option: str, name: str) -> Callable[..., Any]:
         raise UserError(f"{loaded.__file__ or module} has no function {function}{hint}", option=option, value=name)
     called: Callable[..., Any] = found
     return called
+
+
+def build_option(node: Any) -> Any:
+    """Build the object of a config node and raise a constructor's `RLHFError` without Hydra's wrapper around it."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, RLHFError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+    raise cause  # outside of the block, so that the two errors do not become each other's context

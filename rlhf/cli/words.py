@@ -1,10 +1,9 @@
 """Checks of command-line words that Hydra would reject with its usage page or a traceback: one line each instead."""
 
 import re
-from difflib import get_close_matches
 
 from rlhf import discovery
-from rlhf.errors import UserError, suggest
+from rlhf.errors import UserError, closest, suggest
 
 FLAGS = (  # our own and Hydra's
     *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
@@ -31,8 +30,8 @@ def check(argv: list[str]) -> None:
         flag, equals, value = word.partition("=")
         if word.startswith("-"):
             if flag not in (*FLAGS, *SHORT):
-                close = get_close_matches(flag, FLAGS, n=1)
-                hint = f" (did you mean {close[0]}?)" if close else ""
+                close = closest(flag, FLAGS)
+                hint = f" (did you mean {close}?)" if close else ""
                 fix = "type rlhf --help for a list"
                 raise UserError(f"unknown option{hint}", fix, flag, value if equals else ...)
             if flag in _ALONE and equals:

@@ -211,7 +211,7 @@ class Data(RecordEncoder, DataSource):
             raise source_error(
                 self.source,
                 f"no usable {self.record}s ({report})",
-                fix=f"type another {key('data.source')}",
+                fix=f"type another source: {key('data.source', 'FILE')}",
             )
         return Split(train, validation, report, self)
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -75,7 +76,10 @@ class Mixture(Data):
 
     def digest(self) -> str:
         """Return the sha256 of the parts' digests."""
-        parts = {name: part.digest() for name, part in self.parts.items()}
+        parts = {}
+        for name, part in self.parts.items():
+            with _named(name):
+                parts[name] = part.digest()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def place(self, record: Record) -> str:
@@ -92,10 +96,8 @@ class Mixture(Data):
         validation: list[Sequence[Any]] = []
         count = self.count
         for name, part in self.parts.items():
-            try:
+            with _named(name):
                 split = part.load()
-            except UserError as error:
-                raise error.rename(moved("data", f"data.parts.{name}")) from None
             if count is None:  # the first part
                 count = round(len(split.train) * total / self.weights[name])
             wanted = round(count * self.weights[name] / total)
@@ -119,3 +121,13 @@ class Mixture(Data):
         if self.streaming:
             return Split(train, held_out, report, self)
         return Split(list(train), list(held_out), report, self)
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Context manager: rename the config keys of a part's errors to those below ``data.parts``."""
+    try:
+        yield
+    except UserError as error:
+        error.rename(moved("data", f"data.parts.{part}"))
+        raise

@@ -100,7 +100,8 @@ class RecordEncoder(ABC):
         """Count a record that cannot be encoded, and store the reason of the first."""
         report.refused += 1
         if report.first_error is None:
-            report.first_place, report.first_error = self.place(record) or self.source, reason
+            # Without the traceback, which would keep the frames of the encoder alive.
+            report.first_place, report.first_error = self.place(record) or self.source, reason.with_traceback(None)
 
     def _check_refused(self, report: EncodeReport, count: int) -> None:
         if report.refused > self.max_bad * count:

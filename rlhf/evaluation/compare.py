@@ -176,7 +176,9 @@ def compare(
         raise UserError("no held-out documents to compare on", fix="type compare.text.validation=400")
     asked = list(prompts if isinstance(prompts, Sequence) else prompts.load().validation)[:count]
     if not asked:
-        raise UserError("no held-out prompts to compare on", fix="type data.validation=400 or give more prompts")
+        raise UserError(
+            "no held-out prompts to compare on", fix="type compare.data.validation=400, or give more prompts"
+        )
     for line in contamination.check_models(asked, (before, after, reward_model)):
         print(f"  compare: {line}", flush=True)
     settings = (max_new_tokens, temperature, seed, *([[document.text for document in documents]] if documents else []))

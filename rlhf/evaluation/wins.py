@@ -30,7 +30,7 @@ class Judge:
         try:
             self._judge = JudgeAnnotator(path, template, batch_size=batch_size)
         except UserError as error:
-            _name_options(error)
+            _name_options(error, path)
             raise
         self._judge.to(device())
         self._judge.open(cache)
@@ -51,7 +51,7 @@ class Judge:
             with Meter("judge", len(questions), "question") as meter:
                 answers = iter(self._judge.ask(questions, meter.advance))
         except UserError as error:
-            _name_options(error)
+            _name_options(error, self._judge.path)
             raise
         verdicts = [0.5] * len(prompts)
         for i in different:
@@ -65,11 +65,13 @@ class Judge:
         return verdicts
 
 
-def _name_options(error: UserError) -> None:
+def _name_options(error: UserError, path: str) -> None:
     """Rename the judge's config keys in an error to the options of the command."""
     for finding in error.findings:
         if "model.chat_template" in finding.fix_keys:
             finding.fix = f"type another {key('annotator.path')}"
+        if finding.option == "model.chat_template":
+            finding.option, finding.value = "annotator.path", path
     for name, option in (
         ("annotator.path", "--judge"),
         ("model.path", "--judge"),

@@ -20,12 +20,12 @@ from rlhf.console import silence_libraries
 from rlhf.data.data import Data
 from rlhf.data.load_report import LoadReport
 from rlhf.data.split import Split
-from rlhf.errors import UserError
+from rlhf.errors import UserError, moved
+from rlhf.importing import build_option
 from rlhf.models.fake_tensors import FakeWeights, cast, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
 from rlhf.planning import rounds
-from rlhf.planning.instantiate import build_option
 from rlhf.planning.plan import plan
 from rlhf.planning.step import Plan, Step
 from rlhf.planning.validation.stage import find_unread_data
@@ -140,7 +140,11 @@ class Look:
             maker = self.unread(data)
             if maker is not None and strict:
                 raise not_made(name, data, maker)
-            found[name] = data.load() if maker is None else Split([], [], LoadReport(data.source), data)
+            try:
+                found[name] = data.load() if maker is None else Split([], [], LoadReport(data.source), data)
+            except UserError as error:
+                error.rename(moved("data", name))
+                raise
         return found
 
     def stage(self, step: Step, strict: bool = True, loaded: Mapping[str, Split] | None = None) -> Stage:

@@ -14,6 +14,7 @@ from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text, count_truncated
 from rlhf.data.sources import TESTBED
 from rlhf.data.split import Split
+from rlhf.errors import UserError, moved
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, not_made, planned
 from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
@@ -47,7 +48,7 @@ def show(words: Sequence[str], step: str | None, rows: int) -> None:
     for name in find_unread_data(selected.config):
         if selected.config.get(name) is not None:
             console.say(f"{selected.name}: {name} is not read by this run, and not shown", "dim")
-    splits = {name: _load(data, places) for name, data in groups.items()}
+    splits = {name: _load(name, data, places) for name, data in groups.items()}
     tokenizer, room = _reader(look, selected, splits)
     for name, split in splits.items():
         console.say(f"{selected.name}: {name} ({split.data.record}s of {split.data.source})", "bold")
@@ -87,7 +88,7 @@ def _own_model(words: Sequence[str], first: Step) -> bool:
     return named and bool((first.config.get("model") or {}).get("path"))
 
 
-def _load(data: Data, places: dict[int, str]) -> Split:
+def _load(name: str, data: Data, places: dict[int, str]) -> Split:
     """Load all records, whatever the share of unusable rows, since this page lists them.
 
     Fills ``places`` with the file and row of each record that stays in memory, by its id.
@@ -100,6 +101,9 @@ def _load(data: Data, places: dict[int, str]) -> Split:
         part.places = None if part.streaming else places
     try:
         return data.load()
+    except UserError as error:
+        error.rename(moved("data", name))
+        raise
     finally:
         data.max_bad = allowed
         for part, limit in zip(parts, limits, strict=True):

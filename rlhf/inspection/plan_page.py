@@ -6,12 +6,12 @@ from omegaconf import OmegaConf
 
 from rlhf import console
 from rlhf.errors import UserError
+from rlhf.importing import build_option
 from rlhf.inspection.composing import Look, planned, read_examples
 from rlhf.inspection.memory import activations, cache, machine, size
 from rlhf.inspection.roles import Role, roles_of
 from rlhf.inspection.work import ORDER, Work, work_of
 from rlhf.models.precision import Precision
-from rlhf.planning.instantiate import build_option
 from rlhf.planning.step import Step
 from rlhf.runs.run_directory import Run
 from rlhf.stage.base import Stage

@@ -105,12 +105,16 @@ def load_critic(policy: LanguageModel, path: str | None) -> ScalarModel:
     """
     if path is None:
         return ScalarModel(copy.deepcopy(policy) if policy.shared is None else copy_tree(policy), zero_init=True)
-    if not CausalLM(path, None, None).scalar:
-        raise missing_head_error("stage.value", path, OWN_CRITIC)
-    if policy.shared is not None:
-        critic = policy.shared.scalar(path, fresh=True)
-    else:
-        critic = ScalarModel.load(path, policy.adapter, policy.precision)
+    try:
+        if not CausalLM(path, None, None).scalar:
+            raise missing_head_error("stage.value", path, OWN_CRITIC)
+        if policy.shared is not None:
+            critic = policy.shared.scalar(path, fresh=True)
+        else:
+            critic = ScalarModel.load(path, policy.adapter, policy.precision)
+    except UserError as error:
+        error.rename(moved("model.path", "stage.value"))
+        raise
     critic.safety_head = None  # a critic's loss does not use it
     require_same_vocabulary(policy.tokenizer, critic.tokenizer, "stage.value", path, OWN_CRITIC)
     return critic

@@ -6,24 +6,10 @@ import logging
 from typing import Any
 
 import hydra.utils
-from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
-from rlhf.errors import RLHFError, first_line
+from rlhf.errors import first_line
 from rlhf.importing import catch_exits
-
-
-def build_option(node: Any) -> Any:
-    """Build the object of a config node and raise a constructor's `RLHFError` without Hydra's wrapper around it."""
-    try:
-        return instantiate(node)
-    except InstantiationException as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, RLHFError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-    raise cause  # outside of the block, so that the two errors do not become each other's context
 
 
 def load_target(name: Any) -> Any:

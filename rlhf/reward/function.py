@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf import importing
 from rlhf.data.records import Prompt
-from rlhf.errors import UserError, key
+from rlhf.errors import UserError, first_line, key
 from rlhf.reward.base import Reward
 from rlhf.sampler.rollout import Rollout
 
@@ -40,7 +40,7 @@ class FunctionReward(Reward):
         except (TypeError, ValueError) as error:
             call = ", ".join(["prompt", "response", *(f"{name}={value}" for name, value in (arguments or {}).items())])
             raise UserError(
-                f"cannot be called as function({call}): {error}",
+                f"cannot be called as function({call}): {first_line(error)}",
                 fix=f"change its parameters or {key('reward.arguments')}",
                 option="reward.function",
                 value=function,
@@ -57,7 +57,7 @@ class FunctionReward(Reward):
             value = self.function(prompt, text, **self.arguments)
         except Exception as error:  # a user's function may raise anything; the message names the function
             raise UserError(
-                f"failed on the response {text[:60]!r} with {type(error).__name__}: {error}",
+                f"failed on the response {text[:60]!r} with {type(error).__name__}: {first_line(error)}",
                 fix="correct the function",
                 option="reward.function",
                 value=self.name,

@@ -20,14 +20,15 @@ from rlhf.callbacks.checkpoints import AtomicCheckpointIO, latest
 from rlhf.console import silence_libraries
 from rlhf.data import contamination
 from rlhf.data.split import Split
+from rlhf.errors import UserError, moved
+from rlhf.importing import build_option
 from rlhf.logger.loggers import log_config, log_samples, loggers
 from rlhf.models.footprint import measure_footprint
 from rlhf.planning.checks.shared_base import shared_base
-from rlhf.planning.instantiate import build_option
 from rlhf.planning.validation.stage import find_unread_data
 from rlhf.reward.base import Reward
 from rlhf.reward.model import find_model_rewards
-from rlhf.runs.data_source import DataSource
+from rlhf.runs.data_source import DataSource, is_data
 from rlhf.signatures import groups
 from rlhf.stage.base import Stage
 from rlhf.stage.batch_order import derive_seed
@@ -75,8 +76,13 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
         if loaded and name in loaded:
             parts[name] = loaded[name]
             continue
-        built: Any = None if config[name] is None else build_option(config[name])
-        parts[name] = built.load() if isinstance(built, DataSource) else built
+        try:
+            built: Any = None if config[name] is None else build_option(config[name])
+            parts[name] = built.load() if isinstance(built, DataSource) else built
+        except UserError as error:
+            if is_data(get_class(config[name]._target_)):
+                error.rename(moved("data", name))
+            raise
     precision = instantiate(config.precision)
     data = parts.get("data")
     corpus = data.texts if isinstance(data, Split) else None

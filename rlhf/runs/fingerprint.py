@@ -17,6 +17,7 @@ import hydra.utils
 from omegaconf import OmegaConf
 
 from rlhf.errors import UserError, moved
+from rlhf.importing import build_option
 from rlhf.runs import user_code
 from rlhf.runs.data_source import is_data
 from rlhf.runs.run_directory import run_of
@@ -140,7 +141,7 @@ def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str])
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
         try:
-            found[key] = str(hydra.utils.instantiate(OmegaConf.create(node)).digest())
+            found[key] = str(build_option(OmegaConf.create(node)).digest())
         except UserError as error:
             raise error.rename(moved("data", key)) from None
     return found

@@ -210,7 +210,7 @@ def _load_config(path: Path, size: int, changed_ns: int) -> tuple[Plain, list[RL
         yaml_size.check(path)
         content = yaml_files.load(path)
     except UserError as error:
-        return {}, list(error.findings)
+        return {}, [finding.with_traceback(None) for finding in error.findings]
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         return {}, [UserError(f"{path}: {first_line(error)}")]
     return run_files.good(path, content, run_files.CONFIG)

@@ -1,17 +1,22 @@
 """Configs are validated against constructors: every finding is one line that the user can act on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
 from pydantic import Field
 
+from rlhf.data.data import Data
+from rlhf.data.mixture import Mixture
 from rlhf.errors import UserError, key
 from rlhf.objective import PairObjective, TokenObjective
 from rlhf.planning import instantiate
 from rlhf.planning.step_config import name_in_step
 from rlhf.planning.validation.config import validate_config
+from rlhf.planning.validation.nodes import check_node
+from rlhf.runs.fingerprint import data_digests
 
 HERE = __name__
 
@@ -200,3 +205,19 @@ def test_an_import_failure_is_reported_with_its_cause() -> None:
 def test_root_values_are_validated() -> None:
     assert findings(config(seed="x")) == ["seed=x: should be a valid integer, unable to parse string as an integer"]
     assert findings(config(objectve={"beta": 1})) == ["objectve: unknown option (did you mean objective?)"]
+
+
+def test_errors_of_data_name_the_group_that_they_are_in(tmp_path: Path) -> None:
+    """The class knows its group as ``data``; the stage has it as ``text`` or ``demonstrations``."""
+    node = {"_target_": "rlhf.data.data.Data", "record": "text", "source": "testbed", "size": 1, "validation": 0}
+    node |= {"max_length": 8, "format": "nope"}
+    (finding,) = check_node(Data, node, "align.text")
+    assert str(finding).startswith("align.text.format=nope: no such format")
+    part = Data("text", str(tmp_path / "none.jsonl"), 1, 0, 8)
+    mixture = Mixture({"a": part}, {"a": 1.0}, size=1)
+    for read in (mixture.load, mixture.digest):
+        with pytest.raises(UserError, match=r"^data.parts.a.source=.*none.jsonl: no such file"):
+            read()
+    config = {"text": {**node, "format": "auto", "validation": 1.5}}
+    with pytest.raises(UserError, match="^text.validation=1.5: must be .* type text.validation=1$"):
+        data_digests(config, {}, ["text"])

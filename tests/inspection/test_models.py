@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from rlhf.importing import build_option
 from rlhf.inspection.composing import Look, read_examples
 from rlhf.inspection.memory import kept_for_backward
 from rlhf.inspection.roles import roles_of
@@ -16,7 +17,6 @@ from rlhf.models.fake_tensors import FakeWeights, quantize, sizes, use_fake_weig
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.optimizer_state import StateSize, state_bytes
 from rlhf.models.precision import Precision
-from rlhf.planning.instantiate import build_option
 from rlhf.running.build import build_stage
 from rlhf.testing import tiny_model
 from tests.inspection.conftest import SMALL

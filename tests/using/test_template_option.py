@@ -114,7 +114,9 @@ def test_errors_of_the_template_of_the_model_name_no_config_key() -> None:
         return str(caught.value)
 
     assert raised(True) == "--chat-template: leaves out the system turn; type --chat-template chatml"
-    assert "rlhf export RUN --to FOLDER" in raised(False) and "model." not in raised(False)
+    assert raised(False).startswith(
+        "the model's chat template: leaves out the system turn; fix the template: `rlhf export"
+    )
 
 
 def test_the_card_of_an_export_names_its_missing_template(

@@ -73,9 +73,9 @@ def trained_bytes(config: Plain) -> int:
     from hydra.utils import get_object
     from transformers import AutoModelForCausalLM
 
+    from rlhf.importing import build_option
     from rlhf.models.fake_tensors import FakeWeights, cast, quantize, sizes, use_fake_weights
     from rlhf.models.optimizer_state import StateSize
-    from rlhf.planning.instantiate import build_option
     from rlhf.signatures import groups
 
     spec, adapter, precision = (

@@ -10,6 +10,7 @@ from rlhf.errors import RLHFError, UserError, first_line, key, moved, parse_over
 from rlhf.planning.base_classes import check_base_classes
 from rlhf.planning.instantiate import load_target
 from rlhf.planning.validation.values import UNRESOLVED, holds_object, value_problems
+from rlhf.runs.data_source import is_data
 from rlhf.signatures import parameters
 
 # Keys that Hydra's instantiate reads itself.
@@ -81,17 +82,23 @@ def check_node(
         try:
             target.check_hyperparameters(**values)
         except RLHFError as e:
-            errors += _name_path(e, path)
+            errors += _name_path(e, path, "data" if is_data(target) else "")
         except ValueError as e:
             errors.append(UserError(first_line(e), option=path))
     return errors
 
 
-def _name_path(error: RLHFError, path: str) -> tuple[RLHFError, ...]:
-    """Return the findings of an error of a node, with the node's whole path in place of its group's name in keys."""
+def _name_path(error: RLHFError, path: str, own_group: str = "") -> tuple[RLHFError, ...]:
+    """Return the findings of an error of a node, with the node's whole path in place of its group's name in keys.
+
+    Args:
+        error: Error of the node's constructor.
+        path: Path of the node in the config.
+        own_group: Name by which the constructor knows its group, if the path may have another ("text" for "data").
+    """
     for finding in error.findings:
         group = parse_override(finding.option)[2].partition(".")[0]
-        if group and group in path.split("."):
+        if group and (group == own_group or group in path.split(".")):
             finding.rename(moved(group, path))
         elif finding.option:
             finding.where = path

@@ -121,9 +121,10 @@ def _record_problems(config: dict[str, Any], stage: Any, name: str, prefix: str)
             record = one.get("record") if isinstance(one, dict) else None
             if isinstance(record, str) and record not in kinds:
                 option = f"{prefix}{path}.record"
+                at = f"{group}@{prefix}{group}" if prefix else group
                 yield UserError(
                     f"stage={name} reads {'s and '.join(kinds)}s here",
-                    fix=f"type another {group}=, or {key(option, kinds[-1])} if the rows have its fields",
+                    fix=f"type another {key(at, 'NAME')}, or {key(option, kinds[-1])} if the rows have its fields",
                     option=option,
                     value=record,
                 )
