@@ -21,7 +21,6 @@ from rlhf.errors import RLHFError, RunFailed, UserError, shorten, suggest
 from rlhf.planning import rounds
 from rlhf.running import launcher, processes
 
-RESULT = "RLHF_RESULT"  # environment variable: file to which a job of a sweep writes its result
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -193,7 +192,7 @@ def run_task(config: DictConfig, debug: bool = False, argv: list[str] | None = N
 
 def write_result(result: dict[str, Any]) -> None:
     """Write the result of this job for the launcher, unless the pipeline has already written a more detailed one."""
-    path = os.environ.get(RESULT)
+    path = os.environ.get(processes.RESULT)
     if path and not Path(path).exists():
         Path(path).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
@@ -224,7 +223,7 @@ def report(error: BaseException, debug: bool, argv: list[str] | None = None) -> 
     from rlhf.cli.help import UsageError
 
     user_can_fix = status_of(error) == 2
-    if debug or (os.environ.get(RESULT) and not user_can_fix):
+    if debug or (os.environ.get(processes.RESULT) and not user_can_fix):
         traceback.print_exception(error)
     head = "config error" if isinstance(error, HydraException | OmegaConfBaseException) else "error"
     if isinstance(error, UsageError):

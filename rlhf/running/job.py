@@ -18,9 +18,6 @@ from rlhf.errors import RunFailed
 from rlhf.running import processes
 from rlhf.storage.files import read_json
 
-RESULT = "RLHF_RESULT"  # environment variable: file to which a job writes its result
-STOPPED = 75  # exit status of a job that saved a checkpoint and stopped on a signal (EX_TEMPFAIL)
-
 
 @dataclass
 class Job:
@@ -76,7 +73,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                env={**environment, RESULT: str(self._result_file.absolute())},
+                env={**environment, processes.RESULT: str(self._result_file.absolute())},
                 start_new_session=True,
             )
 
@@ -137,7 +134,7 @@ class Job:
         code = self.process.returncode
         content = read_json(self._result_file)[0]
         self.result = content if isinstance(content, dict) else {}
-        self.status = "finished" if code == 0 else "stopped" if code == STOPPED else "failed"
+        self.status = "finished" if code == 0 else "stopped" if code == processes.INTERRUPTED else "failed"
         run = self.result.get("run")
         if run and Path(run).is_dir():
             link = self.folder / "run"

@@ -39,9 +39,6 @@ from rlhf.storage import checkpoint_files, files, manifest
 from rlhf.storage.metrics_file import unreadable
 from rlhf.storage.plain import Plain
 
-RESULT = "RLHF_RESULT"  # environment variable: file to which a job of a sweep writes its result
-INTERRUPTED = 75  # exit status of a run that stopped on a signal and can be resumed (EX_TEMPFAIL)
-
 
 def run(root: DictConfig, overrides: Sequence[str] | None = None) -> float | None:
     """Run a stage or a pipeline: reuse finished steps, resume interrupted ones, train the others.
@@ -211,7 +208,7 @@ def _exit_on_sigterm() -> Iterator[None]:
     """Context manager: SIGTERM ends the process with status 75; in training, callbacks save a checkpoint first."""
 
     def stop(*_: Any) -> None:
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(processes.INTERRUPTED)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -256,8 +253,8 @@ def _train_in_subprocess(folder: Path) -> tuple[dict[str, float], Plain]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if status == INTERRUPTED:
-        raise SystemExit(INTERRUPTED)
+    if status == processes.INTERRUPTED:
+        raise SystemExit(processes.INTERRUPTED)
     if status < 0 and -status in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
     content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
@@ -318,7 +315,7 @@ def _write_result(
     extra: Mapping[str, float] | None = None,
 ) -> None:
     """Write the outcome of this job for the launcher of a sweep."""
-    path = os.environ.get(RESULT)
+    path = os.environ.get(processes.RESULT)
     if not path or not _main_process():
         return
     result = {

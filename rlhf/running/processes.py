@@ -8,6 +8,8 @@ import sys
 from rlhf.discovery import DIRECTORY
 
 PARENT = "RLHF_PARENT"  # environment variable: process id of the process that started this one
+RESULT = "RLHF_RESULT"  # environment variable: file to which a job of a sweep writes its result
+INTERRUPTED = 75  # exit status of a run that stopped on a signal and can be resumed (EX_TEMPFAIL)
 _PR_SET_PDEATHSIG = 1
 
 
