@@ -104,14 +104,6 @@ class CausalLM(ModelSource):
         """Return the number of weights without allocating any; tied weights count once."""
         return sum(parameter.numel() for parameter in self.build_on_meta().parameters())
 
-    def build_on_meta(self) -> PreTrainedModel:
-        """Build the model's layers on the meta device, without weights and without memory."""
-        with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config(), trust_remote_code=self.trust_remote_code
-            )
-        return made
-
     def _assemble(
         self,
         model: PreTrainedModel,

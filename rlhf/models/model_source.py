@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.chat_templates import TEMPLATES
 from rlhf.data.rendering import check_syntax
@@ -131,6 +132,14 @@ class ModelSource:
             "pad_token_id": tokenizer.pad_token_id,
         }
         return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
+
+    def build_on_meta(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Build the model's layers on the meta device, without weights and without memory, from its own or a config."""
+        with torch.device("meta"):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config or self.config(), trust_remote_code=self.trust_remote_code
+            )
+        return made
 
     def read_template(self) -> str:
         """Return the text of ``chat_template``; raise UserError if it is neither a template's name nor a Jinja file."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter, merge_adapter, missing_weights_error
@@ -131,8 +131,8 @@ def _check_memory(source: ModelSource, config: PreTrainedConfig, bytes_per_weigh
     """Raise UserError before allocation if this machine cannot hold the weights; GPU machines are not checked."""
     if torch.cuda.is_available():
         return
-    with convert_read_errors(source.path, option="model.path"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    with convert_read_errors(source.path, option="model.path"):
+        model = source.build_on_meta(config)
     need = sum(parameter.numel() for parameter in model.parameters()) * bytes_per_weight
     have = read_machine_memory()
     if need > have:
