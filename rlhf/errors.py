@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Self
 
@@ -148,6 +149,22 @@ def moved(old: str, new: str) -> Rename:
         return _join(f"{sign}{group}{'@' if group else ''}{new}{path.removeprefix(old)}", value)
 
     return rename
+
+
+@contextmanager
+def renaming(old: str, new: str) -> Iterator[None]:
+    """Context manager: rename a config key ``old``, and all keys below it, in errors raised inside."""
+    try:
+        yield
+    except RLHFError as error:
+        error.rename(moved(old, new))
+        raise
+
+
+def override_error(typed: str, problem: str, fix: str = "") -> UserError:
+    """Return the error for a word KEY=VALUE or KEY of the command line."""
+    option, value = _split(typed)
+    return UserError(problem, fix, option, ... if value is None else value)
 
 
 def parse_override(typed: str) -> tuple[str, str, str, str | None]:

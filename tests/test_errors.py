@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import RunFailed, UserError, UserErrors, error_fields, error_from_fields, key, moved
+from rlhf.errors import (
+    RunFailed,
+    UserError,
+    UserErrors,
+    error_fields,
+    error_from_fields,
+    key,
+    moved,
+    override_error,
+    renaming,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,21 @@ def test_renaming_changes_the_option_and_marked_keys_alone() -> None:
     error = UserError(f"data.size is small, {key('data.size', 3)}", f"type {key('data.size', 4)}", "data.size", 3)
     error.rename(moved("data", "a.data")).rename(moved("a.data", "--data"))
     assert str(error) == "--data.size 3: data.size is small, --data.size 3; type --data.size 4"
+
+
+def test_errors_raised_inside_are_renamed_and_keep_their_cause() -> None:
+    cause, error = ValueError("cause"), UserErrors([UserError("a", option="data.x"), UserError("b", key("data.y", 1))])
+    with pytest.raises(UserErrors) as caught, renaming("data", "sft.data"), renaming("data", "data"):
+        raise error from cause
+    assert caught.value is error and error.__cause__ is cause
+    assert error.lines == ("sft.data.x: a", "b; sft.data.y=1")
+    with pytest.raises(ValueError, match="^data.x$"), renaming("data", "sft.data"):
+        raise ValueError("data.x")
+
+
+@pytest.mark.parametrize("typed, head", [("a.b=c=d", "a.b=c=d"), ("a.b=", "a.b="), ("a.b", "a.b"), ("--f=1", "--f 1")])
+def test_an_error_about_an_override_names_it_as_typed(typed: str, head: str) -> None:
+    assert str(override_error(typed, "is wrong", "leave it out")) == f"{head}: is wrong; leave it out"
 
 
 def test_several_errors_are_one_line_each_and_equal_ones_printed_once() -> None:

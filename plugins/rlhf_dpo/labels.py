@@ -11,6 +11,7 @@ from rlhf.data.collate import LabelBatch, TokenBatch, add_mismatched_responses, 
 from rlhf.data.encoded_rows import EncodedLabel
 from rlhf.data.record_conversion import comparison_labels
 from rlhf.data.records import Comparison, Label
+from rlhf.data.sources import source_error
 from rlhf.data.split import Split
 from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows
@@ -33,11 +34,10 @@ class LabelledResponses(BatchAdapter[EncodedLabel, LabelBatch, Terms]):
         train, validation = self._labels(data.train), self._labels(data.validation)
         kinds = {label.desirable for label in train}
         if len(kinds) == 1:
-            raise UserError(
+            raise source_error(
+                data.data.source,
                 f"all responses are {'good' if kinds.pop() else 'bad'}, and this objective needs both kinds",
                 fix="give good and bad responses",
-                option="data.source",
-                value=data.data.source,
             )
         return replace(data, train=train, validation=validation)
 

@@ -10,7 +10,7 @@ from rlhf.annotator.judge_text import fill, read_template
 from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Demonstration, Message
 from rlhf.data.split import Split
-from rlhf.errors import UserError, key, moved
+from rlhf.errors import UserError, key, renaming
 
 
 class Judgements(Data):
@@ -45,19 +45,13 @@ class Judgements(Data):
 
     def digest(self) -> str:
         """Return the sha256 of the comparisons' digest and the template."""
-        try:
+        with renaming("data", "data.comparisons"):
             return hashlib.sha256(f"{self.comparisons.digest()}/{self.template}".encode()).hexdigest()
-        except UserError as error:
-            error.rename(moved("data", "data.comparisons"))
-            raise
 
     def load(self) -> Split:
         """Load two demonstrations per pair of the comparisons; held-out comparisons stay held out."""
-        try:
+        with renaming("data", "data.comparisons"):
             split = self.comparisons.load()
-        except UserError as error:
-            error.rename(moved("data", "data.comparisons"))
-            raise
         train, validation = self._questions(split.train), self._questions(split.validation)
         report = replace(split.report, source=self.source, train=len(train), validation=len(validation))
         return Split(train, validation, report, self)

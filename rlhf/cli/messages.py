@@ -22,7 +22,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rlhf import discovery
 from rlhf.cli import suggestions
-from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error_line, suggest
+from rlhf.errors import RLHFError, RunFailed, UserError, first_line, os_error_line, override_error, suggest
 
 _OF_THE_USER = (HydraException, OmegaConfBaseException, OSError, YAMLError)
 _CHOICE = re.compile(r"(stage|pipeline|experiment)=")
@@ -157,7 +157,7 @@ def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = Non
     """Return the error for a root key that the chosen stage or pipeline does not have."""
     word = next((w for w in argv if w.lstrip("+~").split("=")[0].split(".")[0] == key), key)
     if places := suggestions.of_root_key(key, word, suggestions.chosen(argv)):
-        return _wrong_word(word, _PER_STEP, f"type {' or '.join(places)}")
+        return override_error(word, _PER_STEP, f"type {' or '.join(places)}")
     if key in discovery.group_names():
         chosen = next((w for w in argv if _CHOICE.match(w)), None)
         if chosen is None:
@@ -165,12 +165,6 @@ def _unknown_root(key: str, keys: list[str], argv: list[str], root: object = Non
         return UserError(f"{chosen} has no such group{suggest(key, keys)}", option=key)
     known = sorted({*keys, *discovery.group_names()} - {"hydra"})
     return _unknown_key(key, suggestions.suggest_key(key, known, root, "", word.partition("=")[2]))
-
-
-def _wrong_word(word: str, problem: str, fix: str = "") -> UserError:
-    """Return the error for a word KEY=VALUE of the command line."""
-    option, equals, value = word.partition("=")
-    return UserError(problem, fix, option, value) if equals else UserError(problem, fix, option)
 
 
 def _composition(text: str, argv: list[str]) -> UserError:
@@ -186,22 +180,22 @@ def _composition(text: str, argv: list[str]) -> UserError:
             if group == "stage":
                 places = list(made.steps)
             elif f"{package}.{group}" in places:
-                return _wrong_word(word, f"no {group} at {package}", f"type {group}@{package}.{group}={option}")
+                return override_error(word, f"no {group} at {package}", f"type {group}@{package}.{group}={option}")
             elif made.at_root(group):
-                return _wrong_word(word, f"{group} is a group of the root", f"type {group}={option}")
-            return _wrong_word(word, f"no {group} at {package}{suggest(package, places, f'{group}@')}")
+                return override_error(word, f"{group} is a group of the root", f"type {group}={option}")
+            return override_error(word, f"no {group} at {package}{suggest(package, places, f'{group}@')}")
         if places:
             choices = " or ".join(f"{group}@{place}={option}" for place in places)
-            return _wrong_word(word, _PER_STEP, f"type {choices}")
+            return override_error(word, _PER_STEP, f"type {choices}")
         if group in discovery.group_names() and not any(_CHOICE.match(w) for w in argv):
-            return _wrong_word(word, _NO_STAGE, _ADD_STAGE)
+            return override_error(word, _NO_STAGE, _ADD_STAGE)
         if group in discovery.group_names():
             fix = f"type a stage that reads {group}, or leave it out"
-            return _wrong_word(word, f"the chosen stage has no group {group}", fix)
-        return _wrong_word(word, f"no such group{suggest(group, discovery.group_names())}")
+            return override_error(word, f"the chosen stage has no group {group}", fix)
+        return override_error(word, f"no such group{suggest(group, discovery.group_names())}")
     sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", line)
     if sweep:
-        return _wrong_word(sweep[1], "several values are a sweep", "add -m")
+        return override_error(sweep[1], "several values are a sweep", "add -m")
     match = re.search(r"Key '([^']+)' is not in struct", text)
     if match:
         return UserError("unknown option", option=match[1])

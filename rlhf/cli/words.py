@@ -3,7 +3,7 @@
 import re
 
 from rlhf import discovery
-from rlhf.errors import UserError, closest, suggest
+from rlhf.errors import UserError, closest, override_error, suggest
 
 FLAGS = (  # our own and Hydra's
     *("--help", "--version", "--dry-run", "--multirun", "--run", "--cfg", "--package", "--resolve", "--info"),
@@ -33,7 +33,7 @@ def check(argv: list[str]) -> None:
                 close = closest(flag, FLAGS)
                 hint = f" (did you mean {close}?)" if close else ""
                 fix = "type rlhf --help for a list"
-                raise UserError(f"unknown option{hint}", fix, flag, value if equals else ...)
+                raise override_error(word, f"unknown option{hint}", fix)
             if flag in _ALONE and equals:
                 raise UserError("takes no value", fix=f"type {flag}", option=flag, value=value)
             if flag in ("--info", "-i"):

@@ -8,6 +8,17 @@ from torch.utils.data import Sampler
 from rlhf.errors import UserError, key
 
 
+def check_divisible(batch_size: int, divisor: int, name: str) -> None:
+    """Raise UserError unless the batch size is a multiple of ``divisor``, which messages call ``name``."""
+    if batch_size % divisor:
+        raise UserError(
+            f"must be a multiple of {name}",
+            fix=f"type {key('stage.batch_size', -(-batch_size // divisor) * divisor)}",
+            option="stage.batch_size",
+            value=batch_size,
+        )
+
+
 class Batches(Sampler[list[int]]):
     """Stateless batch sampler: batch i is the same whether or not batches 0..i-1 were drawn.
 
@@ -54,14 +65,7 @@ class Batches(Sampler[list[int]]):
                 option="stage.batch_size",
                 value=batch_size,
             )
-        if batch_size % world_size:
-            multiple = -(-batch_size // world_size) * world_size
-            raise UserError(
-                f"must be a multiple of the {world_size} devices",
-                fix=f"type {key('stage.batch_size', multiple)}",
-                option="stage.batch_size",
-                value=batch_size,
-            )
+        check_divisible(batch_size, world_size, f"the {world_size} devices")
         self.per_epoch = self.n // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0.0) * self.per_epoch))
 

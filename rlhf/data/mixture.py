@@ -3,8 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from rlhf.data.disk import Chain, View
 from rlhf.data.load_report import LoadReport
 from rlhf.data.records import Record
 from rlhf.data.split import Split
-from rlhf.errors import UserError, key, moved, suggest
+from rlhf.errors import UserError, key, renaming, suggest
 
 
 class Mixture(Data):
@@ -78,7 +77,7 @@ class Mixture(Data):
         """Return the sha256 of the parts' digests."""
         parts = {}
         for name, part in self.parts.items():
-            with _named(name):
+            with renaming("data", f"data.parts.{name}"):
                 parts[name] = part.digest()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -96,7 +95,7 @@ class Mixture(Data):
         validation: list[Sequence[Any]] = []
         count = self.count
         for name, part in self.parts.items():
-            with _named(name):
+            with renaming("data", f"data.parts.{name}"):
                 split = part.load()
             if count is None:  # the first part
                 count = round(len(split.train) * total / self.weights[name])
@@ -121,13 +120,3 @@ class Mixture(Data):
         if self.streaming:
             return Split(train, held_out, report, self)
         return Split(list(train), list(held_out), report, self)
-
-
-@contextmanager
-def _named(part: str) -> Iterator[None]:
-    """Context manager: rename the config keys of a part's errors to those below ``data.parts``."""
-    try:
-        yield
-    except UserError as error:
-        error.rename(moved("data", f"data.parts.{part}"))
-        raise

@@ -18,6 +18,7 @@ from rlhf.data.encoding import (
 )
 from rlhf.data.records import Comparison, Demonstration, Label, Prompt, Record, RecordName, Text, count_truncated
 from rlhf.data.rendering import DialogueRejected
+from rlhf.data.sources import source_error
 from rlhf.data.template_check import check_template
 from rlhf.errors import RLHFError, UserError, key
 
@@ -106,11 +107,10 @@ class RecordEncoder(ABC):
     def _check_refused(self, report: EncodeReport, count: int) -> None:
         if report.refused > self.max_bad * count:
             reason, fix = _as_text(report.first_error)
-            raise UserError(
+            raise source_error(
+                self.source,
                 f"{report.refused} of {count} records cannot be encoded; first: {report.first_place}: {reason}",
                 fix=f"{fix}raise {key('data.max_bad')} ({self.max_bad} allows {int(self.max_bad * count)} records)",
-                option="data.source",
-                value=self.source,
             )
 
     def iter_encoded(self, tokenizer: Tokenizer, records: Sequence[Record], report: EncodeReport) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from rlhf.console import silence_libraries
 from rlhf.data.data import Data
 from rlhf.data.load_report import LoadReport
 from rlhf.data.split import Split
-from rlhf.errors import UserError, moved
+from rlhf.errors import UserError, renaming
 from rlhf.importing import build_option
 from rlhf.models.fake_tensors import FakeWeights, cast, use_fake_weights
 from rlhf.models.language_model import LanguageModel
@@ -140,11 +140,8 @@ class Look:
             maker = self.unread(data)
             if maker is not None and strict:
                 raise not_made(name, data, maker)
-            try:
+            with renaming("data", name):
                 found[name] = data.load() if maker is None else Split([], [], LoadReport(data.source), data)
-            except UserError as error:
-                error.rename(moved("data", name))
-                raise
         return found
 
     def stage(self, step: Step, strict: bool = True, loaded: Mapping[str, Split] | None = None) -> Stage:

@@ -14,7 +14,7 @@ from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text, count_truncated
 from rlhf.data.sources import TESTBED
 from rlhf.data.split import Split
-from rlhf.errors import UserError, moved
+from rlhf.errors import renaming
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, not_made, planned
 from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
@@ -100,10 +100,8 @@ def _load(name: str, data: Data, places: dict[int, str]) -> Split:
         part.max_bad = 1.0
         part.places = None if part.streaming else places
     try:
-        return data.load()
-    except UserError as error:
-        error.rename(moved("data", name))
-        raise
+        with renaming("data", name):
+            return data.load()
     finally:
         data.max_bad = allowed
         for part, limit in zip(parts, limits, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError, moved
+from rlhf.errors import UserError, renaming
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
@@ -49,11 +49,8 @@ def load_reference(policy: LanguageModel, path: str | None) -> Reference:
         return Reference(model, shared=True)
     weights = next(policy.base.parameters()).dtype
     precision = Precision("bf16-true") if str(weights) == "torch.bfloat16" else Precision("32-true")
-    try:
+    with renaming("model.path", option):
         model = CausalLM(path=str(path), architecture=None, vocab_size=None).load(NoAdapter(), precision)
-    except UserError as error:
-        error.rename(moved("model.path", option))
-        raise
     require_same_vocabulary(policy.tokenizer, model.tokenizer, option, path, OWN_REFERENCE)
     if model.context_length < policy.context_length:
         raise UserError(
@@ -105,16 +102,13 @@ def load_critic(policy: LanguageModel, path: str | None) -> ScalarModel:
     """
     if path is None:
         return ScalarModel(copy.deepcopy(policy) if policy.shared is None else copy_tree(policy), zero_init=True)
-    try:
+    with renaming("model.path", "stage.value"):
         if not CausalLM(path, None, None).scalar:
             raise missing_head_error("stage.value", path, OWN_CRITIC)
         if policy.shared is not None:
             critic = policy.shared.scalar(path, fresh=True)
         else:
             critic = ScalarModel.load(path, policy.adapter, policy.precision)
-    except UserError as error:
-        error.rename(moved("model.path", "stage.value"))
-        raise
     critic.safety_head = None  # a critic's loss does not use it
     require_same_vocabulary(policy.tokenizer, critic.tokenizer, "stage.value", path, OWN_CRITIC)
     return critic

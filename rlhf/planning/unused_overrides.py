@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, override_error
 from rlhf.planning.request import Request
 from rlhf.planning.root_config import root_keys
 from rlhf.planning.step_fingerprint import PlannedStep
@@ -43,7 +43,9 @@ def _unused_override(typed: str, request: Request, planned: Sequence[PlannedStep
         names = request.rounds.get(first, [first])
         meant = [one for name in names for one in planned if one.step.name == name]
         if not meant:
-            return UnusedOverride(_error(typed, f"is not used, because the step {first} does not run"), is_error=False)
+            return UnusedOverride(
+                override_error(typed, f"is not used, because the step {first} does not run"), is_error=False
+            )
         found = _reason_for_step(first, rest, meant)
     elif first == "inputs" and rest:
         found = _reason_for_input(key, rest, request, planned)
@@ -53,12 +55,7 @@ def _unused_override(typed: str, request: Request, planned: Sequence[PlannedStep
 
 
 def _no_effect(typed: str, reason: str, fix: str) -> UnusedOverride:
-    return UnusedOverride(_error(typed, f"has no effect, because {reason}", fix))
-
-
-def _error(typed: str, problem: str, fix: str = "") -> UserError:
-    option, equals, value = typed.partition("=")
-    return UserError(problem, fix, option, value if equals else ...)
+    return UnusedOverride(override_error(typed, f"has no effect, because {reason}", fix))
 
 
 def _reason_for_step(step: str, key: str, meant: Sequence[PlannedStep]) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from rlhf.data.collate import collate
 from rlhf.data.encoded_rows import Encoded
 from rlhf.data.encoding import encode_prompt, encode_turns
 from rlhf.data.records import Message, Prompt
-from rlhf.errors import UserError, key, moved
+from rlhf.errors import UserError, key, renaming
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.saved_config import is_scalar_model, missing_head_error
 from rlhf.models.scalar import ScalarModel
@@ -54,16 +54,13 @@ class ModelReward(Reward):
         Raises:
             UserError: For a model without a scalar head.
         """
-        try:
+        with renaming("model.path", "reward.path"):
             if not CausalLM(self.path, None, None).scalar:
                 raise missing_head_error("reward.path", self.path)
             if base is not None:
                 self._model = base.scalar(self.path)
             else:
                 self._model = ScalarModel.load(self.path).disable_dropout().eval().requires_grad_(False)
-        except UserError as error:
-            error.rename(moved("model.path", "reward.path"))
-            raise
         return self
 
     @property

@@ -4,13 +4,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -20,7 +20,7 @@ from rlhf.callbacks.checkpoints import AtomicCheckpointIO, latest
 from rlhf.console import silence_libraries
 from rlhf.data import contamination
 from rlhf.data.split import Split
-from rlhf.errors import UserError, moved
+from rlhf.errors import renaming
 from rlhf.importing import build_option
 from rlhf.logger.loggers import log_config, log_samples, loggers
 from rlhf.models.footprint import measure_footprint
@@ -52,6 +52,13 @@ class Clock(pl.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
+def _build_group(name: str, node: DictConfig) -> Any:
+    """Build the object of a group, and load it if it is data; errors of data name the group."""
+    with renaming("data", name) if is_data(get_object(node._target_)) else nullcontext():
+        built = build_option(node)
+        return built.load() if isinstance(built, DataSource) else built
+
+
 def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | None = None) -> Stage:
     """Build the stage of a step's config: data first, because its errors are cheap to find, then models.
 
@@ -76,13 +83,7 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
         if loaded and name in loaded:
             parts[name] = loaded[name]
             continue
-        try:
-            built: Any = None if config[name] is None else build_option(config[name])
-            parts[name] = built.load() if isinstance(built, DataSource) else built
-        except UserError as error:
-            if is_data(get_class(config[name]._target_)):
-                error.rename(moved("data", name))
-            raise
+        parts[name] = None if config[name] is None else _build_group(name, config[name])
     precision = instantiate(config.precision)
     data = parts.get("data")
     corpus = data.texts if isinstance(data, Split) else None

@@ -16,7 +16,7 @@ from typing import Any
 import hydra.utils
 from omegaconf import OmegaConf
 
-from rlhf.errors import UserError, moved
+from rlhf.errors import renaming
 from rlhf.importing import build_option
 from rlhf.runs import user_code
 from rlhf.runs.data_source import is_data
@@ -140,10 +140,8 @@ def data_digests(config: Plain, planned: Mapping[str, str], keys: Iterable[str])
         strings = [value for _, value in leaves(node, key) if isinstance(value, str)]
         if any(value == folder or value.startswith(folder + "/") for value in strings for folder in planned):
             continue
-        try:
+        with renaming("data", key):
             found[key] = str(build_option(OmegaConf.create(node)).digest())
-        except UserError as error:
-            raise error.rename(moved("data", key)) from None
     return found
 
 

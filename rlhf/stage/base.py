@@ -24,10 +24,10 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.batches import check_divisible
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
-from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.half_weights import HalfWeights
@@ -130,13 +130,7 @@ class Stage(Update, MetricsLog):
         Raises:
             UserError: One line, with the keys to type.
         """
-        if batch_size % world_size:
-            raise UserError(
-                f"must be a multiple of the {world_size} devices",
-                fix=f"type {key('stage.batch_size', -(-batch_size // world_size) * world_size)}",
-                option="stage.batch_size",
-                value=batch_size,
-            )
+        check_divisible(batch_size, world_size, f"the {world_size} devices")
 
     @classmethod
     def unread(cls, **_: Any) -> tuple[str, ...]:

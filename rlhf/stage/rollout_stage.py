@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rlhf.data.batches import check_divisible
 from rlhf.data.collate import TokenBatch, collate, packed
 from rlhf.data.disk import store_like
 from rlhf.data.encoding import encode_text
@@ -146,13 +147,7 @@ class RolloutStage(RolloutMetrics):
         """Validate as ``Stage.check_parts``; also minibatches, the reference's vocabulary, and gamma without text."""
         super().check_parts(batch_size=batch_size, world_size=world_size, **parts)
         check_vocabulary(model, reference, "inputs.reference", OWN_REFERENCE)
-        if batch_size % minibatches:
-            raise UserError(
-                f"must be a multiple of {key('stage.minibatches', minibatches)}",
-                fix=f"type {key('stage.batch_size', -(-batch_size // minibatches) * minibatches)}",
-                option="stage.batch_size",
-                value=batch_size,
-            )
+        check_divisible(batch_size, minibatches, key("stage.minibatches", minibatches))
         if batch_size // world_size % minibatches:
             raise UserError(
                 f"must divide the {batch_size // world_size} prompts of each of the {world_size} devices",
