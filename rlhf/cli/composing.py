@@ -5,6 +5,8 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
@@ -27,8 +29,10 @@ def run_composed_once(task: TaskFunction, overrides: Sequence[str]) -> None:
         try:
             config = loader.load_configuration("config", words, RunMode.RUN)
             mode = config.hydra.mode
-        except Exception:  # a sweep's values, or a mistake that is raised again when Hydra composes the run
-            config, mode = None, hydra.get_mode("config", words)
+        except HydraException:
+            if not _has_sweep_values(words):
+                raise
+            config, mode = None, hydra.get_mode("config", words)  # they are valid if the config makes itself a sweep
         if mode is None:
             words.append("hydra.mode=RUN")
             if config is not None:  # Hydra makes the same additions for a run whose config sets no mode
@@ -40,6 +44,11 @@ def run_composed_once(task: TaskFunction, overrides: Sequence[str]) -> None:
             if config is not None:
                 hydra.config_loader = _Composed(loader, config)  # type: ignore[assignment]
             hydra.run("config", task, words)
+
+
+def _has_sweep_values(words: Sequence[str]) -> bool:
+    """Return whether a word gives its key several values; raise Hydra's error if a word is not in its grammar."""
+    return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(words)))
 
 
 class _Composed:

@@ -125,11 +125,12 @@ def _no_such_option(error: MissingConfigException, argv: list[str]) -> UserError
     # The group as typed, with its @package.
     typed = next((w.split("=")[0] for w in argv if re.match(rf"\+?{re.escape(group)}(@[^=]*)?=", w)), group)
     package = typed.partition("@")[2]
-    others = {} if option in options else suggestions.elsewhere(option, group, package, argv)
+    made = suggestions.chosen([word for word in argv if not word.startswith((f"{group}=", f"{group}@"))])
+    others = {} if option in options else suggestions.elsewhere(option, group, package, made)
     if others:
         problem = f"no such option ({option} is {' or '.join(others)})"
         return UserError(problem, fix=f"type {' or '.join(others.values())}", option=typed, value=option)
-    hint = suggest(option, suggestions.fitting(group, package, options, argv))
+    hint = suggest(option, suggestions.fitting(group, package, options, made))
     return UserError(f"no such option{hint}", option=typed, value=option)
 
 

@@ -96,18 +96,16 @@ def _package(option: Path) -> str:
     return "" if conf == discovery.user_conf() else conf.parent.name
 
 
-def fitting(group: str, package: str, names: list[str], argv: list[str]) -> list[str]:
+def fitting(group: str, package: str, names: list[str], made: Chosen) -> list[str]:
     """Return the options of a group that the stage at this place takes; all options if that is unknown."""
     if group != "objective":
         return names
-    made = chosen(argv)
     takes = objectives(made.steps.get(package.partition(".")[0], made.config))
     return [name for name in names if name in takes] or names
 
 
-def elsewhere(option: str, group: str, package: str, argv: list[str]) -> dict[str, str]:
+def elsewhere(option: str, group: str, package: str, made: Chosen) -> dict[str, str]:
     """Return the groups that have an option -> words to type: "an objective" -> "stage=dpo objective=ipo"."""
-    made = chosen([word for word in argv if not word.startswith((f"{group}=", f"{group}@"))])
     homes = {
         other: path for other in sorted(discovery.group_names() - {group, "hydra"}) if (path := _of(other, option))
     }

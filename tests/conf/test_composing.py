@@ -57,6 +57,17 @@ def test_one_composition_equals_the_two_of_hydra(typed: Typed, monkeypatch: pyte
     assert once[2][0][1]["overrides"]["hydra"][-1] == "hydra.mode=RUN"
 
 
+@pytest.mark.parametrize(
+    "word, compositions",  # a wrong option composes the stage alone once more, for the options that fit it
+    [("objective.beat=0.2", 1), ("objective.beta=[0.1", 1), ("objective=nonsense", 2)],
+)
+def test_a_mistake_is_composed_once(
+    typed: Typed, capsys: pytest.CaptureFixture[str], word: str, compositions: int
+) -> None:
+    assert typed(f"stage=dpo {word}") == (2, compositions, [])
+    assert word.partition("=")[0] in capsys.readouterr().err
+
+
 def test_a_configured_mode_and_a_mistake_are_passed_on_to_hydra(
     typed: Typed, capsys: pytest.CaptureFixture[str]
 ) -> None:
