@@ -2,19 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError, first_line, key, suggest
+from rlhf.models.peft_types import is_tuner_layer
 from rlhf.models.precision import Precision
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 TRAINED = "default"  # PEFT's name of the trained adapter; frozen adapters below it have other names
 
@@ -37,7 +38,7 @@ class NoAdapter:
     def prepare(self, model: PreTrainedModel) -> None:
         """Prepare a loaded base for an adapter."""
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    def apply(self, model: PreTrainedModel) -> "PreTrainedModel | PeftModel":
         """Return the model with the adapter applied."""
         return model
 
@@ -63,16 +64,20 @@ class LoRA(NoAdapter):
 
     decompose: ClassVar[bool] = False
 
-    def apply(self, model: PreTrainedModel) -> PeftModel:
+    def apply(self, model: PreTrainedModel) -> "PeftModel":
         """Return the model with frozen weights and a fresh adapter, whose output at first equals the model's."""
+        from peft import get_peft_model  # imported late: it takes seconds
+
         return get_peft_model(model, self.config(model), adapter_name=TRAINED)
 
-    def config(self, model: PreTrainedModel) -> LoraConfig:
+    def config(self, model: PreTrainedModel) -> "LoraConfig":
         """Return PEFT's config of the adapter.
 
         Raises:
             UserError: See ``check_modules``.
         """
+        from peft import LoraConfig  # imported late: it takes seconds
+
         self.check_modules(model)
         whole = self.modules == "all-linear"
         modules = [self.modules] if isinstance(self.modules, str) and not whole else self.modules
@@ -98,8 +103,12 @@ class LoRA(NoAdapter):
         """
         if self.modules == "all-linear":  # PEFT excludes the output projection, tied or not
             return
-        linear = (nn.Linear, Conv1D, BaseTunerLayer)  # GPT-2 implements its linear layers as Conv1D
-        parts = {name.rpartition(".")[2]: part for name, part in model.named_modules() if isinstance(part, linear)}
+        linear = (nn.Linear, Conv1D)  # GPT-2 implements its linear layers as Conv1D
+        parts = {
+            name.rpartition(".")[2]: part
+            for name, part in model.named_modules()
+            if isinstance(part, linear) or is_tuner_layer(part)
+        }
         inner = ("base_layer", TRAINED)  # sub-modules of layers that already have an adapter
         names = {name for name in parts if name not in inner and not name.startswith("below_")}
         tied = tied_projection(model)
@@ -174,7 +183,7 @@ class QLoRA(LoRA):
         """Make quantised layers compute the same in training mode and in eval mode."""
         disable_mode_dependence(model)
 
-    def apply(self, model: PreTrainedModel) -> PeftModel:
+    def apply(self, model: PreTrainedModel) -> "PeftModel":
         """Return the model with a fresh LoRA adapter on quantised layers that compute the same in both modes."""
         self.prepare(model)
         return super().apply(model)
@@ -190,17 +199,19 @@ def tied_projection(model: PreTrainedModel) -> str | None:
     return next(name.rpartition(".")[2] for name, part in model.named_modules() if part is head)
 
 
-def merge_adapter(model: PeftModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(model: "PeftModel", folder: Path) -> PreTrainedModel:
     """Return the model with the adapter that was stored in ``folder`` merged into its weights.
 
     Raises:
         UserError: If the adapter changes one of two embeddings that share their weights: merging would change both, or
             saving would lose the change.
     """
+    from peft.utils import ModulesToSaveWrapper  # imported late: it takes seconds
+
     base: PreTrainedModel = model.get_base_model()
     tied = tied_projection(base)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if tied is not None and any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends):
+    if tied is not None and any(is_tuner_layer(end) or isinstance(end, ModulesToSaveWrapper) for end in ends):
         raise UserError(
             f"its adapter changes the embedding or {tied}, which share their weights in this model "
             "(tie_word_embeddings), so it cannot be merged",

@@ -10,11 +10,9 @@ import inspect
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +24,11 @@ from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
 from rlhf.models.lineage import adapter_path, write_base
 from rlhf.models.module_state import evaluating, in_mode
+from rlhf.models.peft_types import is_peft_model, is_tuner_layer
 from rlhf.models.precision import Precision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class LanguageModel(nn.Module):
@@ -45,7 +47,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: "PreTrainedModel | PeftModel",
         tokenizer: PreTrainedTokenizerBase,
         end_id: int,
         plain: Callable[[], PreTrainedModel] | None = None,
@@ -69,12 +71,12 @@ class LanguageModel(nn.Module):
     @property
     def adapted(self) -> bool:
         """Whether the model has an adapter."""
-        return isinstance(self.model, PeftModel)
+        return is_peft_model(self.model)
 
     @property
     def base(self) -> PreTrainedModel:
         """Hugging Face model without the PEFT wrapper; adapter weights, if any, are inside its layers."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -281,7 +283,7 @@ class LanguageModel(nn.Module):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the state dict of the base with the adapter merged in; the live weights stay bit-identical."""
         base = self.base
-        tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        tuned = {name: module for name, module in base.named_modules() if is_tuner_layer(module)}
         if self._plain is not None:
             state = dict(self._plain().state_dict())
             for name, module in tuned.items():
@@ -323,7 +325,7 @@ class LanguageModel(nn.Module):
 
         The record is only written for a base with a path.
         """
-        if not isinstance(self.model, PeftModel):
+        if not is_peft_model(self.model):
             return
         self.model.peft_config[TRAINED].base_model_name_or_path = self.origin
         self.model.save_pretrained(str(folder), selected_adapters=[TRAINED])

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from rlhf.data.collate import TokenBatch
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.module_state import evaluating
+from rlhf.models.peft_types import is_peft_model
 
 
 class Reference:
@@ -36,7 +36,7 @@ class Reference:
     def active(self) -> Iterator[LanguageModel]:
         """Yield the reference as a LanguageModel in eval mode, without gradients, adapter off inside the context."""
         model = self._model
-        on = isinstance(model.model, PeftModel) and self._switched
+        on = is_peft_model(model.model) and self._switched
         switch = model.model.disable_adapter() if on else nullcontext()  # type: ignore[operator]
         with torch.no_grad(), evaluating(model), switch:
             yield model

@@ -15,11 +15,9 @@ import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +28,15 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import COPY_ADAPTER_AGAIN, SEPARATE, Planned, common_base, stored_config
 from rlhf.models.load_errors import convert_read_errors
+from rlhf.models.peft_types import is_peft_model
 from rlhf.models.precision import Precision
 from rlhf.models.saved_config import output_count_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.special_tokens import find_end_id
 from rlhf.models.tokenizer_loading import Corpus
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -172,7 +174,7 @@ class SharedBase:
     def restore_start(self, policy: LanguageModel) -> LanguageModel:
         """Return the policy as it was before training, frozen: its module tree without the trained adapter."""
         start = copy_tree(policy)
-        assert isinstance(start.model, PeftModel)
+        assert is_peft_model(start.model)
         below = [name for name in start.model.base_model.active_adapters if name != TRAINED]  # type: ignore[operator,union-attr]
         if below:
             start.model.delete_adapter(TRAINED)
@@ -199,11 +201,11 @@ class SharedBase:
             name = f"below_{list(self._frozen).index(folder)}"
             model = self._mount(model, folder, name)
             names.append(name)
-        if fresh and isinstance(model, PeftModel):
+        if fresh and is_peft_model(model):
             model.add_adapter(TRAINED, self.adapter.config(tree))
         elif fresh:
             model = self.adapter.apply(tree)
-        if isinstance(model, PeftModel):
+        if is_peft_model(model):
             _activate(model, [*names, *([TRAINED] if fresh else [])])
         plain = None if self._plain is None else self._plain(kind)
         role = LanguageModel(model, tokenizer, find_end_id(tokenizer), plain, path)
@@ -213,9 +215,12 @@ class SharedBase:
             role.gradient_checkpointing()
         return role.train()
 
-    def _mount(self, model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
+    def _mount(self, model: "PreTrainedModel | PeftModel", folder: Path, name: str) -> "PeftModel":
         """Add a stored adapter to the model; roles with the same adapter share its tensors."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        from peft import LoraConfig, get_peft_model  # imported late: it takes seconds
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        base = model.get_base_model() if is_peft_model(model) else model
         stem = "base_model.model."
         own = "" if base.get_decoder() is base else f"{base.base_model_prefix}."
         prefix = "" if self.model is None else f"{self.model.base_model_prefix}."
@@ -236,7 +241,7 @@ class SharedBase:
             )
         # The random initialisation is discarded, so it must not use up random numbers.
         with torch.random.fork_rng(devices=[]):
-            if isinstance(model, PeftModel):
+            if is_peft_model(model):
                 model.add_adapter(name, config)
                 mounted = model
             else:
@@ -268,7 +273,7 @@ class SharedBase:
             )
 
 
-def _activate(model: PeftModel, names: list[str]) -> None:
+def _activate(model: "PeftModel", names: list[str]) -> None:
     """Activate these adapters, one on top of the other; only the trained one gets gradients."""
     model.base_model.set_adapter(names)  # type: ignore[operator,union-attr]
     for path, value in model.named_parameters():

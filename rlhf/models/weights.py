@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, key
@@ -92,6 +91,8 @@ class RealWeights:
         _check_memory(source, source.config(), size)
         model = _read(source, kind, path, **arguments)
         for one in adapters:
+            from peft import PeftModel  # imported late: it takes seconds
+
             with convert_read_errors(source.path, COPY_ADAPTER_AGAIN, "model.path", part=f"adapter {one}"):
                 on_top = PeftModel.from_pretrained(model, str(one))
             model = merge_adapter(on_top, one).requires_grad_(True)  # PEFT froze the base weights
