@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.functional.logprobs import token_logprobs
 
@@ -59,6 +60,31 @@ def test_gradient_through_a_single_output(kind, output):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("upstream", ["equal", "different"])
+@pytest.mark.parametrize("frozen", ["nothing", "hidden", "weight", "bias"])
+@pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
+def test_a_gradient_that_is_announced_as_uniform_is_right_if_it_is_not(upstream, frozen, temperature, bias):
+    hidden, targets, head = problem(bias=bias)
+    leaves = {"hidden": hidden, "weight": head.weight, **({"bias": head.bias} if bias else {})}
+    if frozen in leaves:
+        leaves.pop(frozen).requires_grad_(False)
+    pull = torch.full((N,), -0.3) if upstream == "equal" else torch.randn(N)
+    made, _ = token_logprobs(hidden, targets, head, temperature, 5 * V, uniform=True)
+    expected, _ = plain(hidden, targets, head, temperature)
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-6)
+    wanted = list(leaves.values())
+    for a, b in zip(torch.autograd.grad(made, wanted, pull), torch.autograd.grad(expected, wanted, pull), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform, multiplications", [(True, 3), (False, 4)])
+def test_a_uniform_gradient_takes_three_multiplications_with_the_output_matrix(uniform, multiplications):
+    hidden, targets, head = problem(bias=False)
+    with FlopCounterMode(display=False) as counter:
+        token_logprobs(hidden, targets, head, chunk_elements=5 * V, uniform=uniform)[0].mean().backward()
+    assert counter.get_total_flops() == multiplications * 2 * N * D * V
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradient_with_a_frozen_head(kind):
     hidden, targets, head = problem()
@@ -111,15 +137,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("kind", HEADS)
-def test_no_tensor_of_all_logits_is_made(kind, entropy):
+def test_no_tensor_of_all_logits_is_made(kind, entropy, uniform):
     torch.manual_seed(0)
     rows, vocabulary = 400, 600
     head = nn.Linear(D, vocabulary, bias=False)
     hidden, targets = torch.randn(rows, D, requires_grad=True), torch.randint(vocabulary, (rows,))
     with Largest() as largest:
-        logps, entropies = token_logprobs(hidden, targets, HEADS[kind](head), 0.9, 20 * vocabulary, entropy)
+        logps, entropies = token_logprobs(hidden, targets, HEADS[kind](head), 0.9, 20 * vocabulary, entropy, uniform)
         (logps.sum() + (entropies.sum() if entropy else 0)).backward()
     assert largest.elements == 20 * vocabulary
     with Largest() as largest:
