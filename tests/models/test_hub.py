@@ -64,6 +64,38 @@ def test_without_hub_and_package_the_error_names_the_install_command(monkeypatch
     assert choice.error.option == "model.path"
 
 
+def test_without_the_hub_a_model_that_no_package_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    error = hub.choose(ID).error
+    assert error is not None and str(error) == (
+        f"model.path={ID}: the hub is not reachable, and these weights are not in its cache on this machine; type "
+        "model.path=FOLDER of a copy, or model.path=null for random weights of its architecture"
+    )
+    monkeypatch.setattr(hub, "_chosen", {})
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    assert hub.choose(ID).error is None
+
+
+@pytest.mark.parametrize("file", hub.WEIGHTS)
+def test_a_model_is_cached_with_weights_of_any_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """In the directories that huggingface_hub makes: blobs, one snapshot of each commit, and the commit of a branch."""
+    from huggingface_hub import constants
+
+    monkeypatch.undo()  # the real cache, in another place
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder, commit = tmp_path / "models--org--named-model", "0" * 40
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    assert not hub._in_cache(ID)
+    (snapshot / file).write_bytes(b"x")
+    assert hub._in_cache(ID)
+
+
 def test_offline_mode_makes_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from rlhf.errors import UserError, key
 from rlhf.models.lineage import of_hub
+from rlhf.models.saved_config import replace_published
 from rlhf.planning.checks import context_length as context
 from rlhf.runs.run_directory import Run
 from rlhf.storage.plain import Plain
@@ -63,7 +64,7 @@ def check(step: "Step", earlier: Iterable["Step"]) -> None:
 
 
 def _shape(model: Plain, made: dict[str, "Step"], names: Any) -> Plain | None:
-    """Return the ``model`` group with a path at which its configuration already exists.
+    """Return the ``model`` group with a path at which its configuration already exists, or with its architecture.
 
     None if there is no such path, or if the model is made by a step that adapts the same layers (checked there).
     """
@@ -78,7 +79,10 @@ def _shape(model: Plain, made: dict[str, "Step"], names: Any) -> Plain | None:
             model = step.config["model"]
             continue
         folder = _folder(path)
-        return None if folder is None else {**model, "path": str(folder)}
+        if folder is not None:
+            return {**model, "path": str(folder)}
+        known = replace_published(model)
+        return known if known["path"] is None else None
     return model if model.get("architecture") else None
 
 

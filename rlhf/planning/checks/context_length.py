@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError, key
-from rlhf.models.saved_config import read_config
+from rlhf.models.saved_config import read_config, replace_published
 from rlhf.planning.instantiate import instantiate_cheap
 from rlhf.storage.plain import Plain
 
@@ -19,7 +19,7 @@ _KEYS = ("max_position_embeddings", "n_positions")  # names of the context lengt
 
 
 def length(model: Any, steps: Iterable["Step"] = ()) -> int | None:
-    """Return the context length of a model in tokens; None if it is unknown before loading, as for the hub's models.
+    """Return the context length of a model in tokens; None if it is unknown before loading, as for other hub models.
 
     Args:
         model: The ``model`` group, resolved.
@@ -41,6 +41,7 @@ def size(model: Any, steps: Iterable["Step"], names: Iterable[str]) -> int | Non
         model = made.pop(model["path"])
     if not isinstance(model, dict):
         return None
+    model = replace_published(model)
     shape = model.get("architecture") if model.get("path") is None else read_config(model["path"])
     found = [shape[name] for name in names if isinstance(shape, dict) and type(shape.get(name)) is int]
     return found[0] if found else None

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from rlhf.errors import UserError, key
 from rlhf.models.machine_memory import read_machine_memory
+from rlhf.models.saved_config import replace_published
 from rlhf.planning.step import Step
 from rlhf.planning.step_config import name_in_step
 from rlhf.runs.run_directory import Run
@@ -51,6 +52,7 @@ def check_memory(steps: Iterable[Step]) -> None:
 
 def rough_parameters(model: Plain) -> float:
     """Return a slight overestimate of a decoder's number of weights from its widths; 0 if its shape is unknown here."""
+    model = replace_published(model)
     shape: Any = model.get("architecture")
     path = model.get("path")
     if path is not None:
@@ -78,9 +80,8 @@ def trained_bytes(config: Plain) -> int:
     from rlhf.models.optimizer_state import StateSize
     from rlhf.signatures import groups
 
-    spec, adapter, precision = (
-        build_option(OmegaConf.create(config[name])) for name in ("model", "adapter", "precision")
-    )
+    spec = build_option(OmegaConf.create(replace_published(config["model"])))
+    adapter, precision = (build_option(OmegaConf.create(config[name])) for name in ("adapter", "precision"))
     with use_fake_weights(FakeWeights()):
         model = AutoModelForCausalLM.from_config(
             spec.config(), dtype=precision.weights, trust_remote_code=spec.trust_remote_code
