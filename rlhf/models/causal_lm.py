@@ -117,6 +117,7 @@ class CausalLM(ModelSource):
             plain = partial(self._plain_weights, kind, precision, tokenizer)
         language_model = LanguageModel(adapter.apply(model), tokenizer, find_end_id(tokenizer), plain, self.folder)
         language_model.adapter, language_model.precision, language_model.spec = adapter, precision, self
+        language_model.enable_padding_free()
         if self.gradient_checkpointing:
             language_model.gradient_checkpointing()
         return language_model.train()  # from_pretrained returns a model in eval mode

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeT
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.adapters import NoAdapter, missing_weights_error
-from rlhf.models.language_model import plain_config
 from rlhf.models.model_source import ModelSource
 from rlhf.models.precision import Precision
+from rlhf.models.saving import plain_config
 from rlhf.models.weights import use_weights
 
 BLOCK = 64  # weights per block scale of NF4, as bitsandbytes quantises

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.errors import UserError, first_line
 from rlhf.models import gguf_source
 from rlhf.models.gguf_header import count_tensors
-from rlhf.models.language_model import plain_config
 from rlhf.models.load_errors import check_loaded
+from rlhf.models.saving import plain_config
 from rlhf.storage.cache import cache_folder
 
 LAYOUT = "1"  # version of the converted directories; increased when the conversion changes

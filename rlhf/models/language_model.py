@@ -20,12 +20,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError, key
 from rlhf.functional.logprobs import token_logprobs
+from rlhf.models import padding_free
 from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
 from rlhf.models.lineage import adapter_path, write_base
 from rlhf.models.module_state import evaluating, in_mode
-from rlhf.models.peft_types import is_peft_model, is_tuner_layer
+from rlhf.models.padding_free import MIN_SAVING, Layout, lay_out, take
+from rlhf.models.peft_types import is_peft_model
 from rlhf.models.precision import Precision
+from rlhf.models.saving import materialize, merged_state, plain_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +45,8 @@ class LanguageModel(nn.Module):
             merging into 4-bit weights would round the adapter away.
         origin: Path of the weights below the trained adapter; None for random weights.
 
-    ``shared`` is the ``SharedBase`` of this and other roles, or None.
+    ``shared`` is the ``SharedBase`` of this and other roles, or None. ``padding_free`` is whether passes without cache
+    compute every distinct token once (``rlhf.models.padding_free``).
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class LanguageModel(nn.Module):
         self._plain = plain
         self.origin = origin
         self.shared: Any = None
+        self.padding_free = False  # set by `enable_padding_free`
         # How it was loaded; a critic is loaded in the same way.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
         self.spec: Any = None  # the CausalLM that loaded it
@@ -135,18 +140,51 @@ class LanguageModel(nn.Module):
             attention_mask: 1 on tokens, 0 on padding, [B, T].
             position_ids: Positions in the document, [B, T] long; None derives them by counting the attended tokens.
         """
-        mask = attention_mask.bool()
-        if position_ids is None:
-            position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        restarts = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & mask[:, 1:] & mask[:, :-1]
-        if restarts.any():  # packed: transformers derives per-document attention from positions when given no mask
-            arguments: dict[str, Any] = {"position_ids": position_ids}
-        elif (mask[:, 1:] <= mask[:, :-1]).all() and bool((position_ids[:, 0] == 0).all()):
+        tokens = TokenBatch.of(ids, attention_mask, position_ids=position_ids)
+        layout = self._layout(tokens)
+        if layout is None:
+            return self._padded_hidden(tokens)
+        return take(self._distinct_hidden(layout), layout.places.flatten()).view(*ids.shape, -1)
+
+    def hidden_at(self, tokens: TokenBatch, selected: Tensor) -> Tensor:
+        """Compute the last hidden states of selected tokens alone, [n, D] in row-major order.
+
+        Args:
+            tokens: B rows of T tokens.
+            selected: True on the n tokens, none of them padding, [B, T] bool.
+        """
+        layout = self._layout(tokens)
+        if layout is None:
+            return self._padded_hidden(tokens)[selected]
+        return take(self._distinct_hidden(layout), layout.places[selected])
+
+    def _layout(self, tokens: TokenBatch) -> Layout | None:
+        """Return the layout of a pass over distinct tokens; None for a batch that is better computed as it is."""
+        mask, positions = tokens.attention_mask, tokens.position_ids
+        if self.is_fake or not mask.any():
+            return None
+        packed = bool(((positions[:, 1:] != positions[:, :-1] + 1) & mask[:, 1:] & mask[:, :-1]).any())
+        if not (packed or self.padding_free):
+            return None
+        layout = lay_out(tokens.ids, mask, positions)
+        return layout if packed or layout.saving >= MIN_SAVING else None
+
+    def _distinct_hidden(self, layout: Layout) -> Tensor:
+        """Compute the last hidden states of the distinct tokens of a layout, [N, D]."""
+        decoder = self.base.get_decoder()
+        if self.padding_free:
+            return padding_free.hidden_states(decoder, layout)
+        return padding_free.hidden_states_by_document(decoder, layout)
+
+    def _padded_hidden(self, tokens: TokenBatch) -> Tensor:
+        """Compute the last hidden states of a batch of unpacked rows as it is, [B, T] -> [B, T, D]."""
+        mask, position_ids = tokens.attention_mask, tokens.position_ids
+        if (mask[:, 1:] <= mask[:, :-1]).all() and bool((position_ids[:, 0] == 0).all()):
             # Right padding: no real token attends to padding, so causal attention needs no mask: the fast kernel.
-            arguments = {}
+            arguments: dict[str, Any] = {}
         else:
             arguments = {"attention_mask": mask.long(), "position_ids": position_ids}
-        return self.base.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+        return self.base.get_decoder()(input_ids=tokens.ids, use_cache=False, **arguments).last_hidden_state
 
     def step(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Compute the hidden states of new tokens given the cache of earlier tokens: ([B, S, D], cache).
@@ -189,7 +227,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def logprobs(
-        self, tokens: TokenBatch, temperature: float = 1.0, entropy: bool = False
+        self, tokens: TokenBatch, temperature: float = 1.0, entropy: bool = False, uniform: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the log-probabilities of the tokens in ``loss_mask``.
 
@@ -200,21 +238,24 @@ class LanguageModel(nn.Module):
             tokens: B rows of T tokens; ``loss_mask`` selects the targets.
             temperature: Divides the logits.
             entropy: Whether to return the entropy (nats) of the distribution that each target token was drawn from.
+            uniform: Whether the loss is a mean of these log-probabilities, which saves a projection in its gradient
+                (``token_logprobs``). The results are the same.
 
         Returns:
             logp [B, T] float32, and entropy [B, T] float32 or None.
         """
         ids = tokens.ids
-        hidden = self.hidden(ids, tokens.attention_mask, tokens.position_ids)
         counts = tokens.loss_mask.bool().clone()
         counts[:, 0] = False
+        predicts = torch.zeros_like(counts)
+        predicts[:, :-1] = counts[:, 1:]  # position t-1 predicts token t
+        rows = self.hidden_at(tokens, predicts)
         logp = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         entropies = torch.zeros_like(logp) if entropy else None
-        rows = hidden[:, :-1][counts[:, 1:]]  # position t-1 predicts token t
         if len(rows) == 0:
-            return logp + hidden.float().sum() * 0.0, entropies  # keep the graph, so that every rank has a gradient
+            return logp + rows.float().sum() * 0.0, entropies  # keep the graph, so that every rank has a gradient
         projection = self.base.get_output_embeddings() if self._plain_head else self.head  # nn.Linear: a faster path
-        values, spread = token_logprobs(rows, ids[counts], projection, temperature=temperature, entropy=entropy)
+        values, spread = token_logprobs(rows, ids[counts], projection, temperature, entropy=entropy, uniform=uniform)
         logp = logp.masked_scatter(counts, values.float())
         if entropies is not None and spread is not None:
             entropies = entropies.masked_scatter(counts, spread.float())
@@ -263,6 +304,14 @@ class LanguageModel(nn.Module):
                 fix=f"set the dropout in the config.json of {key('model.path')} to 0, or use another architecture",
             )
 
+    def enable_padding_free(self) -> "LanguageModel":
+        """Compute every distinct token once if the architecture allows it, and return the model itself."""
+        self.padding_free = padding_free.enable(self.base)
+        if self.padding_free and not self.is_fake:
+            with evaluating(self):
+                self.padding_free = padding_free.agrees(self.base.get_decoder(), self.device)
+        return self
+
     def gradient_checkpointing(self) -> "LanguageModel":
         """Recompute activations in the backward pass, and return the model itself.
 
@@ -282,26 +331,7 @@ class LanguageModel(nn.Module):
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return the state dict of the base with the adapter merged in; the live weights stay bit-identical."""
-        base = self.base
-        tuned = {name: module for name, module in base.named_modules() if is_tuner_layer(module)}
-        if self._plain is not None:
-            state = dict(self._plain().state_dict())
-            for name, module in tuned.items():
-                weight = state[f"{name}.weight"]
-                for adapter in (name for name in module.active_adapters if name in module.lora_A):
-                    weight = weight + module.get_delta_weight(adapter).to(weight)
-                state[f"{name}.weight"] = weight
-            return state
-        state = {
-            name.replace(".base_layer.", "."): value
-            for name, value in base.state_dict().items()
-            if ".lora_" not in name
-        }
-        for name, module in tuned.items():  # one layer at a time: a copy of the whole model would double the memory
-            layer = copy.deepcopy(module)
-            layer.merge()
-            state[f"{name}.weight"] = layer.get_base_layer().weight.detach()
-        return state
+        return merged_state(self.base, self._plain)
 
     def save(self, folder: Path | str) -> None:
         """Save a Hugging Face directory: merged weights (safetensors), tokenizer, chat template, generation config.
@@ -366,27 +396,3 @@ class LanguageModel(nn.Module):
             if now is not None and now.dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(now.device)
         return self
-
-
-def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of the configuration without quantisation."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def materialize(kind: Any, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
-    """Build a model of class ``kind`` around the tensors of ``state``, without copying them.
-
-    Raises:
-        KeyError: If the state lacks a weight that is not tied to another, or has an unexpected one.
-    """
-    with torch.device("meta"):
-        model = kind(config)
-    result = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, value in model.state_dict().items() if value.is_meta]
-    if missing or result.unexpected_keys:
-        raise KeyError(f"cannot save {kind.__name__}: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
-    return model

@@ -15,11 +15,12 @@ from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError, key
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
-from rlhf.models.language_model import LanguageModel, materialize
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.lineage import adapter_path
 from rlhf.models.load_errors import convert_read_errors
 from rlhf.models.precision import Precision
 from rlhf.models.saved_config import score_scale
+from rlhf.models.saving import materialize
 from rlhf.models.tokenizer_loading import Corpus
 
 FP32 = Precision("32-true")
@@ -167,10 +168,9 @@ class ScalarModel(nn.Module):
 
     def last_hidden(self, tokens: TokenBatch) -> Tensor:
         """Compute the hidden state of the last attended token, [B, T] -> [B, D], the input of both heads."""
-        hidden = self._hidden(tokens)
-        order = torch.arange(hidden.shape[1], device=hidden.device)
+        order = torch.arange(tokens.ids.shape[1], device=tokens.ids.device)
         last = torch.where(tokens.attention_mask.bool(), order, 0).amax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return self.language_model.hidden_at(tokens, order == last[:, None])
 
     def _hidden(self, tokens: TokenBatch) -> Tensor:
         return self.language_model.hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)

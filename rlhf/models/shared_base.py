@@ -211,6 +211,7 @@ class SharedBase:
         role = LanguageModel(model, tokenizer, find_end_id(tokenizer), plain, path)
         role.shared = self
         role.adapter, role.precision = self.adapter, self.precision
+        role.enable_padding_free()
         if self.spec.gradient_checkpointing and fresh:
             role.gradient_checkpointing()
         return role.train()

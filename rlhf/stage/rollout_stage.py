@@ -314,7 +314,7 @@ class RolloutStage(RolloutMetrics):
         ]
         total = self.loss_denominator(torch.stack([part.loss_mask.sum() for part in parts]).sum())
         for part in parts:
-            logp, _ = self.policy.logprobs(part)
+            logp, _ = self.policy.logprobs(part, uniform=True)
             self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
 
     # -- the result -----------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Supervised(Stage):
         """Minimize the mean over the target tokens of the objective, -log p(token | prefix)."""
         total = self.loss_denominator(sum_scalars(part.loss_mask.sum() for part in batch))
         for part in batch:
-            logp, _ = self.policy.logprobs(part)
+            logp, _ = self.policy.logprobs(part, uniform=True)
             losses, metrics = self.objective(logp)
             self.backward_mean(losses, part.loss_mask, total, metrics)
             self.count(len(part.ids), part.attention_mask.sum())

@@ -172,10 +172,11 @@ def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
     """States that predict a tool's tokens have no gradient; those of all the policy's own tokens have."""
     stage = tooled(load, epochs=1, minibatches=1)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    update, hidden = stage.update, stage.policy.hidden
+    stage.policy.padding_free = False  # a state at every position of the batch
+    update, hidden = stage.update, stage.policy._padded_hidden
 
-    def keep(ids, attention_mask, position_ids=None):
-        states = hidden(ids, attention_mask, position_ids)
+    def keep(tokens):
+        states = hidden(tokens)
         if states.requires_grad and seen:  # not while the stage is being prepared
             states.retain_grad()
             seen[-1] = (*seen[-1], states)
@@ -185,7 +186,7 @@ def test_tool_tokens_carry_no_gradient(load, tmp_path, calling):
         seen.append((minibatch,))
         return update(minibatch, first)
 
-    stage.update, stage.policy.hidden = watched, keep  # type: ignore[method-assign]
+    stage.update, stage.policy._padded_hidden = watched, keep  # type: ignore[method-assign]
     fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=0)
     ((responses, states),) = seen
     asked = states.grad.abs().sum(-1)[:, :-1] > 0  # position t-1 predicts token t
