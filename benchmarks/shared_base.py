@@ -88,6 +88,7 @@ def run(root: Path, shared: str) -> None:
     gpu = torch.cuda.is_available()
     config: Any = compose_config(
         "stage=ppo",
+        "recipe=testbed",
         f"inputs.policy={root / 'sft' / 'model'}",
         f"inputs.reference={root / 'sft' / 'model'}",
         f"inputs.reward_model={root / 'reward' / 'model'}",

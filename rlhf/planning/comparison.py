@@ -43,7 +43,7 @@ def plan_comparison(request: Request, steps: Sequence[Step]) -> PlannedCompariso
     node = request.root.get("compare")
     if node is None or not request.names:
         return PlannedComparison(None)
-    own = configs.resolve({"compare": OmegaConf.to_container(node)})["compare"]
+    own = configs.resolve({"compare": OmegaConf.to_container(node), "recipe": request.root.get("recipe")})["compare"]
     folders = {step.name: str(step.folder) for step in steps}
     are_made = all(own.get(key) in folders for key in ("before", "after"))
     key = validation_cache.key({"compare": own}, {"steps": list(request.names), "folders": folders}, "compare")

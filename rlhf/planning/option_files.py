@@ -9,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from rlhf import signatures
+from rlhf.planning.recipe import values_by_recipe
 from rlhf.planning.validation.nodes import RESERVED
 from rlhf.planning.validation.values import holds_object
 from rlhf.storage.plain import leaves, targets
@@ -62,13 +63,17 @@ def foreign_keys(path: Path) -> list[str]:
 
 
 def defaults_compared(path: Path) -> Iterator[tuple[str, str, bool, Any, Any]]:
-    """Yield, for every YAML value whose constructor has a default: (target, name, same, value, default)."""
+    """Yield, for every YAML value whose constructor has a default: (target, name, same, value, default).
+
+    A value that depends on the recipe is the same if it is with one of them.
+    """
     for _, node, target in nodes(path):
         for name, parameter in (signatures.parameters(target) or {}).items():
             value = node.get(name, parameter.empty)
             if value is parameter.empty or parameter.default is parameter.empty:
                 continue
-            computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in leaves(value, "v"))
+            values = values_by_recipe(value)
+            computed = any(isinstance(v, str) and ("${" in v or v == "???") for _, v in leaves(values, "v"))
             if not computed and not holds_object(value):
                 default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-                yield node["_target_"], name, default == value, value, parameter.default
+                yield node["_target_"], name, default in values, value, parameter.default

@@ -72,7 +72,7 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     ]
     if problems:
         raise UserErrors(problems)
-    notes = [str(one.error) for one in unused] + [choice.note for choice in weights]
+    notes = [str(one.error) for one in unused] + [choice.note for choice in weights] + recipe_notes(request)
     return Plan(steps, skipped_steps(request, selected), comparison.node, notes)
 
 
@@ -146,6 +146,14 @@ def check_step(step: Step, earlier: Sequence[Step]) -> tuple[RLHFError, ...]:
         except UserError as error:
             problems += configs.name_in_step(error, step.own, step.name).findings
     return tuple(problems)
+
+
+def recipe_notes(request: Request) -> list[str]:
+    """Return a note if a pipeline with a given model has the testbed's recipe, as all pipelines do by default."""
+    if not request.starts_from_weights or request.root.get("recipe") != "testbed":
+        return []
+    problem = "has learning rates and sizes for a model of 0.9M weights, but model.path names weights"
+    return [str(UserError(problem, fix="type recipe=published", option="recipe", value="testbed"))]
 
 
 def _choices_of_weights(steps: Iterable[Step]) -> list[hub.Choice]:

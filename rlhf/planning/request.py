@@ -14,6 +14,7 @@ from rlhf import discovery
 from rlhf.errors import UserError, suggest
 from rlhf.planning import rounds
 from rlhf.planning import step_config as configs
+from rlhf.planning.recipe import RECIPES
 from rlhf.storage.plain import Plain, plain
 
 _NOT_RUNS = ("generations", "reports", "sweeps")  # directories of outputs/ that hold no runs
@@ -89,6 +90,9 @@ def _validate_kinds(root: DictConfig) -> None:
         if root.get(key) is not None and not is_kind(root.get(key)):
             fix = "leave it out, or type a key below it" if kind == "a mapping" else "leave it out"
             raise UserError(f"must be {kind}", fix=fix, option=key, value=root.get(key))
+    if "recipe" in root and root.recipe not in RECIPES:
+        fix = f"type recipe={' or recipe='.join(RECIPES)}"
+        raise UserError("no such recipe", fix=fix, option="recipe", value=root.recipe)
 
 
 def _step_names(root: DictConfig) -> tuple[str, ...]:

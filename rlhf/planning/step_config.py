@@ -1,7 +1,8 @@
 """Config of one step: the root config with the step's node merged on top; the result is its own root.
 
 Also the resolvers that a YAML may use: ``${optional_input:ROLE}``, ``${pretrained_input:ROLE,HUB_ID[,PACKAGE]}``,
-``${artifact:STEP}``, ``${base_model:STEP}`` and ``${base_weights:STEP}``. This module imports no torch.
+``${artifact:STEP}``, ``${base_model:STEP}`` and ``${base_weights:STEP}``, and those of `rlhf.planning.recipe`. This
+module imports no torch.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import RLHFError, moved, parse_override
+from rlhf.planning.recipe import register_recipe_resolvers
 from rlhf.storage.plain import Plain, leaves, merge, sets
 
 E = TypeVar("E", bound=RLHFError)
@@ -89,6 +91,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("artifact", _artifact, replace=True)
     OmegaConf.register_new_resolver("base_model", _base_model, replace=True)
     OmegaConf.register_new_resolver("base_weights", _base_weights, replace=True)
+    register_recipe_resolvers()
 
 
 register_resolvers()

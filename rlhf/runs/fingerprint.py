@@ -24,8 +24,8 @@ from rlhf.runs.run_directory import run_of
 from rlhf.runs.source_code import code_digest, package_digest, package_folder, plugin_imports, source_digest
 from rlhf.storage.plain import Plain, leaves, targets
 
-# Keys of a step's config that cannot change what it computes.
-_IRRELEVANT = ("logger", "callbacks", "outputs", "until", "progress", "inputs", "experiment", "debug")
+# Keys of a step's config that cannot change what it computes; the values that a recipe selects are in other keys.
+_IRRELEVANT = ("logger", "callbacks", "outputs", "until", "progress", "inputs", "experiment", "debug", "recipe")
 # Files identified by their content even if typed without a directory.
 _NAMED_BY_CONTENT = (".jinja", ".gguf")
 _HASHED_WHOLE = 256 * 2**20  # bytes; a larger file is identified by its size, modification time and first MiB

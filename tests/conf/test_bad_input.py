@@ -26,7 +26,7 @@ from tests.stages.conftest import ARCHITECTURE, data, folder  # noqa: F401  # fi
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = {"prompt": "Where is Rome?", "chosen": "In Italy.", "rejected": "Who knows."}
-SMALL = ["trainer=cpu", "callbacks=quiet", "model.chat_template=null"]
+SMALL = ["recipe=testbed", "trainer=cpu", "callbacks=quiet", "model.chat_template=null"]
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ BAD = [
 @pytest.mark.parametrize(("words", "said"), BAD, ids=[words for words, _ in BAD])
 def test_a_bad_combination_is_refused_by_validation(composed: Composed, words: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        validate_config(composed(*words.split()))
+        validate_config(composed("recipe=testbed", *words.split()))
     assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_pipeline_refuses_a_bad_combination_before_its_first_step(
 
 def test_combinations_that_depend_on_the_machine_are_not_checked(composed: Composed) -> None:
     """devices=auto may be any number, and a stage without the hook is not checked."""
-    words = ("stage=ppo", "inputs.policy=ORG/P", "reward=gold", "trainer=ddp")
+    words = ("stage=ppo", "recipe=testbed", "inputs.policy=ORG/P", "reward=gold", "trainer=ddp")
     validate_config(composed(*words, "trainer.devices=auto"))
     with pytest.raises(UserError, match="must be a multiple of the 3 devices; type stage.batch_size=129"):
         validate_config(composed(*words, "trainer.devices=3"))

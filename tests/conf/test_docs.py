@@ -29,6 +29,7 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/conf"))
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("plugins/*/conf/**/*.yaml")])
 EXEMPT = ("_target_", "defaults")  # keys that need no comment: the class, and the options that it uses
 COMPUTED = object()  # a default that is computed from other keys
+BY_RECIPE = re.compile(r"\$\{(recipe|peak_lr):([^{}]*)\}")  # a default that depends on the recipe
 
 
 def name_of(path: Path) -> str:
@@ -107,14 +108,33 @@ def hyperparameters(plugin: Path) -> Iterator[tuple[str, str, Any]]:
         assert not missing, f"{name_of(path)} does not show {sorted(missing)}"
         for group, values in node.items():
             for hyperparameter, value in values.items() if isinstance(values, dict) else ():
-                yield "", f"{group}.{hyperparameter}", COMPUTED if isinstance(value, str) and "${" in value else value
+                computed = isinstance(value, str) and "${" in value and not BY_RECIPE.fullmatch(value)
+                yield "", f"{group}.{hyperparameter}", COMPUTED if computed else value
 
 
 def same(cell: str, value: Any) -> bool:
     if value is COMPUTED:
         return bool(cell)
+    if isinstance(value, str) and (by_recipe := BY_RECIPE.fullmatch(value)):
+        labels = ("", "testbed ") if by_recipe[1] == "recipe" else ("", "adapter ", "testbed ")
+        shown, values = cell.split("; "), by_recipe[2].split(",")
+        return len(shown) == len(values) == len(labels) and all(
+            one.startswith(label) and number(one.removeprefix(label)) == number(wanted)
+            for one, label, wanted in zip(shown, labels, values, strict=True)
+        )
     read = yaml.safe_load(cell.strip("`"))
     return math.isclose(read, value) if isinstance(value, float) and isinstance(read, float) else read == value
+
+
+def number(text: str) -> float | None:
+    return None if text == "null" else float(text)
+
+
+def test_a_default_of_each_recipe_is_compared_with_its_own_value() -> None:
+    assert same("64; testbed 32", "${recipe:64,32}") and same("8; testbed null", "${recipe:8,null}")
+    assert same("2e-5; adapter 2e-4; testbed 1.5e-3", "${peak_lr:2.0e-5,2.0e-4,1.5e-3}")
+    for cell in ("64", "64; testbed 64", "32; testbed 64", "64; adapter 32"):
+        assert not same(cell, "${recipe:64,32}")
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)

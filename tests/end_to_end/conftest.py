@@ -8,6 +8,7 @@ import pytest
 from tests.end_to_end.commands import Command, Done, start_server
 
 MODEL = [
+    "recipe=testbed",
     "model.architecture.hidden_size=32",
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2",

@@ -24,6 +24,7 @@ SFT = [
 ]
 PPO = [
     "stage=ppo",
+    "recipe=testbed",
     "data.size=32",
     "data.validation=8",
     "sampler.max_new_tokens=8",
@@ -124,7 +125,8 @@ def test_a_collection_keeps_its_finished_batches(
     pipeline: Done, workdir: Path, tmp_path: Path, start: Start, rlhf: Rlhf, number: signal.Signals, ended: int
 ):
     policy = f"inputs.policy={only(workdir / 'outputs', 'sft')}"
-    words = ["stage=collect", policy, "data.size=64", "sampler.max_new_tokens=8", "stage.batch_size=2"]
+    words = ["stage=collect", "recipe=testbed", policy, "data.size=64", "sampler.max_new_tokens=8"]
+    words += ["stage.batch_size=2"]
     outputs = tmp_path / "outputs"
 
     def finished() -> list[str]:
@@ -153,7 +155,7 @@ def test_a_rejection_sampling_run_killed_during_sampling_keeps_its_responses(
 ):
     policy = f"inputs.policy={first(workdir / 'outputs', 'sft')}"
     words = ["stage=rejection_sampling", policy, "reward=gold", "data.size=64", "data.validation=8"]
-    words += ["sampler.max_new_tokens=8", "stage.batch_size=2", "stage.epochs=1"]
+    words += ["recipe=testbed", "sampler.max_new_tokens=8", "stage.batch_size=2", "stage.epochs=1"]
     whole = rlhf(tmp_path / "whole", *words)
     assert whole.status == 0, whole.err
 

@@ -8,6 +8,7 @@ import pytest
 from rlhf.inspection.composing import Look, planned
 
 MODEL = [
+    "recipe=testbed",
     "model.architecture.hidden_size=32",
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2",

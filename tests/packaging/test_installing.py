@@ -46,7 +46,14 @@ def test_the_wheel_works_in_a_clean_environment(installed: Environment, empty: P
     environment = installed
     assert_works(environment, empty)
     assert "rlhf 0.1.0" in environment.rlhf("plugins", "list", cwd=empty)
-    words = ["stage=pretrain", "debug=smoke", "data.size=300", "data.validation=20", "model.vocab_size=300"]
+    words = [
+        "stage=pretrain",
+        "recipe=testbed",
+        "debug=smoke",
+        "data.size=300",
+        "data.validation=20",
+        "model.vocab_size=300",
+    ]
     said = environment.rlhf(*words, cwd=empty, OMP_NUM_THREADS="1")
     assert "finished" in said
     (model,) = empty.glob("outputs/pretrain/*/model")

@@ -207,6 +207,7 @@ def test_a_trained_parameter_without_a_gradient_stops_the_run(runs: Runs, tmp_pa
 # -- from the command line ------------------------------------------------------------------------------------------
 
 SMALL = (
+    "recipe=testbed",
     "data.size=24",
     "data.validation=4",
     "stage.batch_size=8",
