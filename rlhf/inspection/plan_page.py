@@ -8,6 +8,7 @@ from rlhf import console
 from rlhf.errors import UserError
 from rlhf.importing import build_option
 from rlhf.inspection.composing import Look, planned, read_examples
+from rlhf.inspection.learning_rates import unusual_rate
 from rlhf.inspection.memory import activations, cache, machine, size
 from rlhf.inspection.roles import Role, roles_of
 from rlhf.inspection.work import ORDER, Work, work_of
@@ -39,11 +40,16 @@ def show(words: Sequence[str]) -> None:
     console.say(console.format_plan([step.name for step in made.steps], made.skipped), "bold")
     steps = [(step.name, step.stage, _state(step), str(step.folder)) for step in made.steps]
     console.print_table("Steps", ("step", "stage", "", "folder"), steps)
-    rows, work = [], {}
+    rows: list[tuple[str, ...]] = []
+    work: dict[str, Work] = {}
+    warnings: list[str] = []
     for step in made.steps:
         stage = look.stage(step, strict=False)
         work[step.name] = amounts(look, step, stage)
-        rows += _memory(look, step, stage, work[step.name])
+        roles = roles_of(look, stage)
+        rows += _memory(look, step, stage, work[step.name], roles)
+        if (unusual := unusual_rate(step, roles)) is not None:
+            warnings.append(str(unusual))
     columns = ("step", "role", "parameters", "trained", "weights", "gradients", "optimizer", "total", "")
     console.say("")
     console.print_table("Models and memory", columns, rows)
@@ -52,6 +58,8 @@ def show(words: Sequence[str]) -> None:
     names = [name for name in ORDER if any(name in each.amounts for each in work.values())]
     lines = [(name, *(each.amounts.get(name, "") for each in work.values())) for name in names]
     console.print_table("Amounts", ("", *work), lines)
+    for warning in warnings:
+        console.say(warning, "yellow")
 
 
 def amounts(look: Look, step: Step, stage: Stage) -> Work:
@@ -76,9 +84,8 @@ def _state(step: Step) -> str:
     return "to resume" if run.checkpoints else "to compute"
 
 
-def _memory(look: Look, step: Step, stage: Stage, work: Work) -> list[tuple[str, ...]]:
+def _memory(look: Look, step: Step, stage: Stage, work: Work, roles: list[Role]) -> list[tuple[str, ...]]:
     precision: Precision = build_option(OmegaConf.create(step.config["precision"]))
-    roles = roles_of(look, stage)
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
     more = {
         "activations": (activations(look, stage, work, precision), f"{work.rows} rows of {work.length} tokens"),
