@@ -1,0 +1,105 @@
+"""Benchmark of each technique alone: the same loss and gradient with it and without it, in turn, in one process."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.data.collate import TokenBatch, collate
+from rlhf.data.encoded_rows import Encoded
+from rlhf.models.language_model import LanguageModel
+
+VOCABULARY = 49152
+#: Hidden size, width of the feed-forward layers, layers, heads.
+MODELS = {"12M": (192, 512, 6, 6), "31M": (384, 1024, 7, 6), "135M": (576, 1536, 30, 9)}
+
+
+class _Tokenizer:
+    pad_token_id = 0
+
+
+def build(name: str) -> LanguageModel:
+    """Build a model with random weights."""
+    torch.manual_seed(0)
+    width, inner, layers, heads = MODELS[name]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return LanguageModel(LlamaForCausalLM(config), _Tokenizer(), 1).enable_padding_free().train()  # type: ignore[arg-type]
+
+
+def rows(prompts: int, samples: int, prompt: int, responses: tuple[int, int]) -> TokenBatch:
+    """Return random rows on which training sees the response alone.
+
+    Args:
+        prompts: Number of prompts.
+        samples: Rows of each prompt.
+        prompt: Tokens of a prompt.
+        responses: Shortest and longest response, tokens; lengths between them are equally likely.
+    """
+    generator = torch.Generator().manual_seed(1)
+    draw: Callable[[int], list[int]] = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
+    encoded = []
+    for _ in range(prompts):
+        shared = draw(prompt)
+        for _ in range(samples):
+            own = draw(int(torch.randint(responses[0], responses[1] + 1, (1,), generator=generator)))
+            encoded.append(Encoded(shared + own, [False] * len(shared) + [True] * len(own)))
+    return collate(encoded, 0)
+
+
+#: Name -> (rows, what is switched).
+CASES: dict[str, tuple[TokenBatch, str]] = {
+    "padding: 8 dialogues of 64 to 512 tokens": (rows(8, 1, 32, (32, 480)), "padding_free"),
+    "shared prompt: 8 pairs, 192 + 64 tokens": (rows(8, 2, 192, (64, 64)), "padding_free"),
+    "shared prompt: 4 prompts x 8 samples, 192 + 64": (rows(4, 8, 192, (64, 64)), "padding_free"),
+    "uniform gradient: 8 x 512 tokens": (rows(8, 1, 1, (511, 511)), "uniform"),
+}
+
+
+def seconds(model: LanguageModel, batch: TokenBatch, uniform: bool) -> tuple[float, Tensor]:
+    """Return the time of a forward and a backward pass of the mean log-probability, and the embedding's gradient."""
+    model.zero_grad()
+    start = time.perf_counter()
+    logp, _ = model.logprobs(batch, uniform=uniform)
+    (logp.sum() / batch.loss_mask.sum()).backward()
+    gradient = model.base.get_input_embeddings().weight.grad
+    assert isinstance(gradient, Tensor)
+    return time.perf_counter() - start, gradient.clone()
+
+
+def main() -> None:
+    """Print a table of medians, ratios and the largest difference of the gradients."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="12M")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    model = build(args.model)
+    print(f"{'case':<50}{'without':>10}{'with':>10}{'ratio':>8}{'gradient':>12}")
+    for name, (batch, switch) in CASES.items():
+        times: dict[bool, list[float]] = {False: [], True: []}
+        gradients: dict[bool, Tensor] = {}
+        for repeat in range(args.repeats + 1):
+            for on in (False, True):
+                model.padding_free = on and switch == "padding_free"
+                taken, gradients[on] = seconds(model, batch, uniform=on and switch == "uniform")
+                if repeat:  # the first one warms up
+                    times[on].append(taken)
+        without, with_it = (statistics.median(times[on]) for on in (False, True))
+        difference = ((gradients[True] - gradients[False]).abs().max() / gradients[False].abs().max()).item()
+        print(f"{name:<50}{without:>8.2f} s{with_it:>8.2f} s{without / with_it:>8.2f}{difference:>12.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
