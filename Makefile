@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help quickstart test test-newest lock lint types format clean
+.PHONY: help quickstart test test-newest bench lock lint types format clean
 
 help: ## this list
 	@echo "usage: make TARGET"
@@ -62,6 +62,14 @@ lock: ## write constraints.txt anew: the newest versions that pyproject.toml adm
 	mv constraints.new constraints.txt
 	rm -rf .venv-lock
 
+# TRL 0.24 with transformers 4, for the benchmark of PPO; the rest comes from VENV.
+.venv-trl-0.24/.installed: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --peer-environment
+	touch $@
+
+bench: $(VENV)/.smollm2 .venv-trl-0.24/.installed ## time each stage against TRL (an hour on two cores; ARGS="--case sft": a part)
+	$(BIN)/python -m benchmarks $(ARGS)
+
 lint: $(VENV)/.installed ## ruff: style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,5 +82,5 @@ format: $(VENV)/.installed ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and builds; results in outputs/ stay
-	rm -rf $(VENV) .venv-newest .venv-lock build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-lock .venv-trl-0.24 build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,57 +1,58 @@
-"""Benchmark of K samples per prompt: our sampler against transformers.generate, same model, prompts and lengths."""
+"""Sampling against ``model.generate``: K responses to each prompt, from the model's own distribution."""
 
-import statistics
-import time
-
-import torch
-
-from rlhf.data.data import Data
-from rlhf.models.adapters import NoAdapter
-from rlhf.models.causal_lm import CausalLM
-from rlhf.models.precision import Precision
-from rlhf.sampler.ancestral import AncestralSampler
-
-ARCHITECTURE = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+from benchmarks.gate import Gate, Job
 
 
-def main(prompts: int = 32, samples: int = 4, tokens: int = 48) -> None:
-    """Run both alternately, five times after a warm-up; print the medians and their ratio."""
-    torch.manual_seed(0)
-    text = Data("text", "testbed", 2000, 0, 128).load()
-    policy = CausalLM(None, ARCHITECTURE, 512).load(NoAdapter(), Precision("32-true"), corpus=text.texts).frozen()
-    asked = Data("prompt", "testbed", prompts, 8, 128).load().train
-    sampler = AncestralSampler(tokens, samples=samples)
-    seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
-    for seed in range(6):
-        start = time.perf_counter()
-        rollout = sampler.sample(policy, asked, seed)
-        middle = time.perf_counter()
-        first = slice(None, None, samples)
-        policy.model.generate(
-            input_ids=rollout.prompt_ids[first],
-            attention_mask=rollout.prompt_mask[first].long(),
-            max_new_tokens=tokens,
-            num_return_sequences=samples,
-            do_sample=True,
-            top_k=0,
-            eos_token_id=policy.end_id,
-            pad_token_id=policy.pad_id,
-        )
-        if seed:  # the first round warms up
-            seconds["ours"].append(middle - start)
-            seconds["transformers"].append(time.perf_counter() - middle)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print({name: f"{value:.2f} s" for name, value in medians.items()})
-    print(f"ours / transformers: {medians['ours'] / medians['transformers']:.2f}")
+def ours(job: Job, gate: Gate) -> None:
+    """Sample with our sampler."""
+    import torch
+    from hydra.utils import instantiate
+
+    from benchmarks.ours import rows_of
+    from rlhf.data.records import Message, Prompt
+    from rlhf.models.adapters import NoAdapter
+    from rlhf.models.causal_lm import CausalLM
+    from rlhf.sampler.ancestral import AncestralSampler
+    from rlhf.testing import compose_config
+
+    gate.start()
+    precision = instantiate(compose_config(f"precision={job.dtype}").precision)
+    policy = CausalLM(job.model, None, None).load(NoAdapter(), precision).frozen().to(job.device)
+    prompts = [Prompt(tuple(Message(**message) for message in row["messages"])) for row in job.rows]
+    gate.record_rows(ids for prompt in prompts for ids in rows_of(prompt, policy))
+    sampler = AncestralSampler(job.case["response"], samples=job.case["samples"])
+    for seed in range(job.total):
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16"):
+            rollout = sampler.sample(policy, prompts, seed)
+        gate.end_step(response=float(rollout.mask.sum(dim=1).float().mean()))
 
 
-if __name__ == "__main__":
-    main()
+def peer(job: Job, gate: Gate) -> None:
+    """Sample with ``generate``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.trl_side import weights_dtype
+
+    gate.start()
+    tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=weights_dtype(job)).eval().to(job.device)
+    batch = tokenizer.pad({"input_ids": [row["ids"] for row in job.rows]}, return_tensors="pt").to(job.device)
+    gate.record_rows(row["ids"] for row in job.rows)
+    end = model.generation_config.eos_token_id
+    for seed in range(job.total):
+        torch.manual_seed(seed)
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16"):
+            ids = model.generate(
+                **batch,
+                max_new_tokens=job.case["response"],
+                num_return_sequences=job.case["samples"],
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        response = ids[:, batch["input_ids"].shape[1] :]
+        ended = torch.isin(response, torch.as_tensor(end, device=response.device)).long()
+        lengths = (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
+        gate.end_step(response=float(lengths.float().mean()))

@@ -112,7 +112,8 @@ class RolloutStage(RolloutMetrics):
         self.check_parts(
             objective=objective, text=text, sampler=sampler, batch_size=self.batch_size, minibatches=minibatches
         )
-        check_context(model, text_length, "stage.text_length")
+        if objective.gamma:
+            check_context(model, text_length, "stage.text_length")
         self.objective: Any = objective
         self.data, self.text, self.reward, self.sampler = data, text, reward, sampler
         self.steps, self.epochs, self.minibatches = steps, epochs, minibatches

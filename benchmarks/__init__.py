@@ -1,0 +1,1 @@
+"""Benchmarks of the stages against peer libraries: ``python -m benchmarks``."""
