@@ -23,6 +23,7 @@ from rlhf.functional.logprobs import token_logprobs
 from rlhf.models import padding_free
 from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
+from rlhf.models.growing_cache import grow
 from rlhf.models.lineage import adapter_path, write_base
 from rlhf.models.module_state import evaluating, in_mode
 from rlhf.models.padding_free import MIN_SAVING, Layout, lay_out, take
@@ -202,7 +203,8 @@ class LanguageModel(nn.Module):
             use_cache=True,
             **{self._cache_name: cache},
         )
-        return output.last_hidden_state, getattr(output, self._cache_name)
+        grown = getattr(output, self._cache_name)
+        return output.last_hidden_state, grow(grown) if cache is None else grown
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits of hidden states, [..., D] -> [..., V], scaled or capped as the architecture does.
