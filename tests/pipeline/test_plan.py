@@ -264,7 +264,7 @@ def test_an_override_that_nothing_reads_is_refused(typed: Typed, overrides: list
     "overrides",
     [
         ["pipeline=instructgpt", "adapter=lora", "seed=3", "optimizer=adamw"],
-        ["pipeline=instructgpt", "inputs.policy=org/name"],
+        ["pipeline=instructgpt", "inputs.policy=org/name", "recipe=published"],
         ["pipeline=instructgpt", "align.inputs.reward_model=org/name"],
         ["stage=ppo", "inputs.policy=org/name", "inputs.reward_model=org/other", "optimizer.lr=1"],
     ],
