@@ -107,8 +107,7 @@ class Gate:
         """Return the peak memory so far, in bytes."""
         if self.job.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return max(0, peak - self._base)
+        return max(0, largest_resident_bytes() - self._base)
 
     def _report(self, **values: Any) -> None:
         print(json.dumps(values), file=self._reports, flush=True)
@@ -122,6 +121,16 @@ class Gate:
             Path(self.job.profile or "").write_text(table, encoding="utf-8")
         sys.stderr.flush()
         os._exit(0)
+
+
+def largest_resident_bytes() -> int:
+    """Return the largest resident memory of this process so far, in bytes.
+
+    Not ``ru_maxrss``, which a process inherits from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def resident_bytes() -> int:
