@@ -168,15 +168,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if early:
                 by_logits = logits.sub_(normaliser).exp_().neg_()
                 by_logits.scatter_add_(-1, target, torch.ones_like(normaliser))
-                if temperature != 1.0:
-                    by_logits /= temperature
-                if by_bias is not None:
-                    by_bias += by_logits.sum(0)
-                by_logits = by_logits.to(weight.dtype)
-                if jacobian is not None:
-                    jacobian[piece] = by_logits @ weight
-                if by_weight is not None:
-                    by_weight += by_logits.t() @ hidden[piece]
+                _LinearLogprobs.accumulate(by_logits, hidden, weight, temperature, piece, jacobian, by_weight, by_bias)
         ctx.early = early
         kept = (None, None, None, None) if ctx.head_frozen and early else (hidden, targets, normalisers, entropies)
         ctx.save_for_backward(weight, bias, *kept, jacobian, by_weight, by_bias)
@@ -187,6 +179,22 @@ class _LinearLogprobs(torch.autograd.Function):
         """Return fp32 logits [n, V] of hidden states [n, D], divided by the temperature."""
         logits = nn.functional.linear(hidden, weight, bias).float()
         return logits if temperature == 1.0 else logits / temperature
+
+    @staticmethod
+    def accumulate(by_logits, hidden, weight, temperature, piece, by_hidden, by_weight, by_bias):  # type: ignore[no-untyped-def]
+        """Set or add a chunk's part of the gradients that are wanted (not None), from that of its scaled logits [n, V].
+
+        ``by_logits`` is changed.
+        """
+        if temperature != 1.0:
+            by_logits /= temperature
+        if by_bias is not None:
+            by_bias += by_logits.sum(0)
+        by_logits = by_logits.to(weight.dtype)
+        if by_hidden is not None:
+            by_hidden[piece] = by_logits @ weight
+        if by_weight is not None:
+            by_weight += by_logits.t() @ hidden[piece]
 
     @staticmethod
     @once_differentiable
@@ -219,15 +227,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 finite += entropies[piece].unsqueeze(-1)
                 by_logits *= -(finite * by_entropy[piece].unsqueeze(-1) + pull.unsqueeze(-1))
             by_logits.scatter_add_(-1, targets[piece].unsqueeze(-1), pull.unsqueeze(-1))
-            if ctx.temperature != 1.0:
-                by_logits /= ctx.temperature
-            if by_bias is not None:
-                by_bias += by_logits.sum(0)
-            by_logits = by_logits.to(weight.dtype)
-            if by_hidden is not None:
-                by_hidden[piece] = by_logits @ weight
-            if by_weight is not None:
-                by_weight += by_logits.t() @ hidden[piece]
+            _LinearLogprobs.accumulate(by_logits, hidden, weight, ctx.temperature, piece, by_hidden, by_weight, by_bias)
         return (
             by_hidden,
             None if by_weight is None else by_weight.to(weight.dtype),
