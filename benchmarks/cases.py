@@ -43,7 +43,7 @@ class Case:
 
     @property
     def samples_responses(self) -> bool:
-        """Whether the case samples responses rather than reading given rows."""
+        """Return whether the case samples responses rather than reading given rows."""
         return self.stage in ("ppo", "grpo", "rloo", "sampling")
 
     @property

@@ -70,7 +70,7 @@ class Gate:
 
     @property
     def warming(self) -> bool:
-        """Whether the warm-up goes on; only then rows are recorded, so that this costs the measured steps nothing."""
+        """Return whether the warm-up goes on; rows are recorded only then, so measured steps pay nothing for it."""
         return self._passed < self.job.warmup
 
     def record_rows(self, rows: Iterable[list[int]]) -> None:

@@ -7,36 +7,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.models import NAMES, VOCABULARY, model_folder
 from rlhf.data.collate import TokenBatch, collate
 from rlhf.data.encoded_rows import Encoded
+from rlhf.models.adapters import NoAdapter
+from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
-
-VOCABULARY = 49152
-#: Hidden size, width of the feed-forward layers, layers, heads.
-MODELS = {"12M": (192, 512, 6, 6), "31M": (384, 1024, 7, 6), "135M": (576, 1536, 30, 9)}
-
-
-class _Tokenizer:
-    pad_token_id = 0
+from rlhf.models.precision import Precision
 
 
 def build(name: str) -> LanguageModel:
-    """Build a model with random weights."""
-    torch.manual_seed(0)
-    width, inner, layers, heads = MODELS[name]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(LlamaForCausalLM(config), _Tokenizer(), 1).enable_padding_free().train()  # type: ignore[arg-type]
+    """Load a model of `benchmarks.models`."""
+    spec = CausalLM(str(model_folder(name)), None, None)
+    return spec.load(NoAdapter(), Precision("32-true")).disable_dropout()
 
 
 def rows(prompts: int, samples: int, prompt: int, responses: tuple[int, int]) -> TokenBatch:
@@ -82,7 +66,7 @@ def seconds(model: LanguageModel, batch: TokenBatch, uniform: bool) -> tuple[flo
 def main() -> None:
     """Print a table of medians, ratios and the largest difference of the gradients."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="12M")
+    parser.add_argument("--model", choices=[name for name in NAMES if name != "tiny"], default="12m")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     model = build(args.model)
