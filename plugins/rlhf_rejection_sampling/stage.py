@@ -34,7 +34,14 @@ from rlhf.stage.experience import response_logprobs
 from rlhf.stage.supervised import Supervised
 from rlhf.stage.update import Optimizer, Schedule
 from rlhf.storage.batch_file import BatchFile
-from rlhf_rejection_sampling.picks import Candidate, Selection, best_of_k_statistics, pick, read_picks, write_picks
+from rlhf_rejection_sampling.selection import (
+    Candidate,
+    Selection,
+    best_of_k_statistics,
+    read_selected,
+    select_responses,
+    write_selected,
+)
 
 EVALUATED = 400  # held-out prompts on which the result is scored; the standard error is then 1/20 of the deviation
 HELD_OUT = -1  # batch number of the held-out prompts among those of training prompts
@@ -44,15 +51,16 @@ class RejectionSamplingStage(Supervised):
     """Stage that selects among K responses of a policy by a reward, then fine-tunes on them with the loss of SFT.
 
     Args:
-        hyperparameters: Those of ``Supervised``: ``batch_size`` is in picks per update, and in prompts per sampling
-            batch.
+        hyperparameters: Those of ``Supervised``: ``batch_size`` is in selected responses per update, and in prompts
+            per sampling batch.
         select: "best_per_prompt" is the best response to each of the N prompts; "top_overall" the N best distinct
-            responses of all. "random_per_prompt" and "random_overall" are their controls: as many picks, without the
-            reward.
+            responses of all. "random_per_prompt" and "random_overall" are their controls: as many responses,
+            without the reward.
         missing_eos: How the score of a candidate without EOS changes before the selection; as ``RolloutStage``.
         missing_eos_penalty: Missing-EOS penalty, in units of the reward.
         sampling_model: Model that generates the responses; null: the model that is trained, before training.
-        earlier: Runs (or files) whose picks are candidates beside the new responses, scored by this run's reward.
+        earlier: Runs (or files) whose selected responses are candidates beside the new ones, scored by this run's
+            reward.
         keep_earlier: Whether ``earlier`` is used.
     """
 
@@ -85,7 +93,7 @@ class RejectionSamplingStage(Supervised):
         self.missing_eos = resolve_missing_eos(missing_eos, missing_eos_penalty, reward)
         self.missing_eos_penalty = missing_eos_penalty
         sources = [earlier] if isinstance(earlier, str) else list(earlier or ())
-        self.earlier = [candidate for source in sources for candidate in read_picks(source)] if keep_earlier else []
+        self.earlier = [candidate for source in sources for candidate in read_selected(source)] if keep_earlier else []
         self.start = copy_start_if_needed(model) if self.is_on_policy else None
         self.gain: dict[str, float] = {}
 
@@ -102,14 +110,14 @@ class RejectionSamplingStage(Supervised):
                 option="sampler.samples",
                 value=sampler.samples,
             )
-        sampler.require_single_turn("a pick is a single response")
+        sampler.require_single_turn("a selected response is a single turn")
 
     # -- sampling and selection -----------------------------------------------------------------------------------
 
     @property
-    def picks_file(self) -> Path:
-        """File of the picks, JSON lines; complete or absent."""
-        return self.run_directory / "picks.jsonl"
+    def selected_file(self) -> Path:
+        """File of the selected responses, JSON lines; complete or absent."""
+        return self.run_directory / "selected_responses.jsonl"
 
     @property
     def best_of_k_file(self) -> Path:
@@ -117,7 +125,7 @@ class RejectionSamplingStage(Supervised):
         return self.run_directory / "best_of_k.json"
 
     def prepare(self) -> None:
-        """Sample responses, select the picks, tokenize them."""
+        """Sample responses, select among them, tokenize the selected ones."""
         self.data = self.fit_prompts(self.data, self.sampler, held_out_sampled=EVALUATED)
         make_ready(self.reward, self.device, [*self.data.train, *self.evaluated_prompts], self.sampler.max_new_tokens)
         if not self.best_of_k_file.exists():  # written last; if absent, only missing batches are sampled
@@ -125,35 +133,36 @@ class RejectionSamplingStage(Supervised):
             responses = self.sample()
             self.trainer.strategy.barrier()
             if self.trainer.is_global_zero:
-                self.select_picks(responses.read())
+                self.write_selection(responses.read())
             self.trainer.strategy.barrier()
         self.policy.train()
         self.read_examples()
 
     def read_examples(self) -> None:
-        """Tokenize the picks and build the batch sampler."""
+        """Tokenize the selected responses and build the batch sampler."""
         if not self.best_of_k_file.exists():
             raise UserError(
-                f"{self.name} trains on picks among responses that have not been sampled yet ({self.run_directory} "
-                "has none)",
+                f"{self.name} trains on selected responses, and {self.run_directory} has none yet",
                 fix="run it first; `rlhf inspect data` shows its prompts",
             )
         self.found = json.loads(self.best_of_k_file.read_text(encoding="utf-8"))
-        candidates = read_picks(str(self.picks_file))
-        picks = [
+        candidates = read_selected(str(self.selected_file))
+        selected = [
             Demonstration((*candidate.prompt.messages, Message("assistant", candidate.response)), candidate.ended)
             for candidate in candidates
             if candidate.response  # an empty response holds nothing to train on
         ]
-        encoded, report = self.data.data.encode(self.policy.tokenizer, picks)
+        encoded, report = self.data.data.encode(self.policy.tokenizer, selected)
         self.note(
-            f"{len(candidates)} picks: {report}, {len(candidates) - len(picks)} empty, "
+            f"{len(candidates)} selected responses: {report}, {len(candidates) - len(selected)} empty, "
             f"{sum(candidate.temperature is None for candidate in candidates)} of earlier rounds"
         )
         held_out = max(1, len(encoded) // 20)
         self.examples, self.held_out = encoded[held_out:], encoded[:held_out]
         if not self.examples:
-            raise UserError(f"{len(encoded)} picks are too few to train on", fix=f"type a larger {key('data.size')}")
+            raise UserError(
+                f"{len(encoded)} selected responses are too few to train on", fix=f"type a larger {key('data.size')}"
+            )
         self.pack_and_batch()
 
     @property
@@ -213,8 +222,8 @@ class RejectionSamplingStage(Supervised):
         return file
 
     @torch.no_grad()
-    def select_picks(self, responses: dict[int, dict[str, Any]]) -> None:
-        """Score the responses and the picks of earlier rounds, select, and write picks and best-of-k statistics.
+    def write_selection(self, responses: dict[int, dict[str, Any]]) -> None:
+        """Score new and earlier responses, select among them, and write the selected ones and best-of-k statistics.
 
         Args:
             responses: The sampled responses, by batch.
@@ -231,11 +240,11 @@ class RejectionSamplingStage(Supervised):
         scores = missing_eos(self.scores(candidates).cpu(), ended, self.missing_eos_penalty, self.missing_eos)
         for candidate, score in zip(candidates, scores.tolist(), strict=True):
             candidate.score = score
-        picks = pick(candidates, self.select, len(prompts), derive_seed(self.seed, "pick"))
-        content = best_of_k_statistics(scores[: len(rows)].view(len(prompts), -1), spread, picks)
+        selected = select_responses(candidates, self.select, len(prompts), derive_seed(self.seed, "pick"))
+        content = best_of_k_statistics(scores[: len(rows)].view(len(prompts), -1), spread, selected)
         gains = {int(k): gain for k, gain in content["gain_by_k"].items()}
         figures.plot_best_of_k(gains, content["gain_per_log_k"], self.run_directory / "best_of_k.png")
-        write_picks(self.picks_file, picks)
+        write_selected(self.selected_file, selected)
         content |= {"held_out_responses": held_out["texts"], "held_out_ended": held_out["ended"]}
         temporary = self.best_of_k_file.with_name(".best_of_k.json")
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -287,7 +296,7 @@ class RejectionSamplingStage(Supervised):
         """Score the trained policy on held-out prompts, beside the sampling model."""
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
-            BatchFile(self.run_directory, "responses").remove()  # the picks replace it
+            BatchFile(self.run_directory, "responses").remove()  # the selected responses replace it
         if not self.evaluated_prompts:
             return
         training = self.policy.training
@@ -319,7 +328,7 @@ class RejectionSamplingStage(Supervised):
 
     def final_metrics(self) -> dict[str, float]:
         """Return best-of-K gain against log K, KL bound log K - (K-1)/K (nats), and results on held-out prompts."""
-        of_responses = ("samples", "reward_mean", "reward_best", "reward_picked", "earlier_share", "cut_share")
+        of_responses = ("samples", "reward_mean", "reward_best", "reward_selected", "earlier_share", "cut_share")
         return {
             **{name: self.found[name] for name in (*of_responses, "gain_per_log_k", "log_law_r2")},
             "best_of_k_gain": self.found["reward_best"] - self.found["reward_mean"],

@@ -195,7 +195,8 @@ class Look:
             config.architectures = [kind.__name__]
             config.save_pretrained(folder / "model")
             model.tokenizer.save_pretrained(folder / "model")
-            (folder / "picks.jsonl").touch()  # rejection sampling reads this file of earlier rounds when it is built
+            # Rejection sampling reads this file of earlier rounds when it is built.
+            (folder / "selected_responses.jsonl").touch()
         self._stand_ins[str(step.folder)] = str(folder)
 
 

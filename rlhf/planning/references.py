@@ -56,7 +56,7 @@ def resolve(ref: str, role: str, outputs: Path, option: str | None = None) -> Re
         raise UserError(f"matches more than one run: {names}", fix="type more letters", option=option, value=ref)
     if runs:
         return _of_run(runs[0], role, option)
-    if role != "picks" and _looks_like_hub_id(ref):
+    if role != "selected_responses" and _looks_like_hub_id(ref):
         return Reference(ref, f"hub:{ref}")
     known = [str(run.folder) for run in find(outputs) if run.finished]
     models = model_options.with_weights() if role in MODEL_ROLES and role not in SCORE_ROLES else []
@@ -118,11 +118,13 @@ def _existing(path: Path, role: str, option: str) -> Reference:
 def _of_run(run: Run, role: str, option: str) -> Reference:
     if not run.finished:
         raise _unfinished(run, option)
-    needed = dict.fromkeys(("comparisons", "more_comparisons"), "comparisons.jsonl") | {"picks": "picks.jsonl"}
-    needed |= dict.fromkeys(MODEL_ROLES, "model")
+    needed = dict.fromkeys(MODEL_ROLES, "model") | {
+        "comparisons": "comparisons.jsonl",
+        "more_comparisons": "comparisons.jsonl",
+        "selected_responses": "selected_responses.jsonl",
+    }
     if role in needed and not (run.folder / needed[role]).exists():
-        what = "model" if role in MODEL_ROLES else role
-        problem = f"is a run of stage {run.stage}, which has no {what}"
+        problem = f"is a run of stage {run.stage}, which has no {needed[role]}"
         raise UserError(problem, fix="type another run", option=option, value=run.folder)
     return Reference(input_path(run.folder, role), run.fingerprint, run.folder)
 

@@ -17,7 +17,7 @@ from rlhf.storage.metrics_file import distinct_names
 # Patterns of the most informative metrics, in order; the names are those that stages log.
 _INFORMATIVE = (
     r"gold$",
-    r"(^|/|^after_)(score|reward|reward_picked)$",
+    r"(^|/|^after_)(score|reward|reward_selected)$",
     r"(^|/|_)kl$",
     r"gold_difference$",
     r"win",

@@ -47,7 +47,7 @@ BAD = [
         "stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=sample sampler.samples=1",
         "sampler.samples=1: best-of-K needs at least 2 samples; type sampler.samples=4",
     ),
-    ("stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=tools", "a pick is a single response"),
+    ("stage=rejection_sampling inputs.policy=ORG/P reward=gold sampler=tools", "a selected response is a single turn"),
     ("stage=reward_model inputs.policy=ORG/P stage.normalize=demonstrations demonstrations=null", "type +data@demonst"),
     ("stage=dpo inputs.policy=ORG/P objective=simpo inputs.reference=ORG/R", "this objective has no reference"),
     ("stage=dpo inputs.policy=ORG/P objective=relative stage.batch_size=1", "type stage.batch_size=2"),

@@ -52,7 +52,10 @@ def test_a_mistake_is_reported_in_one_line(capsys: pytest.CaptureFixture[str], l
         ("stage=reward_model stage.safety_coefficient=-1", "stage.safety_coefficient=-1: should be greater than or eq"),
         ("stage=reward_model stage.normalize=demos", "stage.normalize=demos: should be 'none', 'mean', 'standard' or"),
         ("stage=rejection_sampling inputs.policy=x/y reward=gold stage.select=best", "should be 'best_per_prompt'"),
-        ("stage=rejection_sampling inputs.policy=x/y reward=gold inputs.picks=here/none", "inputs.picks=here/none"),
+        (
+            "stage=rejection_sampling inputs.policy=x/y reward=gold inputs.selected_responses=here/none",
+            "inputs.selected_responses=here/none",
+        ),
     ],
 )
 def test_mistakes_of_single_stages_are_reported_before_anything_is_loaded(

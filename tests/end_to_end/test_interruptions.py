@@ -166,14 +166,14 @@ def test_a_rejection_sampling_run_killed_during_sampling_keeps_its_responses(
     killed.signal(signal.SIGKILL)
     assert killed.wait().status == -signal.SIGKILL
     folder = only(tmp_path / "outputs", "rejection_sampling")
-    assert not (folder / "picks.jsonl").exists()
+    assert not (folder / "selected_responses.jsonl").exists()
     part = folder / "responses.part0.jsonl"
     assert part.read_text().count("\n") > 2
 
     again = rlhf(tmp_path, *words)
     assert again.status == 0, again.err
     expected = only(tmp_path / "whole" / "outputs", "rejection_sampling")
-    assert (folder / "picks.jsonl").read_bytes() == (expected / "picks.jsonl").read_bytes()
+    assert (folder / "selected_responses.jsonl").read_bytes() == (expected / "selected_responses.jsonl").read_bytes()
     same_run(folder, expected)
     assert not part.exists()
 

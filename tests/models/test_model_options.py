@@ -92,7 +92,7 @@ def test_a_user_option_is_resolved_unless_a_directory_has_its_name() -> None:
     (Path("mine") / "config.json").write_text("{}")
     assert references.resolve("mine", "judge", Path("outputs")).path == "mine"  # an existing path takes precedence
     with pytest.raises(UserError, match="no such run"):
-        references.resolve("smollm2_135m", "picks", Path("outputs"))
+        references.resolve("smollm2_135m", "selected_responses", Path("outputs"))
 
 
 def test_a_model_card_names_files_that_no_run_wrote() -> None:

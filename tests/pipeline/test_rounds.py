@@ -263,7 +263,7 @@ def test_llama2_chat_reads_the_inputs_of_the_paper(typed: Typed) -> None:
     assert found["rejection_sampling_3"] == {
         "policy": ["rejection_sampling_2"],
         "base": ["pretrain"],
-        "picks": ["rejection_sampling_1", "rejection_sampling_2"],
+        "selected_responses": ["rejection_sampling_1", "rejection_sampling_2"],
         "reward_model": ["reward_model_helpful_3"],
         "safety_model": ["reward_model_safety_3"],
     }

@@ -326,9 +326,10 @@ def test_check_names_the_command_that_recomputes_a_changed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make(tmp_path / "outputs", "sft", "a" * 64)
-    (run.folder / "picks.jsonl").write_text("12345\n")
+    (run.folder / "selected_responses.jsonl").write_text("12345\n")
     run.write_manifest()
-    (run.folder / "picks.jsonl").write_text("12346\n")  # of the same size, so that the run counts as finished
+    # of the same size, so that the run counts as finished
+    (run.folder / "selected_responses.jsonl").write_text("12346\n")
     assert run.status == "finished"
     assert command.check([run]) == 1
     assert f"rlhf runs rm --force {run.folder}\n" in capsys.readouterr().out

@@ -163,9 +163,11 @@ STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
         | {
             "packing": Moves(64),
             "select": Moves("random_per_prompt"),
-            "missing_eos": at("stages/test_rejection_sampling", "a_truncated_candidate_is_picked_by_its_treated_score"),
+            "missing_eos": at(
+                "stages/test_rejection_sampling", "a_truncated_candidate_is_selected_by_its_treated_score"
+            ),
             "missing_eos_penalty": at(
-                "stages/test_rejection_sampling", "a_truncated_candidate_is_picked_by_its_treated_score"
+                "stages/test_rejection_sampling", "a_truncated_candidate_is_selected_by_its_treated_score"
             ),
             "sampling_model": at(
                 "stages/test_rejection_sampling", "the_sampling_policy_differs_from_the_trained_model"

@@ -24,7 +24,13 @@ from rlhf.sampler.best_of_k import BestOfK, build_rollout, expected_best, fit_lo
 from rlhf.stage.batch_order import derive_seed
 from rlhf.storage.metrics_file import read_rows
 from rlhf.testing import tiny_model
-from rlhf_rejection_sampling.picks import Candidate, best_of_k_statistics, pick, prompt_key, read_picks
+from rlhf_rejection_sampling.selection import (
+    Candidate,
+    best_of_k_statistics,
+    prompt_key,
+    read_selected,
+    select_responses,
+)
 from rlhf_rejection_sampling.stage import RejectionSamplingStage
 
 from .conftest import ARCHITECTURE, adamw, constant, data, dies, fit, same, weights
@@ -53,7 +59,7 @@ def stage_on(load, reward=None, sampler=None, model=None, **hyperparameters) -> 
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / "picks.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "selected_responses.jsonl").read_text().splitlines()]
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
@@ -149,23 +155,27 @@ def candidates(scores: list[list[float]]) -> list[Candidate]:
 def test_selection_rules_by_hand():
     found = candidates([[1, 5, 4], [2, 3, 0], [9, 8, 7]])
 
-    def picked(select):
-        return [candidate.response for candidate in pick(found, select, 3, seed=0)]
+    def selected(select):
+        return [candidate.response for candidate in select_responses(found, select, 3, seed=0)]
 
-    assert picked("best_per_prompt") == ["r01", "r11", "r20"]
-    assert picked("top_overall") == ["r20", "r21", "r22"]
-    assert [response[1] for response in picked("random_per_prompt")] == ["0", "1", "2"]
-    overall = picked("random_overall")
+    assert selected("best_per_prompt") == ["r01", "r11", "r20"]
+    assert selected("top_overall") == ["r20", "r21", "r22"]
+    assert [response[1] for response in selected("random_per_prompt")] == ["0", "1", "2"]
+    overall = selected("random_overall")
     assert len(set(overall)) == 3 and overall == sorted(overall, key=lambda response: response[1])
 
 
-def test_tied_responses_are_picked_equally_often():
+def test_tied_responses_are_selected_equally_often():
     """With a two-valued rule most responses are tied: no preference for the first response or the first temperature."""
     draws, tops = Counter(), Counter()
     for seed in range(200):
         found = candidates([[1, 1, 0], [1, 1, 1]])
-        draws.update(candidate.response for candidate in pick(found, "best_per_prompt", 2, derive_seed(seed, "pick")))
-        tops.update(candidate.response for candidate in pick(found, "top_overall", 1, derive_seed(seed, "pick")))
+        draws.update(
+            candidate.response for candidate in select_responses(found, "best_per_prompt", 2, derive_seed(seed, "pick"))
+        )
+        tops.update(
+            candidate.response for candidate in select_responses(found, "top_overall", 1, derive_seed(seed, "pick"))
+        )
     assert all(70 < draws[response] < 130 for response in ("r00", "r01")) and draws["r02"] == 0
     assert all(40 < draws[response] < 95 for response in ("r10", "r11", "r12"))
     assert all(20 < tops[response] < 65 for response in ("r00", "r01", "r10", "r11", "r12"))
@@ -179,19 +189,22 @@ def test_tied_best_responses_share_the_statistics_of_temperatures():
 
 
 def test_random_controls_are_matched_and_ignore_the_reward():
-    """As many picks, drawn uniformly: independent of the reward."""
+    """As many responses, drawn uniformly: independent of the reward."""
     found = candidates([[1, 5], [2, 3]])
     draws = Counter()
     for seed in range(200):
-        draws.update(candidate.response for candidate in pick(found, "random_per_prompt", 2, derive_seed(seed, "pick")))
-        assert len(pick(found, "random_overall", 2, seed)) == 2
+        draws.update(
+            candidate.response
+            for candidate in select_responses(found, "random_per_prompt", 2, derive_seed(seed, "pick"))
+        )
+        assert len(select_responses(found, "random_overall", 2, seed)) == 2
     assert all(70 < count < 130 for count in draws.values()) and len(draws) == 4
 
 
-def test_a_repeated_response_is_picked_once():
+def test_a_repeated_response_is_selected_once():
     found = candidates([[5, 5], [4, 1]])
     found[1].response = found[0].response
-    assert [c.response for c in pick(found, "top_overall", 2, seed=0)] == ["r00", "r10"]
+    assert [c.response for c in select_responses(found, "top_overall", 2, seed=0)] == ["r00", "r10"]
 
 
 def often_ending(policy):
@@ -204,18 +217,19 @@ def often_ending(policy):
 def test_a_truncated_response_is_not_a_duplicate_of_a_whole_one():
     found = candidates([[5, 4]])
     found[1].response, found[0].ended = found[0].response, False
-    assert [c.ended for c in pick(found, "top_overall", 2, seed=0)] == [False, True]
+    assert [c.ended for c in select_responses(found, "top_overall", 2, seed=0)] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("how", "penalty", "treated"),
     [("auto", 1.0, lambda x: x), ("replace", 1.0, lambda x: -1.0), ("subtract", 2.5, lambda x: x - 2.5)],
 )
-def test_a_truncated_candidate_is_picked_by_its_treated_score(how, penalty, treated, load, tmp_path, monkeypatch):
+def test_a_truncated_candidate_is_selected_by_its_treated_score(how, penalty, treated, load, tmp_path, monkeypatch):
     """A whole response keeps its score; ``missing_eos`` treats a truncated one, by default keeping a rule's score."""
     seen = []
     monkeypatch.setattr(
-        "rlhf_rejection_sampling.stage.pick", lambda found, *rest: seen.extend(found) or pick(found, *rest)
+        "rlhf_rejection_sampling.stage.select_responses",
+        lambda found, *rest: seen.extend(found) or select_responses(found, *rest),
     )
     stage = stage_on(load, model=often_ending(load()), missing_eos=how, missing_eos_penalty=penalty)
     fit(stage, tmp_path, limit_val_batches=0)
@@ -223,7 +237,7 @@ def test_a_truncated_candidate_is_picked_by_its_treated_score(how, penalty, trea
     assert [c.score for c in seen] == pytest.approx(expected) and 0 < sum(c.ended for c in seen) < len(seen)
     best = [max(expected[first : first + 4]) for first in range(0, len(seen), 4)]
     assert [row["score"] for row in rows_of(tmp_path)] == pytest.approx(best)
-    assert stage.final_metrics()["reward_picked"] == pytest.approx(sum(best) / len(best))
+    assert stage.final_metrics()["reward_selected"] == pytest.approx(sum(best) / len(best))
 
 
 def test_truncated_picks_are_trained_on_without_an_end(load, tmp_path):
@@ -238,12 +252,12 @@ def test_truncated_picks_are_trained_on_without_an_end(load, tmp_path):
     assert stage.final_metrics()["cut_share"] == pytest.approx(everything.count(False) / len(everything))
 
 
-def test_the_best_are_picked_and_trained_on(load, tmp_path, figures):
+def test_the_best_are_selected_and_trained_on(load, tmp_path, figures):
     stage = stage_on(load)
     fit(stage, tmp_path)
     found = json.loads((tmp_path / "best_of_k.json").read_text())
     metrics = stage.final_metrics()
-    assert metrics["reward_picked"] == pytest.approx(metrics["reward_best"])
+    assert metrics["reward_selected"] == pytest.approx(metrics["reward_best"])
     assert metrics["reward_best"] > metrics["reward_mean"]
     assert metrics["best_of_k_gain"] == pytest.approx(found["gain_by_k"]["4"])
     assert metrics["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
@@ -326,11 +340,11 @@ def test_kl_is_omitted_for_a_sampler_with_another_vocabulary(load, tmp_path, cap
     assert "val/score" in stage.final_metrics() and "val/kl" not in stage.final_metrics()
 
 
-def test_random_picks_score_the_mean(load, tmp_path):
+def test_random_selections_score_the_mean(load, tmp_path):
     stage = stage_on(load, sampler=BestOfK(8, samples=16), select="random_overall")
     fit(stage, tmp_path)
     metrics = stage.final_metrics()
-    assert abs(metrics["reward_picked"] - metrics["reward_mean"]) < 0.5 * metrics["best_of_k_gain"]
+    assert abs(metrics["reward_selected"] - metrics["reward_mean"]) < 0.5 * metrics["best_of_k_gain"]
 
 
 def test_each_temperature_is_reported(load, tmp_path):
@@ -347,7 +361,7 @@ def test_each_temperature_is_reported(load, tmp_path):
 
 
 def test_best_samples_of_earlier_rounds_are_kept_if_configured(load, tmp_path):
-    """They are scored again beside the fresh responses, so a prompt still has one pick."""
+    """They are scored again beside the fresh responses, so a prompt still has one selected response."""
     fit(stage_on(load, sampler=BestOfK(8, samples=12)), tmp_path / "first")
     earlier = [str(tmp_path / "first")]
     results = {}
@@ -357,18 +371,18 @@ def test_best_samples_of_earlier_rounds_are_kept_if_configured(load, tmp_path):
         results[keep] = (stage.final_metrics(), rows_of(tmp_path / str(keep)), weights(stage))
     kept, fresh = results[True], results[False]
     assert kept[0]["earlier_share"] > 0.4 and fresh[0]["earlier_share"] == 0
-    assert kept[0]["reward_picked"] > fresh[0]["reward_picked"]
+    assert kept[0]["reward_selected"] > fresh[0]["reward_selected"]
     assert kept[0]["reward_best"] == fresh[0]["reward_best"]  # of this round's responses alone
     assert len(kept[1]) == len(fresh[1]) == 16
     assert not same(kept[2], fresh[2])
-    texts = {(prompt_key(c.prompt), c.response) for c in read_picks(earlier[0])}
+    texts = {(prompt_key(c.prompt), c.response) for c in read_selected(earlier[0])}
     for row in kept[1]:
         if row["temperature"] is None:
             assert (prompt_key(Prompt.from_json(row)), row["response"]) in texts
 
 
 def test_picks_of_unused_prompts_are_kept(load, tmp_path):
-    file = tmp_path / "picks.jsonl"
+    file = tmp_path / "selected_responses.jsonl"
     prompt = Prompt((Message("user", "something else"),))
     file.write_text(json.dumps({**prompt.to_json(), "response": "old"}) + "\n")
     stage = stage_on(load, earlier=str(file))
@@ -378,7 +392,7 @@ def test_picks_of_unused_prompts_are_kept(load, tmp_path):
 
 
 def test_the_sampling_policy_differs_from_the_trained_model(load, folder, tmp_path):
-    """Restart from the base: the picks are those of the sampler, the weights those of the base."""
+    """Restart from the base: the selected responses are those of the sampler, the weights those of the base."""
     own = stage_on(load)
     fit(own, tmp_path / "own")
     base = load()
@@ -389,7 +403,9 @@ def test_the_sampling_policy_differs_from_the_trained_model(load, folder, tmp_pa
     stage = stage_on(load, model=base, sampling_model=str(folder))
     base.origin = "another"
     fit(stage, tmp_path / "restarted")
-    assert (tmp_path / "own" / "picks.jsonl").read_text() == (tmp_path / "restarted" / "picks.jsonl").read_text()
+    assert (tmp_path / "own" / "selected_responses.jsonl").read_text() == (
+        tmp_path / "restarted" / "selected_responses.jsonl"
+    ).read_text()
     moved = max((value - before[name]).abs().max().item() for name, value in base.state_dict().items())
     assert 0 < moved < 0.05
     assert not same(weights(own), weights(stage))
@@ -423,14 +439,14 @@ def test_a_run_killed_during_sampling_resumes(load, tmp_path):
         file.write(lines[0][:20])  # truncated, as by a kill during a write
     again = stage_on(load, batch_size=4, sampler=dies(BestOfK(8, samples=4), 1))  # one batch of four remains
     fit(again, killed)
-    for file in ("picks.jsonl", "best_of_k.json", "metrics.csv"):
+    for file in ("selected_responses.jsonl", "best_of_k.json", "metrics.csv"):
         assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert same(weights(again), weights(whole)) and again.final_metrics() == whole.final_metrics()
     assert not responses_in(killed)
 
 
 def test_a_run_killed_before_its_first_checkpoint_does_not_sample_again(load, tmp_path):
-    """Before the second attempt everything but the records is deleted: picks.jsonl stays, best_of_k.json does not."""
+    """Before the second attempt everything but the records is deleted, such as selected_responses.jsonl."""
     whole = stage_on(load)
     fit(whole, tmp_path / "whole")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -449,7 +465,7 @@ def test_two_ranks_pick_the_same_responses_as_one(load, tmp_path):
     two = stage_on(load, batch_size=4)
     two.__class__ = Shares
     fit(two, tmp_path / "two", devices=2, strategy="ddp_fork", limit_val_batches=0)
-    for file in ("picks.jsonl", "best_of_k.json"):
+    for file in ("selected_responses.jsonl", "best_of_k.json"):
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
     shared = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert shared == [[-1, 0, 2], [1, 3]]
@@ -491,10 +507,10 @@ def test_every_hyperparameter_changes_the_result(load, tmp_path, hyperparameter)
 def test_bad_input_is_reported_in_one_line(load, tmp_path):
     with pytest.raises(UserError, match="sampler.samples=1: best-of-K needs at least 2"):
         stage_on(load, sampler=AncestralSampler(samples=1))
-    with pytest.raises(UserError, match="inputs.picks=.*no picks.jsonl"):
+    with pytest.raises(UserError, match="inputs.selected_responses=.*no selected_responses.jsonl"):
         stage_on(load, earlier=str(tmp_path))
-    (tmp_path / "picks.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="line 1 is not a pick"):
+    (tmp_path / "selected_responses.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 is not a selected response"):
         stage_on(load, earlier=str(tmp_path))
 
 

@@ -140,9 +140,10 @@ def test_calls_and_results_are_limited(policy, prompts, monkeypatch):
     with pytest.raises(UserError, match="type a smaller sampler.max_new_tokens or sampler.max_calls or "):
         room.sample(policy, prompts, seed=0)
     with pytest.raises(UserError) as error:
-        sampler().require_single_turn("a pick is a single response")
+        sampler().require_single_turn("a selected response is a single turn")
     assert str(error.value) == (
-        "sampler=tools: its responses have several turns, and a pick is a single response; type sampler=best_of_k"
+        "sampler=tools: its responses have several turns, and a selected response is a single turn; "
+        "type sampler=best_of_k"
     )
     with pytest.raises(UserError, match="^sampler.tools: is empty; type sampler=sample "):
         ToolSampler({})

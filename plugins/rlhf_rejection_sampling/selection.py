@@ -1,4 +1,4 @@
-"""Selection of responses, and the files of selected ones (picks)."""
+"""Selection of responses, and the file of the selected ones."""
 
 import json
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class Candidate:
     prompt: Prompt
     response: str
     ended: bool
-    temperature: float | None  # None: a pick of an earlier round
+    temperature: float | None  # None: selected in an earlier round
     score: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the candidate as plain JSON values, a line of picks.jsonl."""
+        """Return the candidate as plain JSON values, a line of selected_responses.jsonl."""
         return {
             **self.prompt.to_json(),
             "response": self.response,
@@ -42,13 +42,13 @@ def prompt_key(prompt: Prompt) -> str:
     return "\x1f".join(f"{message.role}:{message.content}" for message in prompt.messages)
 
 
-def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: int) -> list[Candidate]:
+def select_responses(candidates: Sequence[Candidate], select: Selection, count: int, seed: int) -> list[Candidate]:
     """Select responses and return them in the order of the prompts.
 
     Args:
         candidates: All responses, scored; those to one prompt need not be adjacent.
-        select: The rule; the two with one pick per prompt do not use ``count``.
-        count: Number of picks.
+        select: The rule; the two with one response per prompt do not use ``count``.
+        count: Number of responses to select.
         seed: Seed of the rules that draw at random, and of the choice among responses of equal score.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -73,13 +73,13 @@ def pick(candidates: Sequence[Candidate], select: Selection, count: int, seed: i
     return sorted(chosen, key=lambda candidate: places[prompt_key(candidate.prompt)])
 
 
-def best_of_k_statistics(scores: Tensor, spread: list[float], picks: Sequence[Candidate]) -> dict[str, Any]:
-    """Return the gains of the best of k responses and of the picks, the content of ``best_of_k.json``.
+def best_of_k_statistics(scores: Tensor, spread: list[float], selected: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the gains of the best of k responses and of the selected ones, the content of ``best_of_k.json``.
 
     Args:
         scores: Scores of the K responses to each of N prompts, [N, K].
         spread: The temperature of each of the K.
-        picks: The selected responses.
+        selected: The selected responses.
     """
     best = expected_best(scores)
     gains = {k: value - best[1] for k, value in best.items()}
@@ -100,9 +100,9 @@ def best_of_k_statistics(scores: Tensor, spread: list[float], picks: Sequence[Ca
         "prompts": len(scores),
         "reward_mean": best[1],
         "reward_best": best[scores.shape[1]],
-        "reward_picked": sum(candidate.score for candidate in picks) / len(picks),
-        "earlier_share": sum(candidate.temperature is None for candidate in picks) / len(picks),
-        "cut_share": sum(not candidate.ended for candidate in picks) / len(picks),
+        "reward_selected": sum(candidate.score for candidate in selected) / len(selected),
+        "earlier_share": sum(candidate.temperature is None for candidate in selected) / len(selected),
+        "cut_share": sum(not candidate.ended for candidate in selected) / len(selected),
         "gain_by_k": {str(k): gain for k, gain in gains.items()},
         "kl_bound_by_k": {str(k): kl_bound(k) for k in gains},
         "gain_per_log_k": slope,
@@ -111,25 +111,28 @@ def best_of_k_statistics(scores: Tensor, spread: list[float], picks: Sequence[Ca
     }
 
 
-def write_picks(path: Path, picks: Sequence[Candidate]) -> None:
-    """Write the picks as JSON lines; the file is complete or absent."""
+def write_selected(path: Path, selected: Sequence[Candidate]) -> None:
+    """Write the selected responses as JSON lines; the file is complete or absent."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in picks)
+        file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in selected)
     temporary.rename(path)
 
 
-def read_picks(source: str) -> list[Candidate]:
-    """Return the picks of a run, or of a picks.jsonl.
+def read_selected(source: str) -> list[Candidate]:
+    """Return the selected responses of a run, or of a file selected_responses.jsonl.
 
     Raises:
         UserError: There are none, or a line is invalid.
     """
     path = Path(source)
-    path = path / "picks.jsonl" if path.is_dir() else path
+    path = path / "selected_responses.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
-            "has no picks.jsonl", fix="type a run of stage=rejection_sampling", option="inputs.picks", value=source
+            "has no selected_responses.jsonl",
+            fix="type a run of stage=rejection_sampling",
+            option="inputs.selected_responses",
+            value=source,
         )
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -140,9 +143,9 @@ def read_picks(source: str) -> list[Candidate]:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"line {number} is not a pick ({error!r})",
+                f"line {number} is not a selected response ({error!r})",
                 fix="type a run of stage=rejection_sampling",
-                option="inputs.picks",
+                option="inputs.selected_responses",
                 value=source,
             ) from error
     return found
