@@ -14,7 +14,7 @@ from rlhf.functional.groups import has_spread
 from rlhf.sampler.rollout import Rollout, joined
 
 
-def refill(
+def replace_groups(
     rollout: Rollout,
     scores: Callable[[Rollout], Tensor],
     sample: Callable[[list[Prompt], int], Rollout],

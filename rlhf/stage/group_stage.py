@@ -19,7 +19,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.objective import GroupObjective, Metrics
 from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
-from rlhf.sampler.dynamic_sampling import fresh_prompts, refill
+from rlhf.sampler.dynamic_sampling import fresh_prompts, replace_groups
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage.checks import check_ratio
 from rlhf.stage.experience import Experience, chunks
@@ -34,8 +34,8 @@ class GroupStage(RolloutStage):
 
     Args:
         hyperparameters: Those of ``RolloutStage``; a rollout has ``sampler.samples`` responses to each prompt.
-        refills: Most attempts per rollout at dynamic sampling (DAPO): groups whose responses all score the same are
-            replaced by groups of freshly sampled prompts. 0: such groups stay.
+        max_resamples: Most attempts per rollout at dynamic sampling (DAPO): groups whose responses all score the same
+            are replaced by groups of freshly sampled prompts. 0: such groups stay.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -57,11 +57,11 @@ class GroupStage(RolloutStage):
         optimizer: Optimizer,
         scheduler: Schedule,
         *,
-        refills: Annotated[int, Field(ge=0)] = 0,
+        max_resamples: Annotated[int, Field(ge=0)] = 0,
         **hyperparameters: Any,
     ) -> None:
         super().__init__(model, objective, data, text, reward, sampler, optimizer, scheduler, **hyperparameters)
-        self.refills = refills
+        self.max_resamples = max_resamples
         self.first_draw: Metrics = {}
 
     @classmethod
@@ -87,10 +87,10 @@ class GroupStage(RolloutStage):
     def resample_groups(self, rollout: Rollout) -> Rollout:
         """Replace zero-variance groups by freshly sampled prompts (DAPO's dynamic sampling).
 
-        Makes at most ``refills`` attempts; with 0 the rollout is returned unchanged. Groups for which no replacement
-        was found stay. Sets ``first_draw``, the metrics of the rollout before the replacement.
+        Makes at most ``max_resamples`` attempts; with 0 the rollout is returned unchanged. Groups for which no
+        replacement was found stay. Sets ``first_draw``, the metrics of the rollout before the replacement.
         """
-        if not self.refills:
+        if not self.max_resamples:
             return rollout
 
         def scores(sampled: Rollout) -> Tensor:
@@ -105,7 +105,7 @@ class GroupStage(RolloutStage):
 
         samples = self.sampler.samples
         others = fresh_prompts(self.examples, rollout.prompts, self.step_seed("further prompts"))
-        final, asked = refill(rollout, scores, sample, others, samples, self.refills, self.policy.pad_id)
+        final, asked = replace_groups(rollout, scores, sample, others, samples, self.max_resamples, self.policy.pad_id)
         self.first_draw = {
             "drawn_score": self.reward(rollout).float().mean(),
             "drawn_zero_spread": 1.0 - has_spread(scores(rollout), samples).float().mean(),

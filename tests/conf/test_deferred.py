@@ -17,9 +17,9 @@ CASES = {
     ),
     "a group of some stages": (["stage=grpo,rloo", "reward=gold", "seed=1"], [1], "reward=choice(gold)"),
     "a hyperparameter in a step": (
-        ["pipeline=instructgpt", "stage@align=grpo,rloo", "align.stage.refills=2", "collect.sampler.samples=2"],
+        ["pipeline=instructgpt", "stage@align=grpo,rloo", "align.stage.max_resamples=2", "collect.sampler.samples=2"],
         [2],
-        "++align.stage.refills=2",
+        "++align.stage.max_resamples=2",
     ),
     "a group in a step": (
         ["pipeline=instructgpt", "stage@align=rejection_sampling,grpo", "sampler@align.sampler=best_of_k"],

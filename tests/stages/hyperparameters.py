@@ -186,13 +186,13 @@ STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
             "value_warmup": Moves(1),
         },
     ),
-    GRPOStage: (sampled(GRPOStage, GRPO, 3), ROLLED | {"refills": Moves(3, reward=Idle())}),
+    GRPOStage: (sampled(GRPOStage, GRPO, 3), ROLLED | {"max_resamples": Moves(3, reward=Idle())}),
     # The same constructor and the same code as GRPO's (test_rloo_differs_from_grpo_in_its_objective_alone).
     RLOOStage: (
         sampled(GRPOStage, GRPO, 3),
         {
             name: at("stages/test_every_hyperparameter", "rloo_differs_from_grpo_in_its_objective_alone")
-            for name in [*ROLLED, "refills"]
+            for name in [*ROLLED, "max_resamples"]
         },
     ),
     CollectStage: (collect, {"batch_size": Moves(3)}),

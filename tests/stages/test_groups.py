@@ -178,10 +178,10 @@ class Picky(Reward):
 def test_dynamic_sampling_replaces_groups_without_spread(load, tmp_path):
     """DAPO's dynamic sampling: the batch is full of groups with spread, and the run is the same after a kill."""
 
-    def refilling() -> Stage:
-        return grpo(load, DAPO(), reward=Picky(), refills=10, batch_size=4)
+    def resampling() -> Stage:
+        return grpo(load, DAPO(), reward=Picky(), max_resamples=10, batch_size=4)
 
-    whole = refilling()
+    whole = resampling()
     seen: list = []
     inner = whole.recompute_logprobs
     whole.recompute_logprobs = lambda rollout: seen.append(rollout) or inner(rollout)  # type: ignore[method-assign]
@@ -200,18 +200,18 @@ def test_dynamic_sampling_replaces_groups_without_spread(load, tmp_path):
             torch.testing.assert_close(
                 alone[0][0][alone[0][0] != 0], rollout.logp[0][rollout.mask[0]], atol=1e-4, rtol=0
             )
-    killed = refilling()
+    killed = resampling()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(killed, tmp_path / "killed", callbacks=[Stop(2, tmp_path / "killed")])
     (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.ckpt")
-    resumed = refilling()
+    resumed = resampling()
     fit(resumed, tmp_path / "killed", resume=checkpoint)
     assert same(weights(resumed), weights(whole))
 
 
 def test_dynamic_sampling_stops_when_no_prompt_has_spread(load, tmp_path):
     """Every prompt is used once at most, and groups that cannot be replaced stay."""
-    stage = rloo(load, reward=Equal(), refills=50, steps=1)
+    stage = rloo(load, reward=Equal(), max_resamples=50, steps=1)
     fit(stage, tmp_path, limit_val_batches=0)
     row = read_rows(tmp_path / "metrics.csv")[0]
     assert row["zero_spread"] == row["drawn_zero_spread"] == 1.0
@@ -219,7 +219,7 @@ def test_dynamic_sampling_stops_when_no_prompt_has_spread(load, tmp_path):
 
 
 def test_dynamic_sampling_changes_nothing_when_all_groups_have_spread(load, tmp_path):
-    plain, other = grpo(load, DAPO()), grpo(load, DAPO(), refills=5)
+    plain, other = grpo(load, DAPO()), grpo(load, DAPO(), max_resamples=5)
     fit(plain, tmp_path / "a", limit_val_batches=0)
     fit(other, tmp_path / "b", limit_val_batches=0)
     assert same(weights(plain), weights(other))
@@ -271,7 +271,7 @@ def test_every_metric_is_in_the_readme(kind, name, load, tmp_path):
 
     objective = GRPO(gamma=1.0) if name == "grpo" else RLOO(gamma=1.0)
     sampler = ToolSampler({"calculator": Calculator()}, max_new_tokens=6, samples=4)
-    stage = STAGES[name](load, objective=objective, sampler=sampler, refills=1)
+    stage = STAGES[name](load, objective=objective, sampler=sampler, max_resamples=1)
     metrics = fit(stage, tmp_path, limit_train_batches=1, limit_val_batches=1)
     assert {"val/score", "resampled", "calls", "zero_spread", "pretraining_loss"} <= set(metrics)
     assert unexplained(kind, {*metrics, *stage.final_metrics()}) == set()
