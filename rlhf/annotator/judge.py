@@ -29,9 +29,9 @@ from rlhf.sampler.rollout import Rollout
 
 OPTIONS = ("A", "B")
 READING = 3  # version of the reading of answers; increase it on a change, to invalidate cached answers
-FEW = 20  # answers before the share of nonsense is meaningful
+FEW = 20  # answers before the share of unreadable answers is meaningful
 
-# Log-odds of the response shown first against the other (None: nonsense), and the text that the judge generated.
+# Log-odds of the response shown first against the other (None: unreadable), and the text that the judge generated.
 Answer = tuple[float | None, str]
 
 
@@ -51,8 +51,8 @@ class JudgeAnnotator(Annotator):
             text (``generate``).
         both_orders: Whether each pair is asked twice, with the responses exchanged.
         thresholds: Smallest log-odds of slightly better, better and significantly better (with ``logprobs``).
-        least_mass: An answer is nonsense where A and B together have less probability (with ``logprobs``).
-        max_nonsense: Share of nonsense answers above which the run stops.
+        least_mass: An answer is unreadable where A and B together have less probability (with ``logprobs``).
+        max_unreadable: Share of unreadable answers above which the run stops.
         max_new_tokens: Longest generated answer, tokens (with ``generate``).
         batch_size: Questions per batch; bounds memory.
         dtype: Dtype of the weights.
@@ -67,7 +67,7 @@ class JudgeAnnotator(Annotator):
         both_orders: bool = True,
         thresholds: tuple[float, float, float] = (0.5, 1.0, 2.0),
         least_mass: Annotated[float, Field(ge=0, le=1)] = 0.1,
-        max_nonsense: Annotated[float, Field(ge=0, le=1)] = 0.1,
+        max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.1,
         max_new_tokens: Annotated[int, Field(gt=0)] = 16,
         batch_size: Annotated[int, Field(gt=0)] = 64,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -79,7 +79,7 @@ class JudgeAnnotator(Annotator):
             answer,
             both_orders,
         )
-        self.thresholds, self.least_mass, self.max_nonsense = tuple(thresholds), least_mass, max_nonsense
+        self.thresholds, self.least_mass, self.max_unreadable = tuple(thresholds), least_mass, max_unreadable
         self.max_new_tokens, self.batch_size, self.cache = max_new_tokens, batch_size, cache
         spec = CausalLM(path=path, architecture=None, vocab_size=None)
         precision = Precision("32-true" if dtype == "float32" else "bf16-true")
@@ -110,7 +110,7 @@ class JudgeAnnotator(Annotator):
         self.known: dict[str, Answer] = {}
         self.file: Path | None = None
         self.counts: Counter[str] = Counter()  # of the last call
-        self._asked, self._nonsense, self._example = 0, 0, ""
+        self._asked, self._unreadable, self._example = 0, 0, ""
 
     @staticmethod
     def check_hyperparameters(template: str = "instruction", **_: Any) -> str:
@@ -230,7 +230,7 @@ class JudgeAnnotator(Annotator):
             "judge/ties": counts["ties"] / pairs,
             "judge/position_bias": counts["same_place"] / pairs,
             "judge/first_choice": counts["first"] / read,
-            "judge/nonsense": counts["unreadable"] / asked,
+            "judge/unreadable": counts["unreadable"] / asked,
             "judge/intransitive": counts["intransitive"] / pairs,
         }
 
@@ -244,7 +244,7 @@ class JudgeAnnotator(Annotator):
             advance: Progress callback; receives the number of questions answered since the last call.
 
         Raises:
-            UserError: If too many of the answers are nonsense.
+            UserError: If too many of the answers are unreadable.
         """
         advance = advance or (lambda _: None)
         names = [self._key(question) for question in questions]
@@ -256,14 +256,14 @@ class JudgeAnnotator(Annotator):
             self._keep(part)
             advance(len(part))
         found = [self.known[name] for name in names]
-        nonsense = [text for value, text in found if value is None]
-        self._asked, self._nonsense = self._asked + len(found), self._nonsense + len(nonsense)
-        self._example = self._example or (nonsense[0] if nonsense else "")
-        if self._asked >= FEW and self._nonsense > self.max_nonsense * self._asked:
+        unreadable = [text for value, text in found if value is None]
+        self._asked, self._unreadable = self._asked + len(found), self._unreadable + len(unreadable)
+        self._example = self._example or (unreadable[0] if unreadable else "")
+        if self._asked >= FEW and self._unreadable > self.max_unreadable * self._asked:
             raise UserError(
-                f"{self._nonsense} of {self._asked} answers are neither A nor B, for example {self._example!r}, and "
-                f"{key('annotator.max_nonsense', self.max_nonsense)} allows "
-                f"{int(self.max_nonsense * self._asked)}",
+                f"{self._unreadable} of {self._asked} answers are neither A nor B, for example {self._example!r}, and "
+                f"{key('annotator.max_unreadable', self.max_unreadable)} allows "
+                f"{int(self.max_unreadable * self._asked)}",
                 fix=f"type the path of another judge, or another {key('annotator.template')}",
                 option="annotator.path",
                 value=self.path,

@@ -90,7 +90,7 @@ _TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally|toss-up|neither)\b", re.IGN
 
 
 def parse(text: str) -> float | None:
-    """Parse a generated answer: 1 for A, -1 for B, 0 for a tie, None for nonsense.
+    """Parse a generated answer: 1 for A, -1 for B, 0 for a tie, None for an unreadable one.
 
     The last [[A]], [[B]] or [[C]] (a tie) decides; else the option that is called better, or the other of the one that
     is called worse; else the only option that is named; else a word for a tie. An "A" that is an article ("A close

@@ -1,4 +1,4 @@
-"""Language model as annotator: its questions, the parsing of its answers, and the treatment of unusable answers."""
+"""Language model as annotator: its questions, the parsing of its answers, and the treatment of unreadable answers."""
 
 import json
 from collections import Counter
@@ -180,7 +180,7 @@ def test_both_orders_are_queried_and_averaged(folder: Path) -> None:
         "judge/ties": 0.0,
         "judge/position_bias": 0.0,
         "judge/first_choice": 0.5,
-        "judge/nonsense": 0.0,
+        "judge/unreadable": 0.0,
         "judge/intransitive": 0.0,
     }
 
@@ -236,24 +236,24 @@ def test_thresholds_set_grades_and_written_answers_have_none(folder: Path) -> No
     assert judge(given("bad", "good"), 2, 0)[0].grades == (None,)
 
 
-# -- unusable answers -----------------------------------------------------------------------------------------------
+# -- unreadable answers -----------------------------------------------------------------------------------------------
 
 
-def test_a_few_unusable_answers_are_ties(folder: Path) -> None:
+def test_a_few_unreadable_answers_are_ties(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: None if "?" in (a, b) else longer(a, b))
     responses = ["a" * i for i in range(1, 21)] + ["?", "b"]
     made = judge(given(*responses), 2, 0)
     assert len(made) == 10 and judge.counts["ties"] == 1
-    assert judge.rates(judge.counts)["judge/nonsense"] == pytest.approx(2 / 22)
+    assert judge.rates(judge.counts)["judge/unreadable"] == pytest.approx(2 / 22)
 
 
-def test_too_many_unusable_answers_are_refused_in_one_line(folder: Path) -> None:
+def test_too_many_unreadable_answers_are_refused_in_one_line(folder: Path) -> None:
     judge = Scripted(folder, lambda a, b: None)
     responses = [f"{i}" for i in range(40)]
     with pytest.raises(UserError) as error:
         judge(given(*responses), 2, 0)
     line = str(error.value)
-    assert "40 of 40 answers are neither A nor B, for example '?', and annotator.max_nonsense=0.1 allows 4" in line
+    assert "40 of 40 answers are neither A nor B, for example '?', and annotator.max_unreadable=0.1 allows 4" in line
     assert "\n" not in line
 
 
@@ -263,7 +263,7 @@ def test_an_untrained_model_is_refused_as_a_judge(folder: Path) -> None:
         JudgeAnnotator(str(folder), "short")(given(*[f"response {i}" for i in range(40)]), 2, 0)
 
 
-def test_a_question_too_long_for_the_judge_counts_as_unusable(folder: Path) -> None:
+def test_a_question_too_long_for_the_judge_counts_as_unreadable(folder: Path) -> None:
     judge = JudgeAnnotator(str(folder), "short", least_mass=0.0)
     (answer,) = judge.ask(["word " * 200])
     assert answer[0] is None and "more than 127 tokens" in answer[1]
@@ -289,7 +289,7 @@ def test_log_odds_are_those_of_the_next_token_at_any_batch_size(folder: Path) ->
 
 def test_a_real_model_passes_the_annotator_contract(folder: Path) -> None:
     assert check_annotator(JudgeAnnotator(str(folder), "short", least_mass=0.0)) == []
-    assert check_annotator(JudgeAnnotator(str(folder), "short", answer="generate", max_nonsense=1.0)) == []
+    assert check_annotator(JudgeAnnotator(str(folder), "short", answer="generate", max_unreadable=1.0)) == []
 
 
 # -- the cache ------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_max_new_tokens_and_dtype_reach_the_judge(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr(AncestralSampler, "sample", sample)
     for length in (1, 12):
-        judge = JudgeAnnotator(str(folder), answer="generate", max_new_tokens=length, max_nonsense=1.0)
+        judge = JudgeAnnotator(str(folder), answer="generate", max_new_tokens=length, max_unreadable=1.0)
         judge.ask(["Which is better, A or B?", "Is it A?"])
     assert lengths == [1, 12]
     halved = JudgeAnnotator(str(folder), dtype="bfloat16")

@@ -147,5 +147,5 @@ def test_rlaif_runs_with_a_trained_judge(workdir: Path, rlhf: Rlhf) -> None:
         if (run / "summary.json").exists()
         and "judge/pairs" in (metrics := json.loads((run / "summary.json").read_text())["metrics"])
     ]
-    assert len(judged) == 1 and {"judge/ties", "judge/position_bias", "judge/nonsense"} <= judged[0].keys()
+    assert len(judged) == 1 and {"judge/ties", "judge/position_bias", "judge/unreadable"} <= judged[0].keys()
     assert list((workdir / "outputs" / "judge").glob("*.jsonl"))

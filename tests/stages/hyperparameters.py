@@ -362,7 +362,7 @@ OPTIONS: dict[str, Given] = {
             "both_orders": at(JUDGE, "one_order_halves_the_questions_and_measures_no_bias"),
             "thresholds": at(JUDGE, "thresholds_set_grades_and_written_answers_have_none"),
             "least_mass": at(JUDGE, "an_untrained_model_is_refused_as_a_judge"),
-            "max_nonsense": at(JUDGE, "too_many_unusable_answers_are_refused_in_one_line"),
+            "max_unreadable": at(JUDGE, "too_many_unreadable_answers_are_refused_in_one_line"),
             "max_new_tokens": at(JUDGE, "max_new_tokens_and_dtype_reach_the_judge"),
             "batch_size": at(JUDGE, "log_odds_are_those_of_the_next_token_at_any_batch_size"),
             "dtype": at(JUDGE, "max_new_tokens_and_dtype_reach_the_judge"),
