@@ -125,6 +125,8 @@ class RewardModelStage(Stage):
             )
         if self.safety_coefficient:
             self.check_safety_labels()
+        if self.normalize == "demonstrations":
+            self.demonstration_rows = self.encode_demonstrations()
         self.batches = self.order([len(example) for example in self.examples], epochs=self.epochs)
 
     def check_safety_labels(self) -> None:
@@ -234,10 +236,11 @@ class RewardModelStage(Stage):
                 meter.advance(len(several))
         return torch.cat(scores), torch.cat(chosen), torch.cat(rejected)
 
-    def score_demonstrations(self) -> Tensor:
-        """Return scores [N] of the last response of every demonstration that fits.
+    def encode_demonstrations(self) -> list[Encoded]:
+        """Return the last response of every demonstration that fits, after its prompt.
 
-        They are read at the same position as those of comparisons.
+        Raises:
+            UserError: None fits. Raised before the training, at whose end the scores are needed.
         """
         assert self.demonstrations is not None
         tokenizer, rows = self.scorer.tokenizer, []
@@ -256,7 +259,11 @@ class RewardModelStage(Stage):
                 option="demonstrations.max_length",
                 value=self.demonstrations.data.max_length,
             )
-        scores = []
+        return rows
+
+    def score_demonstrations(self) -> Tensor:
+        """Return scores [N] of the demonstrations, read at the same position as those of comparisons."""
+        scores, rows = [], self.demonstration_rows
         for start in range(0, len(rows), 4 * self.batch_size):
             batch = collate(rows[start : start + 4 * self.batch_size], self.scorer.pad_id).to(self.device)
             scores.append(self.scorer.scores(batch))

@@ -19,8 +19,8 @@ from rlhf import discovery
 from rlhf.console import silence_libraries
 from rlhf.data.data import Data
 from rlhf.data.load_report import LoadReport
-from rlhf.data.split import Split
-from rlhf.errors import UserError, renaming
+from rlhf.data.split import Split, load_split
+from rlhf.errors import UserError
 from rlhf.importing import build_option
 from rlhf.models.fake_tensors import FakeWeights, cast, use_fake_weights
 from rlhf.models.language_model import LanguageModel
@@ -140,8 +140,8 @@ class Look:
             maker = self.unread(data)
             if maker is not None and strict:
                 raise not_made(name, data, maker)
-            with renaming("data", name):
-                found[name] = data.load() if maker is None else Split([], [], LoadReport(data.source), data)
+            empty = Split([], [], LoadReport(data.source), data, name)
+            found[name] = load_split(data, name) if maker is None else empty
         return found
 
     def stage(self, step: Step, strict: bool = True, loaded: Mapping[str, Split] | None = None) -> Stage:

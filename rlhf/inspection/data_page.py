@@ -13,8 +13,7 @@ from rlhf.data.load_report import LoadReport
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import TIE, Comparison, Demonstration, Label, Prompt, Record, Text, count_truncated
 from rlhf.data.sources import TESTBED
-from rlhf.data.split import Split
-from rlhf.errors import renaming
+from rlhf.data.split import Split, load_split
 from rlhf.inspection import tokens
 from rlhf.inspection.composing import Look, chosen, not_made, planned
 from rlhf.inspection.lengths import Lengths, beginning, histogram, measure
@@ -100,8 +99,7 @@ def _load(name: str, data: Data, places: dict[int, str]) -> Split:
         part.max_bad = 1.0
         part.places = None if part.streaming else places
     try:
-        with renaming("data", name):
-            return data.load()
+        return load_split(data, name)
     finally:
         data.max_bad = allowed
         for part, limit in zip(parts, limits, strict=True):

@@ -19,7 +19,7 @@ from rlhf.annotator.base import Annotator
 from rlhf.callbacks.checkpoints import AtomicCheckpointIO, latest
 from rlhf.console import silence_libraries
 from rlhf.data import contamination
-from rlhf.data.split import Split
+from rlhf.data.split import Split, load_split
 from rlhf.errors import renaming
 from rlhf.importing import build_option
 from rlhf.logger.loggers import log_config, log_samples, loggers
@@ -56,7 +56,7 @@ def _build_group(name: str, node: DictConfig) -> Any:
     """Build the object of a group, and load it if it is data; errors of data name the group."""
     with renaming("data", name) if is_data(get_object(node._target_)) else nullcontext():
         built = build_option(node)
-        return built.load() if isinstance(built, DataSource) else built
+    return load_split(built, name) if isinstance(built, DataSource) else built
 
 
 def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | None = None) -> Stage:

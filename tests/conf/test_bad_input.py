@@ -209,6 +209,12 @@ AFTER_MODELS_ARE_READ = [
     ),
     ("stage=dpo inputs.policy=policy data.max_length=999 data.source=too_long.jsonl", "type data.max_length=128"),
     ("stage=kto inputs.policy=policy data.source=good.jsonl data.validation=0", "all responses are good"),
+    # what the end of the training needs is read before it
+    (
+        "stage=reward_model inputs.policy=policy data.size=8 data.validation=0 stage.normalize=demonstrations "
+        "demonstrations.max_length=4",
+        "demonstrations.max_length=4: no demonstration fits",
+    ),
     # an untrained judge answers neither A nor B
     (
         "stage=collect inputs.policy=policy annotator=judge inputs.judge=other annotator.least_mass=0.9 data.size=16",

@@ -8,6 +8,7 @@ import pytest
 from rlhf.data.data import Data
 from rlhf.data.held_out import nearest_groups, prompt_key
 from rlhf.data.records import prompt_text
+from rlhf.data.split import load_split
 from rlhf.errors import UserError
 
 SAME = "equal prompts stay on one side"
@@ -97,3 +98,25 @@ def test_size_includes_the_held_out_records_of_a_file(tmp_path, validation):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"Q{n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(9)))
     assert Data("label", str(pairs), 5, 0, 64).load().report.kept == 5
+
+
+@pytest.mark.parametrize("group", ["data", "text", "demonstrations"])
+def test_errors_name_the_group_of_the_data(tmp_path, tokenizer, group):
+    """Errors of loading, and later those of a stage that encodes, name the group and not the class's own name of it."""
+    with pytest.raises(UserError, match=rf"^{group}\.source=none\.jsonl: "):
+        load_split(Data("demonstration", "none.jsonl", None, 0.1, 64), group)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Prompt {n}", "completion": "Yes"}) + "\n" for n in range(4)))
+    read = load_split(Data("prompt", str(path), None, 0, 64, max_prompt_length=1), group)
+    with pytest.raises(UserError, match=rf"^{group}\.max_prompt_length=1: .* larger {group}\.max_prompt_length$"):
+        read.fit_prompts(tokenizer)
+    read = load_split(Data("demonstration", str(path), None, 0, 2), group)
+    with pytest.raises(UserError, match=rf"^{group}\.max_length=2: .* type a larger {group}\.max_length$"):
+        read.encode(tokenizer, "train")
+    own, tokenizer.chat_template = tokenizer.chat_template, "{{ raise_exception('no') }}"
+    try:
+        with pytest.raises(UserError, match=rf"^{group}\.source=.*raise {group}\.max_bad "):
+            read.data.max_bad = 0.0
+            read.encode(tokenizer, "train")
+    finally:
+        tokenizer.chat_template = own
