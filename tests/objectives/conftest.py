@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -19,3 +21,24 @@ def make_pairs(seed: int, count: int = 6) -> tuple[PairLogps, PairLogps]:
 @pytest.fixture
 def pairs() -> tuple[PairLogps, PairLogps]:
     return make_pairs(0)
+
+
+def one(chosen, rejected, chosen_length=1, rejected_length=1):
+    return PairLogps(
+        torch.tensor([chosen], dtype=torch.float64),
+        torch.tensor([rejected], dtype=torch.float64),
+        torch.tensor([chosen_length]),
+        torch.tensor([rejected_length]),
+    )
+
+
+# u_c = 2, u_r = -1, delta = 3; per token (lengths 4 and 2) 0.5 and -0.5, delta 1
+POLICY, REFERENCE = one(-4.0, -6.0, 4, 2), one(-6.0, -5.0, 4, 2)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_sigmoid(x):
+    return math.log(sigmoid(x))

@@ -164,10 +164,10 @@ STAGES: dict[type[Stage], tuple[Callable[..., Stage], dict[str, Entry]]] = {
             "packing": Moves(64),
             "select": Moves("random_per_prompt"),
             "missing_eos": at(
-                "stages/test_rejection_sampling", "a_truncated_candidate_is_selected_by_its_treated_score"
+                "stages/test_response_selection", "a_truncated_candidate_is_selected_by_its_treated_score"
             ),
             "missing_eos_penalty": at(
-                "stages/test_rejection_sampling", "a_truncated_candidate_is_selected_by_its_treated_score"
+                "stages/test_response_selection", "a_truncated_candidate_is_selected_by_its_treated_score"
             ),
             "sampling_model": at(
                 "stages/test_rejection_sampling", "the_sampling_policy_differs_from_the_trained_model"
@@ -207,8 +207,8 @@ OF_THE_STAGE: dict[str, Entry] = {  # read by the stage, not by the loss
     "gamma of RLOO": at("stages/test_groups", "the_gradient_is_linear_in_gamma"),
     "pooling of Relative": at("stages/test_preferences", "every_loss_trains"),
     "pooling of RelativeUnpaired": at("stages/test_preferences", "every_loss_trains"),
-    "encoder of Relative": at("stages/test_preferences", "the_configured_encoder_embeds_the_prompts"),
-    "encoder of RelativeUnpaired": at("stages/test_preferences", "the_configured_encoder_embeds_the_prompts"),
+    "encoder of Relative": at("stages/test_contrasts", "the_configured_encoder_embeds_the_prompts"),
+    "encoder of RelativeUnpaired": at("stages/test_contrasts", "the_configured_encoder_embeds_the_prompts"),
     "kl_horizon of PPO": Moves(100.0, kl_target=0.01),
     "kl_target of PPO": Moves(0.01),
     "kl_in of GRPO": Moves("reward", beta=0.1),
