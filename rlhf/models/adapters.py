@@ -25,15 +25,11 @@ class NoAdapter:
     """Full fine-tuning: every weight is trained."""
 
     def quantization_config(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """Return the quantisation config of the base, or None without quantisation.
-
-        It does not test whether bitsandbytes runs here, so models without weights can call it too.
-        """
+        """Return the quantisation config of the base, or None without quantisation."""
         return None
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig | None:
-        """Return the quantisation config of a base that is about to be loaded, or None without quantisation."""
-        return self.quantization_config(precision)
+    def check_installed(self) -> None:
+        """Check that the libraries of the adapter run on this machine, before weights are loaded; none is needed."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Prepare a loaded base for an adapter."""
@@ -170,14 +166,13 @@ class QLoRA(LoRA):
             bnb_4bit_compute_dtype=precision.compute,
         )
 
-    def quantization(self, precision: Precision) -> BitsAndBytesConfig:
-        """Return the quantisation config after testing bitsandbytes on a few numbers.
+    def check_installed(self) -> None:
+        """Test bitsandbytes on a few numbers.
 
         Raises:
             UserError: If bitsandbytes is missing or has no kernels for this machine.
         """
         check_bitsandbytes(self.quantize)
-        return self.quantization_config(precision)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make quantised layers compute the same in training mode and in eval mode."""

@@ -99,11 +99,11 @@ class FakeWeights:
         if "SequenceClassification" in kind.__name__:
             config.num_labels = 1
         made: PreTrainedModel = kind.from_config(config, dtype=precision.weights, attn_implementation=source.attention)
-        quantization = adapter.quantization_config(precision)
-        if quantization is not None:
+        quantization_config = adapter.quantization_config(precision)
+        if quantization_config is not None:
             if source.path is None:
                 raise missing_weights_error()
-            quantize(made, quantization)
+            quantize(made, quantization_config)
         return made
 
 

@@ -60,11 +60,12 @@ class RealWeights:
         """
         if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
             precision.check("cpu")
-        quantization = adapter.quantization(precision)
+        adapter.check_installed()
+        quantization_config = adapter.quantization_config(precision)
         arguments: dict[str, Any] = {"dtype": precision.weights, "attn_implementation": source.attention}
         if source.path is None:
             config = source.config(tokenizer)
-            if quantization is not None:
+            if quantization_config is not None:
                 raise missing_weights_error()
             _check_memory(source, config, precision.weights.itemsize)
             random: PreTrainedModel = source.build(kind.from_config, config, **arguments)
@@ -75,7 +76,7 @@ class RealWeights:
         if type(adapter) is not NoAdapter:
             check_new_tokens(source, tokenizer)
         size = precision.weights.itemsize
-        if quantization is not None:
+        if quantization_config is not None:
             if adapters:
                 raise UserError(
                     "is an adapter, which cannot be merged into a quantised base",
@@ -85,8 +86,8 @@ class RealWeights:
                     value=source.path,
                 )
             size = 1
-            quantization.llm_int8_skip_modules = ["lm_head", "score"]
-            arguments["quantization_config"] = quantization
+            quantization_config.llm_int8_skip_modules = ["lm_head", "score"]
+            arguments["quantization_config"] = quantization_config
             arguments["device_map"] = {"": _device()}
         _check_memory(source, source.config(), size)
         model = _read(source, kind, path, **arguments)

@@ -95,9 +95,9 @@ def test_quantised_layers_take_the_bytes_of_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    for quantization, kind in (("nf4", Linear4bit), ("int8", Linear8bitLt)):
-        for nested in (True, False) if quantization == "nf4" else (None,):
-            how = QLoRA(quantize=quantization, double_quant=nested).quantization(Precision("32-true"))
+    for scheme, kind in (("nf4", Linear4bit), ("int8", Linear8bitLt)):
+        for nested in (True, False) if scheme == "nf4" else (None,):
+            how = QLoRA(quantize=scheme, double_quant=nested).quantization_config(Precision("32-true"))
             plain = torch.nn.Sequential(torch.nn.Linear(96, 200, bias=False))
             arguments = {"compress_statistics": nested, "quant_type": "nf4"} if nested is not None else {}
             if nested is None:
@@ -108,7 +108,7 @@ def test_quantised_layers_take_the_bytes_of_bitsandbytes() -> None:
             if nested is not None:
                 real(torch.zeros(1, 96))
             quantize(plain, how)
-            assert sizes(plain, set())[2] == stored(real), (quantization, nested)
+            assert sizes(plain, set())[2] == stored(real), (scheme, nested)
 
 
 def stored(layer: Any) -> int:

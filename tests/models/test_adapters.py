@@ -215,8 +215,8 @@ def test_qlora_is_refused_where_bitsandbytes_does_not_run(folder: Path, monkeypa
     import bitsandbytes
 
     before = torch.random.get_rng_state()
-    QLoRA().quantization(FP32)
-    QLoRA(quantize="int8").quantization(FP32)
+    QLoRA().check_installed()
+    QLoRA(quantize="int8").check_installed()
     assert torch.equal(torch.random.get_rng_state(), before)
 
     def no_kernel(*_: object, **__: object) -> None:

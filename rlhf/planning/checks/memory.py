@@ -86,9 +86,9 @@ def trained_bytes(config: Plain) -> int:
         model = AutoModelForCausalLM.from_config(
             spec.config(), dtype=precision.weights, trust_remote_code=spec.trust_remote_code
         )
-        quantization = adapter.quantization_config(precision)
-        if quantization is not None:
-            quantize(model, quantization)
+        quantization_config = adapter.quantization_config(precision)
+        if quantization_config is not None:
+            quantize(model, quantization_config)
         model = adapter.apply(model)
         cast(model, precision.trainer)
     _, _, weights = sizes(model, set())
