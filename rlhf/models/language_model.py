@@ -26,7 +26,7 @@ from rlhf.models.dropout import disable_dropout, variation
 from rlhf.models.growing_cache import grow
 from rlhf.models.lineage import adapter_path, write_base
 from rlhf.models.module_state import evaluating, in_mode
-from rlhf.models.padding_free import MIN_SAVING, Layout, lay_out, take
+from rlhf.models.padding_free import MIN_SAVING, Layout, find_starts, lay_out, take
 from rlhf.models.peft_types import is_peft_model
 from rlhf.models.precision import Precision
 from rlhf.models.saving import materialize, merged_state, plain_config
@@ -164,10 +164,11 @@ class LanguageModel(nn.Module):
         mask, positions = tokens.attention_mask, tokens.position_ids
         if self.is_fake or not mask.any():
             return None
-        packed = bool(((positions[:, 1:] != positions[:, :-1] + 1) & mask[:, 1:] & mask[:, :-1]).any())
+        starts = find_starts(mask, positions)
+        packed = bool((starts[:, 1:] & mask[:, :-1]).any())  # a document starts right after another one
         if not (packed or self.padding_free):
             return None
-        layout = lay_out(tokens.ids, mask, positions)
+        layout = lay_out(tokens.ids, mask, positions, starts)
         return layout if packed or layout.saving >= MIN_SAVING else None
 
     def _distinct_hidden(self, layout: Layout) -> Tensor:

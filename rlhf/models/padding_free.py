@@ -41,18 +41,30 @@ class Layout:
         return 1 - self.ids.shape[1] / max(self.places.numel(), 1)
 
 
-def lay_out(ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Layout:
+def find_starts(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """Return a mask of the tokens that start a document, [B, T] bool.
+
+    Args:
+        attention_mask: True on tokens, [B, T] bool. Padding may be anywhere.
+        position_ids: Positions in the document, [B, T] long: one that does not follow the one before starts a document.
+    """
+    starts = attention_mask.clone()
+    starts[:, 1:] &= ~(attention_mask[:, :-1] & (position_ids[:, 1:] == position_ids[:, :-1] + 1))
+    return starts
+
+
+def lay_out(ids: Tensor, attention_mask: Tensor, position_ids: Tensor, starts: Tensor | None = None) -> Layout:
     """Return the layout of a batch.
 
     Args:
         ids: Token ids, [B, T] long.
-        attention_mask: True on tokens, [B, T] bool. Padding may be anywhere.
-        position_ids: Positions in the document, [B, T] long: one that does not follow the one before starts a document.
+        attention_mask: True on tokens, [B, T] bool.
+        position_ids: Positions in the document, [B, T] long.
+        starts: `find_starts` of the two, if it is known.
     """
     device = ids.device
-    follows = attention_mask[:, 1:] & attention_mask[:, :-1] & (position_ids[:, 1:] == position_ids[:, :-1] + 1)
-    starts = attention_mask.clone()
-    starts[:, 1:] &= ~follows
+    if starts is None:
+        starts = find_starts(attention_mask, position_ids)
     document = (starts.flatten().cumsum(0) - 1)[attention_mask.flatten()]  # [tokens], the document of each token
     tokens, positions = ids[attention_mask], position_ids[attention_mask]
     lengths = torch.bincount(document)
