@@ -31,11 +31,11 @@ def values_by_recipe(value: Any) -> list[Any]:
 
 
 def _recipe(published: Any, testbed: Any, *, _root_: DictConfig) -> Any:
-    """Return the value of the chosen recipe; in a config without a root, such as a single option, the published one."""
-    name = _root_.get("recipe") or RECIPES[0]
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name}: no such recipe; type recipe={' or recipe='.join(RECIPES)}")
-    return testbed if name == "testbed" else published
+    """Return the value of the chosen recipe; in a config without a root, such as a single option, the published one.
+
+    `rlhf.planning.request` refuses other names before anything is resolved.
+    """
+    return testbed if _root_.get("recipe") == "testbed" else published
 
 
 def _peak_lr(full: float, adapter: float, testbed: float, *, _root_: DictConfig, _parent_: DictConfig) -> float:
