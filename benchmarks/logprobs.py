@@ -1,6 +1,5 @@
 """Benchmark of token log-probabilities and their gradient: our chunked projection against TRL on full logits."""
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import time
 
 import torch
 from torch import nn
+
+from benchmarks.gate import largest_resident_bytes
 
 
 def setting(batch: int = 8, length: int = 256, width: int = 576, vocabulary: int = 49152, counted: float = 0.5):
@@ -41,14 +42,12 @@ def run(name: str) -> None:
     """Measure one way in this process; print seconds (median of 5) and peak memory of the process in MiB."""
     inputs = setting()
     WAYS[name](*inputs).backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         WAYS[name](*inputs).backward()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(statistics.median(seconds), max(before, peak) / 1024)
+    print(statistics.median(seconds), largest_resident_bytes() / 2**20)
 
 
 if __name__ == "__main__":
@@ -58,7 +57,11 @@ if __name__ == "__main__":
         rows = {}
         for name in WAYS:  # one process each, because peak memory cannot be reset
             out = subprocess.run(
-                [sys.executable, __file__, name], check=True, capture_output=True, text=True, encoding="utf-8"
+                [sys.executable, "-m", "benchmarks.logprobs", name],
+                check=True,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
             ).stdout
             rows[name] = [float(word) for word in out.split()[-2:]]
             print(f"{name:5} {rows[name][0]:.2f} s  {rows[name][1]:.0f} MiB peak")
