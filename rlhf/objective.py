@@ -108,22 +108,22 @@ class PairObjective(Objective):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `reference` is read; if not, the stage loads no reference model."""
+        """Return whether `reference` is read; if not, the stage loads no reference model."""
         return True
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the comparisons must have numeric scores (`PairContext.chosen_score`, `rejected_score`)."""
+        """Return whether the comparisons must have numeric scores (`PairContext.chosen_score`, `rejected_score`)."""
         return False
 
     @property
     def needs_prompt_embedding(self) -> bool:
-        """Whether `PairContext.prompt_embedding` is read."""
+        """Return whether `PairContext.prompt_embedding` is read."""
         return False
 
     @property
     def couples_pairs(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of the batch; it then receives all of them at once."""
+        """Return whether a pair's loss depends on the other pairs of the batch; it then receives all at once."""
         return False
 
     @abstractmethod
@@ -164,7 +164,7 @@ class ContrastObjective(Objective):
 
     @property
     def needs_prompt_embedding(self) -> bool:
-        """Whether `embedding` is read."""
+        """Return whether `embedding` is read."""
         return False
 
     @abstractmethod
@@ -186,7 +186,7 @@ class ScoreObjective(Objective):
 
     @property
     def needs_grades(self) -> bool:
-        """Whether the loss depends on `grade`; data without grades is then refused."""
+        """Return whether the loss depends on `grade`; data without grades is then refused."""
         return False
 
     @abstractmethod

@@ -42,7 +42,7 @@ class DPO(PairObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference is read: not with `reference_free`."""
+        """Return whether the reference is read: not with `reference_free`."""
         return not self.reference_free
 
     def __call__(

@@ -124,7 +124,7 @@ class PPOStage(RolloutStage):
 
     @property
     def in_value_warmup(self) -> bool:
-        """Whether this rollout trains the critic alone."""
+        """Return whether this rollout trains the critic alone."""
         return self.batches_done < self.value_warmup
 
     # -- the algorithm --------------------------------------------------------------------------------------------

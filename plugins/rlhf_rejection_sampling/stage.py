@@ -179,7 +179,7 @@ class RejectionSamplingStage(Supervised):
 
     @property
     def is_on_policy(self) -> bool:
-        """Whether the sampling model is the trained policy: the same weights, to which a fresh adapter adds nothing."""
+        """Return whether the sampling model is the trained policy: equal weights, as a fresh adapter adds nothing."""
         return self.sampling_model is None or CausalLM(self.sampling_model, None, None).folder == self.policy.origin
 
     def sampling_policy(self) -> LanguageModel:

@@ -42,7 +42,7 @@ class Pairwise(ScoreObjective):
 
     @property
     def needs_grades(self) -> bool:
-        """Whether any margin is not 0."""
+        """Return whether any margin is not 0."""
         return any(self.margins)
 
     def __call__(self, chosen: Tensor, rejected: Tensor, grade: Tensor) -> tuple[Tensor, Metrics]:

@@ -89,7 +89,7 @@ class Meter:
 
     @property
     def due(self) -> bool:
-        """Whether the line is old enough to be redrawn; check it before computing metrics for `update`."""
+        """Return whether the line is old enough to be redrawn; check it before computing metrics for `update`."""
         return time.monotonic() - self._shown >= (self.every_s if self._live is None else REFRESH_S)
 
     def advance(self, units: int = 1, **numbers: float) -> None:

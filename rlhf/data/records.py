@@ -254,7 +254,7 @@ class Prompt:
 
     @property
     def unsafe(self) -> bool:
-        """Whether the prompt asks for something that a safe policy refuses."""
+        """Return whether the prompt asks for something that a safe policy refuses."""
         return "unsafe" in self.tags
 
     def to_json(self) -> Json:

@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
 
     @property
     def adapted(self) -> bool:
-        """Whether the model has an adapter."""
+        """Return whether the model has an adapter."""
         return is_peft_model(self.model)
 
     @property
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
 
     @property
     def is_fake(self) -> bool:
-        """Whether the weights are fake tensors, which have shapes and no values."""
+        """Return whether the weights are fake tensors, which have shapes and no values."""
         return isinstance(next(self.parameters()), FakeTensor)
 
     @cached_property
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
 
     @property
     def _plain_head(self) -> bool:
-        """Whether the logits are the unmodified output of the projection."""
+        """Return whether the logits are the unmodified output of the projection."""
         changes = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         return all(getattr(self.config, name, None) is None for name in changes)
 

@@ -39,7 +39,7 @@ class Node:
 
     @property
     def whole(self) -> bool:
-        """Whether ``path`` holds all the weights, and not an adapter alone."""
+        """Return whether ``path`` holds all the weights, and not an adapter alone."""
         return self.adapter is None or Path(self.path).absolute() != self.adapter.absolute()
 
 

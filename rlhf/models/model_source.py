@@ -88,7 +88,7 @@ class ModelSource:
 
     @property
     def scalar(self) -> bool:
-        """Whether ``path`` is a reward or value model, with a scalar head and no vocabulary projection."""
+        """Return whether ``path`` is a reward or value model, with a scalar head and no vocabulary projection."""
         if self.path is None:
             return False
         names = getattr(self.config(), "architectures", None)

@@ -31,7 +31,7 @@ class StateSize:
 
     @property
     def trains(self) -> bool:
-        """Whether there is an optimizer."""
+        """Return whether there is an optimizer."""
         return self._make is not None
 
     def of(self, weights: Iterable[nn.Parameter]) -> int:

@@ -84,7 +84,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is finished and its results match its manifest."""
+        """Return whether the run is finished and its results match its manifest."""
         return self.status == "finished"
 
     @property

@@ -49,7 +49,7 @@ class AncestralSampler(Sampler):
 
     @property
     def exact(self) -> bool:
-        """Whether the sampling distribution is the model's own at this temperature: neither top_k nor top_p."""
+        """Return whether the sampling distribution is the model's own at this temperature: neither top_k nor top_p."""
         return super().exact and self.top_k == 0 and self.top_p == 1.0
 
     @torch.no_grad()

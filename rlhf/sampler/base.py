@@ -53,7 +53,7 @@ class Sampler(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether the sampling distribution is the model's own at this temperature; by default if it is above 0.
+        """Return whether the sampling distribution is the model's own at this temperature; by default if it is above 0.
 
         Override it in a sampler that draws from another distribution: stages that score the policy then refuse it.
         """

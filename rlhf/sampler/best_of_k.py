@@ -63,7 +63,7 @@ class BestOfK(AncestralSampler):
 
     @property
     def exact(self) -> bool:
-        """Whether every response is from the model's own distribution at one temperature."""
+        """Return whether every response is from the model's own distribution at one temperature."""
         return super().exact and not self.temperatures
 
     @property

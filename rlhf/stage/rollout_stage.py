@@ -234,7 +234,7 @@ class RolloutStage(RolloutMetrics):
 
     @property
     def is_exact(self) -> bool:
-        """Whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
+        """Return whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
         return self.trainer.precision in ("32-true", "64-true")
 
     def scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
