@@ -179,7 +179,7 @@ def end(
         shown = f"{headline} {number(value)}" if value is not None else ""
         line = (name, what, duration(float(summary.get("wall_s", 0.0))), shown, str(folder))
         lines.append((*line, ", ".join((reads or {}).get(name, ()))) if reads else line)
-    print_table("Runs", ("step", "", "time", "result", "folder", *(("made from",) if reads else ())), lines)
+    print_table("Runs", ("step", "", "time", "result", "directory", *(("made from",) if reads else ())), lines)
 
 
 def print_next_commands(commands: Sequence[tuple[str, str]]) -> None:

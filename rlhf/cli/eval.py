@@ -214,7 +214,7 @@ def _next(
     last = args.runs[-1]
     found = [
         (shell("rlhf", "chat", last, *template), "chat with it"),
-        (shell("rlhf", "export", last, "--to", "FOLDER"), "export it"),
+        (shell("rlhf", "export", last, "--to", "DIRECTORY"), "export it"),
     ]
     if against is None and everyone[-1].run is not None:
         found.insert(0, (shell("rlhf", "eval", last, "--against", "RUN", *template), "win rate against another run"))

@@ -1,4 +1,4 @@
-"""Export a model: rlhf export RUN --to FOLDER writes a Hugging Face directory with a model card.
+"""Export a model: rlhf export RUN --to DIRECTORY writes a Hugging Face directory with a model card.
 
 Plain transformers (for an adapter: peft) loads it and generates the same greedy tokens.
 """
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run", metavar="RUN", help="run of a policy or a reward model, model directory, GGUF file or hub id"
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="directory to write; must be empty")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIRECTORY", help="directory to write; must be empty")
     parser.add_argument(
         "--merge",
         action="store_true",

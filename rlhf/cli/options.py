@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 def outputs(parser: argparse.ArgumentParser) -> None:
     """Add --outputs, the directory of all runs."""
     what = "directory of all results (default: outputs)"
-    parser.add_argument("--outputs", type=_folder, default=Path("outputs"), metavar="FOLDER", help=what)
+    parser.add_argument("--outputs", type=_folder, default=Path("outputs"), metavar="DIRECTORY", help=what)
 
 
 def sampling(

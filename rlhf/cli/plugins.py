@@ -1,4 +1,4 @@
-"""List, show, create and check plugins: rlhf plugins list | show NAME | new NAME --kind KIND | check FOLDER."""
+"""List, show, create and check plugins: rlhf plugins list | show NAME | new NAME --kind KIND | check DIRECTORY."""
 
 import os
 import sys
@@ -22,9 +22,11 @@ def main(argv: list[str]) -> int:
     new = actions.add_parser("new", help="write a working plugin, to be changed into yours")
     new.add_argument("name", metavar="NAME", help="name of the package, such as my_loss")
     new.add_argument("--kind", required=True, metavar="KIND", help=", ".join(scaffold.kinds()))
-    new.add_argument("--into", type=Path, default=Path("plugins"), metavar="FOLDER", help="parent (default: ./plugins)")
+    new.add_argument(
+        "--into", type=Path, default=Path("plugins"), metavar="DIRECTORY", help="parent (default: ./plugins)"
+    )
     check = actions.add_parser("check", help="check that a plugin is commented, composable, and returns valid values")
-    check.add_argument("folder", type=Path, metavar="FOLDER", help="directory of the plugin")
+    check.add_argument("folder", type=Path, metavar="DIRECTORY", help="directory of the plugin")
     typed = parser.parse_args(argv)
     if typed.action == "show":
         return _show(typed.name)

@@ -1,7 +1,7 @@
-"""Compare runs: `rlhf report FOLDER...` prints one table and writes report.html and report.csv.
+"""Compare runs: `rlhf report DIRECTORY...` prints one table and writes report.html and report.csv.
 
-A FOLDER is a run directory, a sweep directory, any directory of runs, or the first letters of a fingerprint; by default
-it is the newest sweep.
+A DIRECTORY is a run directory, a sweep directory, any directory of runs, or the first letters of a fingerprint; by
+default it is the newest sweep.
 """
 
 import argparse
@@ -100,7 +100,9 @@ def _place(references: Sequence[str], outputs: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="rlhf report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run, sweep, directory of runs, fingerprint prefix")
+    parser.add_argument(
+        "runs", nargs="*", metavar="DIRECTORY", help="run, sweep, directory of runs, fingerprint prefix"
+    )
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="show this metric (repeatable)")
     parser.add_argument("--title", metavar="TEXT", help="heading of the page")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw --y against --x (.png, .svg or .pdf)")
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--y", action="append", default=[], metavar="METRIC", help="a panel of the plot (repeatable)")
     parser.add_argument("--along", action="store_true", help="plot --x and --y over training instead of at its end")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="directory for report.html and report.csv")
+    parser.add_argument("--out", type=Path, metavar="DIRECTORY", help="directory for report.html and report.csv")
     options.outputs(parser)
     return parser
 

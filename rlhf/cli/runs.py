@@ -98,7 +98,7 @@ def list_runs(outputs: Path, stage: str | None, status: str | None) -> int:
     if not rows:
         print(f"no such runs in {outputs}; `rlhf --help` lists what can be run")
         return 0
-    console.print_table("", ("stage", "status", "started", "time", "result", "folder"), rows)
+    console.print_table("", ("stage", "status", "started", "time", "result", "directory"), rows)
     return 0
 
 

@@ -59,6 +59,6 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has neither <|endoftext|> nor an EOS token",
-            fix=f"type another tokenizer: {key('model.tokenizer', 'FOLDER_OR_HUB_ID')}",
+            fix=f"type another tokenizer: {key('model.tokenizer', 'DIRECTORY_OR_HUB_ID')}",
         )
     return int(tokenizer.eos_token_id)

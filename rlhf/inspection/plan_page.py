@@ -39,7 +39,7 @@ def show(words: Sequence[str]) -> None:
         console.say(note, "yellow")
     console.say(console.format_plan([step.name for step in made.steps], made.skipped), "bold")
     steps = [(step.name, step.stage, _state(step), str(step.folder)) for step in made.steps]
-    console.print_table("Steps", ("step", "stage", "", "folder"), steps)
+    console.print_table("Steps", ("step", "stage", "", "directory"), steps)
     rows: list[tuple[str, ...]] = []
     work: dict[str, Work] = {}
     warnings: list[str] = []

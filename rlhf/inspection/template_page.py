@@ -44,7 +44,7 @@ def show(words: Sequence[str], step: str | None) -> None:
         UserError: No model is named, or one that cannot be read.
     """
     if not words:
-        fix = "type model=NAME, model.path=FOLDER_OR_HUB_ID or stage=NAME"
+        fix = "type model=NAME, model.path=DIRECTORY_OR_HUB_ID or stage=NAME"
         raise UserError("rlhf inspect template: names no model", fix=fix)
     tokenizer, given = tokenizer_of(words, step)
     if not tokenizer.chat_template:

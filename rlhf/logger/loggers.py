@@ -19,7 +19,7 @@ from rlhf.storage.plain import Plain, leaves
 
 
 class MetricsLogger(Logger):
-    """Logger that appends a stage's metrics to `<folder>/metrics.csv`; safe to kill and to resume.
+    """Logger that appends a stage's metrics to `RUN/metrics.csv`; safe to kill and to resume.
 
     Steps are Lightning's: the number of training batches before the one that logged, from 0.
     """
@@ -58,7 +58,7 @@ class MetricsLogger(Logger):
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard event files in `<folder>/tensorboard`; view them with `tensorboard --logdir outputs`."""
+    """TensorBoard event files in `RUN/tensorboard`; view them with `tensorboard --logdir outputs`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(save_dir=str(folder), name="", version="tensorboard")
@@ -108,7 +108,7 @@ class WeightsAndBiases(WandbLogger):
 
 
 class MLFlow(MLFlowLogger):
-    """MLflow run; without a tracking server its files go to `<folder>/mlflow`.
+    """MLflow run; without a tracking server its files go to `RUN/mlflow`.
 
     Raises:
         UserError: The mlflow package is missing.

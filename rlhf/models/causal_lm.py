@@ -48,7 +48,7 @@ class CausalLM(ModelSource):
         if self.scalar:
             raise UserError(
                 "is a reward or value model, and a language model is needed here",
-                fix=f"type {key('model.path', 'FOLDER_OR_HUB_ID')} of a language model",
+                fix=f"type {key('model.path', 'DIRECTORY_OR_HUB_ID')} of a language model",
                 option="model.path",
                 value=self.path,
             )

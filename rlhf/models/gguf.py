@@ -55,7 +55,7 @@ def convert_gguf(source: str) -> str:
                 gguf_source.write(scratch, file, digest)
                 scratch.rename(folder)
     except PermissionError as error:
-        fix = "type RLHF_CACHE=FOLDER before the command"
+        fix = "type RLHF_CACHE=DIRECTORY before the command"
         raise UserError(f"{folder.parent}: cannot be written", fix) from error
     return str(folder)
 

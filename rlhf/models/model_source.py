@@ -107,7 +107,7 @@ class ModelSource:
         if self.architecture is None:
             raise UserError(
                 "no weights given",
-                fix=f"type {key('model.path', 'FOLDER_OR_HUB_ID')} or {key('inputs.policy', 'RUN')}",
+                fix=f"type {key('model.path', 'DIRECTORY_OR_HUB_ID')} or {key('inputs.policy', 'RUN')}",
                 option="model.path",
             )
         arguments = _plain(self.architecture)

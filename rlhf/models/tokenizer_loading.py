@@ -25,8 +25,8 @@ def load_tokenizer(source: ModelSource, corpus: Corpus | None) -> PreTrainedToke
         if corpus is None or source.vocab_size is None:
             raise UserError(
                 "the weights are random, and there is no text to train a tokenizer on",
-                fix=f"type {key('model.tokenizer', 'FOLDER_OR_HUB_ID')}, {key('model.path', 'FOLDER_OR_HUB_ID')} or "
-                f"{key('inputs.policy', 'RUN')}",
+                fix=f"type {key('model.tokenizer', 'DIRECTORY_OR_HUB_ID')}, {key('model.path', 'DIRECTORY_OR_HUB_ID')} "
+                f"or {key('inputs.policy', 'RUN')}",
                 option="model.tokenizer",
             )
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(corpus(), source.vocab_size)

@@ -80,7 +80,7 @@ class RealWeights:
             if adapters:
                 raise UserError(
                     "is an adapter, which cannot be merged into a quantised base",
-                    fix=f"type {key('model.path', 'FOLDER')} of the merged model, or "
+                    fix=f"type {key('model.path', 'DIRECTORY')} of the merged model, or "
                     f"{key('adapter.shared_base', 'true')} if the stage can add its own adapter to this one",
                     option="model.path",
                     value=source.path,

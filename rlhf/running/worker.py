@@ -1,4 +1,4 @@
-"""Worker: ``python -m rlhf.running.worker FOLDER`` trains one prepared run directory in a separate process.
+"""Worker: ``python -m rlhf.running.worker DIRECTORY`` trains one prepared run directory in a separate process.
 
 It is used for steps that train on several devices: Lightning starts the same command again for each rank, and that
 command must train this one step and not the whole pipeline.

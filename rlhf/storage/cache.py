@@ -53,7 +53,7 @@ def cache_folder(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be created ({error.strerror})", fix="type RLHF_CACHE=FOLDER before the command"
+            f"{folder}: cannot be created ({error.strerror})", fix="type RLHF_CACHE=DIRECTORY before the command"
         ) from error
     return folder
 

@@ -45,8 +45,8 @@ class Choice:
         if not self.package:
             return UserError(
                 "the hub is not reachable, and these weights are not in its cache on this machine",
-                fix=f"type {key('model.path', 'FOLDER')} of a copy, or {key('model.path', None)} for random weights of "
-                "its architecture",
+                fix=f"type {key('model.path', 'DIRECTORY')} of a copy, or {key('model.path', None)} for random weights "
+                "of its architecture",
                 option="model.path",
                 value=self.path,
             )

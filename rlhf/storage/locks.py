@@ -75,7 +75,7 @@ def _acquire(file: IO[bytes]) -> bool:
         except OSError as error:
             print(
                 f"warning: {file.name}: this file system has no locks ({error.strerror}); do not type the same command "
-                "twice at the same time, or type another directory as outputs=FOLDER",
+                "twice at the same time, or type another directory as outputs=DIRECTORY",
                 file=sys.stderr,
             )
             return True

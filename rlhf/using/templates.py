@@ -96,7 +96,9 @@ def as_typed(given: bool) -> Iterator[None]:
     except UserError as error:
         for finding in error.findings:
             if not given and (finding.option == KEY or KEY in finding.fix_keys):
-                finding.fix = "fix the template: `rlhf export RUN --to FOLDER` writes it to FOLDER/chat_template.jinja"
+                finding.fix = (
+                    "fix the template: `rlhf export RUN --to DIRECTORY` writes it to DIRECTORY/chat_template.jinja"
+                )
                 if finding.option == KEY:
                     finding.option, finding.value, finding.where = "", None, "the model's chat template"
         error.rename(moved(KEY, OPTION))

@@ -90,8 +90,8 @@ def test_a_command_in_the_c_locale_reads_and_prints_utf8(tmp_path: Path):
 
 def test_commands_are_printed_with_shell_quoting(capsys):
     folder = Path("my outputs/sft/a b's")
-    command = shell("rlhf", "report", folder, "--to", "FOLDER")
-    assert shlex.split(command) == ["rlhf", "report", str(folder), "--to", "FOLDER"]
+    command = shell("rlhf", "report", folder, "--to", "DIRECTORY")
+    assert shlex.split(command) == ["rlhf", "report", str(folder), "--to", "DIRECTORY"]
     console.print_next_commands([(command, "curves")])
     assert shlex.split(capsys.readouterr().out.splitlines()[1], comments=True) == shlex.split(command)
 

@@ -69,7 +69,7 @@ def test_without_the_hub_a_model_that_no_package_has_is_refused(monkeypatch: pyt
     error = hub.choose(ID).error
     assert error is not None and str(error) == (
         f"model.path={ID}: the hub is not reachable, and these weights are not in its cache on this machine; type "
-        "model.path=FOLDER of a copy, or model.path=null for random weights of its architecture"
+        "model.path=DIRECTORY of a copy, or model.path=null for random weights of its architecture"
     )
     monkeypatch.setattr(hub, "_chosen", {})
     monkeypatch.setattr(hub, "reachable", lambda: True)

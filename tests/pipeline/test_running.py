@@ -314,7 +314,7 @@ def test_other_ranks_train_and_write_nothing(typed: Typed, train, monkeypatch) -
 
 
 def test_several_devices_train_in_a_child_process(typed: Typed, train, monkeypatch) -> None:
-    """The child is `python -m rlhf.running.worker FOLDER`: Lightning repeats this step alone for each rank."""
+    """The child is `python -m rlhf.running.worker DIRECTORY`: Lightning repeats this step alone for each rank."""
     started: list[list[str]] = []
 
     class Child:
