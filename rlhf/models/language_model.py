@@ -173,10 +173,8 @@ class LanguageModel(nn.Module):
 
     def _distinct_hidden(self, layout: Layout) -> Tensor:
         """Compute the last hidden states of the distinct tokens of a layout, [N, D]."""
-        decoder = self.base.get_decoder()
-        if self.padding_free:
-            return padding_free.hidden_states(decoder, layout)
-        return padding_free.hidden_states_by_document(decoder, layout)
+        compute = padding_free.hidden_states if self.padding_free else padding_free.hidden_states_by_document
+        return compute(self.base.get_decoder(), layout)
 
     def _padded_hidden(self, tokens: TokenBatch) -> Tensor:
         """Compute the last hidden states of a batch of unpacked rows as it is, [B, T] -> [B, T, D]."""
