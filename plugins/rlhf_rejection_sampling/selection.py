@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.sampler.best_of_k import expected_best, fit_log_law, kl_bound
+from rlhf.storage.files import write_text
 
 Selection = Literal["best_per_prompt", "top_overall", "random_per_prompt", "random_overall"]
 
@@ -113,10 +114,7 @@ def best_of_k_statistics(scores: Tensor, spread: list[float], selected: Sequence
 
 def write_selected(path: Path, selected: Sequence[Candidate]) -> None:
     """Write the selected responses as JSON lines; the file is complete or absent."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in selected)
-    temporary.rename(path)
+    write_text(path, "".join(json.dumps(candidate.to_json(), ensure_ascii=False) + "\n" for candidate in selected))
 
 
 def read_selected(source: str) -> list[Candidate]:

@@ -34,6 +34,7 @@ from rlhf.stage.experience import response_logprobs
 from rlhf.stage.supervised import Supervised
 from rlhf.stage.update import Optimizer, Schedule
 from rlhf.storage.batch_file import BatchFile
+from rlhf.storage.files import write_text
 from rlhf_rejection_sampling.selection import (
     Candidate,
     Selection,
@@ -246,9 +247,7 @@ class RejectionSamplingStage(Supervised):
         figures.plot_best_of_k(gains, content["gain_per_log_k"], self.run_directory / "best_of_k.png")
         write_selected(self.selected_file, selected)
         content |= {"held_out_responses": held_out["texts"], "held_out_ended": held_out["ended"]}
-        temporary = self.best_of_k_file.with_name(".best_of_k.json")
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.rename(self.best_of_k_file)
+        write_text(self.best_of_k_file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def scores(self, candidates: Sequence[Candidate]) -> torch.Tensor:
         """Return the reward of all candidates, [C], in one call, so that all have one scale."""
