@@ -26,6 +26,7 @@ from rlhf.errors import UserError
 from rlhf.storage.cache import Once
 
 ENTRY_POINTS = "rlhf.plugins"
+PLUGINS = "RLHF_PLUGINS"  # environment variable: directories that hold plugins, separated as in PATH
 DIRECTORY = "RLHF_DIRECTORY"  # environment variable: working directory of the command, for the processes that it starts
 
 
@@ -177,7 +178,7 @@ def refuse_shadows(plugins: dict[str, Plugin], known: set[str]) -> None:
 def local() -> dict[str, Plugin]:
     """Return the plugins in the directories of RLHF_PLUGINS (default ./plugins) by package. Earlier ones win."""
     found: dict[str, Plugin] = {}
-    named = os.environ.get("RLHF_PLUGINS")
+    named = os.environ.get(PLUGINS)
     directories = [d for d in (named or "plugins").split(os.pathsep) if d]
     for directory in directories:
         origin = directory if named else "./plugins"
@@ -237,7 +238,7 @@ def discover() -> tuple[list[Plugin], list[UnusablePlugin]]:
         UserError: Two plugins, or a plugin and rlhf's own conf, offer the same option; or a local plugin has the name
             of an installed package.
     """
-    plugins, broken = lookup_cache.get((os.getcwd(), os.environ.get("RLHF_PLUGINS")), _discovered)
+    plugins, broken = lookup_cache.get((os.getcwd(), os.environ.get(PLUGINS)), _discovered)
     return list(plugins), list(broken)
 
 

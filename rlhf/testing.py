@@ -161,8 +161,8 @@ def check_plugin(folder: Path) -> Report:
 
 def _found(folder: Path) -> list[str]:
     if folder not in {plugin.folder for plugin in discovery.discover()[0]}:
-        named = os.environ.get("RLHF_PLUGINS", "plugins")
-        os.environ["RLHF_PLUGINS"] = os.pathsep.join([str(folder.parent), *([named] if named else [])])
+        named = os.environ.get(discovery.PLUGINS, "plugins")
+        os.environ[discovery.PLUGINS] = os.pathsep.join([str(folder.parent), *([named] if named else [])])
     folders = {plugin.folder for plugin in discovery.discover()[0]}
     return [] if folder in folders else [f"{folder} is not found; its name must be a Python identifier"]
 

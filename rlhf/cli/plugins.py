@@ -73,9 +73,9 @@ def _new(name: str, kind: str, into: Path) -> int:
     folder, commands = scaffold.write(name, kind, into)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         print(f"wrote {path}")
-    searched = {Path(d).resolve() for d in os.environ.get("RLHF_PLUGINS", "plugins").split(os.pathsep)}
+    searched = {Path(d).resolve() for d in os.environ.get(discovery.PLUGINS, "plugins").split(os.pathsep)}
     if into.resolve() not in searched:
-        print(f"\nto make rlhf find it, type: export {shell(f'RLHF_PLUGINS={into.resolve()}')}")
+        print(f"\nto make rlhf find it, type: export {shell(f'{discovery.PLUGINS}={into.resolve()}')}")
     print(f"\nnext:\n  {shell('rlhf', 'plugins', 'check', folder)}")
     print("\n".join(f"  {line}" for line in commands.splitlines()))
     return 0
