@@ -5,6 +5,7 @@ This module imports no torch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ class ResolvedStep:
     identities: Mapping[str, list[str]]
     parents: Mapping[str, Path]
     problems: tuple[RLHFError, ...]
+
+    @cached_property
+    def config(self) -> Plain:
+        """Return the config with every interpolation replaced by its value, resolved once.
+
+        Raises:
+            OmegaConfBaseException: A value cannot be resolved.
+        """
+        return configs.resolve(self.raw)
 
 
 def resolve_inputs(step: SelectedStep, request: Request, earlier: Sequence[Step]) -> ResolvedStep:

@@ -21,7 +21,9 @@ from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from rlhf import discovery
 from rlhf.errors import RLHFError, UserError, UserErrors
 from rlhf.planning import step_config as configs
 from rlhf.planning import validation_cache
@@ -54,15 +56,15 @@ def plan(root: DictConfig, overrides: Sequence[str] = (), validate_again: bool =
     Raises:
         UserError: an unknown step, missing inputs, values out of range, an override without effect; one line each.
     """
-    request = read_request(root, overrides)
-    selected = select_steps(request)
     planned: tuple[PlannedStep, ...] = ()
-    with source_code.sources_read_once():
+    with discovery.lookup_cache.open(), source_code.sources_read_once():
+        request = read_request(root, overrides)
+        selected = select_steps(request)
         for step in selected:
             planned = (*planned, _build_step(step, request, planned, validate_again))
         steps = [one.step for one in planned]
         comparison = plan_comparison(request, steps)
-    unused = find_unused_overrides(request, planned)
+        unused = find_unused_overrides(request, planned)
     weights = _choices_of_weights(steps)
     problems: list[RLHFError] = [
         *(problem for one in planned for problem in one.problems),
@@ -118,7 +120,11 @@ def validate_step(resolved: ResolvedStep) -> tuple[RLHFError, ...]:
         if not isinstance(resolved.raw.get(group), dict):
             raise UserError("has no value, and every stage needs it", f"type {group}=OPTION", option=group)
     try:
-        validate_config(OmegaConf.create(resolved.raw), resolved.name or "", resolved.own)
+        config = resolved.config
+    except OmegaConfBaseException:  # validation names every value that cannot be resolved
+        config = OmegaConf.create(resolved.raw)
+    try:
+        validate_config(config, resolved.name or "", resolved.own)
     except UserError as error:
         return error.findings
     return ()
@@ -126,7 +132,7 @@ def validate_step(resolved: ResolvedStep) -> tuple[RLHFError, ...]:
 
 def read_properties(resolved: ResolvedStep) -> StepProperties:
     """Return the properties of the classes that a validated config names; import these classes."""
-    config = configs.resolve(resolved.raw)
+    config = resolved.config
     stage = get_object(config["stage"]["_target_"])
     # Inherited groups that the stage does not read do not change its results.
     unread = {"optimizer", "scheduler"} - set(groups(stage))

@@ -50,7 +50,7 @@ def fingerprint_step(
     Raises:
         UserError: The data of the step cannot be read, or its stage has a name that cannot be that of a directory.
     """
-    config = configs.resolve(resolved.raw)
+    config = resolved.config
     stage, name = stage_name(config), resolved.name
     validate_path_name(f"{name}.stage.name" if name else "stage.name", stage)
     config = {key: value for key, value in config.items() if key not in properties.unread}

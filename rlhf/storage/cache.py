@@ -20,8 +20,9 @@ class Once:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Compute each result once inside the context, and drop all results at its end."""
-        token = self._kept.set({})
+        """Compute each result once inside the outermost context, and drop all results at its end."""
+        kept = self._kept.get()
+        token = self._kept.set({} if kept is None else kept)
         try:
             yield
         finally:

@@ -17,13 +17,14 @@ from rlhf.planning.validation.nodes import node_problems
 from rlhf.planning.validation.stage import cross_field_problems, stage_problems
 from rlhf.planning.validation.values import resolve_values, value_problems
 from rlhf.stage import strategies
+from rlhf.storage.plain import Plain
 
 
-def validate_config(config: DictConfig, step: str = "", own: Mapping[str, Any] | None = None) -> None:
+def validate_config(config: DictConfig | Plain, step: str = "", own: Mapping[str, Any] | None = None) -> None:
     """Validate one step's config, which is its own root.
 
     Args:
-        config: The merged config of a single stage.
+        config: The merged config of a single stage; plain if its values are resolved.
         step: Its name in a pipeline, put before the keys in messages so that they can be typed unchanged.
         own: Values that the pipeline sets on the step itself, the rest being the root's; None: all of them.
 

@@ -3,33 +3,36 @@
 import inspect
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from rlhf.errors import RLHFError, UserError, first_line, key
+from rlhf.storage.plain import Plain
 
 # No hyperparameter is valid at infinity or nan, but infinity passes bounds such as greater than 0.
 _FINITE = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
 LARGEST, SMALLEST = 3.4e38, 1.2e-38  # range of float32; smaller values lose digits, then become 0
-# Building a model takes milliseconds, and a pipeline checks thousands of values.
-_MODELS: dict[str, tuple[Any, Any]] = {}
+# Building a model takes milliseconds, and a pipeline checks thousands of values. An Annotated with a Field has no hash,
+# and two of equal text are not equal: repr -> [(annotation, model)].
+_MODELS: dict[str, list[tuple[Any, Any]]] = {}
 
 
-def resolve_values(config: DictConfig, prefix: str) -> tuple[Any, list[RLHFError]]:
+def resolve_values(config: DictConfig | Plain, prefix: str) -> tuple[Any, list[RLHFError]]:
     """Return the config as plain containers, and the errors; values that do not resolve become `UNRESOLVED`."""
     errors: list[RLHFError] = []
 
     def plain(node: Any, path: str) -> Any:
-        if OmegaConf.is_dict(node):
+        if isinstance(node, dict) or OmegaConf.is_dict(node):
             return {k: child(node, k, f"{path}.{k}" if path else str(k)) for k in node}
-        if OmegaConf.is_list(node):
+        if isinstance(node, list) or OmegaConf.is_list(node):
             return [child(node, i, f"{path}[{i}]") for i in range(len(node))]
         return node
 
     def child(parent: Any, name: Any, path: str) -> Any:
-        if OmegaConf.is_missing(parent, name):
+        is_plain = isinstance(parent, dict | list)
+        if parent[name] == MISSING if is_plain else OmegaConf.is_missing(parent, name):
             errors.append(UserError("has no value", fix=f"type {key(prefix + path, '...')}", option=prefix + path))
             return UNRESOLVED
         try:
@@ -93,13 +96,16 @@ def value_problems(value: Any, annotation: Any, path: str) -> list[RLHFError]:
 
 def _value_model(annotation: Any) -> Any:
     """Return the pydantic model of one value of this type; None for a type that pydantic does not know."""
-    key = repr(annotation)  # an Annotated with a Field has no hash
-    if key not in _MODELS or _MODELS[key][0] != annotation:
-        try:
-            _MODELS[key] = annotation, create_model("Value", __config__=_FINITE, value=(annotation, ...))
-        except PydanticUserError:
-            _MODELS[key] = annotation, None
-    return _MODELS[key][1]
+    known = _MODELS.setdefault(repr(annotation), [])
+    for other, model in known:
+        if other == annotation:
+            return model
+    try:
+        made: Any = create_model("Value", __config__=_FINITE, value=(annotation, ...))
+    except PydanticUserError:
+        made = None
+    known.append((annotation, made))
+    return made
 
 
 def _is_scalar(value: Any) -> bool:
