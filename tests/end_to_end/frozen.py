@@ -9,10 +9,12 @@ import gc
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from transformers import conversion_mapping
 
 from rlhf.running import pipeline
 
 pipeline.untested = lambda: None
 FigureCanvasAgg.print_png = lambda _, path, **__: Path(path).write_bytes(b"")
+conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions
 gc.collect()
 gc.freeze()
