@@ -303,7 +303,9 @@ class RolloutStage(RolloutMetrics):
             generator = torch.Generator().manual_seed(self.step_seed(f"epoch {epoch}"))
             order = torch.randperm(len(experience), generator=generator).to(self.device)
             for index, rows in enumerate(order.chunk(self.minibatches)):
-                yield experience[rows], epoch == index == 0
+                # Samples of a prompt side by side, so that a pass computes the prompt once.
+                ordered = rows.sort().values if self.sampler.samples > 1 else rows
+                yield experience[ordered], epoch == index == 0
 
     def pretraining_term(self, responses: int) -> None:
         """Add gamma * cross-entropy on pretraining text to the gradient of this update."""
