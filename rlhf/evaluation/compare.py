@@ -24,7 +24,7 @@ from rlhf.functional.statistics import Difference, Estimate, estimate, paired
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.precision import Precision
+from rlhf.models.precision import Precision, stored_precision
 from rlhf.reward.gold import GoldReward
 from rlhf.reward.model import ModelReward
 from rlhf.sampler.ancestral import AncestralSampler
@@ -269,18 +269,21 @@ def _compare(
     )
 
 
-def load_policy(path: Path | str, chat_template: str | None = None) -> LanguageModel:
-    """Load a policy in float32 and eval mode, on the GPU if there is one.
+def load_policy(
+    path: Path | str, chat_template: str | None = None, precision: Precision | None = None
+) -> LanguageModel:
+    """Load a policy in eval mode, on the GPU if there is one.
 
     Args:
         path: Model directory, run directory, GGUF file or hub id.
         chat_template: Replaces the model's own. Embeddings of tokens that it adds are the same each time.
+        precision: Format of the weights; None: as they are stored.
     """
     spec = CausalLM(path=str(path), architecture=None, vocab_size=None, chat_template=chat_template)
     with torch.random.fork_rng(devices=[], enabled=chat_template is not None):
         if chat_template is not None:
             torch.manual_seed(0)
-        policy = spec.load(NoAdapter(), Precision("32-true")).frozen()
+        policy = spec.load(NoAdapter(), precision or stored_precision(spec.config())).frozen()
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

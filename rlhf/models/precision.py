@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf.errors import UserError, key
 
@@ -47,3 +48,8 @@ class Precision:
                 option="precision",
                 value="fp16",
             )
+
+
+def stored_precision(config: PreTrainedConfig) -> Precision:
+    """Return the precision of weights as they are stored: bf16-true for bfloat16, otherwise 32-true."""
+    return Precision("bf16-true" if config.dtype is torch.bfloat16 else "32-true")

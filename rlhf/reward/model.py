@@ -13,6 +13,7 @@ from rlhf.data.encoding import encode_prompt, encode_turns
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError, key, renaming
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.precision import stored_precision
 from rlhf.models.saved_config import is_scalar_model, missing_head_error
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_base import SharedBase
@@ -55,12 +56,14 @@ class ModelReward(Reward):
             UserError: For a model without a scalar head.
         """
         with renaming("model.path", "reward.path"):
-            if not CausalLM(self.path, None, None).scalar:
+            spec = CausalLM(self.path, None, None)
+            if not spec.scalar:
                 raise missing_head_error("reward.path", self.path)
             if base is not None:
                 self._model = base.scalar(self.path)
             else:
-                self._model = ScalarModel.load(self.path).disable_dropout().eval().requires_grad_(False)
+                model = ScalarModel.load(spec, precision=stored_precision(spec.config()))
+                self._model = model.disable_dropout().eval().requires_grad_(False)
         return self
 
     @property

@@ -113,8 +113,10 @@ def export(model: Named, folder: Path, merge: bool, force: bool = False) -> Expo
         _copy(Path(model.path), folder, ("*",))
         return Exported("model", folder)
     from rlhf.evaluation.compare import load_policy
+    from rlhf.models.precision import Precision
 
-    load_policy(model.path).to("cpu").save(folder)  # a hub id, a GGUF file, or an adapter to be merged
+    # A hub id, a GGUF file, or an adapter, which is merged in float32.
+    load_policy(model.path, precision=Precision("32-true")).to("cpu").save(folder)
     return Exported("model", folder)
 
 

@@ -26,14 +26,14 @@ POLICY = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 """
 ADAPTER = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")  # on top of {base}
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")  # on top of {base}
 model.generation_config = GenerationConfig.from_pretrained(folder)
 """
 ON_GGUF = """from peft import PeftModel
@@ -69,7 +69,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
 
 dialogue = [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "Hello. How can I help?"}}]
 ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt", return_dict=True)["input_ids"]
