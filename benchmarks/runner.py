@@ -49,6 +49,8 @@ class Worker:
         file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         paths = [str(ROOT), str(ROOT / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("w", encoding="utf-8") as log:
+            pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
+            own = {"THP_MEM_ALLOC_ENABLE": pages} if job.side == "ours" else {}  # as the command `rlhf` does
             self._process = subprocess.Popen(
                 [python, "-m", "benchmarks.worker", str(file)],
                 stdin=subprocess.PIPE,
@@ -57,7 +59,7 @@ class Worker:
                 text=True,
                 encoding="utf-8",
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **own},
             )
 
     def read(self) -> dict[str, Any]:

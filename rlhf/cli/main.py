@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import __version__, console, discovery
 from rlhf.errors import RLHFError, RunFailed, UserError, shorten, suggest
+from rlhf.models.machine_memory import use_large_pages
 from rlhf.planning import rounds
 from rlhf.running import launcher, processes
 
@@ -27,6 +28,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 def main() -> None:
     """Run one command line and exit with its status: 0 success, 1 a run failed, 2 the user can fix it."""
     _ensure_utf8()
+    use_large_pages()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -28,12 +28,22 @@ PRELOAD = [
     "rlhf.running.pipeline",
     *(f"{path.parent.name}.stage" for path in sorted((ROOT / "plugins").glob("*/stage.py"))),
     # What a command imports only when it needs it.
-    *("hydra._internal.core_plugins", "rlhf.callbacks.signals", "rlhf.cli.help", "rlhf.running.curves", "rlhf.running.job"),
+    *(
+        "hydra._internal.core_plugins",
+        "rlhf.callbacks.signals",
+        "rlhf.cli.help",
+        "rlhf.running.curves",
+        "rlhf.running.job",
+    ),
     *("peft", "bitsandbytes", "matplotlib.pyplot", "rlhf.models.gguf", "transformers.generation.utils"),
     *("transformers.models.llama.modeling_llama", "transformers.processing_utils"),
     "tests.end_to_end.frozen",
 ]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")]),
+}
 PATIENCE = 120.0  # seconds until a command without output is considered hung
 
 
