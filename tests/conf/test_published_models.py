@@ -1,19 +1,19 @@
 """Published models in every stage, planned from their YAMLs without network, and the page that lists them."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from rlhf.errors import UserError
-from rlhf.inspection.composing import Look, planned
+from rlhf.inspection.composing import Look, composed, planned
 from rlhf.inspection.roles import roles_of
 from rlhf.models.causal_lm import CausalLM
 from rlhf.models.model_source import ModelSource
 from rlhf.planning.checks import memory
+from rlhf.planning.plan import plan
 from rlhf.planning.validation.config import validate_config
 from rlhf.storage import hub
 from rlhf.testing import ROLES, discovered_groups, tiny_model
@@ -40,8 +40,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_model_passes_validation_in_every_stage(composed: Callable[..., DictConfig], stage: str) -> None:
-    config = composed(f"stage={stage}", *(f"inputs.{role}=given" for role in ROLES))
+def test_every_model_passes_validation_in_every_stage(stage: str) -> None:
+    config = composed([f"stage={stage}", *(f"inputs.{role}=given" for role in ROLES)])
     for name in COUNTS:
         config.model = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), {"path": config.model.path})
         validate_config(config)
@@ -86,14 +86,21 @@ def test_a_pipeline_with_ppo_is_planned_from_the_configuration_alone(family: str
     assert roles["reference"].parameters == 0  # the policy's base without the adapter
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTS if name != "smollm2_135m"])
 @pytest.mark.parametrize("words", [["stage=sft"], ["stage=dpo", "inputs.policy=NAME"], ["pipeline=instructgpt"]])
 @pytest.mark.usefixtures("unread")
-def test_without_the_hub_a_model_is_refused_in_one_line(name: str, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        planned([*(word.replace("NAME", name) for word in words), f"model={name}"])
-    (line,) = str(error.value).splitlines()
-    assert line.startswith(f"model.path={option(name)['hub_id']}: the hub is not reachable")
+def test_without_the_hub_a_model_is_refused_in_one_line(words: list[str]) -> None:
+    """The config is composed once: it differs between models in the group of the model and in the policy alone."""
+    names = [name for name in COUNTS if name != "smollm2_135m"]
+    config = composed([*words, f"model={names[0]}"])
+    for name in names:
+        config.model = OmegaConf.load(CONF / f"{name}.yaml")
+        if config.inputs.get("policy"):
+            config.inputs.policy = name
+        with pytest.raises(UserError) as error:
+            plan(config, [*(word.replace("NAME", name) for word in words), f"model={name}"])
+        (line,) = str(error.value).splitlines()
+        assert line.startswith(f"model.path={option(name)['hub_id']}: the hub is not reachable")
+    assert config == composed([*(word.replace("NAME", names[-1]) for word in words), f"model={names[-1]}"])
     assert not list(Path().glob("outputs/*"))
 
 
