@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -102,7 +103,7 @@ def _is_plain(head: nn.Linear) -> bool:
     """Return whether calling `head` is exactly `x @ weight.T + bias`: no subclass, no hooks, not sharded."""
     return (
         type(head) is nn.Linear
-        and type(head.weight) in (nn.Parameter, Tensor)
+        and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
         and head.weight.is_floating_point()
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
@@ -203,7 +204,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if by_logp is None and by_entropy is None:
             return nothing
         weight, bias, hidden, targets, normalisers, entropies, jacobian, *of_head = ctx.saved_tensors
-        if ctx.early and (ctx.head_frozen or bool((by_logp == by_logp[0]).all())):
+        if ctx.early and (ctx.head_frozen or _is_uniform(by_logp)):
             by_hidden = None if jacobian is None else (by_logp.unsqueeze(-1) * jacobian).to(jacobian.dtype)
             scaled = [
                 None if total is None else (total * by_logp[0]).to(parameter.dtype)
@@ -239,3 +240,8 @@ class _LinearLogprobs(torch.autograd.Function):
 def _zeros(parameter: Tensor) -> Tensor:
     """Return an fp32 sum over chunks, whatever the dtype of the weights."""
     return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def _is_uniform(gradient: Tensor) -> bool:
+    """Return whether all values [N] are equal; those of a plain sum are one value, expanded, and are not read."""
+    return gradient.stride() == (0,) or bool((gradient == gradient[0]).all())

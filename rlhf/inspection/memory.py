@@ -1,63 +1,162 @@
-"""Memory other than weights: activations of a training pass, the cache of a rollout, and the machine's memory."""
+"""Peak memory of a step by phase, computed on fake tensors, and the machine's memory."""
 
-from collections.abc import Iterator
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from rlhf.data.collate import TokenBatch
+from rlhf.functional.logprobs import token_logprobs
 from rlhf.inspection.composing import Look
+from rlhf.inspection.roles import Role
 from rlhf.inspection.work import Work
+from rlhf.models import padding_free
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.machine_memory import read_machine_memory
-from rlhf.models.module_state import evaluating
+from rlhf.models.padding_free import Layout
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.stage.base import Stage
+from rlhf.stage.supervised import Supervised
+
+UPDATE_COPIES = 2  # copies of the largest weight that an optimizer makes while it updates it (AdamW, one by one)
+LOGITS_COPIES = 3  # fp32 copies of one decode step's logits: scaled, normalised, and the random numbers beside them
 
 
-def activations(look: Look, stage: Stage, work: Work, precision: Precision) -> int | None:
-    """Return the bytes that the backward pass of the largest micro-batch needs of the decoders' forward passes.
+class AllocationPeak(TorchDispatchMode):
+    """Context manager: peak of the bytes of all tensors that are made inside it and alive at the same time.
 
-    Measured in a forward pass on fake tensors: every tensor that autograd would keep, except weights. With gradient
-    checkpointing that is every layer's input and the inside of one layer. None if it cannot be measured.
+    Args:
+        known: Tensors whose storages do not count, such as weights.
+
+    Attributes:
+        live: Bytes that are alive now.
+        peak: Most bytes that were alive.
     """
-    if not work.rows or stage._optimizer is None:
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Memory of the passes of a stage, in bytes, beside the weights.
+
+    Attributes:
+        training: Most that one micro-batch needs in its forward and backward pass, gradients included; None if the
+            stage trains nothing, or if it cannot be measured.
+        sampling: Keys and values of the largest sampling batch at full length, and the logits of one token; None
+            without sampling.
+    """
+
+    training: int | None
+    sampling: int | None
+
+
+def passes(look: Look, stage: Stage, work: Work, precision: Precision) -> Passes:
+    """Return the memory of the largest training pass and of the largest sampling batch."""
+    return Passes(training_pass(look, stage, work, precision), sampling(stage, work, precision))
+
+
+def peak(roles: Sequence[Role], measured: Passes) -> int:
+    """Return the most bytes that weights, gradients, optimizer state, activations and caches need at a time."""
+    weights = sum(role.weights for role in roles)
+    state = sum(role.optimizer for role in roles)
+    update = sum(role.gradients for role in roles) + UPDATE_COPIES * max(role.largest for role in roles)
+    return weights + state + max(measured.training or 0, measured.sampling or 0, update)
+
+
+def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) -> int | None:
+    """Return the most bytes that the forward and backward pass of the largest micro-batch needs beside the weights.
+
+    It is run on fake tensors: the decoder on the distinct tokens of the batch, the log-probabilities of its targets in
+    chunks, and the backward pass, which makes the gradients. Where gradients of an earlier pass are kept (several
+    micro-batches, pretraining text), the pass is run twice. None if nothing is trained, or if an architecture reads
+    values, which fake tensors do not have.
+    """
+    if work.batch is None or stage._optimizer is None:
         return None
-    total = 0
+    modules = stage.modules_trained()
+    order = [(modules, _Pass.of(modules[0], work.batch, isinstance(stage, Supervised)))] * min(work.accumulation, 2)
+    if work.text is not None:
+        order.append(([stage.policy], _Pass.of(stage.policy, work.text, uniform=True)))
+    known = [value for module in modules for value in [*module.parameters(), *module.buffers()]]
     try:
-        for model in _trained(stage):
-            total += kept_for_backward(look, model, work.rows, work.length, precision)
-    except Exception:  # an architecture that reads values, which fake tensors do not have
+        with look.weights.mode, precision.autocast("cpu"), AllocationPeak(known) as allocated:
+            for trained, tokens in order:
+                torch.stack([tokens.loss(module) for module in trained]).sum().backward()
+    except Exception:
         return None
-    return total
+    finally:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+    return allocated.peak
 
 
-def kept_for_backward(look: Look, model: LanguageModel, rows: int, length: int, precision: Precision) -> int:
-    """Return the bytes that autograd keeps of a decoder's forward pass on ``rows`` x ``length`` tokens, not weights."""
-    own = {value.untyped_storage()._cdata for value in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, tuple[Any, int]] = {}  # keeps the storage alive, or its address would be reused
+@dataclass(frozen=True)
+class _Pass:
+    """Tokens of a forward pass: B rows of T tokens, or a layout of the distinct ones."""
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        kept[storage._cdata] = (storage, storage.nbytes())
-        return value
+    shape: torch.Size  # (B, T)
+    layout: Layout | None
+    targets: int
+    uniform: bool  # whether the loss is a mean of log-probabilities
 
-    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.base.modules())
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
-    with look.weights.mode, precision.autocast("cpu"), evaluating(model), hooks:  # eval mode disables recomputation
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        model.base.get_decoder()(input_ids=ids, use_cache=False)
-    total = sum(size for address, (_, size) in kept.items() if address not in own)
-    if checkpointing:
-        layers = int(model.config.num_hidden_layers)
-        inputs = layers * rows * length * model.hidden_size * precision.compute.itemsize
-        return inputs + total // layers
-    return total
+    @classmethod
+    def of(cls, model: nn.Module, batch: TokenBatch, uniform: bool) -> "_Pass":
+        language_model = model.language_model if isinstance(model, ScalarModel) else model
+        assert isinstance(language_model, LanguageModel)
+        return cls(batch.ids.shape, language_model.layout(batch), int(batch.loss_mask.sum()), uniform)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return a loss that needs the memory of a real one, a scalar."""
+        language_model: Any = model.language_model if isinstance(model, ScalarModel) else model
+        decoder = language_model.base.get_decoder()
+        if self.layout is None:
+            states = decoder(input_ids=torch.zeros(self.shape, dtype=torch.long), use_cache=False).last_hidden_state
+        elif language_model.padding_free:
+            states = padding_free.hidden_states(decoder, self.layout)
+        else:
+            states = padding_free.hidden_states_by_document(decoder, self.layout)
+        states = states.flatten(0, -2)
+        if isinstance(model, ScalarModel):
+            return model.project(states).sum()
+        rows, targets = states[: self.targets], torch.zeros(self.targets, dtype=torch.long)
+        head = language_model.base.get_output_embeddings()
+        return token_logprobs(rows, targets, head, uniform=self.uniform)[0].sum()
 
 
-def cache(stage: Stage, work: Work, precision: Precision) -> int | None:
-    """Return the bytes of keys and values of the largest sampling batch at full length; None without sampling."""
+def sampling(stage: Stage, work: Work, precision: Precision) -> int | None:
+    """Return the bytes of keys and values of the largest sampling batch at full length, and of one token's logits."""
     sampler = getattr(stage, "sampler", None)
     if sampler is None or stage.policy is None:
         return None
@@ -66,7 +165,8 @@ def cache(stage: Stage, work: Work, precision: Precision) -> int | None:
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     rows = min(max(1, sampler.batch_size // sampler.samples), stage.batch_size) * sampler.samples
     tokens = work.prompt_length + sampler.room(stage.policy)
-    return 2 * int(config.num_hidden_layers) * heads * width * precision.compute.itemsize * rows * tokens
+    kept = 2 * int(config.num_hidden_layers) * heads * width * precision.compute.itemsize * rows * tokens
+    return kept + LOGITS_COPIES * 4 * rows * int(config.vocab_size)
 
 
 def machine(accelerator: str) -> tuple[int | None, str]:
@@ -78,11 +178,12 @@ def machine(accelerator: str) -> tuple[int | None, str]:
     return None, "no GPU on this machine"
 
 
-def _trained(stage: Stage) -> Iterator[LanguageModel]:
-    for module in stage.modules_trained():
-        model: nn.Module = module.language_model if isinstance(module, ScalarModel) else module
-        if isinstance(model, LanguageModel):
-            yield model
+def libraries(accelerator: str) -> int:
+    """Return the resident bytes of this process, of Python, its libraries and the data; 0 on a GPU, which has none."""
+    if accelerator != "cpu":
+        return 0
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def size(count: int | None) -> str:

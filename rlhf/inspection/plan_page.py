@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from rlhf import console
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.importing import build_option
 from rlhf.inspection.composing import Look, planned, read_examples
 from rlhf.inspection.learning_rates import unusual_rate
-from rlhf.inspection.memory import activations, cache, machine, size
+from rlhf.inspection.memory import libraries, machine, passes, peak, size
 from rlhf.inspection.roles import Role, roles_of
 from rlhf.inspection.work import ORDER, Work, work_of
 from rlhf.models.precision import Precision
@@ -18,9 +19,10 @@ from rlhf.runs.run_directory import Run
 from rlhf.stage.base import Stage
 from rlhf.storage.plain import Plain
 
+_NO_WEIGHTS = ("", "", "", "", "")  # columns of a row that is not a model's
 NOT_INCLUDED = (
-    "Not included: Python and its libraries, logits of the current chunk, scoring passes without gradients, buffers of "
-    "kernels and of the allocator, data."
+    "The peak is that of weights, optimizer state and the largest of training pass, sampling and update. Not included: "
+    "scoring passes without gradients, buffers of kernels and of the allocator."
 )
 
 
@@ -87,21 +89,25 @@ def _state(step: Step) -> str:
 def _memory(look: Look, step: Step, stage: Stage, work: Work, roles: list[Role]) -> list[tuple[str, ...]]:
     precision: Precision = build_option(OmegaConf.create(step.config["precision"]))
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
+    accelerator = _accelerator(step.config)
+    measured, process = passes(look, stage, work, precision), libraries(accelerator)
     more = {
-        "activations": (activations(look, stage, work, precision), f"{work.rows} rows of {work.length} tokens"),
-        "cache of rollouts": (cache(stage, work, precision), "keys and values while sampling"),
+        "training pass": (measured.training, f"activations and gradients of {_shape(work.batch)}"),
+        "sampling": (measured.sampling, "keys, values and logits of the largest sampling batch"),
+        "process": (process or None, "Python, its libraries and the data"),
     }
-    total = sum(role.total for role in roles)
-    for name, (count, note) in more.items():
-        if count is not None:
-            rows.append(("", name, "", "", "", "", "", size(count), note))
-            total += count
-    have, what = machine(_accelerator(step.config))
+    rows += [("", name, *_NO_WEIGHTS, size(count), note) for name, (count, note) in more.items() if count is not None]
+    total = process + peak(roles, measured)
+    have, what = machine(accelerator)
     note = f"{what}: {size(have)}" if have is not None else what
     if have is not None and total > have:
         note += ": it does not fit"
-    rows.append(("", "total", "", "", "", "", "", size(total), note))
+    rows.append(("", "peak", *_NO_WEIGHTS, size(total), note))
     return rows
+
+
+def _shape(batch: TokenBatch | None) -> str:
+    return "no batch" if batch is None else f"{batch.ids.shape[0]} rows of {batch.ids.shape[1]} tokens"
 
 
 def _accelerator(config: Plain) -> str:

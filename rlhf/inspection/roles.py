@@ -30,6 +30,7 @@ class Role:
     gradients: int  # bytes
     optimizer: int  # bytes
     note: str = ""
+    largest: int = 0  # bytes of the largest trained weight
 
     @property
     def total(self) -> int:
@@ -73,7 +74,8 @@ def _role(name: str, module: nn.Module, seen: set[int], state: StateSize | None,
         return Role(name, parameters, 0, weights, 0, 0, note)
     gradients = sum(value.numel() * value.element_size() for value in new.values()) if state.trains else 0
     optimizer = state.of(new.values())
-    return Role(name, parameters, trained if state.trains else 0, weights, gradients, optimizer, note)
+    largest = max((value.numel() * value.element_size() for value in new.values()), default=0) if state.trains else 0
+    return Role(name, parameters, trained if state.trains else 0, weights, gradients, optimizer, note, largest)
 
 
 def _held(stage: Stage) -> Iterator[tuple[str, nn.Module]]:

@@ -1,13 +1,17 @@
 """Amounts of work of a stage as numbers: prompts, responses, batches, optimizer steps, tokens."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rlhf.data.batches import Batches
+from rlhf.data.collate import TokenBatch
 from rlhf.data.encoded_rows import Encoded, EncodedComparison, EncodedLabel
 from rlhf.data.records import Prompt
 from rlhf.stage.base import Stage
+from rlhf.stage.experience import chunks
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.storage.plain import Plain
 
@@ -42,14 +46,17 @@ class Work:
 
     Attributes:
         amounts: Name of the amount in the table of `rlhf inspect plan` -> its value as text.
-        rows: Rows of the largest forward pass with gradients.
-        length: Tokens of its longest row.
+        batch: Largest micro-batch of a training pass, on the CPU; for a rollout one of full length, with ids that only
+            tell rows apart. None if it is unknown.
+        text: Largest micro-batch of the pretraining term; None without one.
+        accumulation: Micro-batches per optimizer step.
         prompt_length: Tokens of the longest prompt that is sampled from.
     """
 
     amounts: dict[str, str]
-    rows: int = 0
-    length: int = 0
+    batch: TokenBatch | None = None
+    text: TokenBatch | None = None
+    accumulation: int = 1
     prompt_length: int = 0
 
 
@@ -64,11 +71,6 @@ def tokens_of(example: Any) -> tuple[int, int]:
     if isinstance(example, EncodedLabel):
         return len(example), len(example.response)
     return 0, 0
-
-
-def rows_of(example: Any) -> int:
-    """Return the number of rows of an example."""
-    return len(example.used) if isinstance(example, EncodedComparison) else 1
 
 
 def work_of(stage: Stage, config: Plain) -> Work:
@@ -92,7 +94,7 @@ def work_of(stage: Stage, config: Plain) -> Work:
             amounts |= {"prompts": _count(len(prompts)), "responses per prompt": str(sampler.samples)}
             amounts["tokens sampled, at most"] = _count(len(prompts) * sampler.samples * sampler.room(stage.policy))
         work = _of_examples(stage, amounts, config, processes)
-    return Work(work.amounts, work.rows, work.length, longest_prompt)
+    return replace(work, prompt_length=longest_prompt)
 
 
 def _of_rollouts(
@@ -123,7 +125,23 @@ def _of_rollouts(
     }
     if text:
         amounts["text per optimizer step"] = f"{_count(text)} rows of {stage.text_length} tokens"
-    return Work(amounts, micro, longest + stage.sampler.room(stage.policy))
+    batch = _rollout_batch(micro, samples, longest, stage.sampler.room(stage.policy)) if longest else None
+    words = _text_batch(min(text, micro), stage.text_length) if text else None
+    return Work(amounts, batch, words, -(-minibatch // micro))
+
+
+def _rollout_batch(rows: int, samples: int, prompt: int, response: int) -> TokenBatch:
+    """Return responses of full length, with the samples of a prompt side by side."""
+    ids = torch.arange(rows)[:, None].repeat(1, prompt + response) + rows
+    ids[:, :prompt] = torch.arange(rows)[:, None] // samples
+    is_response = torch.arange(prompt + response) >= prompt
+    return TokenBatch.of(ids, torch.ones_like(ids), is_response.expand(ids.shape))
+
+
+def _text_batch(rows: int, length: int) -> TokenBatch:
+    """Return rows of full length that share nothing."""
+    ids = torch.arange(rows)[:, None].repeat(1, length)
+    return TokenBatch.of(ids, torch.ones_like(ids), torch.ones_like(ids))
 
 
 def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes: int) -> Work:
@@ -140,13 +158,17 @@ def _of_examples(stage: Stage, amounts: dict[str, str], config: Plain, processes
         return Work(amounts)
     steps = _steps(len(batches), config)
     read = [tokens_of(example) for example in stage.examples]
-    chosen = [index for _, batch in zip(range(steps), _from_start(batches), strict=False) for index in batch]
+    order = [batch for _, batch in zip(range(steps), _from_start(batches), strict=False)]
+    chosen = [index for batch in order for index in batch]
     amounts["left out of each epoch"] = _count(len(stage.examples) - batches.per_epoch * stage.batch_size)
     amounts["optimizer steps"] = _count(steps)
     amounts["tokens read"] = _count(sum(read[index][0] for index in chosen))
     amounts["tokens trained on"] = _count(sum(read[index][1] for index in chosen))
-    rows = max(rows_of(example) for example in stage.examples)
-    return Work(amounts, micro * rows, max(len(example) for example in stage.examples))
+    parts = (batch[rows] for batch in order for rows in chunks(len(batch), micro))
+    largest = max(parts, key=lambda part: sum(read[index][0] for index in part))
+    collated = stage.collate([stage.examples[index] for index in largest])
+    tokens = collated if isinstance(collated, TokenBatch) else collated.tokens
+    return Work(amounts, tokens, None, -(-mine // micro))
 
 
 def _from_start(batches: Batches) -> Iterable[list[int]]:

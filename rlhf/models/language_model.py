@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
             position_ids: Positions in the document, [B, T] long; None derives them by counting the attended tokens.
         """
         tokens = TokenBatch.of(ids, attention_mask, position_ids=position_ids)
-        layout = self._layout(tokens)
+        layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)
         return take(self._distinct_hidden(layout), layout.places.flatten()).view(*ids.shape, -1)
@@ -154,15 +154,15 @@ class LanguageModel(nn.Module):
             tokens: B rows of T tokens.
             selected: True on the n tokens, none of them padding, [B, T] bool.
         """
-        layout = self._layout(tokens)
+        layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)[selected]
         return take(self._distinct_hidden(layout), layout.places[selected])
 
-    def _layout(self, tokens: TokenBatch) -> Layout | None:
+    def layout(self, tokens: TokenBatch) -> Layout | None:
         """Return the layout of a pass over distinct tokens; None for a batch that is better computed as it is."""
         mask, positions = tokens.attention_mask, tokens.position_ids
-        if self.is_fake or not mask.any():
+        if not mask.any():
             return None
         starts = find_starts(mask, positions)
         packed = bool((starts[:, 1:] & mask[:, :-1]).any())  # a document starts right after another one

@@ -40,7 +40,7 @@ from rlhf.runs import source_code
 from rlhf.runs.run_directory import Run
 from rlhf.signatures import groups
 from rlhf.storage import hub
-from rlhf.storage.plain import leaves
+from rlhf.storage.plain import Plain, leaves
 
 REQUIRED_GROUPS = ("model", "adapter", "precision", "trainer")  # groups that every stage needs
 
@@ -120,7 +120,7 @@ def validate_step(resolved: ResolvedStep) -> tuple[RLHFError, ...]:
         if not isinstance(resolved.raw.get(group), dict):
             raise UserError("has no value, and every stage needs it", f"type {group}=OPTION", option=group)
     try:
-        config = resolved.config
+        config: DictConfig | Plain = resolved.config
     except OmegaConfBaseException:  # validation names every value that cannot be resolved
         config = OmegaConf.create(resolved.raw)
     try:
