@@ -25,9 +25,16 @@ def adamw(
     beta2: Decay = 0.95,
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
+    fused: bool = True,
 ) -> Optimizer:
-    """Build AdamW (Loshchilov & Hutter 2019)."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+    """Build AdamW (Loshchilov & Hutter 2019).
+
+    ``fused`` updates a weight and its moments in one pass over memory. A stage with a gradient scaler (precision=fp16)
+    passes False: the fused update would divide out the loss scale itself, after the gradient was clipped.
+    """
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=fused or None
+    )
 
 
 def adamw_8bit(

@@ -1,6 +1,8 @@
 """Optimizer step of a stage: exact gradient accumulation, clipping and the learning rate."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,10 @@ class Update(BatchOrder):
         trained = {id(p): p for m in self.modules_trained() for p in m.parameters() if p.requires_grad}
         groups = [[p for p in trained.values() if p.ndim >= 2], [p for p in trained.values() if p.ndim < 2]]
         named: list[dict[str, Any]] = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
-        optimizer = self._optimizer([group for group in named if group["params"]])
+        make = self._optimizer
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None and "fused" in signature(make).parameters:
+            make = partial(make, fused=False)  # gradients are clipped after the loss scale has been divided out
+        optimizer = make([group for group in named if group["params"]])
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer

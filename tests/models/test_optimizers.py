@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from rlhf.models.optimizers import adamw
 from rlhf.models.schedule import Constant, Cosine, Linear
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -37,6 +38,19 @@ def test_every_optimizer_trains_and_resumes(file: Path) -> None:
     whole, _ = run(4)
     assert (whole < half).all() and (half < 1).all()
     assert torch.equal(run(2, state, half)[0], whole)
+
+
+def test_a_fused_update_is_that_of_the_plain_optimizer() -> None:
+    def run(fused: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 96).view(8, 12))
+        optimizer = adamw([weight], lr=0.01, weight_decay=0.1, fused=fused)
+        for _ in range(5):
+            (weight**3).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach()
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("group", ["adapter", "precision", "scheduler"])

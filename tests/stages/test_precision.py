@@ -10,6 +10,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 
 from rlhf.errors import RunFailed, UserError
 from rlhf.models.half_weights import HalfWeights
+from rlhf.models.optimizers import adamw as adamw_of_the_library
 from rlhf.objective import CrossEntropy
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.storage.metrics_file import read_rows
@@ -53,6 +54,20 @@ def test_the_gradient_is_clipped_without_its_loss_scale(micro, load, tmp_path):
     plain = fit(sft(load), tmp_path / "fp32", limit_train_batches=1, limit_val_batches=0)
     assert metrics["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=0.02)
     assert "skipped_steps" not in plain
+
+
+def test_adamw_is_not_fused_where_gradients_have_a_loss_scale(load, tmp_path):
+    """A fused update divides out the loss scale itself, after clipping."""
+    made: list[Any] = []
+
+    def make(parameters: Any, fused: bool = True) -> torch.optim.Optimizer:
+        made.append(adamw_of_the_library(parameters, lr=1e-3, fused=fused))
+        return made[-1]
+
+    scaled = fit(sft(load, make), tmp_path, plugins=[fp16(1024.0)], limit_train_batches=1, limit_val_batches=0)
+    plain = fit(sft(load, make), tmp_path / "fp32", limit_train_batches=1, limit_val_batches=0)
+    assert [bool(optimizer.param_groups[0]["fused"]) for optimizer in made] == [False, True]
+    assert scaled["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=0.02)
 
 
 def test_a_step_whose_gradient_overflows_is_skipped_and_logged(load, tmp_path):
