@@ -70,7 +70,7 @@ class _ReferenceEmbedding:
     def __call__(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         batch = collate_prompts(prompts, self.policy.pad_id).to(self.policy.device)
         with self.reference.active() as model:
-            return model.hidden(batch.ids, batch.attention_mask, batch.position_ids), batch.attention_mask
+            return model.hidden(batch), batch.attention_mask
 
 
 class _EncoderEmbedding:

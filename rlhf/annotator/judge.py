@@ -314,7 +314,7 @@ class JudgeAnnotator(Annotator):
     def _next_tokens(self, encoded: list[list[int]]) -> list[Answer]:
         """Return the log-odds of A against B as the next token, each summed over its spellings."""
         batch = collate_prompts(encoded, self.model.pad_id).to(self.model.device)
-        hidden = self.model.hidden(batch.ids, batch.attention_mask, batch.position_ids)[:, -1]
+        hidden = self.model.hidden(batch)[:, -1]
         logp = self.model.head(hidden).float().log_softmax(dim=-1)
         first, second = (logp[:, ids].logsumexp(dim=-1).tolist() for ids in self.spellings)
         likeliest = logp.argmax(dim=-1).tolist()

@@ -130,22 +130,19 @@ class LanguageModel(nn.Module):
 
     # --- computation ---
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: TokenBatch) -> Tensor:
         """Compute the last hidden states, [B, T] -> [B, T, D], adapter included, without the vocabulary projection.
 
         Padding may be on the left, on the right or absent: the states of real tokens are the same. Positions that
         restart inside a row mark packed documents; a token attends only to its own document.
 
         Args:
-            ids: Token ids, [B, T] long.
-            attention_mask: 1 on tokens, 0 on padding, [B, T].
-            position_ids: Positions in the document, [B, T] long; None derives them by counting the attended tokens.
+            tokens: B rows of T tokens.
         """
-        tokens = TokenBatch.of(ids, attention_mask, position_ids=position_ids)
         layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)
-        return take(self._distinct_hidden(layout), layout.places.flatten()).view(*ids.shape, -1)
+        return take(self._distinct_hidden(layout), layout.places.flatten()).view(*tokens.ids.shape, -1)
 
     def hidden_at(self, tokens: TokenBatch, selected: Tensor) -> Tensor:
         """Compute the last hidden states of selected tokens alone, [n, D] in row-major order.
@@ -297,7 +294,7 @@ class LanguageModel(nn.Module):
             return
         ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         with in_mode(self, training=True):
-            difference = variation(lambda: self.hidden(ids, torch.ones_like(ids)))
+            difference = variation(lambda: self.hidden(TokenBatch.of(ids, torch.ones_like(ids))))
         if not difference <= 1e-2:  # kernels may sum in another order; a nan must fail too
             raise UserError(
                 f"model type '{self.config.model_type}' computes different hidden states in every training pass (by "
@@ -372,7 +369,7 @@ class LanguageModel(nn.Module):
             return
         ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         with torch.no_grad(), evaluating(self):
-            ours = self.head(self.hidden(ids, torch.ones_like(ids))).float()
+            ours = self.head(self.hidden(TokenBatch.of(ids, torch.ones_like(ids)))).float()
             theirs = self.base(input_ids=ids, use_cache=False).logits.float()
         difference = (ours - theirs).abs().max().item()
         if not difference <= 2e-2 * theirs.abs().max().item() + 1e-3:  # loose: kernels differ in half precision

@@ -173,7 +173,7 @@ class ScalarModel(nn.Module):
         return self.language_model.hidden_at(tokens, order == last[:, None])
 
     def _hidden(self, tokens: TokenBatch) -> Tensor:
-        return self.language_model.hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)
+        return self.language_model.hidden(tokens)
 
     def unsafe_logits(self, hidden: Tensor) -> Tensor:
         """Compute the logit of "this response is unsafe" from last hidden states, [B, D] -> [B] float32."""

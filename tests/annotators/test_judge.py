@@ -8,6 +8,7 @@ import torch
 
 from rlhf.annotator.judge import JudgeAnnotator, encode_completion_question
 from rlhf.annotator.judge_text import TEMPLATES, fill, parse, read_template
+from rlhf.data.collate import TokenBatch
 from rlhf.data.records import Message
 from rlhf.data.rendering import tokenize
 from rlhf.data.tokenizer import train_tokenizer
@@ -47,7 +48,7 @@ def test_a_judge_without_chat_template_adds_the_probabilities_of_both_tokens(tmp
     assert judge.model.tokenizer.convert_ids_to_tokens(judge.option_ids) == ["ĠA", "ĠB"]
     ((value, _),) = judge.ask(["Which?"])
     ids = torch.tensor([tokenize(model.tokenizer, "Which?\nAnswer:")])
-    hidden = model.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
+    hidden = model.hidden(TokenBatch.of(ids, torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None]))
     logits = model.head(hidden)[0, -1].detach()
     tokens = {name: [x for x in (f"Ġ{name}", name) if x in model.tokenizer.get_vocab()] for name in "AB"}
     assert all(

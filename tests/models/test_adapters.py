@@ -40,12 +40,12 @@ def test_merged_equals_unmerged(adapter: LoRA, folder: Path, batch: Batch, tmp_p
     live = {key: value.clone() for key, value in model.state_dict().items()}
     model.save(tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    logits = model.head(model.hidden(ids[:1], mask[:1]))
+    logits = model.head(model.hidden(TokenBatch.of(ids[:1], mask[:1])))
     torch.testing.assert_close(plain(input_ids=ids[:1]).logits, logits, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(live[key], value) for key, value in model.state_dict().items()), "saving changed the weights"
     # the adapter alone, on its base, is the same model again
     again = spec(tmp_path / "adapter").load(NoAdapter(), FP32)
-    torch.testing.assert_close(again.head(again.hidden(ids[:1], mask[:1])), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again.head(again.hidden(TokenBatch.of(ids[:1], mask[:1]))), logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", QUANTISED, ids=name)
@@ -58,7 +58,7 @@ def test_quantised_base_is_saved_unquantised(adapter: QLoRA, folder: Path, batch
     lora = spec(folder).load(LoRA(rank=4), FP32)  # the same adapter on the unquantised base
     lora.load_state_dict({k: v for k, v in model.state_dict().items() if ".lora_" in k}, strict=False)
     ids, mask, _ = batch
-    expected = lora.head(lora.hidden(ids[:1], mask[:1]))
+    expected = lora.head(lora.hidden(TokenBatch.of(ids[:1], mask[:1])))
     torch.testing.assert_close(plain(input_ids=ids[:1]).logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -135,10 +135,10 @@ def test_an_untied_output_projection_is_merged(adapter: LoRA, batch: Batch, tmp_
     random_model(tie_word_embeddings=False).save(tmp_path / "base" / "model")
     model = spec(tmp_path / "base").load(adapter, FP32)
     ids, mask, _ = batch
-    before = model.head(model.hidden(ids[:1], mask[:1]))
+    before = model.head(model.hidden(TokenBatch.of(ids[:1], mask[:1])))
     move_adapter(model)
     model.save(tmp_path / "model")
-    logits = model.head(model.hidden(ids[:1], mask[:1]))
+    logits = model.head(model.hidden(TokenBatch.of(ids[:1], mask[:1])))
     assert (logits - before).abs().max() > 1e-2
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(plain(input_ids=ids[:1]).logits, logits, atol=1e-4, rtol=1e-4)

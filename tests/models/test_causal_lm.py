@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models import weights
 from rlhf.models.adapters import LoRA, NoAdapter, QLoRA
@@ -195,7 +196,9 @@ def test_a_gguf_file_is_loaded_and_cached(
     loaded = spec(path, tokenizer=str(folder)).load(NoAdapter(), FP32)
     ids = torch.arange(10, 20)[None]
     ones = torch.ones_like(ids)
-    torch.testing.assert_close(loaded.hidden(ids, ones), source.hidden(ids, ones), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loaded.hidden(TokenBatch.of(ids, ones)), source.hidden(TokenBatch.of(ids, ones)), atol=1e-5, rtol=1e-5
+    )
     loaded.save(tmp_path / "model")
     assert spec(tmp_path / "model").load(NoAdapter(), FP32).pad_id == source.pad_id
     assert "dequantised once" in capsys.readouterr().out

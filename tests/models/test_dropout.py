@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError
 from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.dropout import variation
@@ -89,13 +90,13 @@ def test_two_training_passes_agree(family: str) -> None:
     ids = torch.arange(10, 22).view(2, 6)
 
     def run() -> torch.Tensor:
-        return model.hidden(ids, torch.ones_like(ids))
+        return model.hidden(TokenBatch.of(ids, torch.ones_like(ids)))
 
     assert variation(run) > 0.01
     model.disable_dropout()
     assert variation(run) == 0
     trained = run()
-    assert torch.equal(trained, model.eval().hidden(ids, torch.ones_like(ids)))
+    assert torch.equal(trained, model.eval().hidden(TokenBatch.of(ids, torch.ones_like(ids))))
     model.check_repeatable()
 
 
@@ -136,4 +137,4 @@ def test_unidentified_noise_is_refused(rare: bool) -> None:
     with pytest.raises(UserError, match="'llama' computes different hidden states in every training pass"):
         model.disable_dropout().check_repeatable()
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    assert variation(lambda: model.eval().hidden(ids, torch.ones_like(ids))) == 0
+    assert variation(lambda: model.eval().hidden(TokenBatch.of(ids, torch.ones_like(ids)))) == 0

@@ -87,7 +87,7 @@ def test_logprobs_of_other_architectures(architecture: dict) -> None:
 
 def test_the_key_value_cache_gives_the_same_states(model: LanguageModel, batch: Batch) -> None:
     ids, mask, _ = batch
-    whole = model.hidden(ids[:1], mask[:1])
+    whole = model.hidden(TokenBatch.of(ids[:1], mask[:1]))
     positions = torch.arange(10)[None]
     first, cache = model.step(ids[:1, :6], mask[:1, :6], positions[:, :6])
     rest = []
@@ -131,7 +131,9 @@ def test_a_saved_model_is_a_plain_hugging_face_directory(model: LanguageModel, b
     ids, mask, _ = batch
     model.save(tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(plain(input_ids=ids[:1]).logits, model.head(model.hidden(ids[:1], mask[:1])))
+    torch.testing.assert_close(
+        plain(input_ids=ids[:1]).logits, model.head(model.hidden(TokenBatch.of(ids[:1], mask[:1])))
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.chat_template == model.tokenizer.chat_template
     assert tokenizer.pad_token_id == model.pad_id != model.end_id
@@ -159,9 +161,9 @@ def test_dropout_can_be_switched_off() -> None:
     shape = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
     made = spec(architecture=shape).load(NoAdapter(), FP32, corpus)
     ids, ones = torch.arange(10, 20)[None], torch.ones(1, 10)
-    assert not torch.equal(made.hidden(ids, ones), made.hidden(ids, ones))
+    assert not torch.equal(made.hidden(TokenBatch.of(ids, ones)), made.hidden(TokenBatch.of(ids, ones)))
     made.disable_dropout()
-    assert torch.equal(made.hidden(ids, ones), made.hidden(ids, ones))
+    assert torch.equal(made.hidden(TokenBatch.of(ids, ones)), made.hidden(TokenBatch.of(ids, ones)))
 
 
 def test_a_parameter_without_gradient_is_reported(model: LanguageModel) -> None:

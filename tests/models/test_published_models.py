@@ -103,7 +103,7 @@ def test_forward_passes_equal_those_of_transformers(family: str) -> None:
     left = torch.stack([first, torch.cat([torch.zeros(4, dtype=torch.long), second])])
     for ids, start in ((right, 0), (left, 4)):
         mask = ids > 0
-        hidden = model.hidden(ids, mask)
+        hidden = model.hidden(TokenBatch.of(ids, mask))
         logp, _ = model.logprobs(TokenBatch.of(ids, mask, mask))
         torch.testing.assert_close(hidden[0], states[0], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(hidden[1, start : start + 7], states[1], atol=2e-5, rtol=1e-5)
@@ -111,7 +111,7 @@ def test_forward_passes_equal_those_of_transformers(family: str) -> None:
         torch.testing.assert_close(logp[1, start + 1 : start + 7], logps[1], atol=2e-5, rtol=1e-5)
     positions = torch.cat([torch.arange(11), torch.arange(7)])[None]
     packed = torch.cat(rows)[None]
-    hidden = model.hidden(packed, torch.ones_like(packed), positions)[0]
+    hidden = model.hidden(TokenBatch.of(packed, torch.ones_like(packed), position_ids=positions))[0]
     torch.testing.assert_close(hidden, torch.cat(states), atol=2e-5, rtol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_forward_passes_equal_those_of_transformers(family: str) -> None:
 def test_decoding_with_a_cache_equals_one_pass(family: str) -> None:
     model = build(family)
     ids = torch.arange(10, 22)[None]
-    expected = model.hidden(ids, torch.ones_like(ids))
+    expected = model.hidden(TokenBatch.of(ids, torch.ones_like(ids)))
     states, cache = [], None
     for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
         mask, positions = torch.ones(1, stop, dtype=torch.long), torch.arange(start, stop)[None]
@@ -135,12 +135,15 @@ def test_a_saved_model_and_its_scalar_model_are_read_again(family: str, tmp_path
     model.save(tmp_path / "policy")
     ids = torch.arange(10, 22)[None]
     again = spec(tmp_path / "policy", architecture=None).load(LoRA(rank=2), FP32).eval()
-    torch.testing.assert_close(again.hidden(ids, torch.ones_like(ids)), model.hidden(ids, torch.ones_like(ids)))
+    torch.testing.assert_close(
+        again.hidden(TokenBatch.of(ids, torch.ones_like(ids))), model.hidden(TokenBatch.of(ids, torch.ones_like(ids)))
+    )
     ScalarModel(model).save(tmp_path / "critic")
     decoder, head = spec(tmp_path / "critic", architecture=None).load_decoder(LoRA(rank=2), FP32)
     assert head is not None and head.shape == (1, 32)
     torch.testing.assert_close(
-        decoder.eval().hidden(ids, torch.ones_like(ids)), model.hidden(ids, torch.ones_like(ids))
+        decoder.eval().hidden(TokenBatch.of(ids, torch.ones_like(ids))),
+        model.hidden(TokenBatch.of(ids, torch.ones_like(ids))),
     )
 
 

@@ -289,7 +289,7 @@ def test_a_quantised_role_is_saved_on_the_plain_base(runs: Runs, batch: Batch, t
         policy.save(to / "model")
         critic.save(to / "critic")
         saved[type(adapter)] = (
-            spec(to / "model").load(NoAdapter(), FP32).hidden(ids, mask),
+            spec(to / "model").load(NoAdapter(), FP32).hidden(TokenBatch.of(ids, mask)),
             ScalarModel.load(to / "critic").scores(TokenBatch.of(ids, mask)),
         )
         assert [node.path for node in chain(str(to / "model"))][1:] == [str(runs.sft), str(runs.pre)]

@@ -82,7 +82,7 @@ def test_kl_of_one_token_equals_that_of_the_distributions(policies):
         policy = load_policy(folder)
         batch = collate_prompts([encode_prompt(policy.tokenizer, p.messages) for p in asked], policy.pad_id)
         with torch.no_grad():
-            hidden = policy.hidden(batch.ids, batch.attention_mask, batch.position_ids)
+            hidden = policy.hidden(TokenBatch.of(batch.ids, batch.attention_mask, position_ids=batch.position_ids))
             logs.append(policy.head(hidden[:, -1]).log_softmax(-1))
     exact = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean().item()
     assert exact > 0.001

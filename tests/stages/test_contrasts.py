@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.data.collate import TokenBatch
 from rlhf.data.data import Data
 from rlhf.data.records import Comparison, Label, Message
 from rlhf.errors import UserError
@@ -103,7 +104,7 @@ def test_prompts_are_embedded_by_the_reference_without_their_padding(load: Load,
     start = load()
     for example in run.examples[:3]:
         ids = torch.tensor([example.prompt])
-        hidden = start.hidden(ids, torch.ones_like(ids))[0]
+        hidden = start.hidden(TokenBatch.of(ids, torch.ones_like(ids)))[0]
         torch.testing.assert_close(example.embedding, hidden.mean(dim=0), atol=1e-4, rtol=1e-4)
 
 

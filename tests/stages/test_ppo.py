@@ -203,7 +203,7 @@ def even_probability(stage: PPOStage) -> float:
     rollout = AncestralSampler(1).sample(stage.policy, list(stage.data.train), 0)
     tokens, width = rollout.tokens, rollout.prompt_ids.shape[1]
     with torch.no_grad():
-        hidden = stage.policy.hidden(tokens.ids, tokens.attention_mask, tokens.position_ids)[:, width - 1]
+        hidden = stage.policy.hidden(tokens)[:, width - 1]
         return stage.policy.head(hidden).float().softmax(-1)[:, ::2].sum(-1).mean().item()
 
 

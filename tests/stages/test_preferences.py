@@ -193,7 +193,7 @@ def test_prompt_tokens_are_masked_and_log_probabilities_are_summed(load: Load, t
     example = run.examples[0]
     part = run.collate([example])
     row = example.prompt + example.responses[example.pairs[0][0]]
-    hidden = run.policy.hidden(torch.tensor([row]), torch.ones(1, len(row)))[0]
+    hidden = run.policy.hidden(TokenBatch.of(torch.tensor([row]), torch.ones(1, len(row))))[0]
     by_hand, _ = token_logprobs(hidden[:-1], torch.tensor(row[1:]), run.policy.head)
     expected = by_hand[len(example.prompt) - 1 :]
     logps = pair_logps(run.policy, part)

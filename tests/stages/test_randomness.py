@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from rlhf.annotator.gold import GoldAnnotator
 from rlhf.data.batches import Batches
+from rlhf.data.collate import TokenBatch
 from rlhf.running.build import derive_step_seed
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.rollout import positions
@@ -40,7 +41,9 @@ def test_rounds_sample_as_independently_as_two_seeds(load):
     )
     assert torch.equal(one, again)
     rollout = sampler.sample(policy, prompts, 0)
-    hidden = policy.hidden(rollout.prompt_ids, rollout.prompt_mask, positions(rollout.prompt_mask))[:, -1]
+    hidden = policy.hidden(
+        TokenBatch.of(rollout.prompt_ids, rollout.prompt_mask, position_ids=positions(rollout.prompt_mask))
+    )[:, -1]
     expected = policy.head(hidden).float().softmax(-1).square().sum(-1)  # by row
     share, spread = (one == two).float().mean(), (expected * (1 - expected)).mean() / len(one)
     assert abs(share - expected.mean()) < 4 * spread.sqrt()

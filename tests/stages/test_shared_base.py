@@ -185,7 +185,9 @@ def test_only_adapters_and_heads_are_trained_and_saved_in_the_usual_form(runs: R
     ids = torch.arange(40).view(2, 20) + 10
     mask = torch.ones_like(ids)
     again = CausalLM(str(tmp_path / "run"), None, None).load(NoAdapter(), FP32)
-    torch.testing.assert_close(again.hidden(ids, mask), stage.policy.hidden(ids, mask), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        again.hidden(TokenBatch.of(ids, mask)), stage.policy.hidden(TokenBatch.of(ids, mask)), atol=1e-4, rtol=1e-4
+    )
     critic = ScalarModel.load(tmp_path / "run" / "critic")
     torch.testing.assert_close(
         critic.values(TokenBatch.of(ids, mask)), stage.critic.values(TokenBatch.of(ids, mask)), atol=1e-4, rtol=1e-4

@@ -55,7 +55,7 @@ def test_streamed_greedy_tokens_equal_those_of_the_sampler(model: LanguageModel)
 def test_streamed_tokens_follow_the_distribution_of_the_model(model: LanguageModel) -> None:
     ids = encode_prompt(model.tokenizer, asked()[0].messages)
     with torch.no_grad():
-        hidden = model.hidden(torch.tensor([ids]), torch.ones(1, len(ids)))
+        hidden = model.hidden(TokenBatch.of(torch.tensor([ids]), torch.ones(1, len(ids))))
         p = model.head(hidden[0, -1]).float().div(2.0).softmax(-1)
     token = int(p.argmax())
     drawn = [next(stream(model, ids, AncestralSampler(1, temperature=2.0), seed)) for seed in range(120)]
