@@ -183,8 +183,8 @@ def test_scores_and_values_equal_those_of_the_padded_pass() -> None:
 def test_a_batch_without_padding_or_shared_tokens_is_computed_as_it_is() -> None:
     model = random_model()
     ids = torch.arange(10, 34).view(4, 6)
-    assert model._layout(TokenBatch.of(ids, torch.ones_like(ids))) is None
-    assert model._layout(TokenBatch.of(ids[:2].repeat(2, 1)[[0, 2, 1, 3]], torch.ones_like(ids))) is not None
+    assert model.layout(TokenBatch.of(ids, torch.ones_like(ids))) is None
+    assert model.layout(TokenBatch.of(ids[:2].repeat(2, 1)[[0, 2, 1, 3]], torch.ones_like(ids))) is not None
 
 
 def test_a_saved_model_names_no_kernel_of_ours(tmp_path: Any) -> None:
