@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra._internal import defaults_list
 from hydra.core.default_element import InputDefault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files of slow tests first, then those with many tests, so that no worker ends with a long file."""
+    """Skip tests for a GPU without one; put files of slow tests first, then those with many tests.
+
+    So no worker ends with a long file.
+    """
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and not torch.cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))

@@ -4,11 +4,12 @@ The tokens of all documents of a batch are laid out in one row. A document (a ro
 first tokens equal those of the document before it takes the hidden states of that document for them: a state depends on
 the tokens up to it alone. So the prompt of a comparison is computed once for all its responses, and the prompt of a
 group once for its K samples. Embeddings, projections and feed-forward layers see the row; attention is computed per
-document, with the kernel of plain causal attention and no mask. The results are those of a padded batch, up to
-rounding.
+document, with the kernel of plain causal attention and no mask, or on a GPU in 16 bits without padding
+(``rlhf.models.varlen``). The results are those of a padded batch, up to rounding.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.varlen import Packing, attend_packed, is_usable, pack
 
 NAME = "sdpa_per_document"
 MIN_SAVING = 1 / 16  # least share of computed positions saved, below which the padded batch is as fast
@@ -32,6 +35,8 @@ class Layout:
     ids: Tensor  # [1, N] long, the distinct tokens
     position_ids: Tensor  # [1, N] long
     documents: Tensor  # [M, L] long, index into the row of the document's tokens; 0 after its end
+    lengths: Tensor  # [M] long, tokens of each document
+    shared: Tensor  # [M] long, leading tokens of each document that are taken from the one before
     owned: Tensor  # [N] long, index into the flat [M * L] documents of the one that each token was taken from
     places: Tensor  # [B, T] long, index into the row of each token of the batch; 0 on padding
 
@@ -39,6 +44,11 @@ class Layout:
     def saving(self) -> float:
         """Share of the batch's positions that need no computation."""
         return 1 - self.ids.shape[1] / max(self.places.numel(), 1)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Queries and keys of the documents without padding."""
+        return pack(self.documents, self.lengths, self.shared)
 
 
 def find_starts(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -91,7 +101,8 @@ def lay_out(ids: Tensor, attention_mask: Tensor, position_ids: Tensor, starts: T
     places = torch.zeros_like(ids)
     places[attention_mask] = documents[document, column]
     owned = is_new.flatten().nonzero().squeeze(1)
-    return Layout(by_id.flatten()[owned][None], by_position.flatten()[owned][None], documents, owned, places)
+    distinct, positions = (values.flatten()[owned][None] for values in (by_id, by_position))
+    return Layout(distinct, positions, documents, lengths, shared, owned, places)
 
 
 def attend(
@@ -113,6 +124,16 @@ def attend(
     layout: Layout | None = options.pop("layout", None)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    window, scale = options.get("sliding_window"), options.get("scaling")
+    if not options.get("dropout") and is_usable(query, key, scale, window):
+        return attend_packed(query, key, value, layout.packing, scale, window), None
+    return attend_per_document(module, query, key, value, layout, **options), None
+
+
+def attend_per_document(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any
+) -> Tensor:
+    """Compute attention with the documents of a layout padded to the longest, [1, N, H, d]."""
     count, longest = layout.documents.shape
     flat = layout.documents.flatten()
 
@@ -130,7 +151,7 @@ def attend(
         distance = order[:, None] - order
         mask = ((distance >= 0) & (distance < window))[None, None]
     output, _ = sdpa_attention_forward(module, *states, mask, **options)
-    return take(output.flatten(0, 1).flatten(1), layout.owned).view(1, -1, *output.shape[2:]), None
+    return take(output.flatten(0, 1).flatten(1), layout.owned).view(1, -1, *output.shape[2:])
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
