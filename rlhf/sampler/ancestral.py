@@ -67,9 +67,8 @@ class AncestralSampler(Sampler):
         response_mask, ended = _until_end(response, policy.end_id)
         longest = int(response_mask.sum(dim=1).max())
         response, response_mask, logp = (x[:, :longest] for x in (response, response_mask, logp))
-        texts = policy.tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(response, response_mask, strict=True)], skip_special_tokens=True
-        )
+        rows = zip(response.cpu(), response_mask.cpu(), strict=True)  # a GPU would wait twice for each row
+        texts = policy.tokenizer.batch_decode([row[keep].tolist() for row, keep in rows], skip_special_tokens=True)
         return Rollout(
             prompts=[prompt for prompt in prompts for _ in range(self.samples)],
             prompt_ids=ids.repeat_interleave(self.samples, dim=0),
@@ -122,9 +121,12 @@ class AncestralSampler(Sampler):
             logp[alive, t] = log_probs.gather(1, token[:, None])[:, 0]
 
             going = token != policy.end_id
-            if t + 1 == self.max_new_tokens or not going.any():
+            if t + 1 == self.max_new_tokens:
                 break
-            if going.sum() < 0.75 * len(going):  # dropping rows copies the cache, so it waits for a quarter of them
+            left = int(going.sum())  # the one number of a decode step that the CPU waits for
+            if left == 0:
+                break
+            if left < 0.75 * len(going):  # dropping rows copies the cache, so it waits for a quarter of them
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]

@@ -40,7 +40,7 @@ class Update(BatchOrder):
     def __init__(self) -> None:
         super().__init__()
         self.updates_done = 0
-        self.tokens_seen = 0
+        self._tokens_seen: int | Tensor = 0
         self.examples_seen = 0
         self._sums: dict[str, Tensor] = {}
         self._norm = torch.zeros(())  # norm of the last gradient, before clipping
@@ -190,10 +190,16 @@ class Update(BatchOrder):
     def count(self, examples: int, tokens: int | Tensor) -> None:
         """Count the examples and tokens trained on, for the throughput.
 
-        Both are given for this rank and multiplied by the world size.
+        Both are given for this rank and multiplied by the world size. The tokens stay on their device: a GPU would have
+        to finish all its work before their number is known.
         """
         self.examples_seen += examples * self.trainer.world_size
-        self.tokens_seen += int(tokens) * self.trainer.world_size
+        self._tokens_seen = self._tokens_seen + tokens * self.trainer.world_size
+
+    @property
+    def tokens_seen(self) -> int:
+        """Return the number of tokens trained on, over all ranks."""
+        return int(self._tokens_seen)
 
     def _not_finite(self, value: Tensor, name: str = "loss") -> RunFailed:
         """Write the step's number to ``failed_step.txt``, and return the error."""
