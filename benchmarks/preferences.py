@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.gate import Gate, Job
 
 
-def ours(job: Job, gate: Gate) -> None:
-    """Train our reward model stage or our DPO stage."""
-    from benchmarks.ours import split_of, train
+def inputs(job: Job) -> tuple[Any, ...]:
+    """Return the data of our reward model stage or our DPO stage, and its overrides."""
+    from benchmarks.ours import split_of
     from rlhf.data.encoded_rows import EncodedComparison
     from rlhf.data.records import Comparison, Message
 
@@ -21,15 +21,20 @@ def ours(job: Job, gate: Gate) -> None:
     ]
     records = [Comparison((Message("user", str(index)),), ("better", "worse")) for index in range(len(rows))]
     stage = job.case["stage"]
-    train(
-        job,
-        gate,
+    return (
         split_of("comparison", records, rows),
         f"stage={stage}",
         f"inputs.policy={job.model}",
         f"stage.batch_size={len(rows)}",
         f"stage.epochs={job.total}",
     )
+
+
+def ours(job: Job, gate: Gate) -> None:
+    """Train our reward model stage or our DPO stage."""
+    from benchmarks.ours import train
+
+    train(job, gate, *inputs(job))
 
 
 def peer(job: Job, gate: Gate) -> None:

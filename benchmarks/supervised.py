@@ -1,26 +1,33 @@
 """SFT against TRL's SFTTrainer: dialogues with the loss on the assistant's tokens."""
 
+from typing import Any
+
 from benchmarks.gate import Gate, Job
 
 
-def ours(job: Job, gate: Gate) -> None:
-    """Train our SFT stage."""
-    from benchmarks.ours import split_of, train
+def inputs(job: Job) -> tuple[Any, ...]:
+    """Return the data of our SFT stage, and its overrides."""
+    from benchmarks.ours import split_of
     from rlhf.data.encoded_rows import Encoded
     from rlhf.data.records import Demonstration, Message
 
     rows = [Encoded(row["ids"], row["mask"]) for row in job.rows]
     record = Demonstration((Message("user", "given"), Message("assistant", "as tokens")))
     data = split_of("demonstration", [record] * len(rows), rows)
-    train(
-        job,
-        gate,
+    return (
         data,
         "stage=sft",
         f"inputs.policy={job.model}",
         f"stage.batch_size={len(rows)}",
         f"stage.epochs={job.total}",
     )
+
+
+def ours(job: Job, gate: Gate) -> None:
+    """Train our SFT stage."""
+    from benchmarks.ours import train
+
+    train(job, gate, *inputs(job))
 
 
 def peer(job: Job, gate: Gate) -> None:

@@ -1,0 +1,1 @@
+"""Checks of the framework on one GPU: ``benchmarks/gpu.sh``."""
