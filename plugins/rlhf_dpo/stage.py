@@ -44,6 +44,7 @@ class DPOStage(Stage):
     headline = "val/accuracy"
     keeps_reference = False  # it reads the data once and is then freed
     auxiliary_models = {"reference": False}
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "gradient_clip": 1.0}
 
     def __init__(

@@ -46,6 +46,7 @@ class PPOStage(RolloutStage):
     """
 
     auxiliary_models = {"reference": False, "value": True}
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "steps": 20,
         "batch_size": 128,
@@ -131,7 +132,7 @@ class PPOStage(RolloutStage):
 
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """Sample one rollout and make the updates on it."""
-        rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("sample"))
+        rollout = self.sample_rollout(list(batch))
         raw, scores = self.scores(rollout)
         experience = self.evaluate(rollout, scores)
         kl, metrics = self.kl(experience), []

@@ -21,6 +21,7 @@ class PretrainStage(Supervised):
         hyperparameters: Those of ``Supervised``: ``batch_size`` and ``micro_batch_size`` are in rows.
     """
 
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "epochs": 2}
     fixed = ("packing",)
 

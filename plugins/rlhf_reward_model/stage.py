@@ -55,6 +55,7 @@ class RewardModelStage(Stage):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("comparison",), "demonstrations": ("demonstration",)}
     progress_metrics = ("loss", "accuracy", "val/accuracy")
     headline = "val/accuracy"
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32, "gradient_clip": 1.0}
 
     def __init__(

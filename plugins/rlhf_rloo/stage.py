@@ -17,7 +17,7 @@ class RLOOStage(GroupStage):
 
     def training_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """Sample one rollout and make the updates on it."""
-        rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("sample"))
+        rollout = self.sample_rollout(list(batch))
         rollout = self.resample_groups(rollout)
         raw, scores = self.scores(rollout)
         logp, ref_logp = self.recompute_logprobs(rollout)

@@ -13,6 +13,7 @@ class SFTStage(Supervised):
     Its hyperparameters are those of ``Supervised``: ``batch_size`` is in dialogues, or in packed rows.
     """
 
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32, "epochs": 2}
 
     def prompts_to_show(self) -> list[Prompt]:

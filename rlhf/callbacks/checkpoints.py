@@ -12,7 +12,7 @@ from pydantic import Field
 from pytorch_lightning.callbacks import Checkpoint
 
 from rlhf.logger.loggers import MetricsLogger
-from rlhf.storage import checkpoint_files, manifest
+from rlhf.storage import checkpoint_files
 from rlhf.storage.files import sync_folder
 
 
@@ -66,8 +66,6 @@ def save(trainer: pl.Trainer, folder: Path, keep: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(path)
     if trainer.is_global_zero:
-        if path.is_dir():  # a sharded checkpoint, complete once it has a manifest
-            manifest.write(path, (file for file in path.rglob("*") if file.is_file()))
         found = checkpoint_files.found(folder)
         whole = found[: found.index(path) + 1]  # a later one is left over from before this resume
         for old in found:

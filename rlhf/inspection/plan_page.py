@@ -12,11 +12,12 @@ from rlhf.inspection.composing import Look, planned, read_examples
 from rlhf.inspection.learning_rates import unusual_rate
 from rlhf.inspection.memory import libraries, machine, passes, peak, size
 from rlhf.inspection.roles import Role, roles_of
-from rlhf.inspection.work import ORDER, Work, work_of
+from rlhf.inspection.work import ORDER, Work, work_of, world_size
 from rlhf.models.precision import Precision
 from rlhf.planning.step import Step
 from rlhf.runs.run_directory import Run
 from rlhf.stage.base import Stage
+from rlhf.stage.strategies import is_sharded
 from rlhf.storage.plain import Plain
 
 _NO_WEIGHTS = ("", "", "", "", "")  # columns of a row that is not a model's
@@ -88,6 +89,8 @@ def _state(step: Step) -> str:
 
 def _memory(look: Look, step: Step, stage: Stage, work: Work, roles: list[Role]) -> list[tuple[str, ...]]:
     precision: Precision = build_option(OmegaConf.create(step.config["precision"]))
+    if is_sharded(step.config.get("trainer") or {}):
+        roles = [role.shard(world_size(step.config)) for role in roles]
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
     accelerator = _accelerator(step.config)
     measured, process = passes(look, stage, work, precision), libraries(accelerator)

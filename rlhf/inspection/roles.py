@@ -1,7 +1,7 @@
 """Models that a stage holds during training, and their memory: weights, gradients, optimizer state."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class Role:
     def total(self) -> int:
         """Return the bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
+
+    def shard(self, ranks: int) -> "Role":
+        """Return the role with the bytes that each of the ranks holds under `trainer=fsdp`; rewards stay whole."""
+        if not (self.trained or self.name in ("reference", "EMA")):
+            return self
+        weights, gradients, optimizer = (-(-size // ranks) for size in (self.weights, self.gradients, self.optimizer))
+        note = ", ".join([*([self.note] if self.note else []), f"1/{ranks} on each rank"])
+        return replace(self, weights=weights, gradients=gradients, optimizer=optimizer, note=note)
 
 
 def roles_of(look: Look, stage: Stage) -> list[Role]:

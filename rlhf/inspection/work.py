@@ -76,7 +76,7 @@ def tokens_of(example: Any) -> tuple[int, int]:
 def work_of(stage: Stage, config: Plain) -> Work:
     """Return the amounts of a stage; before it has read its examples, only those that its hyperparameters determine."""
     amounts = {}
-    processes = _processes(config)
+    processes = world_size(config)
     if processes > 1:
         amounts["ranks"] = str(processes)
     sampler: Any = getattr(stage, "sampler", None)
@@ -198,7 +198,8 @@ def _limited(examples: int, batch_size: int, config: Plain, key: str) -> int:
     return min(examples, limit * batch_size) if isinstance(limit, int) else examples
 
 
-def _processes(config: Plain) -> int:
+def world_size(config: Plain) -> int:
+    """Return the number of ranks of a step, 1 where the config leaves it to the machine."""
     trainer = config.get("trainer") or {}
     devices = trainer.get("devices", 1)
     return (devices if isinstance(devices, int) and devices > 0 else 1) * int(trainer.get("num_nodes") or 1)

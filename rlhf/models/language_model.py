@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
         layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)
-        return take(self._distinct_hidden(layout), layout.places.flatten()).view(*tokens.ids.shape, -1)
+        return take(self._distinct_hidden(layout), layout.places)
 
     def hidden_at(self, tokens: TokenBatch, selected: Tensor) -> Tensor:
         """Compute the last hidden states of selected tokens alone, [n, D] in row-major order.

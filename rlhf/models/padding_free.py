@@ -155,7 +155,7 @@ def attend_per_document(
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
-    """Return rows of states, [N, D] and [n] long -> [n, D]; a row may be taken several times.
+    """Return rows of states, [N, D] and [...] long -> [..., D]; a row may be taken several times.
 
     The gradient of an embedding is summed in a fixed order on every device, that of ``index_select`` is not on a GPU.
     """

@@ -4,7 +4,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from hydra.utils import get_class, get_object, instantiate
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf.annotator.base import Annotator
 from rlhf.callbacks.checkpoints import AtomicCheckpointIO, latest
@@ -137,10 +136,8 @@ def build_trainer(config: DictConfig, folder: Path) -> tuple[pl.Trainer, Clock]:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    # Sharding strategies write directories in their own format and raise if they are given another writer.
-    with suppress(MisconfigurationException, NotImplementedError):
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer, clock
 
 

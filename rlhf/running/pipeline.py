@@ -35,6 +35,7 @@ from rlhf.running.summary import command, peak_memory, reset_peak_memory, summar
 from rlhf.running.versions import differing, untested
 from rlhf.runs import fingerprint, run_directory
 from rlhf.runs.run_directory import Run
+from rlhf.stage.strategies import is_sharded
 from rlhf.storage import checkpoint_files, files, manifest
 from rlhf.storage.metrics_file import unreadable
 from rlhf.storage.plain import Plain
@@ -235,7 +236,8 @@ def _several_processes(config: Plain) -> bool:
     """Return whether Lightning will start further processes, each of which repeats the command of this one."""
     trainer = config.get("trainer") or {}
     single = str(trainer.get("devices", 1)) == "1" and int(trainer.get("num_nodes") or 1) == 1
-    return not single and "RANK" not in os.environ
+    # A sharded stage on one device leaves a process group behind, which the next step must not find.
+    return not (single and not is_sharded(trainer)) and "RANK" not in os.environ
 
 
 def _train_in_subprocess(folder: Path) -> tuple[dict[str, float], Plain]:

@@ -33,6 +33,7 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.models.half_weights import HalfWeights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.models.sharding import gathered
 from rlhf.models.tokenizer_loading import Corpus
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.base import Sampler
@@ -40,13 +41,15 @@ from rlhf.signatures import apply_defaults, merge_signature
 from rlhf.stage.batch_order import derive_seed
 from rlhf.stage.checks import check_repeatable, check_resolution
 from rlhf.stage.metrics_log import MetricsLog
+from rlhf.stage.sharded_models import ShardedModels
+from rlhf.stage.sharded_strategy import ShardedStrategy
 from rlhf.stage.strategies import sharding_error
 from rlhf.stage.update import Optimizer, Schedule, Update
 
 __all__ = ["Stage"]
 
 
-class Stage(Update, MetricsLog):
+class Stage(Update, ShardedModels, MetricsLog):
     """Base class of all stages.
 
     The constructor of a subclass names the hyperparameters that it adds, takes the rest as ``**hyperparameters``, and
@@ -69,6 +72,8 @@ class Stage(Update, MetricsLog):
     headline: ClassVar[str] = "val/loss"
     #: whether a reference model stays in memory during training
     keeps_reference: ClassVar[bool] = True
+    #: whether the stage trains with sharded weights (`trainer=fsdp`), which needs equal numbers of passes on all ranks
+    shardable: ClassVar[bool] = False
     #: hyperparameters that name another model -> whether it is trained too; these models can share the policy's base
     auxiliary_models: ClassVar[dict[str, bool]] = {}
     #: groups of data -> record types that each may hold; groups that are not listed are not checked
@@ -240,7 +245,8 @@ class Stage(Update, MetricsLog):
 
     def on_fit_start(self) -> None:
         """Check the strategy and the precision, then call ``prepare`` once the weights are on their device."""
-        if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+        sharded = self.shardable and isinstance(self.trainer.strategy, ShardedStrategy)
+        if not sharded and not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             raise sharding_error(type(self.trainer.strategy).__name__)
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # The wrapper has broadcast the weights to all ranks. It would now average gradients in every backward pass,
@@ -261,9 +267,10 @@ class Stage(Update, MetricsLog):
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Call ``finish`` in the precision of the training."""
-        with self.trainer.precision_plugin.forward_context():
+        """Call ``finish`` in the precision of the training; then make sharded models whole."""
+        with self.trainer.precision_plugin.forward_context(), gathered(*self.modules_trained()):
             self.finish()
+        self.make_whole()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trained parameters, buffers and counters in the checkpoint."""

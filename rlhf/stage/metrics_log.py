@@ -18,7 +18,7 @@ class MetricsLog(pl.LightningModule):
 
     def record(self, metrics: Metrics, **more: float | Tensor) -> None:
         """Log one row of metrics."""
-        self.log_dict({**metrics, **more}, sync_dist=self.trainer.world_size > 1, on_step=True, on_epoch=False)
+        self.log_dict({**metrics, **more}, sync_dist=True, on_step=True, on_epoch=False)
 
     def log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
         """Log a weighted mean over the whole validation set, independent of the split into batches and ranks.
@@ -52,5 +52,5 @@ class MetricsLog(pl.LightningModule):
         Lightning's own reduction matches metrics of different ranks by position, not by name.
         """
         for name, (total, weight) in sum_named_tensors(self._validated, self.device).items():
-            self.log(name, total / weight, sync_dist=self.trainer.world_size > 1)
+            self.log(name, total / weight, sync_dist=True)
         self._validated = {}

@@ -1,6 +1,6 @@
 """Scores, KL and signs of reward hacking of a stage that samples, in training and in validation."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rlhf.data.records import Prompt
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
 from rlhf.models.reference import Reference
+from rlhf.models.sharding import gathered
 from rlhf.objective import Metrics
 from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler, single
@@ -61,10 +62,11 @@ class RolloutMetrics(Stage):
             if part in self.start or len(prompts) < 2 * self.trainer.world_size or not has_gold(prompts[0]):
                 continue
             sampler, size = single(self.sampler), self.batch_size // self.trainer.world_size
-            rollouts = [
-                sampler.sample(self.policy, list(mine[rows]), self.step_seed(f"start {part}", rows.start))
-                for rows in chunks(len(mine), size)
-            ]
+            with gathered(self.policy):
+                rollouts = [
+                    sampler.sample(self.policy, list(mine[rows]), self.step_seed(f"start {part}", rows.start))
+                    for rows in chunks(len(mine), size)
+                ]
             whole = joined(rollouts, self.policy.pad_id)
             found = response_metrics(whole, self.reward(whole).float(), together=True)
             names = ("score", "score_std", "gold", "gold_std", "gold_correlation")
@@ -105,6 +107,11 @@ class RolloutMetrics(Stage):
         means = {name: torch.stack([row[name] for row in metrics if name in row]).mean() for name in names}
         return {**means, "first_ratio": metrics[0]["ratio"], "first_approx_kl": metrics[0]["approx_kl"]}
 
+    def enter_validation(self, context: ExitStack) -> None:
+        """Validate the weights that will be saved."""
+        context.enter_context(self.ema_weights())
+        super().enter_validation(context)
+
     def on_validation_epoch_start(self) -> None:
         """Reset the validation responses."""
         super().on_validation_epoch_start()
@@ -113,10 +120,9 @@ class RolloutMetrics(Stage):
     @torch.no_grad()
     def validation_step(self, batch: Parts[Prompt], batch_idx: int) -> None:
         """Sample responses to held-out prompts and keep their log-probabilities."""
-        with self.ema_weights():
-            rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
-            size, temperature = len(rollout.texts), self.sampler.temperature
-            logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
+        rollout = self.sampler.sample(self.policy, list(batch), seed=self.step_seed("validation", batch_idx))
+        size, temperature = len(rollout.texts), self.sampler.temperature
+        logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
         self.validation_rollouts.append((rollout, logp, ref_logp))
 
     @torch.no_grad()

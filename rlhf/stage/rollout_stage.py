@@ -24,6 +24,7 @@ from rlhf.functional.scores import Moments, ScoreScale, missing_eos
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.sharding import gathered, is_sharded
 from rlhf.models.vocabulary import OWN_REFERENCE, check_vocabulary
 from rlhf.objective import Metrics
 from rlhf.reward.base import Reward, make_ready
@@ -237,6 +238,14 @@ class RolloutStage(RolloutMetrics):
         """Return whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
         return self.trainer.precision in ("32-true", "64-true")
 
+    def sample_rollout(self, prompts: list[Prompt]) -> Rollout:
+        """Sample the rollout of this batch.
+
+        A sharded policy is whole meanwhile, because ranks end at different decode steps.
+        """
+        with gathered(self.policy):
+            return self.sampler.sample(self.policy, prompts, seed=self.step_seed("sample"))
+
     def scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Return the raw reward and the shaped score of each response of a training rollout, [B] each."""
         if self.updates_done == 0:
@@ -321,6 +330,15 @@ class RolloutStage(RolloutMetrics):
             self.backward_mean(-logp, part.loss_mask, total, {"pretraining_loss": -logp}, scale=self.objective.gamma)
 
     # -- the result -----------------------------------------------------------------------------------------------
+
+    def make_whole(self) -> None:
+        """Make sharded models whole, the policy with its EMA weights if there are any."""
+        if self.ema is None or not is_sharded(self.policy):
+            super().make_whole()
+            return
+        with self.ema.applied():
+            super().make_whole()
+        self.ema = None  # the policy has its weights
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Return a context manager that applies the EMA weights to the policy; without EMA it does nothing."""

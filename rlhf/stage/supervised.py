@@ -90,7 +90,7 @@ class Supervised(Stage):
         super().on_validation_epoch_end()
         loss = self.trainer.callback_metrics.get("val/loss")
         if loss is not None:
-            self.log("val/perplexity", math.exp(min(float(loss), 50.0)), sync_dist=self.trainer.world_size > 1)
+            self.log("val/perplexity", math.exp(min(float(loss), 50.0)), sync_dist=True)
 
 
 def sum_scalars(counts: Iterable[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from rlhf.functional.distributed import average_gradients
 from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.module_state import check_gradients
+from rlhf.models.sharding import reshard, whole_value
 from rlhf.objective import Metrics
 from rlhf.stage.batch_order import BatchOrder
 
@@ -130,8 +131,9 @@ class Update(BatchOrder):
         Sets the learning rate and clips the gradient (``on_before_optimizer_step``).
 
         Under DDP the gradients are averaged over ranks here, once per optimizer step, however many backward passes each
-        rank made. With a gradient scaler (precision=fp16) the optimizer skips a step whose gradient overflows. Such a
-        step still counts in ``updates_done``, so that the schedule ends where it should; ``skipped_steps`` is then 1.
+        rank made; under FSDP every backward pass averages them. With a gradient scaler (precision=fp16) the optimizer
+        skips a step whose gradient overflows. Such a step still counts in ``updates_done``, so that the schedule ends
+        where it should; ``skipped_steps`` is then 1.
 
         Args:
             frozen: Module whose parameters do not change in this step.
@@ -146,6 +148,8 @@ class Update(BatchOrder):
         if not torch.isfinite(loss):
             raise self._not_finite(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for module in self.modules_trained():
+            reshard(module)
         if self._averages:
             average_gradients(parameters)
         if self.updates_done == 0:
@@ -183,7 +187,9 @@ class Update(BatchOrder):
             RunFailed: The gradient is not finite. Not raised under a gradient scaler, which skips such steps.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")).detach()
+        # Of sharded gradients this is the norm of the whole ones: the norm of the shards' norms over all ranks.
+        self._norm = whole_value(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip or float("inf"), self._norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None and not torch.isfinite(self._norm):
             raise self._not_finite(self._norm, "gradient of the loss")
 

@@ -65,15 +65,28 @@ VOCABULARY = "has another vocabulary than the policy (300 tokens against 320"
 
 BEFORE_ANY_RUN = [
     # strategies that shard weights
-    ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: a stage supports ddp and"),
-    ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "cannot train sharded weights yet"),
+    ("stage=sft inputs.policy=policy trainer.strategy=fsdp", "trainer.strategy=fsdp: strategies are ddp, single"),
+    ("pipeline=dpo trainer.strategy=deepspeed_stage_2", "type trainer=ddp or trainer=fsdp"),
     (
         "stage=sft inputs.policy=policy trainer.strategy={_target_:pytorch_lightning.strategies.ModelParallelStrategy}",
-        "ModelParallelStrategy: a stage supports ddp and",
+        "ModelParallelStrategy: strategies are ddp, single devices, and the one of trainer=fsdp",
+    ),
+    ("stage=grpo inputs.policy=policy reward=gold trainer=fsdp", "trainer=fsdp: stage=grpo cannot train sharded"),
+    ("stage=sft inputs.policy=policy trainer=fsdp adapter=qlora", "adapter.quantize=nf4: quantised weights cannot be"),
+    ("stage=sft inputs.policy=policy trainer=fsdp optimizer=adamw_8bit", "8-bit optimizers cannot update sharded"),
+    ("stage=sft inputs.policy=policy trainer=fsdp precision=fp16", "precision=fp16: sharded gradients have no loss"),
+    ("stage=sft inputs.policy=policy trainer=fsdp trainer.inference_mode=true", "type trainer.inference_mode=false"),
+    (
+        "stage=sft inputs.policy=policy trainer=fsdp trainer.accelerator=gpu trainer.devices=96 stage.batch_size=96",
+        "build it",
+    ),
+    (
+        "stage=dpo inputs.policy=policy trainer=fsdp adapter=lora adapter.shared_base=true",
+        "adapter.shared_base=true: roles that share one base cannot be sharded; type adapter.shared_base=false, or",
     ),
     ("stage=sft inputs.policy=policy +trainer.gradient_clip_val=1.0", "type stage.gradient_clip=..."),
     ("stage=sft inputs.policy=policy +trainer.accumulate_grad_batches=4", "type stage.micro_batch_size=..."),
-    ("stage=sft inputs.policy=policy trainer=fsdp", "trainer=fsdp: no such option (one of: cpu, ddp, gpu)"),
+    ("stage=sft inputs.policy=policy trainer=zero", "trainer=zero: no such option (one of: cpu, ddp, fsdp, gpu)"),
     # equal responses
     ("stage=dpo inputs.policy=policy data.source=equal.jsonl", "data.source=equal.jsonl: no usable comparisons ("),
     ("pipeline=dpo align.data.source=equal.jsonl", "align.data.source=equal.jsonl: no usable comparisons ("),

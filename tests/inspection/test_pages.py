@@ -12,6 +12,7 @@ from rlhf.data.chat_templates import TEMPLATES
 from rlhf.errors import UserError
 from rlhf.inspection.composing import planned
 from rlhf.inspection.lengths import histogram
+from rlhf.inspection.roles import Role
 from rlhf.inspection.template_page import facts_of
 from rlhf.planning.checks import memory as refusal
 from rlhf.testing import tiny_model
@@ -165,6 +166,15 @@ def test_the_plan_page_resolves_all_amounts(capsys: pytest.CaptureFixture[str]) 
     assert "optimizer steps 15" in lines  # 5 batches, 3 times
     assert "to compute" in out and "this machine:" in out
     assert not Path("outputs").exists()
+
+
+def test_the_plan_page_shows_the_share_of_a_rank_under_fsdp(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stage=sft", "data.size=40", "data.validation=8", "stage.batch_size=8", *MODEL]
+    code, out = typed(capsys, "plan", *words, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert code == 0 and "1/2 on each rank" in out, out
+    policy, reward = Role("policy", 25, 25, 101, 100, 200), Role("reward", 25, 0, 101, 0, 0)
+    assert (policy.shard(2).weights, policy.shard(2).total) == (51, 51 + 50 + 100)
+    assert reward.shard(2) == reward
 
 
 def test_the_plan_page_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,5 +181,5 @@ def test_weights_of_examples_are_not_rounded_to_16_bits(load, tmp_path):
 def test_a_sharded_strategy_is_refused(load):
     stage = sft(load)
     stage._trainer = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(UserError, match="trainer.strategy=FSDPStrategy.*type trainer=ddp"):
+    with pytest.raises(UserError, match="trainer.strategy=FSDPStrategy.*type trainer=ddp or trainer=fsdp"):
         stage.on_fit_start()

@@ -3,11 +3,7 @@
 Every rank samples with its own random numbers, so here a response's numbers are derived from its prompt.
 """
 
-import multiprocessing
-import os
 import re
-import socket
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +37,7 @@ from rlhf_rloo.objective import RLOO
 from rlhf_rloo.stage import RLOOStage
 
 from .conftest import constant, data, fit, same, weights
+from .ranks import run_two_ranks
 
 # Two ranks, all stages; each measures the start as in a run.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_start")]
@@ -152,20 +149,10 @@ def trained(name: str, load: Callable, folder: Path, **arguments: Any) -> dict[s
     return {"weights": weights(stage), "metrics": metrics, "passes": passes.count, "rows": rows}
 
 
-def work(rank: int, port: int, load: Callable, folder: Path) -> None:
+def work(rank: int, load: Callable, folder: Path) -> None:
     """Train every stage on one rank, one after the other."""
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2}
-        os.environ.update({name: str(value) for name, value in where.items()})
-        for name in STAGES:
-            torch.save(trained(name, load, folder, devices=2, strategy="ddp"), folder / f"{name}.{rank}")
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    for name in STAGES:
+        torch.save(trained(name, load, folder, devices=2, strategy="ddp"), folder / f"{name}.{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +163,8 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(1)
         return CausalLM(str(folder), None, None).load(NoAdapter(), Precision("32-true"))
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     target = tmp_path_factory.mktemp("both")
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=(rank, port, load, target)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)  # the ranks deadlock where one makes more calls than the other
-    for process in started:
-        if process.is_alive():
-            process.kill()
+    run_two_ranks(work, load, target)
     return target
 
 

@@ -15,6 +15,7 @@ from rlhf.planning.instantiate import instantiate_cheap, load_target
 from rlhf.planning.validation.nodes import RESERVED, check_node, node_problems
 from rlhf.planning.validation.objective import objective_problems
 from rlhf.signatures import groups
+from rlhf.stage.strategies import sharding_problems
 
 # Groups that rlhf.running.build reads for every stage, whether or not its constructor names them.
 SHARED_GROUPS = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
@@ -70,7 +71,7 @@ def stage_problems(config: dict[str, Any], prefix: str) -> Iterator[RLHFError]:
 
 
 def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: str) -> tuple[RLHFError, ...]:
-    """Return the problems that the stage finds in its hyperparameters and groups together (``Stage.check_parts``).
+    """Return the problems of hyperparameters and groups together: those of ``Stage.check_parts`` and of sharding.
 
     Runs only after every single option has passed.
     """
@@ -78,13 +79,13 @@ def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: s
     if not isinstance(node, dict) or "_target_" not in node:
         return ()
     stage = load_target(node["_target_"])
-    if not hasattr(stage, "check_parts"):
-        return ()
+    found: list[RLHFError] = list(sharding_problems(config, getattr(stage, "shardable", False)))
     try:
-        stage.check_parts(**_collect_parts(config, stage))
+        if hasattr(stage, "check_parts"):
+            stage.check_parts(**_collect_parts(config, stage))
     except RLHFError as error:
-        return configs.name_in_step(error, own, step).findings
-    return ()
+        found.append(error)
+    return tuple(finding for error in found for finding in configs.name_in_step(error, own, step).findings)
 
 
 def find_unread_data(config: dict[str, Any]) -> tuple[str, ...]:
