@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from rlhf.data.collate import TokenBatch
 from rlhf.data.split import Split
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.reference_cache import Row
 from rlhf.objective import Metrics
 
 Example = TypeVar("Example")  # an encoded record
@@ -61,14 +61,13 @@ class BatchAdapter(ABC, Generic[Example, Batch, Terms]):
     def collate(self, examples: list[Example], pad_id: int) -> Batch:
         """Return a micro-batch of examples as tensors."""
 
-    def reference_batches(self, part: Batch) -> list[TokenBatch]:
-        """Return the batches that the reference reads; by default the one that the policy reads."""
-        tokens: TokenBatch = part.tokens  # type: ignore[attr-defined]
-        return [tokens]
+    @abstractmethod
+    def reference_rows(self, example: Example) -> list[Row]:
+        """Return the prompts and responses of an example whose reference log-probabilities the loss reads."""
 
     @abstractmethod
-    def with_reference(self, examples: list[Example], *logps: list[float]) -> list[Example]:
-        """Return the examples with the reference's log-probabilities, one list for each of ``reference_batches``."""
+    def with_reference(self, example: Example, logps: list[float]) -> Example:
+        """Return the example with the reference's log-probabilities of its ``reference_rows``."""
 
     @abstractmethod
     def weight(self, part: Batch) -> Tensor:

@@ -1,12 +1,9 @@
 """Batch adapter for losses that contrast good with bad responses, of any prompts."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from rlhf.data.collate import LabelBatch
-from rlhf.data.encoded_rows import EncodedLabel
 from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
@@ -32,10 +29,6 @@ class Contrasts(LabelledResponses[CachedLosses | None]):
                 option="stage.batch_size",
                 value=batch_size,
             )
-
-    def with_reference(self, examples: list[EncodedLabel], *logps: list[float]) -> list[EncodedLabel]:
-        """Return the examples with the reference's log-probabilities."""
-        return [replace(example, reference=value) for example, value in zip(examples, logps[0], strict=True)]
 
     def has_gradient(self, parts: list[LabelBatch], across_ranks: bool = True) -> bool:
         """Return whether the batch, of all ranks if ``across_ranks``, holds responses of both kinds."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import LabelBatch, TokenBatch, add_mismatched_responses, collate_labels
+from rlhf.data.collate import LabelBatch, add_mismatched_responses, collate_labels
 from rlhf.data.encoded_rows import EncodedLabel
 from rlhf.data.record_conversion import comparison_labels
 from rlhf.data.records import Comparison, Label
@@ -16,6 +16,7 @@ from rlhf.data.split import Split
 from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.reference_cache import Row
 from rlhf.objective import LabelObjective, Metrics
 from rlhf_dpo.batch_adapter import BatchAdapter
 
@@ -65,6 +66,14 @@ class LabelledResponses(BatchAdapter[EncodedLabel, LabelBatch, Terms]):
         """Return a micro-batch of responses, and mismatched responses if the examples have them, as tensors."""
         return collate_labels(examples, pad_id)
 
+    def reference_rows(self, example: EncodedLabel) -> list[Row]:
+        """Return the response with its prompt."""
+        return [(example.prompt, example.response)]
+
+    def with_reference(self, example: EncodedLabel, logps: list[float]) -> EncodedLabel:
+        """Return the example with the reference's log-probability of the response."""
+        return replace(example, reference=logps[0])
+
     def weight(self, part: LabelBatch) -> Tensor:
         """Return ones [N]: every response has the same weight."""
         return torch.ones(len(part), device=part.desirable.device)
@@ -96,22 +105,14 @@ class Labels(LabelledResponses[Tensor]):
             )
         return done
 
-    def reference_batches(self, part: LabelBatch) -> list[TokenBatch]:
-        """Return the batch of responses, and that of mismatched responses if there are any."""
-        return [part.tokens, *([] if part.mismatched is None else [part.mismatched])]
+    def reference_rows(self, example: EncodedLabel) -> list[Row]:
+        """Return the response and the mismatched one, if there is one, with their prompt."""
+        mismatched = [] if example.mismatched is None else [(example.prompt, example.mismatched)]
+        return [*super().reference_rows(example), *mismatched]
 
-    def with_reference(self, examples: list[EncodedLabel], *logps: list[float]) -> list[EncodedLabel]:
-        """Return the examples with the reference's log-probabilities, of mismatched responses too."""
-        own, *others = logps
-        rest = iter(others[0] if others else ())
-        return [
-            replace(
-                example,
-                reference=logp,
-                mismatched_reference=None if example.mismatched is None else next(rest),
-            )
-            for example, logp in zip(examples, own, strict=True)
-        ]
+    def with_reference(self, example: EncodedLabel, logps: list[float]) -> EncodedLabel:
+        """Return the example with the reference's log-probabilities, of a mismatched response too."""
+        return replace(example, reference=logps[0], mismatched_reference=logps[1] if len(logps) > 1 else None)
 
     @torch.no_grad()
     def batch_terms(self, policy: LanguageModel, parts: list[LabelBatch], across_ranks: bool = True) -> Tensor:

@@ -14,6 +14,7 @@ from rlhf.data.split import Split
 from rlhf.errors import UserError, key
 from rlhf.functional.distributed import gather_rows, world_size
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.reference_cache import Row
 from rlhf.objective import Metrics, PairContext, PairLogps, PairObjective
 from rlhf_dpo.batch_adapter import BatchAdapter
 from rlhf_dpo.gradient_caching import CachedLosses, cache_losses
@@ -75,10 +76,13 @@ class Pairs(BatchAdapter[EncodedComparison, PairBatch, CachedLosses | None]):
         """Return a micro-batch: every response once, and the pairs among them."""
         return collate_comparisons(examples, pad_id)
 
-    def with_reference(self, examples: list[EncodedComparison], *logps: list[float]) -> list[EncodedComparison]:
-        """Return the comparisons with the reference's log-probability of each response."""
-        rest = iter(logps[0])
-        return [replace(example, reference={row: next(rest) for row in example.used}) for example in examples]
+    def reference_rows(self, example: EncodedComparison) -> list[Row]:
+        """Return the responses that are in a pair, with their prompt."""
+        return [(example.prompt, example.responses[index]) for index in example.used]
+
+    def with_reference(self, example: EncodedComparison, logps: list[float]) -> EncodedComparison:
+        """Return the comparison with the reference's log-probability of each response that is in a pair."""
+        return replace(example, reference=dict(zip(example.used, logps, strict=True)))
 
     def weight(self, part: PairBatch) -> Tensor:
         """Return the weight of each pair [P]: 1 / the number of pairs of its prompt."""

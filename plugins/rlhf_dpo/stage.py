@@ -1,6 +1,7 @@
 """Direct preference optimization and related losses: the policy learns from comparisons without a reward model."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,11 +14,11 @@ from rlhf.errors import RunFailed, UserError, key
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reference import Reference
+from rlhf.models.reference_cache import cached_logprobs
 from rlhf.models.vocabulary import OWN_REFERENCE, check_vocabulary
 from rlhf.objective import ContrastObjective, LabelObjective, PairObjective
 from rlhf.stage.base import Stage
 from rlhf.stage.batch_order import Parts
-from rlhf.stage.experience import chunks
 from rlhf.stage.supervised import sum_scalars
 from rlhf.stage.update import Optimizer, Schedule
 from rlhf_dpo.batch_adapter import AnyAdapter
@@ -31,7 +32,8 @@ class DPOStage(Stage):
     """Stage for losses on pairs (``PairObjective``) or labelled responses (``LabelObjective``, ``ContrastObjective``).
 
     Reference log-probabilities and embeddings are computed once, before training, from exactly the tokens that are
-    trained on; the reference is then freed.
+    trained on; the reference is then freed. The log-probabilities are stored in the cache, which all runs with the same
+    reference and data share (``rlhf.models.reference_cache``).
 
     Args:
         hyperparameters: Those of ``Stage``: ``batch_size`` and ``micro_batch_size`` are in prompts (labelled responses,
@@ -115,8 +117,7 @@ class DPOStage(Stage):
             self.held_out = embed_prompts(self.held_out, self.reference, self.policy, pooling, encoder, self.batch_size)
         if self.reference is not None:
             self.reference.to(self.device)
-            self.examples = self.with_reference(self.examples)
-            self.held_out = self.with_reference(self.held_out)
+            self.examples, self.held_out = self.with_reference(self.examples, self.held_out)
             self.reference = None  # its log-probabilities are cached; free the model
 
     def check_lengths(self) -> None:
@@ -131,21 +132,20 @@ class DPOStage(Stage):
                 value=self.data.data.max_length,
             )
 
-    def with_reference(self, examples: Sequence[Any]) -> list[Any]:
-        """Return the examples with the reference's log-probability of every response."""
+    def with_reference(self, *parts: Sequence[Any]) -> list[list[Any]]:
+        """Return the examples of each part with the reference's log-probabilities, read from the cache or computed."""
         assert self.reference is not None
-        done: list[Any] = []
-        with work_of(self, "reference", len(examples), "row") as meter:
-            for rows in chunks(len(examples), self.micro_batch_size or self.batch_size):
-                chosen = list(examples[rows])
-                part = self.collate(chosen).to(self.device)
-                logp = [
-                    self.reference.logprobs(tokens).sum(dim=1).tolist()
-                    for tokens in self.batch_adapter.reference_batches(part)
-                ]
-                done += self.batch_adapter.with_reference(chosen, *logp)
-                meter.advance(len(chosen))
-        return done
+        rows = [self.batch_adapter.reference_rows(example) for part in parts for example in part]
+        flat = [row for of_example in rows for row in of_example]
+        with work_of(self, "reference", len(flat), "row") as meter:
+            logps = iter(
+                cached_logprobs(self.reference, flat, self.policy.pad_id, self.device, meter.advance, self.note)
+            )
+        counts = iter(map(len, rows))
+        return [
+            [self.batch_adapter.with_reference(example, list(islice(logps, next(counts)))) for example in part]
+            for part in parts
+        ]
 
     def collate(self, examples: list[Any]) -> Any:
         """Return a micro-batch of examples as tensors."""

@@ -45,7 +45,12 @@ def source_digest(targets: Iterable[str]) -> str:
     Args:
         targets: Dotted names, such as the `_target_` of each node of a config; names outside rlhf are ignored.
     """
-    return _digest("rlhf", reached([*STARTS, *targets]))
+    return reached_digest([*STARTS, *targets])
+
+
+def reached_digest(names: Iterable[str]) -> str:
+    """Return the digest of the modules of rlhf that dotted names lead to and that can change a result."""
+    return _digest("rlhf", reached(names))
 
 
 def reached(names: Iterable[str]) -> set[str]:
