@@ -10,15 +10,19 @@ The base class determines which stages can use an objective: a stage takes `Pair
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from rlhf.errors import UserError, key
 from rlhf.functional.masking import SumOver
+from rlhf.functional.sampler_mismatch import TRUNCATES, SamplerCorrection, correction_weights
 
 __all__ = [
     "ContrastObjective",
+    "CorrectsSampler",
     "CrossEntropy",
     "GroupObjective",
     "LabelObjective",
@@ -194,7 +198,55 @@ class ScoreObjective(Objective):
         """Return the losses [P] from scores [P]; `grade` [P] (long) is an index into GRADES, -1 where unknown."""
 
 
-class PolicyObjective(Objective):
+class PolicyGradientObjective(Objective):
+    """Loss per sampled token."""
+
+    def sampler_weights(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the weights [B, R] of the policy-gradient term, and where a bound changed them [B, R] (bool).
+
+        Called where a sampler's distribution may differ from the policy's. None, the default: no correction; the loss
+        is then called without `sampler_weights`.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectsSampler(PolicyGradientObjective):
+    """Hyperparameters of the importance weights that correct a sampler which is not the policy itself.
+
+    In fp32 with the policy's own sampler there is nothing to correct, and they have no effect.
+    """
+
+    sampler_correction: SamplerCorrection = "none"
+    correction_max: Annotated[float, Field(gt=0)] | None = 3.0
+    correction_min: Annotated[float, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.correction_min, self.correction_max
+        if self.sampler_correction in TRUNCATES and low is None and high is None:
+            raise UserError(
+                "truncates importance ratios, and they have no bound",
+                fix=f"type {key('objective.correction_max', 3)}",
+                option="objective.sampler_correction",
+                value=self.sampler_correction,
+            )
+        if low is not None and high is not None and low >= high:
+            raise UserError(
+                f"must be below {key('objective.correction_max', high)}",
+                fix=f"type {key('objective.correction_min', high / 2)}",
+                option="objective.correction_min",
+                value=low,
+            )
+
+    def sampler_weights(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the weights and where a bound changed them, as `correction_weights`; None without correction."""
+        if self.sampler_correction == "none":
+            return None
+        low, high = self.correction_min, self.correction_max
+        return correction_weights(old_logp, sampler_logp, mask, self.sampler_correction, low, high)
+
+
+class PolicyObjective(PolicyGradientObjective):
     """Loss per sampled token, and the estimation of advantages from scores; used by ppo."""
 
     beta: float  # KL coefficient of the reward, the initial one when it adapts
@@ -238,11 +290,15 @@ class PolicyObjective(Objective):
         old_values: Tensor,
         returns: Tensor,
         entropy: Tensor | None = None,
+        sampler_weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Return the losses [B, R] and metrics [B, R]; the stage averages both under the response mask."""
+        """Return the losses [B, R] and metrics [B, R]; the stage averages both under the response mask.
+
+        `sampler_weights` [B, R] multiply the policy-gradient term; None: 1.
+        """
 
 
-class GroupObjective(Objective):
+class GroupObjective(PolicyGradientObjective):
     """Loss per sampled token whose baseline is the other responses to the same prompt; used by grpo and rloo."""
 
     beta: float  # KL coefficient
@@ -280,10 +336,11 @@ class GroupObjective(Objective):
         advantages: Tensor,
         mask: Tensor,
         entropy: Tensor | None = None,
+        sampler_weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return the losses [B, R] and metrics [B, R], among them `ratio` and `approx_kl`.
 
-        `advantages` [B], the rest [B, R].
+        `advantages` [B], the rest [B, R]. `sampler_weights` multiply the policy-gradient term; None: 1.
         """
 
 

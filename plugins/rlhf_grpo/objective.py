@@ -12,11 +12,11 @@ from rlhf.functional.groups import LengthNormalization, Scale, group_advantages,
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import SumOver, masked_mean
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import GroupObjective, Metrics, require_same_shape
+from rlhf.objective import CorrectsSampler, GroupObjective, Metrics, require_same_shape
 
 
 @dataclass(frozen=True)
-class GRPO(GroupObjective):
+class GRPO(CorrectsSampler, GroupObjective):
     """GRPO loss per sampled token: `max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) + beta KL`.
 
     DeepSeekMath (arXiv 2402.03300, eq. 3). `A = (r - mean) / (std + 1e-4)` over the responses to one prompt, the same
@@ -66,8 +66,9 @@ class GRPO(GroupObjective):
         advantages: Tensor,
         mask: Tensor,
         entropy: Tensor | None = None,
+        sampler_weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Return the losses [B, R] and metrics [B, R]; `advantages` [B]."""
+        """Return the losses [B, R] and metrics [B, R]; `advantages` [B]; `sampler_weights` multiply the policy loss."""
         require_same_shape(logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
         require_same_shape(advantages=advantages, rows=mask[:, 0])
         log_ratio = logp - old_logp
@@ -75,6 +76,8 @@ class GRPO(GroupObjective):
             log_ratio = masked_mean(log_ratio, mask, 1).unsqueeze(1).expand_as(logp)
         spread_out = advantages.unsqueeze(1).expand_as(logp)
         policy_loss = clipped_surrogate(log_ratio, spread_out, self.clip_low, self.clip_high)
+        if sampler_weights is not None:
+            policy_loss = policy_loss * sampler_weights
         kl = k3(logp, ref_logp)
         losses = policy_loss + self.beta * kl if self.kl_in == "loss" else policy_loss
 

@@ -20,11 +20,14 @@ class GRPOStage(GroupStage):
         rollout = self.sample_rollout(list(batch))
         rollout = self.resample_groups(rollout)
         raw, scores = self.scores(rollout)
-        logp, ref_logp = self.recompute_logprobs(rollout)
+        logp, ref_logp = self.rollout_logprobs(rollout)
         advantages, keep = self.objective.advantages(
             scores, logp, ref_logp, rollout.mask, self.sampler.samples, self.sum_over_ranks
         )
-        experience = Experience(rollout.tokens, rollout.mask, logp, ref_logp, advantages, keep=keep)
+        weights = self.sampler_weights(rollout, logp)
+        experience = Experience(
+            rollout.tokens, rollout.mask, logp, ref_logp, advantages, keep=keep, sampler_weights=weights
+        )
         metrics = []
         if self.is_within_kl_budget(self.kl(experience)):
             for minibatch, first in self.draw_minibatches(experience):

@@ -12,7 +12,7 @@ from rlhf.functional.advantages import gae, shaped_rewards
 from rlhf.functional.kl import KLEstimator, adaptive_beta
 from rlhf.functional.masking import SumOver, masked_whiten
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import Metrics, PolicyObjective, require_same_shape
+from rlhf.objective import CorrectsSampler, Metrics, PolicyObjective, require_same_shape
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -25,7 +25,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 @dataclass(frozen=True)
-class PPO(PolicyObjective):
+class PPO(CorrectsSampler, PolicyObjective):
     """PPO loss per sampled token: `max(-A ratio, -A clip(ratio)) + c_v * value loss - c_e * entropy`.
 
     Schulman et al. 2017 (arXiv 1707.06347, eq. 7 and 9) with the clipped value loss of openai/lm-human-preferences.
@@ -47,6 +47,7 @@ class PPO(PolicyObjective):
     kl_horizon: Annotated[float, Field(gt=0)] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kl_target is not None and self.beta == 0:
             raise UserError(
                 f"multiplies beta by factors, and {key('objective.beta', 0)} stays 0",
@@ -99,15 +100,19 @@ class PPO(PolicyObjective):
         old_values: Tensor,
         returns: Tensor,
         entropy: Tensor | None = None,
+        sampler_weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return the losses [B, R] and metrics [B, R].
 
-        `entropy` [B, R] in nats is required when `entropy_coefficient` > 0.
+        `entropy` [B, R] in nats is required when `entropy_coefficient` > 0. `sampler_weights` [B, R] multiply the
+        policy loss.
         """
         require_same_shape(
             logp=logp, old_logp=old_logp, advantages=advantages, values=values, old_values=old_values, returns=returns
         )
         policy_loss = clipped_surrogate(logp - old_logp, advantages, self.clip, self.clip)
+        if sampler_weights is not None:
+            policy_loss = policy_loss * sampler_weights
         value_loss = clipped_value_loss(values, old_values, returns, self.value_clip)
         losses = policy_loss + self.value_coefficient * value_loss
         if self.entropy_coefficient:

@@ -29,7 +29,6 @@ from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage.batch_order import Parts
-from rlhf.stage.checks import check_ratio
 from rlhf.stage.experience import Experience, chunks
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.stage.update import Optimizer, Schedule
@@ -153,14 +152,17 @@ class PPOStage(RolloutStage):
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, scores: Tensor) -> Experience:
         """Compute log-probabilities, values, advantages and returns of a rollout."""
-        logp, ref_logp = self.recompute_logprobs(rollout)
+        logp, ref_logp = self.rollout_logprobs(rollout)
         tokens, width, size = rollout.tokens, rollout.mask.shape[1], self.rows_per_pass(rollout)
         values = torch.cat([self.response_values(tokens[rows], width) for rows in chunks(len(logp), size)])
         values = values * rollout.mask
         _, advantages, returns = self.objective.estimate(
             scores, logp, ref_logp, values, rollout.mask, self.beta, self.sum_over_ranks
         )
-        return Experience(rollout.tokens, rollout.mask, logp, ref_logp, advantages, values, returns)
+        weights = self.sampler_weights(rollout, logp)
+        return Experience(
+            rollout.tokens, rollout.mask, logp, ref_logp, advantages, values, returns, sampler_weights=weights
+        )
 
     def response_values(self, tokens: TokenBatch, width: int) -> Tensor:
         """Return the critic's values [B, R] of the response tokens: V_t is read before token t is chosen."""
@@ -175,9 +177,11 @@ class PPOStage(RolloutStage):
             assert entropy is not None
             logp, entropy = logp[:, -x.width :], entropy[:, -x.width :]
             values = self.response_values(x.tokens, x.width)
-            losses, metrics = self.objective(logp, x.logp, x.advantages, values, x.values, x.returns, entropy)
-            if first and self.is_exact:
-                check_ratio(metrics["ratio"], x.mask)
+            if first:
+                self.check_first(logp, x.logp, x.mask)
+            losses, metrics = self.objective(
+                logp, x.logp, x.advantages, values, x.values, x.returns, entropy, **x.correction
+            )
             self.backward_mean(losses, x.mask, total, metrics)
             self.count(len(x), x.tokens.attention_mask.sum())
         if self.objective.gamma and not self.in_value_warmup:
@@ -193,7 +197,11 @@ class PPOStage(RolloutStage):
         x = experience
         assert x.values is not None and x.returns is not None
         self.record(
-            {**self.average_updates(metrics), **self.describe(rollout, raw, experience.logp, experience.ref_logp)},
+            {
+                **self.average_updates(metrics),
+                **self.describe(rollout, raw, experience.logp, experience.ref_logp),
+                **self.correction,
+            },
             explained_variance=explained_variance(x.values, x.returns, x.mask, self.sum_over_ranks),
             value=weighted_mean(x.values, x.mask.float(), self.loss_denominator(x.mask.sum())),
             beta=self.beta,

@@ -1,7 +1,7 @@
 """REINFORCE with a leave-one-out baseline: the loss, and the advantages of a rollout."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -11,11 +11,11 @@ from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.groups import EPSILON, deviation, has_spread, leave_one_out, length_weights
 from rlhf.functional.masking import SumOver, masked_sum
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import GroupObjective, Metrics, require_same_shape
+from rlhf.objective import CorrectsSampler, GroupObjective, Metrics, require_same_shape
 
 
 @dataclass(frozen=True)
-class RLOO(GroupObjective):
+class RLOO(CorrectsSampler, GroupObjective):
     """RLOO loss per response: `max(-A ratio, -A clip(ratio))`, `A = R - mean of the other responses' R`.
 
     Ahmadian et al. 2024 (arXiv 2402.14740). A response is one action: its importance ratio is that of the whole
@@ -27,6 +27,8 @@ class RLOO(GroupObjective):
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     normalize: bool = False
+    # A response is one action, whose importance ratio is a product over its tokens.
+    sampler_correction: Literal["none", "sequence_truncate", "sequence_mask"] = field(default="none", kw_only=True)
 
     def advantages(
         self,
@@ -63,12 +65,18 @@ class RLOO(GroupObjective):
         advantages: Tensor,
         mask: Tensor,
         entropy: Tensor | None = None,
+        sampler_weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Return the loss of each response, repeated at all its tokens [B, R], and metrics [B, R]; `advantages` [B]."""
+        """Return the loss of each response, repeated at all its tokens [B, R], and metrics [B, R].
+
+        `advantages` [B]; `sampler_weights` [B, R], equal for all tokens of a response, multiply the loss.
+        """
         require_same_shape(logp=logp, old_logp=old_logp, mask=mask)
         require_same_shape(advantages=advantages, rows=mask[:, 0])
         log_ratio = masked_sum(logp - old_logp, mask, 1)
         losses = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high).unsqueeze(1).expand_as(logp)
+        if sampler_weights is not None:
+            losses = losses * sampler_weights
         ratio = capped_ratio(log_ratio.detach())
         removed = is_gradient_clipped(ratio, advantages, self.clip_low, self.clip_high)
         metrics = {

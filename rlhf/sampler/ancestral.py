@@ -1,6 +1,6 @@
 """Ancestral sampling: generate responses to prompts, with their log-probabilities."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from rlhf.data.special_tokens import has_special_tokens
 from rlhf.models.language_model import LanguageModel
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.rollout import Rollout, positions
+from rlhf.sampler.weight_copy import WeightCopy
 
 
 class AncestralSampler(Sampler):
@@ -32,6 +33,8 @@ class AncestralSampler(Sampler):
         top_p: Keep the smallest set of tokens with at least this probability; 1 keeps all.
         samples: Responses per prompt (K).
         batch_size: Rows sampled at a time; bounds the cache's memory.
+        precision: Weights that sample: the policy's own ("policy"), or a copy of them in bfloat16 that is renewed
+            before each rollout ("bf16"), whose distribution is not quite the policy's.
     """
 
     def __init__(
@@ -42,15 +45,23 @@ class AncestralSampler(Sampler):
         top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
         samples: Annotated[int, Field(gt=0)] = 1,
         batch_size: Annotated[int, Field(gt=0)] = 512,
+        precision: Literal["policy", "bf16"] = "policy",
     ) -> None:
         super().__init__(max_new_tokens, temperature, samples, batch_size)
         self.top_k = top_k
         self.top_p = top_p
+        self.precision = precision
+        self._copy = WeightCopy(torch.bfloat16)
 
     @property
     def exact(self) -> bool:
         """Return whether the sampling distribution is the model's own at this temperature: neither top_k nor top_p."""
         return super().exact and self.top_k == 0 and self.top_p == 1.0
+
+    @property
+    def matches_policy(self) -> bool:
+        """Whether responses are sampled with the policy's own weights, and not with a copy in 16 bits."""
+        return self.precision == "policy"
 
     @torch.no_grad()
     def sample(self, policy: LanguageModel, prompts: list[Prompt], seed: int) -> Rollout:
@@ -63,7 +74,8 @@ class AncestralSampler(Sampler):
         batch = collate_prompts(encoded, policy.pad_id).to(policy.device)
         ids, mask = batch.ids, batch.attention_mask
         noise = self._noise(len(prompts) * self.samples, self.max_new_tokens, seed).to(policy.device)
-        response, logp = self._continue(policy, ids, mask, noise, self.samples)
+        model = policy if self.precision == "policy" else self._copy.of(policy)
+        response, logp = self._continue(model, ids, mask, noise, self.samples)
         response_mask, ended = _until_end(response, policy.end_id)
         longest = int(response_mask.sum(dim=1).max())
         response, response_mask, logp = (x[:, :longest] for x in (response, response_mask, logp))

@@ -60,6 +60,16 @@ class Sampler(ABC):
         return self.temperature > 0
 
     @property
+    def matches_policy(self) -> bool:
+        """Whether responses are sampled with the policy's own weights, in its own precision; True by default.
+
+        Override it in a sampler with weights or arithmetic of its own (a 16-bit copy, a quantised model, an engine in
+        another process). Stages then compute the policy's log-probabilities beside the sampler's, log the difference,
+        and can correct it (``objective.sampler_correction``).
+        """
+        return True
+
+    @property
     def longest(self) -> int:
         """Upper bound of the policy's own tokens in a response; ``max_new_tokens`` by default."""
         return self.max_new_tokens

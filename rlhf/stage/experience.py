@@ -1,6 +1,6 @@
 """Experience: a rollout with the values that the optimizer steps on it read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,12 +21,13 @@ class Experience:
 
     tokens: TokenBatch  # [B, P+R], the last R columns are the response; loss_mask on the policy's own tokens
     mask: Tensor  # [B, R] bool, loss_mask of the response alone
-    logp: Tensor  # [B, R], under the policy that sampled
+    logp: Tensor  # [B, R], under the policy before the updates
     ref_logp: Tensor  # [B, R], under the reference
     advantages: Tensor  # [B, R]; [B] where all tokens of a response share one
     values: Tensor | None = None  # [B, R], of the critic; None without one
     returns: Tensor | None = None  # [B, R], what the critic regresses on; None without one
     keep: Tensor | None = None  # [B] bool, whether the loss counts the response; None: all
+    sampler_weights: Tensor | None = None  # [B, R], of the policy-gradient term; None: 1
 
     def __getitem__(self, rows: Tensor | slice) -> "Experience":
         values: list[Any] = [getattr(self, field.name) for field in fields(self)]
@@ -40,6 +41,11 @@ class Experience:
     def width(self) -> int:
         """Number of response columns R."""
         return self.mask.shape[1]
+
+    @property
+    def correction(self) -> dict[str, Tensor]:
+        """Argument of the objective for the sampler's correction; empty where there is none."""
+        return {} if self.sampler_weights is None else {"sampler_weights": self.sampler_weights}
 
     def kept(self) -> "Experience":
         """Return only the rows that the loss counts; at least one row, so that there is something to read."""
@@ -62,12 +68,17 @@ def response_logprobs(
         temperature: Sampling temperature, which divides the logits of both.
         batch_size: Rows per forward pass.
     """
+    return (
+        score_rollout(lambda tokens: policy.logprobs(tokens, temperature)[0], rollout, batch_size),
+        score_rollout(lambda tokens: reference.logprobs(tokens, temperature), rollout, batch_size),
+    )
+
+
+@torch.no_grad()
+def score_rollout(score: Callable[[TokenBatch], Tensor], rollout: Rollout, batch_size: int) -> Tensor:
+    """Compute a number for each response token, [B, R], by a function of ``batch_size`` rows at a time."""
     tokens, width = rollout.tokens, rollout.mask.shape[1]
-    logp, ref_logp = [], []
-    for rows in chunks(len(tokens), batch_size):
-        logp.append(policy.logprobs(tokens[rows], temperature)[0][:, -width:])
-        ref_logp.append(reference.logprobs(tokens[rows], temperature)[:, -width:])
-    return torch.cat(logp), torch.cat(ref_logp)
+    return torch.cat([score(tokens[rows])[:, -width:] for rows in chunks(len(tokens), batch_size)])
 
 
 def chunks(count: int, size: int | None) -> Iterator[slice]:

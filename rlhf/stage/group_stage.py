@@ -21,7 +21,6 @@ from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
 from rlhf.sampler.dynamic_sampling import fresh_prompts, replace_groups
 from rlhf.sampler.rollout import Rollout
-from rlhf.stage.checks import check_ratio
 from rlhf.stage.experience import Experience, chunks
 from rlhf.stage.rollout_stage import RolloutStage
 from rlhf.stage.update import Optimizer, Schedule
@@ -126,9 +125,9 @@ class GroupStage(RolloutStage):
             logp, entropy = self.policy.logprobs(y.tokens, self.sampler.temperature, entropy=True)
             assert entropy is not None
             logp, entropy = logp[:, -x.width :], entropy[:, -x.width :]
-            if first and self.is_exact:
-                check_ratio((logp.detach() - y.logp).exp(), y.mask)
-            losses, metrics = self.objective(logp, y.logp, y.ref_logp, y.advantages, y.mask, entropy)
+            if first:
+                self.check_first(logp, y.logp, y.mask)
+            losses, metrics = self.objective(logp, y.logp, y.ref_logp, y.advantages, y.mask, entropy, **y.correction)
             self.backward_mean(losses, weights[part], total)
             self.gather_means(metrics, y.mask & kept[part], counted)  # token means, whatever the loss divides by
             self.count(len(y), y.tokens.attention_mask.sum())
@@ -148,6 +147,7 @@ class GroupStage(RolloutStage):
                 **self.average_updates(metrics),
                 **self.describe(rollout, raw, experience.logp, experience.ref_logp),
                 **self.first_draw,
+                **self.correction,
             },
             group_std=grouped(scores, samples).std(1).mean(),
             zero_spread=1.0 - has_spread(scores, samples).float().mean(),

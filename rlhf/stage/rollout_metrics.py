@@ -15,6 +15,8 @@ from rlhf.callbacks.reward_hacking import (
 from rlhf.data.records import Prompt
 from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
+from rlhf.functional.masking import masked_mean
+from rlhf.functional.sampler_mismatch import probability_errors
 from rlhf.models.reference import Reference
 from rlhf.models.sharding import gathered
 from rlhf.objective import Metrics
@@ -73,6 +75,16 @@ class RolloutMetrics(Stage):
             self.start[part] = {name: found[name].item() for name in names}
             self.start[part]["clusters"] = count_clusters(whole.prompts)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
+        return self.trainer.precision in ("32-true", "64-true")
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether the sampler's log-probabilities are the policy's: it samples from the policy itself, in fp32."""
+        return self.is_exact and self.sampler.matches_policy
+
     def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:
         """Return scores, KL (nats per response) and the signs of reward hacking.
 
@@ -88,6 +100,7 @@ class RolloutMetrics(Stage):
             "kl_k3": (k3(logp, ref_logp) * rollout.mask).sum(1).mean(),
             "rlhf_reward": (shaped - self.beta * kl).mean(),
             **{f"reward/{name}": value for name, value in self.reward.parts.items()},
+            **({} if self.trusts_sampler else self.sampler_mismatch(rollout, logp)),
         }
         start = self.start.get("train" if self.trainer.training else "validation")
         if "gold" in metrics and start:
@@ -95,6 +108,14 @@ class RolloutMetrics(Stage):
             error = proxy_gold_gap_error(metrics, start, count_clusters(rollout.prompts), int(start["clusters"]))
             metrics["proxy_gold_gap_se"] = raw.new_tensor(error)
         return metrics
+
+    def sampler_mismatch(self, rollout: Rollout, logp: Tensor) -> Metrics:
+        """Return means over tokens of the difference between the sampler's log-probabilities and the policy's."""
+        errors, gaps = probability_errors(logp, rollout.logp, rollout.mask)
+        return {
+            "token_mult_prob_error": masked_mean(errors, rollout.mask),
+            "sampler_gap": masked_mean(gaps, rollout.mask),
+        }
 
     def average_updates(self, metrics: list[Metrics]) -> Metrics:
         """Return means over the updates on a rollout, and the first one's ratio (must be 1) and approx_kl (must be 0).

@@ -20,6 +20,7 @@ from rlhf.data.encoding import encode_text
 from rlhf.data.records import Prompt
 from rlhf.data.split import Split
 from rlhf.errors import UserError, key
+from rlhf.functional.reduction import weighted_mean
 from rlhf.functional.scores import Moments, ScoreScale, missing_eos
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
@@ -33,8 +34,8 @@ from rlhf.reward.model import find_model_rewards
 from rlhf.sampler.base import Sampler, single
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage.batch_order import Parts
-from rlhf.stage.checks import check_context, check_sampler
-from rlhf.stage.experience import Experience, chunks, response_logprobs
+from rlhf.stage.checks import check_context, check_ratio, check_sampler
+from rlhf.stage.experience import Experience, chunks, score_rollout
 from rlhf.stage.rollout_metrics import RolloutMetrics
 from rlhf.stage.update import Optimizer, Schedule
 
@@ -66,7 +67,8 @@ class RolloutStage(RolloutMetrics):
         text_length: Tokens in a row of pretraining text.
         missing_eos_penalty: Missing-EOS penalty, in units of the normalized and clipped score.
         score_clip: Scores are clipped to plus or minus this, null: not.
-        tolerance: Largest difference between the sampler's log-probabilities and recomputed ones in fp32.
+        tolerance: Largest difference per token between the sampler's log-probabilities and the policy's in fp32; of
+            another sampler, or in 16 bits, the mean difference is at most 50 times as large.
         reference: Model that KL is measured against, null: the initial policy.
         normalize_scores: "none"; "batch": mean 0 and standard deviation 1 over each rollout; "running": over all
             rollouts so far.
@@ -129,6 +131,7 @@ class RolloutStage(RolloutMetrics):
         self.score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
         self.start: dict[str, dict[str, float]] = {}  # scores before training, by part of the data
         self.over_budget = False
+        self.correction: Metrics = {}  # of the last rollout
         self.ema: EMA | None = None
         self._ema_state: dict[str, Tensor] | None = None
         self.validation_rollouts: list[tuple[Rollout, Tensor, Tensor]] = []  # with logp and ref_logp
@@ -233,11 +236,6 @@ class RolloutStage(RolloutMetrics):
 
     # -- scores and updates ---------------------------------------------------------------------------------------
 
-    @property
-    def is_exact(self) -> bool:
-        """Return whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
-        return self.trainer.precision in ("32-true", "64-true")
-
     def sample_rollout(self, prompts: list[Prompt]) -> Rollout:
         """Sample the rollout of this batch.
 
@@ -269,16 +267,47 @@ class RolloutStage(RolloutMetrics):
         return self.micro_batch_size or -(-len(rollout.texts) // self.minibatches)
 
     @torch.no_grad()
-    def recompute_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities [B, R] of the response tokens under the sampling policy and the reference.
+    def rollout_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities [B, R] of the response tokens under the policy that sampled and the reference.
+
+        Those of a sampler that is the policy itself are the policy's, and are not computed again: the pass of the first
+        minibatch, which computes them anyway, is compared with them (``check_first``). Another sampler's are compared
+        here.
 
         Raises:
             RunFailed: The rollout was not sampled from the policy.
         """
         size, temperature = self.rows_per_pass(rollout), self.sampler.temperature
-        logp, ref_logp = response_logprobs(self.policy, self.reference, rollout, temperature, size)
-        check_sampler(rollout.logp, logp, rollout.mask, self.tolerance, self.is_exact)
+        ref_logp = score_rollout(lambda tokens: self.reference.logprobs(tokens, temperature), rollout, size)
+        if self.trusts_sampler:
+            return rollout.logp, ref_logp
+        logp = score_rollout(lambda tokens: self.policy.logprobs(tokens, temperature)[0], rollout, size)
+        check_sampler(rollout.logp, logp, rollout.mask, self.tolerance, exact=False)
         return logp, ref_logp
+
+    def check_first(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> None:
+        """Check the log-probabilities [B, R] of the first minibatch of a rollout, where no update was made yet.
+
+        Raises:
+            RunFailed: They differ from the sampler's, or the importance ratio is not 1. In 16 bits nothing is checked.
+        """
+        if self.trusts_sampler:
+            check_sampler(old_logp, logp.detach(), mask, self.tolerance, exact=True)
+        elif self.is_exact:
+            check_ratio((logp.detach() - old_logp).exp(), mask)
+
+    def sampler_weights(self, rollout: Rollout, logp: Tensor) -> Tensor | None:
+        """Return the weights [B, R] of the policy-gradient term that correct the sampler; None: there are none."""
+        found = None if self.trusts_sampler else self.objective.sampler_weights(logp, rollout.logp, rollout.mask)
+        if found is None:
+            return None
+        weights, beyond = found
+        total = self.loss_denominator(rollout.mask.sum())
+        self.correction = {
+            "sampler_weight": weighted_mean(weights, rollout.mask.float(), total),
+            "sampler_bounded": weighted_mean(beyond.float(), rollout.mask.float(), total),
+        }
+        return weights
 
     def is_within_kl_budget(self, kl: float) -> bool:
         """Return whether the rollout, at ``kl`` nats per response, may be trained on; end the training otherwise."""

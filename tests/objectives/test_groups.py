@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf.errors import UserError
 from rlhf.functional.groups import group_advantages, has_spread, leave_one_out, length_weights
 from rlhf.functional.ratio import clipped_surrogate
 from rlhf_grpo.objective import DAPO, GRPO, GSPO, DrGRPO
@@ -171,6 +172,69 @@ def test_grpo_loss_equals_that_of_trl(objective, loss_type):
     assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
     made, wanted = (torch.autograd.grad(loss, logp)[0] for loss in (ours, expected))
     torch.testing.assert_close(made, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        GRPO(beta=0.1, sampler_correction="token_truncate", correction_max=1.2),
+        GRPO(beta=0.1, sampler_correction="sequence_mask", correction_max=1.5),
+        GSPO(beta=0.1, clip_low=0.1, clip_high=0.2, sampler_correction="sequence_truncate", correction_max=1.5),
+    ],
+    ids=lambda objective: f"{type(objective).__name__} {objective.sampler_correction}",
+)
+def test_the_sampler_correction_equals_that_of_trl(objective):
+    """It multiplies the policy-gradient term and not the KL."""
+    pytest.importorskip("trl")
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    logp, old, ref, scores, mask = rollout()
+    sampler = rollout(seed=1)[1]
+    found = objective.sampler_weights(old, sampler, mask)
+    advantages = trl_grpo_advantages(scores, objective.scale)
+    trainer = stand_in(
+        logp,
+        loss_type="grpo",
+        importance_sampling_level=objective.importance,
+        beta=objective.beta,
+        epsilon_low=objective.clip_low,
+        epsilon_high=objective.clip_high,
+        vllm_importance_sampling_correction=True,
+    )
+    trainer.use_vllm = True
+    trainer.args.steps_per_generation = 1
+    batch = inputs(old, ref, mask, advantages) | {"importance_sampling_ratio": found[0]}
+    expected = GRPOTrainer._compute_loss(trainer, None, batch)
+    losses, _ = objective(logp, old, ref, advantages, mask, sampler_weights=found[0])
+    weights, divisor = objective.weights(mask, LONGEST)
+    ours = (losses * weights).sum() / divisor.sum()
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert ours.item() != pytest.approx(loss_of(objective, logp, old, ref, scores, mask).item(), abs=1e-3)
+    made, wanted = (torch.autograd.grad(loss, logp)[0] for loss in (ours, expected))
+    torch.testing.assert_close(made, wanted, atol=1e-6, rtol=0)
+
+
+def test_the_sampler_correction_of_rloo_is_of_whole_responses():
+    """The gradient of a response is multiplied by the product of its tokens' ratios."""
+    logp, old, ref, scores, mask = rollout()
+    objective = RLOO(beta=0.0, clip_low=1.0, clip_high=9.0, sampler_correction="sequence_truncate", correction_max=None,
+                     correction_min=1e-3)  # fmt: skip
+    found = objective.sampler_weights(old, old - 0.1, mask)
+    advantages = objective.advantages(scores, old, ref, mask, K)[0]
+    plain = torch.autograd.grad(objective(logp, old, ref, advantages, mask)[0].sum(), logp)[0]
+    losses, _ = objective(logp, old, ref, advantages, mask, sampler_weights=found[0])
+    product = torch.exp(0.1 * mask.sum(1, keepdim=True))
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), logp)[0], plain * product)
+
+
+@pytest.mark.parametrize("kind", [GRPO, RLOO])
+def test_corrections_without_a_range_are_refused(kind):
+    with pytest.raises(
+        UserError, match=r"objective\.sampler_correction=sequence_truncate: .*objective\.correction_max=3"
+    ):
+        kind(sampler_correction="sequence_truncate", correction_max=None)
+    with pytest.raises(UserError, match=r"objective\.correction_min=2: must be below objective\.correction_max=2"):
+        kind(sampler_correction="sequence_mask", correction_min=2, correction_max=2)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -211,6 +211,8 @@ OF_THE_STAGE: dict[str, Entry] = {  # read by the stage, not by the loss
     "encoder of RelativeUnpaired": at("stages/test_contrasts", "the_configured_encoder_embeds_the_prompts"),
     "kl_horizon of PPO": Moves(100.0, kl_target=0.01),
     "kl_target of PPO": Moves(0.01),
+    "correction_max of CorrectsSampler": Moves(0.01, sampler_correction="sequence_truncate"),
+    "correction_min of CorrectsSampler": Moves(0.9, sampler_correction="sequence_truncate"),
     "kl_in of GRPO": Moves("reward", beta=0.1),
     "margin of Pairwise": Moves({"better": 0.7}),
 }
@@ -293,7 +295,7 @@ def scored(kind: type, **hyperparameters: Any) -> Any:
 OF_THE_TOOLS = at("stages/test_every_hyperparameter", "every_hyperparameter_of_the_tools_has_an_effect")
 JUDGE = "annotators/test_judge"
 OPTIONS: dict[str, Given] = {
-    "rlhf.sampler.ancestral.AncestralSampler": Given(responses, shared()),
+    "rlhf.sampler.ancestral.AncestralSampler": Given(responses, shared(precision=Moves("bf16"))),
     "rlhf.sampler.best_of_k.BestOfK": Given(responses, shared(temperatures=Moves([0.5, 1.5]))),
     "rlhf.sampler.tool_calls.ToolSampler": Given(
         responses,

@@ -149,15 +149,23 @@ def outcome(objective: Any) -> torch.Tensor:
         return objective(logps[0], logps[1], torch.tensor([0, 1, 2, 3, -1, 2]))[0]
     if isinstance(objective, protocols.PolicyObjective):
         estimate = objective.estimate(scores, old, ref, values, mask)
-        loss, _ = objective(noise, old, estimate[1], values + noise + 1, values, estimate[2], torch.rand(p, t))
+        found = (noise, old, estimate[1], values + noise + 1, values, estimate[2], torch.rand(p, t))
+        loss, _ = objective(*found, *corrected(objective, old, values, mask))
         return torch.cat([*map(torch.flatten, (*estimate, loss)), torch.tensor([objective.next_beta(0.1, 3.0, 8)])])
     if isinstance(objective, protocols.GroupObjective):
         advantages, keep = objective.advantages(scores, old, ref, mask, 3)
         weights, divisor = objective.weights(mask, 9)
-        losses = objective(noise, old, ref, advantages, mask, torch.rand(p, t))[0]
+        found = (noise, old, ref, advantages, mask, torch.rand(p, t))
+        losses = objective(*found, *corrected(objective, old, values, mask))[0]
         return torch.cat([(losses * weights).flatten(), advantages, keep.float(), divisor])
     assert isinstance(objective, protocols.TokenObjective)
     return objective(old)[0]
+
+
+def corrected(objective: Any, *found: torch.Tensor) -> list[torch.Tensor]:
+    """Return the weights of the policy loss that correct the sampler, if the objective has some."""
+    weights = objective.sampler_weights(*found)
+    return [] if weights is None else [weights[0]]
 
 
 def hyperparameters_of_objectives() -> Iterator[Any]:

@@ -228,7 +228,7 @@ def test_ppo_stops_when_sampler_and_policy_disagree(load, tmp_path):
     inner = stage.sampler.sample
 
     class Stale:
-        temperature, samples, exact, longest = 1.0, 1, True, 10
+        temperature, samples, exact, longest, matches_policy = 1.0, 1, True, 10, True
         check, check_lengths, room = stage.sampler.check, stage.sampler.check_lengths, stage.sampler.room
 
         def sample(self, policy, prompts, seed):

@@ -183,8 +183,8 @@ def test_dynamic_sampling_replaces_groups_without_spread(load, tmp_path):
 
     whole = resampling()
     seen: list = []
-    inner = whole.recompute_logprobs
-    whole.recompute_logprobs = lambda rollout: seen.append(rollout) or inner(rollout)  # type: ignore[method-assign]
+    inner = whole.rollout_logprobs
+    whole.rollout_logprobs = lambda rollout: seen.append(rollout) or inner(rollout)  # type: ignore[method-assign]
     fit(whole, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole" / "metrics.csv")
     assert {row["zero_spread"] for row in rows if "zero_spread" in row} == {0.0}
