@@ -12,7 +12,8 @@ from rlhf.functional.groups import LengthNormalization, Scale, group_advantages,
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import SumOver, masked_mean
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import CorrectsSampler, GroupObjective, Metrics, require_same_shape
+from rlhf.objective import GroupObjective, Metrics, require_same_shape
+from rlhf.sampler.correction import CorrectsSampler
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from rlhf.functional.advantages import gae, shaped_rewards
 from rlhf.functional.kl import KLEstimator, adaptive_beta
 from rlhf.functional.masking import SumOver, masked_whiten
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import CorrectsSampler, Metrics, PolicyObjective, require_same_shape
+from rlhf.objective import Metrics, PolicyObjective, require_same_shape
+from rlhf.sampler.correction import CorrectsSampler
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -11,7 +11,8 @@ from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.groups import EPSILON, deviation, has_spread, leave_one_out, length_weights
 from rlhf.functional.masking import SumOver, masked_sum
 from rlhf.functional.ratio import capped_ratio, clipped_surrogate, is_gradient_clipped
-from rlhf.objective import CorrectsSampler, GroupObjective, Metrics, require_same_shape
+from rlhf.objective import GroupObjective, Metrics, require_same_shape
+from rlhf.sampler.correction import CorrectsSampler
 
 
 @dataclass(frozen=True)
