@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-
-from rlhf.functional.projection import is_plain
 
 CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which fits into a CPU core's cache
 MIN_CHUNK_ROWS = 256  # with a large vocabulary, fewer rows would read the whole output matrix for too little work
@@ -56,7 +55,7 @@ def token_logprobs(
     if rows == 0:
         empty = hidden.sum(-1).float()  # keeps the graph, so that backward works on a batch without targets
         return empty, empty if entropy else None
-    linear = head if isinstance(head, nn.Linear) and is_plain(head) else None
+    linear = head if isinstance(head, nn.Linear) and _is_plain(head) else None
     vocabulary = linear.out_features if linear is not None else _vocabulary(hidden, head)
     if chunk_elements is None:
         chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
@@ -98,6 +97,16 @@ def _of_logits(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, 
 def _vocabulary(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
     with torch.no_grad():
         return int(head(hidden[:1].detach()).shape[-1])
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    """Return whether calling ``head`` is exactly ``x @ weight.T + bias``: no subclass, no hooks, not sharded."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
+        and head.weight.is_floating_point()
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+    )
 
 
 def _linear(

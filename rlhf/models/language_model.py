@@ -20,7 +20,6 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import UserError, key
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.projection import project
 from rlhf.models import padding_free
 from rlhf.models.adapters import TRAINED, NoAdapter
 from rlhf.models.dropout import disable_dropout, variation
@@ -212,7 +211,7 @@ class LanguageModel(nn.Module):
         projection = self.base.get_output_embeddings()
         if projection is None:
             raise TypeError("a bare decoder has no vocabulary projection")
-        logits = project(hidden, projection)
+        logits = projection(hidden)
         config = self.config
         scaling = getattr(config, "logits_scaling", None)
         if scaling is not None:  # Granite divides, HyperCLOVA X multiplies
