@@ -60,7 +60,7 @@ class AncestralSampler(Sampler):
 
     @property
     def matches_policy(self) -> bool:
-        """Whether responses are sampled with the policy's own weights, and not with a copy in 16 bits."""
+        """Return whether responses are sampled with the policy's own weights, and not with a copy in 16 bits."""
         return self.precision == "policy"
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class Sampler(ABC):
 
     @property
     def matches_policy(self) -> bool:
-        """Whether responses are sampled with the policy's own weights, in its own precision; True by default.
+        """Return whether responses are sampled with the policy's own weights, in its own precision; True by default.
 
         Override it in a sampler with weights or arithmetic of its own (a 16-bit copy, a quantised model, an engine in
         another process). Stages then compute the policy's log-probabilities beside the sampler's, log the difference,

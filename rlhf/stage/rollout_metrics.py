@@ -77,12 +77,12 @@ class RolloutMetrics(Stage):
 
     @property
     def is_exact(self) -> bool:
-        """Whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
+        """Return whether arithmetic is fp32 or fp64, where two computations of one number may be compared."""
         return self.trainer.precision in ("32-true", "64-true")
 
     @property
     def trusts_sampler(self) -> bool:
-        """Whether the sampler's log-probabilities are the policy's: it samples from the policy itself, in fp32."""
+        """Return whether the sampler's log-probabilities are the policy's: it samples from it itself, in fp32."""
         return self.is_exact and self.sampler.matches_policy
 
     def describe(self, rollout: Rollout, raw: Tensor, logp: Tensor, ref_logp: Tensor) -> Metrics:

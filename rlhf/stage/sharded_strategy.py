@@ -28,12 +28,12 @@ class ShardedStrategy(ModelParallelStrategy):  # type: ignore[misc]
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Whether weights are restored after `on_fit_start`: no, stages prepare with the restored ones."""
+        """Return whether weights are restored after `on_fit_start`: no, stages prepare with the restored ones."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning loads the optimizers' states of a checkpoint."""
+        """Return whether Lightning loads the optimizers' states of a checkpoint."""
         return True
 
     def setup_environment(self) -> None:
