@@ -17,7 +17,6 @@ from rlhf.functional.logprobs import token_logprobs
 from rlhf.inspection.composing import Look
 from rlhf.inspection.roles import Role
 from rlhf.inspection.work import Work
-from rlhf.models import padding_free
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.machine_memory import read_machine_memory
 from rlhf.models.padding_free import Layout
@@ -114,7 +113,7 @@ def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) ->
         with look.weights.mode, precision.autocast("cpu"), AllocationPeak(known) as allocated:
             for trained, tokens in order:
                 torch.stack([tokens.loss(module) for module in trained]).sum().backward()
-    except Exception:
+    except Exception:  # an architecture that reads values, which fake tensors do not have; its own code may raise any
         return None
     finally:
         for module in modules:
@@ -133,26 +132,28 @@ class _Pass:
 
     @classmethod
     def of(cls, model: nn.Module, batch: TokenBatch, uniform: bool) -> "_Pass":
-        language_model = model.language_model if isinstance(model, ScalarModel) else model
-        assert isinstance(language_model, LanguageModel)
-        return cls(batch.ids.shape, language_model.layout(batch), int(batch.loss_mask.sum()), uniform)
+        return cls(batch.ids.shape, _language_model(model).layout(batch), int(batch.loss_mask.sum()), uniform)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return a loss that needs the memory of a real one, a scalar."""
-        language_model: Any = model.language_model if isinstance(model, ScalarModel) else model
-        decoder = language_model.base.get_decoder()
+        language_model = _language_model(model)
         if self.layout is None:
-            states = decoder(input_ids=torch.zeros(self.shape, dtype=torch.long), use_cache=False).last_hidden_state
-        elif language_model.padding_free:
-            states = padding_free.hidden_states(decoder, self.layout)
+            ids = torch.zeros(self.shape, dtype=torch.long)
+            output = language_model.base.get_decoder()(input_ids=ids, use_cache=False)
+            states = output.last_hidden_state.flatten(0, 1)
         else:
-            states = padding_free.hidden_states_by_document(decoder, self.layout)
-        states = states.flatten(0, -2)
+            states = language_model.distinct_hidden(self.layout)
         if isinstance(model, ScalarModel):
             return model.project(states).sum()
         rows, targets = states[: self.targets], torch.zeros(self.targets, dtype=torch.long)
         head = language_model.base.get_output_embeddings()
         return token_logprobs(rows, targets, head, uniform=self.uniform)[0].sum()
+
+
+def _language_model(model: nn.Module) -> LanguageModel:
+    found = model.language_model if isinstance(model, ScalarModel) else model
+    assert isinstance(found, LanguageModel)
+    return found
 
 
 def sampling(stage: Stage, work: Work, precision: Precision) -> int | None:

@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)
-        return take(self._distinct_hidden(layout), layout.places)
+        return take(self.distinct_hidden(layout), layout.places)
 
     def hidden_at(self, tokens: TokenBatch, selected: Tensor) -> Tensor:
         """Compute the last hidden states of selected tokens alone, [n, D] in row-major order.
@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         layout = None if self.is_fake else self.layout(tokens)
         if layout is None:
             return self._padded_hidden(tokens)[selected]
-        return take(self._distinct_hidden(layout), layout.places[selected])
+        return take(self.distinct_hidden(layout), layout.places[selected])
 
     def layout(self, tokens: TokenBatch) -> Layout | None:
         """Return the layout of a pass over distinct tokens; None for a batch that is better computed as it is."""
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         layout = lay_out(tokens.ids, mask, positions, starts)
         return layout if packed or layout.saving >= MIN_SAVING else None
 
-    def _distinct_hidden(self, layout: Layout) -> Tensor:
+    def distinct_hidden(self, layout: Layout) -> Tensor:
         """Compute the last hidden states of the distinct tokens of a layout, [N, D]."""
         compute = padding_free.hidden_states if self.padding_free else padding_free.hidden_states_by_document
         return compute(self.base.get_decoder(), layout)
