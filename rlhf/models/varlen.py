@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,51 +107,48 @@ def is_usable(query: Tensor, key: Tensor, scale: float | None, window: int | Non
     if query.device.type != "cuda" or query.shape[-1] > MOST_WIDTH or query.shape[-1] % 8:
         return False
     dtype = compute_dtype(query)
-    return dtype in HALF and _agrees(query.device, dtype, query.shape[1], key.shape[1], query.shape[-1], scale, window)
+    kind = Kind(query.device, dtype, query.shape[1], key.shape[1], query.shape[-1], scale, window)
+    return dtype in HALF and _agrees(kind)
+
+
+class Kind(NamedTuple):
+    """What a kernel's result may depend on, beside the values."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int  # of queries
+    groups: int  # heads of keys
+    width: int  # of a head
+    scale: float | None  # factor on the scores
+    window: int | None  # tokens that one attends to
 
 
 @cache
-def _agrees(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    scale: float | None,
-    window: int | None,
-) -> bool:
+def _agrees(kind: Kind) -> bool:
     """Return whether output and gradients of a small batch with a shared prompt are those of plain attention."""
-    with torch.autocast(device.type, enabled=False), torch.enable_grad():
+    with torch.autocast(kind.device.type, enabled=False), torch.enable_grad():
         try:
-            found = example(device, dtype, heads, groups, width, scale, window, attend_packed)
+            found = example(kind, attend_packed)
         except (RuntimeError, ValueError):  # a build without the kernel, or a device that it does not run on
             return False
-        expected = example(device, torch.float32, heads, groups, width, scale, window, attend_plainly)
+        expected = example(kind._replace(dtype=torch.float32), attend_plainly)
     pairs = zip(found, expected, strict=True)
     return all(bool((one.float() - other).abs().max() <= TOLERANCE * other.abs().max()) for one, other in pairs)
 
 
-def example(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    scale: float | None,
-    window: int | None,
-    attention: Callable[..., Tensor],
-) -> list[Tensor]:
+def example(kind: Kind, attention: Callable[..., Tensor]) -> list[Tensor]:
     """Return the output of two documents of 5 and 4 tokens, of which they share 2, and the gradients of its inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> Tensor:
-        return torch.randn(1, count, 7, width, generator=generator).to(device, dtype)
+        return torch.randn(1, count, 7, kind.width, generator=generator).to(kind.device, kind.dtype)
 
-    inputs = [draw(count).requires_grad_() for count in (heads, groups, groups)]
+    device = kind.device
+    inputs = [draw(count).requires_grad_() for count in (kind.heads, kind.groups, kind.groups)]
     documents = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 5, 6, 0]], device=device)
     packing = pack(documents, torch.tensor([5, 4], device=device), torch.tensor([0, 2], device=device))
-    output = attention(*inputs, packing, scale, window)
-    pull = draw(heads).transpose(1, 2)
+    output = attention(*inputs, packing, kind.scale, kind.window)
+    pull = draw(kind.heads).transpose(1, 2)
     return [output.detach(), *torch.autograd.grad(output, inputs, pull)]
 
 

@@ -106,7 +106,7 @@ def test_the_kernel_of_a_gpu_passes_its_self_check(dtype: torch.dtype, window: i
 
 def test_a_kernel_that_is_absent_is_not_used() -> None:
     """A CPU has none: the self-check finds it."""
-    assert not varlen._agrees(torch.device("cpu"), torch.bfloat16, HEADS, GROUPS, WIDTH, None, None)
+    assert not varlen._agrees(varlen.Kind(torch.device("cpu"), torch.bfloat16, HEADS, GROUPS, WIDTH, None, None))
 
 
 def test_the_example_of_the_self_check_sees_a_mask_aligned_with_the_first_key() -> None:
@@ -118,8 +118,8 @@ def test_the_example_of_the_self_check_sees_a_mask_aligned_with_the_first_key() 
         changed = pack(torch.stack([torch.arange(5), torch.cat([keys, keys.new_zeros(1)])]), *LENGTHS)
         return attend_plainly(query, key, value, changed, scale, window)
 
-    setting = (torch.device("cpu"), torch.float32, HEADS, GROUPS, WIDTH, None, None)
-    right, wrong = varlen.example(*setting, attend_plainly), varlen.example(*setting, top_left)
+    kind = varlen.Kind(torch.device("cpu"), torch.float32, HEADS, GROUPS, WIDTH, None, None)
+    right, wrong = varlen.example(kind, attend_plainly), varlen.example(kind, top_left)
     assert (right[0] - wrong[0]).abs().max() > varlen.TOLERANCE * right[0].abs().max()
 
 
