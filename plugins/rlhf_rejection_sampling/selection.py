@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
-from rlhf.sampler.best_of_k import expected_best, fit_log_law, kl_bound
+from rlhf.functional.best_of_n import expected_best, fit_log_law, kl_bound
 from rlhf.storage.files import write_text
 
 Selection = Literal["best_per_prompt", "top_overall", "random_per_prompt", "random_overall"]

@@ -14,6 +14,7 @@ from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.data.split import Split
 from rlhf.errors import UserError, key
 from rlhf.functional.advantages import sequence_kl
+from rlhf.functional.best_of_n import kl_bound
 from rlhf.functional.scores import missing_eos
 from rlhf.models.adapters import NoAdapter
 from rlhf.models.auxiliary_models import copy_start_if_needed, restore_start
@@ -26,7 +27,7 @@ from rlhf.reward.base import Reward, make_ready
 from rlhf.reward.missing_eos import MISSING_EOS_PENALTY, MissingEOSOption, resolve_missing_eos
 from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.base import Sampler
-from rlhf.sampler.best_of_k import build_rollout, kl_bound
+from rlhf.sampler.best_of_k import build_rollout
 from rlhf.sampler.rollout import Rollout
 from rlhf.stage import figures
 from rlhf.stage.batch_order import derive_seed

@@ -14,7 +14,9 @@ from rlhf.console import shell
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf.evaluation.best_of_n import BestOfN
     from rlhf.evaluation.measuring import Measured, Task
+    from rlhf.reward.base import Reward
     from rlhf.using.eval_file import Result
     from rlhf.using.named import Named
     from rlhf.using.templates import Given
@@ -47,6 +49,11 @@ def main(argv: list[str]) -> int:
     if against is not None and not (gold or scorer or judge):
         fix = "type --reward-model RUN or --judge MODEL"
         raise UserError("needs a model that decides which response is better", fix=fix, option="--against")
+    if args.best_of and not (gold or scorer):
+        raise UserError("needs a score that chooses the best", fix="type --reward-model RUN", option="--best-of")
+    if args.best_of and args.temperature == 0:
+        fix = "type --temperature 1"
+        raise UserError("chooses among equal responses at --temperature 0", fix=fix, option="--best-of")
     prompts = load_prompts(source, world, args.limit)
     measured_models = [one.path for one in (*policies, against, scorer) if one is not None]
     other_prompts = "type --prompts FILE with prompts that it was not trained on"
@@ -69,10 +76,11 @@ def main(argv: list[str]) -> int:
     everyone = [*policies, *([against] if against and against.path not in [p.path for p in policies] else [])]
     with templates.as_typed(bool(args.chat_template)):
         measured = _measure(everyone, references, scorer, gold, task, given)
+        best = _best_of_n(everyone, scorer, gold, task, given, args.best_of) if args.best_of else {}
     baseline = next((m for m in measured if against and m.path == against.path), measured[0])
     if against is not None:
         _wins(measured, baseline, judge, args, task)
-    results = [_result(one, baseline) for one in measured]
+    results = [_result(one, baseline, best.get(one.path, [])) for one in measured]
 
     names = [result.name for result in results]
     title = f"{len(prompts)} prompts of {source}, temperature {args.temperature:g}, seed {args.seed}"
@@ -84,6 +92,10 @@ def main(argv: list[str]) -> int:
     if others:
         columns = ("metric", *(result.name for result in others))
         console.print_table(f"\nDifference to {baseline.name}, paired", columns, eval_file.rows(others, True))
+    for result in results:
+        if result.best_of_n:
+            ranked = "the reward model" if scorer else "gold reward"
+            console.print_table(f"\nBest of n of {result.name}, ranked by {ranked}", *eval_file.best_of_n_table(result))
     for result in results:
         for note in result.notes:
             console.say(f"{result.name}: {note}", "yellow")
@@ -148,6 +160,39 @@ def _measure(
     return measured
 
 
+def _best_of_n(
+    everyone: "list[Named]", scorer: "Named | None", gold: bool, task: "Task", given: "Given", samples: int
+) -> "dict[str, list[BestOfN]]":
+    """Return policy's path -> metrics of the best of n of its responses, for n up to ``samples``.
+
+    The reward model chooses the best response; without one, gold reward does. Only one model is in memory at a time.
+    """
+    import torch
+
+    from rlhf.evaluation.best_of_n import best_of_n, score_responses
+    from rlhf.evaluation.measuring import device, on, sample_responses
+    from rlhf.reward.base import make_ready
+    from rlhf.reward.gold import GoldReward
+    from rlhf.reward.model import ModelReward
+
+    sampled = {one.path: sample_responses(one.label, one.path, task, samples, given.of(one.path)) for one in everyone}
+    rewards: dict[str, Reward] = {"gold": GoldReward()} if gold else {}
+    if scorer is not None:
+        rewards["reward"] = ModelReward(scorer.path, task.batch_size)
+        make_ready(rewards["reward"], device())
+    found = {}
+    for path, rollouts in sampled.items():
+        moved = [on(rollout, device()) for rollout in rollouts]
+        metrics = {name: score_responses(moved, reward, samples) for name, reward in rewards.items()}
+        ranking = metrics.get("reward", metrics.get("gold"))
+        assert ranking is not None
+        for name in ("length", "ended"):
+            values = torch.cat([rollout.lengths if name == "length" else rollout.ended for rollout in rollouts])
+            metrics[name] = values.view(-1, samples).double()
+        found[path] = best_of_n(task.prompts, ranking, metrics)
+    return found
+
+
 def _wins(
     measured: "list[Measured]", baseline: "Measured", judge: "Named | None", args: argparse.Namespace, task: "Task"
 ) -> None:
@@ -170,7 +215,7 @@ def _wins(
             )
 
 
-def _result(one: "Measured", baseline: "Measured") -> "Result":
+def _result(one: "Measured", baseline: "Measured", best: "list[BestOfN]") -> "Result":
     from rlhf.functional.statistics import estimate, paired
     from rlhf.using.eval_file import LABELS, Result
 
@@ -183,7 +228,7 @@ def _result(one: "Measured", baseline: "Measured") -> "Result":
         differences = {name: paired(baseline.values[name], one.values[name], one.clusters(name)) for name in shared}
     prompts = [prompt for rollout in one.rollouts for prompt in rollout.prompts][:3]
     samples = [{"prompt": p.messages[-1].content, "response": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
-    return Result(one.name, metrics, differences, one.notes, samples)
+    return Result(one.name, metrics, differences, one.notes, samples, best)
 
 
 def _settings(
@@ -204,6 +249,7 @@ def _settings(
         "judge": judge,
         "judge_template": args.judge_template if judge else None,
         "against": against,
+        **({"best_of": args.best_of} if args.best_of else {}),
         **({"chat_template": templates.identity(args.chat_template)} if args.chat_template else {}),
     }
 
@@ -235,6 +281,8 @@ def _parser() -> argparse.ArgumentParser:
         "{prompt}, {first} and {second} (default: instruction)")  # fmt: skip
     add("--reference", metavar="MODEL", help="model that KL is measured against, none for no KL (default: the model "
         "that each run started from)")  # fmt: skip
+    options.count(parser, "--best-of", None, "also measure the best of 2, 4, ... N responses as a policy, chosen by "
+        "--reward-model, else by gold reward", least=2)  # fmt: skip
     add("--text", metavar="FILE", help="plain text whose perplexity is measured; testbed for its held-out text")
     add("--demonstrations", metavar="FILE", help="dialogues; the perplexity of their assistant turns is measured")
     options.chat_template(parser, "those of the policies")

@@ -74,9 +74,16 @@ def batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     _both(parser, "--batch-size", type=_number(int, ge=1), default=default, metavar="N", help=what)
 
 
-def count(parser: argparse.ArgumentParser, flag: str, default: int | None, help: str, most: int | None = None) -> None:
-    """Add an option for a number of items, at least 1 and at most ``most``."""
-    parser.add_argument(flag, type=_number(int, ge=1, le=most), default=default, metavar="N", help=help)
+def count(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    default: int | None,
+    help: str,
+    most: int | None = None,
+    least: int = 1,
+) -> None:
+    """Add an option for a number of items, at least ``least`` and at most ``most``."""
+    parser.add_argument(flag, type=_number(int, ge=least, le=most), default=default, metavar="N", help=help)
 
 
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:

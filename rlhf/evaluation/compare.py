@@ -7,7 +7,7 @@ that are hard for both cancels.
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -19,6 +19,7 @@ from rlhf.data import contamination
 from rlhf.data.records import Prompt, Text, cluster_key
 from rlhf.data.sources import TESTBED
 from rlhf.errors import UserError
+from rlhf.evaluation.best_of_n import BestOfN, best_of_n, score_responses
 from rlhf.evaluation.perplexity import text_likelihood
 from rlhf.functional.statistics import Difference, Estimate, estimate, paired
 from rlhf.models.adapters import NoAdapter
@@ -89,6 +90,7 @@ class Evaluation:
     differences: dict[str, Difference]
     kl: Estimate | None
     samples: list[Sample]
+    best_of_n: list[BestOfN] = field(default_factory=list)  # of `before`; differences are those of `after` to it
 
     @property
     def clusters(self) -> int:
@@ -103,6 +105,11 @@ class Evaluation:
             flat[f"{name}_difference"], flat[f"{name}_z"] = self.differences[name].mean, self.differences[name].z
         if self.kl is not None:
             flat["after_kl"], flat["after_kl_se"] = self.kl.mean, self.kl.se
+        for best in self.best_of_n:
+            flat[f"best_of_{best.n}_kl"] = best.kl.mean
+            for name, value in best.metrics.items():
+                flat[f"best_of_{best.n}_{name}"] = value.mean
+                flat[f"best_of_{best.n}_{name}_difference"] = best.differences[name].mean
         return flat
 
     def table(self) -> list[tuple[str, str, str, str]]:
@@ -113,6 +120,11 @@ class Evaluation:
         ]
         if self.kl is not None:
             rows.append(("KL(after || before) per response (nats)", "0", str(self.kl), ""))
+        for best in self.best_of_n:
+            for name, value in best.metrics.items():
+                label = f"{LABELS[name]}, best of {best.n}"
+                rows.append((label, str(value), str(self.after[name]), str(best.differences[name])))
+            rows.append((f"KL(best of {best.n} || before)", str(best.kl), "", ""))
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -130,6 +142,7 @@ class Evaluation:
                 "differences": {name: Difference(**value) for name, value in raw["differences"].items()},
                 "kl": None if raw["kl"] is None else Estimate(**raw["kl"]),
                 "samples": [Sample(**value) for value in raw["samples"]],
+                "best_of_n": [BestOfN.from_json(value) for value in raw.get("best_of_n", ())],
             }
         )
 
@@ -148,6 +161,7 @@ def compare(
     seed: int = 0,
     folder: Path | None = None,
     batch_size: Positive = 128,
+    best_of: Positive = 1,
 ) -> Evaluation:
     """Compare two policies on held-out prompts; a result computed before is read from its file.
 
@@ -165,6 +179,8 @@ def compare(
         seed: Seed of sampling.
         folder: Directory in which the result is cached, as `evaluation-<key>.json`; None: no cache.
         batch_size: Rows sampled or scored at a time.
+        best_of: Also measure the first policy with the best of 2, 4, ... this many responses, chosen by the reward
+            model, else by gold reward; 1: not.
 
     Raises:
         UserError: There are no prompts, or no held-out documents.
@@ -179,9 +195,12 @@ def compare(
         raise UserError(
             "no held-out prompts to compare on", fix="type compare.data.validation=400, or give more prompts"
         )
+    if best_of > 1 and not gold and reward_model is None:
+        raise UserError("needs a score that chooses the best", "give a reward model", "compare.best_of", best_of)
     for line in contamination.check_models(asked, (before, after, reward_model)):
         print(f"  compare: {line}", flush=True)
     settings = (max_new_tokens, temperature, seed, *([[document.text for document in documents]] if documents else []))
+    settings += (("best of", best_of),) if best_of > 1 else ()
     key = _key(before, after, reward_model, gold, asked, *settings)
     cached = None if folder is None else Path(folder) / f"evaluation-{key}.json"
     if cached is not None and cached.is_file():
@@ -191,7 +210,7 @@ def compare(
         except (KeyError, TypeError, ValueError, AttributeError):
             print(f"  compare: {cached}: {reason or 'is not an evaluation'}; computed again", flush=True)
     result = _compare(
-        before, after, asked, documents, reward_model, gold, max_new_tokens, temperature, seed, batch_size
+        before, after, asked, documents, reward_model, gold, max_new_tokens, temperature, seed, batch_size, best_of
     )
     if cached is not None:
         write_text(cached, json.dumps(result.to_json(), indent=1, ensure_ascii=False))
@@ -210,6 +229,7 @@ def _compare(
     temperature: float,
     seed: int,
     batch_size: int,
+    best_of: int,
 ) -> Evaluation:
     sampler = AncestralSampler(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
 
@@ -228,13 +248,20 @@ def _compare(
         # E_after[log after - log before]: unbiased, as the responses are drawn from `after` without top-k or top-p.
         kl = estimate((logp_after - sequence_logprobs(policy, new, temperature, batch_size)).tolist(), asked)
     text_before = text_likelihood(policy, documents).loss()
+    many = None
+    if best_of > 1:
+        sampler.samples = best_of
+        many = sampler.sample(policy, prompts, seed)
     del policy
 
     scores: dict[str, tuple[list[float], list[float]]] = {}
+    of_many: dict[str, Tensor] = {}
     clusters: dict[str, list[Hashable]] = {"text_loss": [cluster_key(document) for document in documents]}
 
     def score(name: str, measure: Callable[[Rollout], Tensor]) -> None:
         scores[name] = (measure(old).float().tolist(), measure(new).float().tolist())
+        if many is not None and name in ("gold", "reward"):
+            of_many[name] = score_responses([many], measure, best_of)
 
     if gold:
         score("gold", GoldReward())
@@ -254,6 +281,11 @@ def _compare(
             rows = [row for row, is_unsafe in enumerate(unsafe) if is_unsafe is wanted]
             old_scores, new_scores = ([values[row] for row in rows] for values in scores["gold"])
             scores[part], clusters[part] = (old_scores, new_scores), [asked[row] for row in rows]
+    best = []
+    if of_many:
+        ranking = of_many.get("reward", of_many.get("gold"))
+        assert ranking is not None
+        best = best_of_n(prompts, ranking, of_many, {name: scores[name][1] for name in of_many})[1:]
     order = [name for name in LABELS if name in scores]
     return Evaluation(
         before_model=str(before),
@@ -266,6 +298,7 @@ def _compare(
         differences={name: paired(*scores[name], clusters.get(name, asked)) for name in order},
         kl=kl,
         samples=_samples(prompts, old, new, {name: v for name, v in whole.items() if name != "text_loss"}),
+        best_of_n=best,
     )
 
 

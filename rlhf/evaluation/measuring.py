@@ -121,6 +121,28 @@ def measure(name: str, path: str, task: Task, chat_template: str | None = None) 
     return found
 
 
+@torch.no_grad()
+def sample_responses(name: str, path: str, task: Task, samples: int, chat_template: str | None = None) -> list[Rollout]:
+    """Sample N responses to each prompt of a task, in rollouts of some prompts each.
+
+    Args:
+        name: Name of the policy, for the progress line.
+        path: Model directory, run directory, GGUF file or hub id.
+        task: Prompts and sampling settings.
+        samples: Responses to a prompt, N.
+        chat_template: Template for a policy without its own.
+    """
+    policy = load_policy(path, chat_template)
+    longest = room(policy, task.prompts, task.max_new_tokens)
+    sampler = SeededSampler(longest, task.temperature, samples=samples, batch_size=max(samples, task.batch_size))
+    rollouts = []
+    with Meter(f"{name}: best of {samples}", len(task.prompts) * samples, "response") as meter:
+        for rollout in generate_batches(policy, task.prompts, sampler, task.seed):
+            rollouts.append(rollout_to_cpu(rollout))
+            meter.advance(len(rollout.texts))
+    return rollouts
+
+
 def _add_likelihood(
     found: Measured, what: str, likelihood: Likelihood, documents: Sequence[Text | Demonstration]
 ) -> None:

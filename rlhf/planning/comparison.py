@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
-from rlhf.errors import RLHFError, UserError, suggest
+from rlhf.data.sources import TESTBED
+from rlhf.errors import RLHFError, UserError, key, suggest
 from rlhf.planning import comparison_file, validation_cache
 from rlhf.planning import step_config as configs
 from rlhf.planning.request import Request
@@ -76,6 +77,12 @@ def _validate(own: Plain, request: Request, steps: Sequence[Step], are_made: boo
             validate_config(OmegaConf.create({data: own.get(data)}), "compare")
         except UserError as error:
             problems += error.findings
+    scored = own.get("reward_model") in {step.name for step in steps} or own["data"].get("source") == TESTBED
+    if are_made and not problems and own.get("best_of", 1) > 1 and not scored:
+        fix = f"type {key('compare.reward_model', 'STEP')} or {key('compare.best_of', 1)}"
+        problems.append(
+            UserError("needs a score that chooses the best", fix=fix, option="compare.best_of", value=own["best_of"])
+        )
     if are_made:
         try:
             context_length.check_comparison(own, steps)

@@ -1,11 +1,9 @@
-"""Best-of-K sampling: K responses per prompt, and statistics of the best of them."""
+"""Best-of-K sampling: K responses per prompt, at one temperature or several."""
 
-import math
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from rlhf.data.batches import mix_seed
 from rlhf.data.collate import collate, collate_prompts
@@ -125,44 +123,3 @@ def build_rollout(policy: LanguageModel, prompts: list[Prompt], texts: list[str]
         ended=torch.tensor(ended, device=device),
         texts=texts,
     )
-
-
-def expected_best(scores: Tensor) -> dict[int, float]:
-    """Return the mean over prompts of the expected best of k responses, from K scores per prompt, [N, K].
-
-    The keys are k = 1, 2, 4, ... and K. The estimate is unbiased, over all subsets of k of the K responses:
-    E[max] = sum_i C(i-1, k-1) / C(K, k) * s_(i), with s_(i) the i-th smallest score.
-    """
-    ordered = scores.double().sort(dim=1).values.mean(dim=0)
-    total = scores.shape[1]
-    ks = sorted({2**power for power in range(total.bit_length()) if 2**power <= total} | {total})
-    best = {}
-    for k in ks:
-        weights = [math.comb(i - 1, k - 1) / math.comb(total, k) for i in range(1, total + 1)]
-        best[k] = float(sum(weight * value for weight, value in zip(weights, ordered.tolist(), strict=True)))
-    return best
-
-
-def kl_bound(k: int) -> float:
-    """Return log k - (k-1)/k, an upper bound of KL(best of k || policy) in nats per response.
-
-    Source: Beirami et al. 2024.
-    """
-    return math.log(k) - (k - 1) / k
-
-
-def fit_log_law(gains: dict[int, float]) -> tuple[float, float]:
-    """Fit the least-squares line gain = a log k through k = 1.
-
-    Args:
-        gains: k -> expected best of k minus the mean response.
-
-    Returns:
-        Slope a, and the share of the gains' variance that the line explains.
-    """
-    points = [(math.log(k), gain) for k, gain in gains.items()]
-    slope = sum(x * y for x, y in points) / max(sum(x * x for x, _ in points), 1e-12)
-    mean = sum(y for _, y in points) / len(points)
-    spread = sum((y - mean) ** 2 for _, y in points)
-    left = sum((y - slope * x) ** 2 for x, y in points)
-    return slope, 1.0 - left / spread if spread > 0 else 0.0

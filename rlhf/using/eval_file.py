@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from rlhf.runs import run_directory, run_files
 from rlhf.storage import files
 
 if TYPE_CHECKING:
+    from rlhf.evaluation.best_of_n import BestOfN
     from rlhf.functional.statistics import Difference, Estimate
 
 FILE = "eval.json"
@@ -42,6 +43,7 @@ class Result:
     differences: "dict[str, Difference]"
     notes: list[str]
     samples: list[dict[str, Any]]
+    best_of_n: "list[BestOfN]" = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; null for values that are not finite, such as the standard error of a single value."""
@@ -50,6 +52,7 @@ class Result:
             "differences": {name: _finite(asdict(value)) for name, value in self.differences.items()},
             "notes": self.notes,
             "samples": self.samples,
+            **({"best_of_n": [_finite(one.to_json()) for one in self.best_of_n]} if self.best_of_n else {}),
         }
 
 
@@ -61,6 +64,17 @@ def rows(results: Sequence[Result], differences: bool) -> list[tuple[str, ...]]:
         if any(cell is not None for cell in cells):
             found.append((label, *("-" if cell is None else _cell(cell) for cell in cells)))
     return found
+
+
+def best_of_n_table(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and rows of the table of the best of n."""
+    names = [name for name in LABELS if result.best_of_n and name in result.best_of_n[0].metrics]
+    columns = ("n", *(LABELS[name] for name in names), "KL to the policy (nats)", "its bound")
+    rows = [
+        (str(one.n), *(_cell(one.metrics[name]) for name in names), _cell(one.kl), f"{one.kl_bound:.3f}")
+        for one in result.best_of_n
+    ]
+    return columns, rows
 
 
 def _cell(value: "Estimate | Difference") -> str:
@@ -87,5 +101,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     return list(run_files.read(file, run_files.EVALUATIONS)[0].get("evaluations", ()))
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def _finite(values: Any) -> Any:
+    """Return JSON values with null for numbers that are not finite."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values

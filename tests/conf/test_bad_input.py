@@ -160,6 +160,10 @@ BEFORE_ANY_RUN = [
         "pipeline=dpo compare.max_new_tokens=512",
         "compare.max_new_tokens=512: leaves no room for a prompt in the context",
     ),
+    (
+        "pipeline=dpo compare.best_of=4 compare.data.source=/dev/null",
+        "compare.best_of=4: needs a score that chooses the best",
+    ),
     ("pipeline=dpo compare.data.source=nosuch.jsonl", "compare.data.source=nosuch.jsonl: no such file"),
     # the user's own code and files
     (

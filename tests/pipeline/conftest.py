@@ -77,6 +77,7 @@ class FakeCompare:
         temperature: float = 1.0,
         seed: int = 0,
         folder: Path | None = None,
+        best_of: int = 1,
     ) -> Any:
         self.calls.append(
             {"before": before, "after": after, "reward_model": reward_model, "count": count, "seed": seed}

@@ -11,6 +11,7 @@ from rlhf.data.collate import TokenBatch, collate
 from rlhf.data.data import Data
 from rlhf.data.records import Message, Prompt, Text
 from rlhf.errors import UserError
+from rlhf.evaluation import compare as evaluation
 from rlhf.evaluation.compare import Evaluation, compare, load_policy
 from rlhf.evaluation.perplexity import text_likelihood
 from rlhf.functional.statistics import estimate, paired
@@ -233,3 +234,23 @@ def test_text_without_held_out_documents_is_refused(policies):
     text = Data(record="text", source="testbed", size=30, validation=0, max_length=64)
     with pytest.raises(UserError, match=r"compare\.text\.validation"):
         compare(*policies, prompts(4), text=text, max_new_tokens=4)
+
+
+def test_the_first_policy_is_measured_with_the_best_of_n(policies, monkeypatch):
+    """Against responses sampled and scored apart; the second policy's difference is to the best one of them."""
+    score = lambda rollout: rollout.response_ids[:, 0].float()  # noqa: E731  # gold is equal for random responses
+    monkeypatch.setattr(evaluation, "GoldReward", lambda: score)
+    data = Data(record="prompt", source="testbed", size=20, validation=6, max_length=64)
+    result = compare(*policies, data, max_new_tokens=8, best_of=4)
+    asked = data.load().validation
+    sampler = AncestralSampler(8, samples=4, batch_size=128)
+    gold = score(sampler.sample(load_policy(policies[0]), asked, 0)).view(-1, 4)
+    two, four = result.best_of_n
+    assert (two.n, four.n) == (2, 4)
+    assert four.metrics["gold"].mean == pytest.approx(gold.amax(dim=1).mean().item())
+    assert four.differences["gold"].mean == pytest.approx(result.after["gold"].mean - four.metrics["gold"].mean)
+    assert 0 < two.kl.mean <= two.kl_bound and "gold reward, best of 4" in {row[0] for row in result.table()}
+    assert result.metrics()["best_of_4_gold"] == four.metrics["gold"].mean
+    assert Evaluation.from_json(json.loads(json.dumps(result.to_json()))) == result
+    with pytest.raises(UserError, match=r"compare\.best_of=4: needs a score"):
+        compare(*policies, asked, max_new_tokens=8, best_of=4)

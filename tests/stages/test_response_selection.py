@@ -1,7 +1,5 @@
 """Rejection sampling: statistics of best-of-K, several temperatures, and the rules of selection."""
 
-import itertools
-import math
 from collections import Counter
 
 import pytest
@@ -11,47 +9,12 @@ from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.reward.gold import GoldReward
 from rlhf.sampler.ancestral import AncestralSampler
-from rlhf.sampler.best_of_k import BestOfK, build_rollout, expected_best, fit_log_law, interleave, kl_bound
+from rlhf.sampler.best_of_k import BestOfK, build_rollout, interleave
 from rlhf.stage.batch_order import derive_seed
 from rlhf_rejection_sampling.selection import Candidate, best_of_k_statistics, select_responses
 
 from .conftest import data, fit
 from .test_rejection_sampling import rows_of, stage_on
-
-# -- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def test_expected_best_is_the_mean_over_all_subsets():
-    torch.manual_seed(0)
-    scores = torch.randn(7, 5)
-    best = expected_best(scores)
-    assert sorted(best) == [1, 2, 4, 5]
-    for k, value in best.items():
-        subsets = list(itertools.combinations(range(5), k))
-        plain = sum(scores[:, list(subset)].max(dim=1).values.mean().item() for subset in subsets) / len(subsets)
-        assert value == pytest.approx(plain, abs=1e-6)
-    assert best[1] == pytest.approx(scores.mean().item(), abs=1e-6)
-
-
-def test_the_kl_bound_of_best_of_k():
-    """log n - (n-1)/n (Beirami et al. 2024): 0 for one, exact where all scores differ and responses are many."""
-    assert kl_bound(1) == 0
-    assert kl_bound(8) == pytest.approx(math.log(8) - 7 / 8)
-    # Best of n over m equally likely responses in order of score: P(i) = (i/m)^n - ((i-1)/m)^n.
-    for n in (2, 4, 8):
-        for m, slack in ((10, 0.5), (100000, 1e-3)):
-            p = [(i / m) ** n - ((i - 1) / m) ** n for i in range(1, m + 1)]
-            kl = sum(q * math.log(q * m) for q in p if q > 0)
-            assert kl <= kl_bound(n) + 1e-9 and kl > kl_bound(n) - slack
-
-
-def test_the_fit_of_gain_against_log_k():
-    assert fit_log_law({1: 0.0, 2: 0.3 * math.log(2), 8: 0.3 * math.log(8)}) == pytest.approx((0.3, 1.0))
-    assert fit_log_law({1: 0.0, 2: 0.0}) == (0.0, 0.0)
-    # Uniform scores: E[max of k] = k/(k+1), which flattens out.
-    slope, explained = fit_log_law({k: k / (k + 1) - 0.5 for k in (1, 2, 4, 8, 16)})
-    assert 0 < slope < 0.3 and explained < 0.99
-
 
 # -- several temperatures --------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from rlhf.evaluation.perplexity import Likelihood, response_likelihood, text_lik
 from rlhf.evaluation.wins import Judge, by_scores
 from rlhf.functional.statistics import estimate, paired
 from rlhf.models.language_model import LanguageModel
+from rlhf.reward.model import ModelReward
+from rlhf.sampler.best_of_k import build_rollout
 
 Typed = Callable[..., tuple[int, str]]
 TEXTS = ["Anna has four dogs.", "Two plus two is four, of course. " * 12, "Good bye."]
@@ -133,6 +135,47 @@ def test_policies_are_compared_side_by_side(rlhf: Typed, outputs: Path) -> None:
     rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows[:3]] == [sample["response"] for sample in mine["samples"]]
     assert sum(row["tokens"] for row in rows) / 12 == pytest.approx(mine["metrics"]["length"]["mean"])
+
+
+def test_the_best_of_n_is_measured_as_a_policy(rlhf: Typed, outputs: Path) -> None:
+    """Against the best of each prompt's responses, sampled and scored apart."""
+    run, scorer = outputs / "sft" / "none0", outputs / "reward_model" / "b0"
+    options = ["--limit", 6, "--max-new-tokens", 8]
+    status, out = rlhf("eval", run, "--reward-model", scorer, "--best-of", 4, "--batch-size", 5, *options)
+    assert status == 0 and "Best of n of" in out and "ranked by the reward model" in out, out
+    one, two, four = json.loads((run / "eval.json").read_text())["evaluations"][-1]["best_of_n"]
+    assert [one["n"], two["n"], four["n"]] == [1, 2, 4]
+    assert one["kl"]["mean"] == one["kl_bound"] == 0 and two["kl"]["mean"] < four["kl"]["mean"]
+    assert four["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    rlhf("generate", run, "--prompts", "testbed", "--samples", 4, "--out", "best.jsonl", *options)
+    rows = [json.loads(line) for line in Path("best.jsonl").read_text().splitlines()]
+    prompts = [
+        Prompt(tuple(Message(**turn) for turn in row["messages"][:-1]), tuple(row.get("tags", ()))) for row in rows
+    ]
+    policy = load_policy(run / "model")
+    scores = ModelReward(str(scorer))(
+        build_rollout(policy, prompts, [row["response"] for row in rows], [row["ended"] for row in rows])
+    ).view(6, 4)
+    lengths = torch.tensor([float(row["tokens"]) for row in rows]).view(6, 4)
+    assert four["metrics"]["reward"]["mean"] == pytest.approx(scores.amax(dim=1).mean().item(), abs=1e-4)
+    assert one["metrics"]["reward"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    assert four["metrics"]["length"]["mean"] == pytest.approx(
+        lengths.gather(1, scores.argmax(dim=1, keepdim=True)).mean().item()
+    )
+    assert "gold" in four["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--best-of", 1], "greater than or equal to 2"),
+        (["--best-of", 4, "--temperature", 0], "equal responses"),
+        (["--best-of", 4, "--prompts", "p.txt"], "type --reward-model RUN"),
+    ],
+)
+def test_the_best_of_n_needs_a_choice(rlhf: Typed, outputs: Path, words: list[Any], line: str) -> None:
+    status, out = rlhf("eval", outputs / "sft" / "none0", *words)
+    assert status == 2 and line in out, out
 
 
 def test_a_policy_compared_with_itself_has_no_difference(rlhf: Typed, outputs: Path) -> None:
