@@ -295,7 +295,11 @@ class RewardModelStage(Stage):
         """
         if self.calibration is None:
             return {}
-        found = {"val/calibration_error": self.calibration.ece, "val/brier": self.calibration.brier}
+        found = {
+            "val/calibration_error": self.calibration.ece,
+            "val/calibration_error_debiased": self.calibration.rmsce,
+            "val/brier": self.calibration.brier,
+        }
         for grade, accuracy in self.accuracies.items():
             if accuracy.standard_error is not None:
                 found["val/accuracy_se" if grade == ALL else f"val/accuracy_se/{grade}"] = accuracy.standard_error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TESTBED_RESPONSE = 32  # tokens, the default of conf/sampler/sample
 RESPONSE = 128
+MANY = 3  # runs from which on their mean has an interval: of two, half of the draws are one run twice
 
 
 def main(argv: list[str]) -> int:
@@ -92,6 +93,9 @@ def main(argv: list[str]) -> int:
     if others:
         columns = ("metric", *(result.name for result in others))
         console.print_table(f"\nDifference to {baseline.name}, paired", columns, eval_file.rows(others, True))
+    if len(others) >= MANY:
+        title = f"\nMean difference of the {len(others)} runs to {baseline.name}, bootstrap over runs and prompts"
+        console.print_table(title, ("metric", "mean", "95% interval"), _over_runs(measured, baseline))
     for result in results:
         if result.best_of_n:
             ranked = "the reward model" if scorer else "gold reward"
@@ -229,6 +233,23 @@ def _result(one: "Measured", baseline: "Measured", best: "list[BestOfN]") -> "Re
     prompts = [prompt for rollout in one.rollouts for prompt in rollout.prompts][:3]
     samples = [{"prompt": p.messages[-1].content, "response": t} for p, t in zip(prompts, one.texts[:3], strict=True)]
     return Result(one.name, metrics, differences, one.notes, samples, best)
+
+
+def _over_runs(measured: "list[Measured]", baseline: "Measured") -> list[tuple[str, ...]]:
+    """Return a table's rows of the mean difference over runs, such as those of several training seeds."""
+    from rlhf.functional.statistics import hierarchical_bootstrap
+    from rlhf.using.eval_file import LABELS
+
+    runs = [one for one in measured if one is not baseline]
+    rows: list[tuple[str, ...]] = []
+    for name, label in LABELS.items():
+        if name == "kl" or any(name not in one.values for one in measured):
+            continue
+        gaps = [[a - b for a, b in zip(one.values[name], baseline.values[name], strict=True)] for one in runs]
+        low, high = hierarchical_bootstrap(gaps, baseline.clusters(name))
+        mean = sum(map(sum, gaps)) / (len(gaps) * len(gaps[0]))
+        rows.append((label, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"))
+    return rows
 
 
 def _settings(

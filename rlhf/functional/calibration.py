@@ -28,8 +28,14 @@ class Reliability:
 
     bins: tuple[Bin, ...]
     ece: float  # expected calibration error: mean of |predicted - observed|, weighted by pairs per bin
+    squared: float  # mean of (predicted - observed)^2 less its expectation under perfect calibration; may be negative
     brier: float  # mean squared error of the predicted probability; 0.25 for an uninformative scorer
     pairs: int
+
+    @property
+    def rmsce(self) -> float:
+        """Root of `squared`, 0 for a negative one: the calibration error without the floor that noise gives `ece`."""
+        return math.sqrt(max(0.0, self.squared))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain containers, in which an undefined standard error (nan) is null."""
@@ -44,6 +50,10 @@ def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) ->
     Which response a record calls chosen is the outcome and is not known beforehand. Therefore every pair counts in the
     direction that the scorer predicts, p = sigmoid(|gap|) in [0.5, 1], and the prediction held if gap > 0 (counted as
     one half if gap = 0). Bins span [0.5, 1]; a curve over [0, 1] would be this one and its mirror image.
+
+    `ece` of a perfectly calibrated scorer is above 0, because the observed frequency of a bin is noisy; `squared`
+    subtracts its squared standard error in each bin (Kumar, Liang and Ma 2019, arXiv 1909.10155, definition 4.1), which
+    makes it unbiased for bins of two clusters or more; others are left out of it.
 
     Args:
         gaps: r_chosen - r_rejected in the units of the training loss (logits), [P].
@@ -61,7 +71,7 @@ def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) ->
     clusters = torch.arange(len(gaps)) if clusters is None else clusters.cpu()
     width = 0.5 / bins
     index = ((predicted - 0.5) / width).long().clamp(max=bins - 1)
-    made, error = [], 0.0
+    made, error, squared, counted = [], 0.0, 0.0, 0
     for number in range(bins):
         inside = index == number
         count = int(inside.sum())
@@ -71,8 +81,11 @@ def reliability(gaps: Tensor, bins: int = 10, clusters: Tensor | None = None) ->
         o, standard_error = clustered_mean(held[inside], torch.ones(count), clusters[inside])
         made.append(Bin(0.5 + number * width, 0.5 + (number + 1) * width, p, o, count, standard_error))
         error += count * abs(p - o)
+        if not math.isnan(standard_error):
+            squared += count * ((p - o) ** 2 - standard_error**2)
+            counted += count
     brier = (held * (1 - predicted).square() + (1 - held) * predicted.square()).mean().item()
-    return Reliability(tuple(made), error / len(gaps), brier, len(gaps))
+    return Reliability(tuple(made), error / len(gaps), squared / max(counted, 1), brier, len(gaps))
 
 
 def histogram(chosen: Tensor, rejected: Tensor, bins: int = 40) -> dict[str, list[float]]:

@@ -53,11 +53,13 @@ class Difference:
         return f"{self.mean:+.3f} ± {self.se:.3f} ({self.surely()})"
 
     def surely(self) -> str:
-        """Return the significance as text: z, or the 95% interval for fewer than 30 clusters."""
-        if not 1 < self.clusters < FEW:
-            return f"z {self.z:+.1f}"
+        """Return the significance as text: z, or the 95% interval for fewer than 30 clusters.
+
+        Beside a difference that may be chance is the smallest one that would have been found (`minimum_detectable`).
+        """
         low, high = self.interval()
-        return f"95% {low:+.3f} to {high:+.3f}"
+        text = f"95% {low:+.3f} to {high:+.3f}" if 1 < self.clusters < FEW else f"z {self.z:+.1f}"
+        return f"{text}; detectable: {minimum_detectable(self):.2g}" if self.se > 0 and low < 0 < high else text
 
 
 def _interval(mean: float, se: float, clusters: int) -> tuple[float, float]:
@@ -127,6 +129,59 @@ def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence[H
         z = gap.mean / gap.se
     wins = sum(1.0 if value > 0 else 0.5 if value == 0 else 0.0 for value in gaps) / len(gaps)
     return Difference(gap.mean, gap.se, z, wins, gap.clusters)
+
+
+def minimum_detectable(difference: Estimate | Difference, power: float = 0.8) -> float:
+    """Return the smallest true effect that a test at 95% confidence finds with a probability of ``power``.
+
+    (t_{0.975} + t_{power}) standard errors, by Student's t with one degree of freedom fewer than clusters (Cohen 1988;
+    Miller 2024, arXiv 2411.00640, section 5); nan for one cluster. A null result says nothing of smaller effects.
+    """
+    freedom = difference.clusters - 1
+    if freedom < 1:
+        return math.nan
+    return (t_quantile(freedom) + t_quantile(freedom, 2 * power - 1)) * difference.se
+
+
+def hierarchical_bootstrap(
+    values: Sequence[Sequence[float]],
+    clusters: Sequence[Hashable] | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """Return the percentile interval of the mean over training seeds and prompts, both drawn with replacement.
+
+    The prompts are the same for all seeds, so that a draw takes the same prompts from each (the crossed bootstrap of
+    Owen 2007, whose variance is not too small). Resampling prompts alone would give an interval for these seeds only.
+
+    Args:
+        values: One row for each of S seeds, of one value for each of P prompts, such as paired differences.
+        clusters: Cluster of each prompt, P; clusters are drawn whole. None: every prompt is its own.
+        draws: Number of bootstrap samples.
+        seed: Seed of the draws.
+        level: Confidence level.
+
+    Raises:
+        ValueError: For rows of different lengths, or none.
+    """
+    import numpy as np
+
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or not table.size:
+        raise ValueError("hierarchical_bootstrap needs one row of values for each seed")
+    names = list(range(table.shape[1])) if clusters is None else list(clusters)
+    index = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    member = np.zeros((len(names), len(index)))
+    member[np.arange(len(names)), [index[name] for name in names]] = 1
+    sums, sizes = table @ member, member.sum(axis=0)  # [S, C] and [C]
+    generator = np.random.default_rng(seed)
+    seeds, groups = sums.shape
+    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)  # how often each is drawn
+    by_group = generator.multinomial(groups, np.full(groups, 1 / groups), size=draws)
+    means = ((by_seed @ sums) * by_group).sum(axis=1) / (seeds * (by_group @ sizes))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @lru_cache

@@ -19,6 +19,9 @@ def test_calibration_error_by_hand():
         (4, 0.8, 0.75),
     ]
     assert found.ece == pytest.approx((4 * 0.05 + 2 * 0.6) / 6)
+    # Squared standard errors: 3/16 / 3 of the four pairs, 0 of the two.
+    assert found.squared == pytest.approx((4 * (0.0025 - 1 / 16) + 2 * 0.36) / 6)
+    assert found.rmsce == pytest.approx(math.sqrt(found.squared))
     assert found.brier == pytest.approx((3 * 0.04 + 0.64 + 2 * 0.36) / 6)
     assert found.pairs == 6
     assert [one.error for one in found.bins] == pytest.approx([0.0, math.sqrt(4 / 3 * (3 / 16 + 9 / 16)) / 4])
@@ -35,6 +38,24 @@ def test_a_calibrated_scorer_has_no_error_and_an_overconfident_one_has():
     outcome = torch.where(held, gaps, -gaps)  # the winning response is the chosen one
     assert reliability(outcome).ece < 0.01
     assert reliability(3 * outcome).ece > 0.08
+
+
+def test_the_debiased_error_of_a_calibrated_scorer_is_zero_on_average():
+    """200 data sets of 200 pairs: the plain error has a floor, the debiased square is 0, or that of known bins."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mean_errors(bias: float) -> tuple[float, float]:
+        found = []
+        for _ in range(200):
+            gaps = torch.where(torch.rand(200, generator=generator) < 0.5, logit(0.6), logit(0.9)).double()
+            held = torch.rand(200, generator=generator) < torch.sigmoid(gaps) - bias
+            found.append(reliability(torch.where(held, gaps, -gaps), bins=5))
+        return sum(one.ece for one in found) / 200, sum(one.squared for one in found) / 200
+
+    ece, squared = mean_errors(0.0)
+    assert ece > 0.025 and abs(squared) < 3e-4
+    ece, squared = mean_errors(0.1)
+    assert squared == pytest.approx(0.01, abs=1.5e-3)  # |predicted - observed| is 0.1 in both bins
 
 
 def test_an_uninformative_scorer():

@@ -7,7 +7,16 @@ import pytest
 
 from rlhf.data.data import Data
 from rlhf.data.records import cluster_key
-from rlhf.functional.statistics import clustered, estimate, paired, t_quantile, t_within
+from rlhf.functional.statistics import (
+    Estimate,
+    clustered,
+    estimate,
+    hierarchical_bootstrap,
+    minimum_detectable,
+    paired,
+    t_quantile,
+    t_within,
+)
 
 
 def test_a_cluster_robust_error_by_hand():
@@ -66,3 +75,35 @@ def test_held_out_prompts_of_the_testbed_repeat_their_questions():
     asked = Data("prompt", "testbed", 1, 400, 96).load().validation
     assert len({prompt.messages for prompt in asked}) == 400
     assert len({cluster_key(prompt) for prompt in asked}) == 157
+
+
+def test_the_minimum_detectable_effect_equals_that_of_tables():
+    """9 degrees of freedom: 2.2622 for 95%, 0.8834 for a power of 80%; 2.8016 in the limit."""
+    assert minimum_detectable(Estimate(0.1, 0.5, 10, 10)) == pytest.approx(0.5 * (2.2622 + 0.8834), abs=1e-3)
+    assert minimum_detectable(paired([0.0] * 5000, [1.0, -1.0] * 2500)) == pytest.approx(2.8016 / 5000**0.5, rel=2e-3)
+    assert math.isnan(minimum_detectable(estimate([1.0])))
+    assert str(paired([0.0] * 5000, [1.0, -1.0] * 2500)) == "+0.000 ± 0.014 (z +0.0; detectable: 0.04)"
+    assert str(paired([0.0] * 50, [1.0] * 49 + [0.9])) == "+0.998 ± 0.002 (z +499.0)"
+
+
+def test_a_bootstrap_over_one_seed_is_that_over_prompts():
+    """A mean of n values: the interval is nearly +-1.96 standard deviations (divisor n) over sqrt(n)."""
+    values = [math.sin(7 * i) for i in range(200)]
+    low, high = hierarchical_bootstrap([values])
+    half = 1.96 * statistics.pstdev(values) / math.sqrt(200)
+    assert (low, high) == pytest.approx(
+        (statistics.mean(values) - half, statistics.mean(values) + half), abs=0.1 * half
+    )
+    # Values that repeat add nothing if their cluster is drawn whole.
+    repeated = hierarchical_bootstrap([values * 3], [*range(200)] * 3)
+    assert repeated == pytest.approx((low, high), abs=1e-9)
+
+
+def test_a_bootstrap_covers_both_seeds_and_prompts():
+    """value = seed effect + prompt effect: variance of the mean s^2/S + p^2/P (divisors S and P), from both alone."""
+    seeds, prompts = [math.cos(3 * i) for i in range(12)], [math.sin(5 * i) for i in range(150)]
+    low, high = hierarchical_bootstrap([[a + b for b in prompts] for a in seeds], draws=20_000)
+    expected = math.sqrt(statistics.pvariance(seeds) / 12 + statistics.pvariance(prompts) / 150)
+    assert (high - low) / 2 / 1.96 == pytest.approx(expected, rel=0.05)
+    with pytest.raises(ValueError, match="one row of values for each seed"):
+        hierarchical_bootstrap([])

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.annotator.judge import JudgeAnnotator
+from rlhf.cli.eval import _over_runs
 from rlhf.data.records import Demonstration, Message, Prompt, Text
 from rlhf.evaluation.compare import load_policy
+from rlhf.evaluation.measuring import Measured
 from rlhf.evaluation.perplexity import Likelihood, response_likelihood, text_likelihood
 from rlhf.evaluation.wins import Judge, by_scores
 from rlhf.functional.statistics import estimate, paired
@@ -135,6 +138,18 @@ def test_policies_are_compared_side_by_side(rlhf: Typed, outputs: Path) -> None:
     rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows[:3]] == [sample["response"] for sample in mine["samples"]]
     assert sum(row["tokens"] for row in rows) / 12 == pytest.approx(mine["metrics"]["length"]["mean"])
+
+
+def test_the_mean_over_runs_has_an_interval_over_runs_and_prompts() -> None:
+    """Differences of 1, 2 and 3 at every prompt: the interval is that of the runs, whose mean is 2."""
+    prompts = [Prompt((Message("user", str(i)),)) for i in range(8)]
+    rollouts = [SimpleNamespace(prompts=prompts)]
+    base, *runs = (
+        Measured(str(gain), "", rollouts, [], {}, {"gold": [gain + i for i in range(8)], "kl": [0.0] * 8})  # type: ignore[arg-type]
+        for gain in (0.0, 1.0, 2.0, 3.0)
+    )
+    ((label, mean, interval),) = _over_runs([base, *runs], base)
+    assert (label, mean, interval) == ("gold reward", "+2.000", "+1.000 to +3.000")
 
 
 def test_the_best_of_n_is_measured_as_a_policy(rlhf: Typed, outputs: Path) -> None:
