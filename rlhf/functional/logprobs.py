@@ -32,7 +32,8 @@ def token_logprobs(
     Args:
         hidden: Hidden states of the scored positions only, selected by the caller, [N, D].
         targets: Token ids, [N] long.
-        head: Maps [n, D] to logits [n, V]; a plain `nn.Linear` takes a faster path with the same results.
+        head: Maps [n, D] to logits [n, V]; a plain `nn.Linear` takes a faster path with the same results. Its method
+            `computed_weight()`, if it has one, returns the weight in the format of autocast.
         temperature: Divides the logits.
         chunk_elements: Bound on n * V per chunk; the default is 2**19 (and at least 256 rows).
         entropy: Whether to compute the entropy as well.
@@ -100,9 +101,9 @@ def _vocabulary(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Return whether calling ``head`` is exactly ``x @ weight.T + bias``: no subclass, no hooks, not sharded."""
+    """Return whether calling ``head`` is exactly ``x @ weight.T + bias``: no other subclass, no hooks, not sharded."""
     return (
-        type(head) is nn.Linear
+        (type(head) is nn.Linear or hasattr(type(head), "computed_weight"))
         and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
         and head.weight.is_floating_point()
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
@@ -119,7 +120,7 @@ def _linear(
     uniform: bool,
 ) -> tuple[Tensor, Tensor | None]:
     device = hidden.device.type
-    weight: Tensor = head.weight
+    weight: Tensor = head.computed_weight() if hasattr(head, "computed_weight") else head.weight  # type: ignore[operator]
     bias: Tensor | None = head.bias
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -25,6 +25,7 @@ from rlhf.importing import build_option
 from rlhf.models.fake_tensors import FakeWeights, cast, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.weight_casts import kept_casts
 from rlhf.planning import rounds
 from rlhf.planning.plan import plan
 from rlhf.planning.step import Plan, Step
@@ -158,6 +159,8 @@ class Look:
             with use_fake_weights(self.weights):
                 stage = build_stage(config, step.folder, splits)
                 cast(stage, step.config["precision"]["trainer"])
+                for model in stage.models():
+                    kept_casts(model, build_option(OmegaConf.create(step.config["precision"])).compute)
             stage.trainer = pl.Trainer(
                 accelerator="cpu",
                 logger=False,

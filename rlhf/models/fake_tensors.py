@@ -14,6 +14,7 @@ from rlhf.models.adapters import NoAdapter, missing_weights_error
 from rlhf.models.model_source import ModelSource
 from rlhf.models.precision import Precision
 from rlhf.models.saving import plain_config
+from rlhf.models.weight_casts import WeightCopy16
 from rlhf.models.weights import use_weights
 
 BLOCK = 64  # weights per block scale of NF4, as bitsandbytes quantises
@@ -132,7 +133,8 @@ def quantize(model: nn.Module, how: BitsAndBytesConfig) -> None:
 def sizes(module: nn.Module, seen: set[int]) -> tuple[int, int, int]:
     """Return (parameters, trained parameters, bytes of parameters and buffers) of the tensors not in ``seen``.
 
-    ``seen`` is extended by them. A weight that several modules share counts once.
+    ``seen`` is extended by them. A weight that several modules share counts once; its 16-bit copy, if it is made
+    (``kept_casts``), is included in the bytes.
     """
     parameters = trained = size = 0
     for part in module.modules():
@@ -142,6 +144,8 @@ def sizes(module: nn.Module, seen: set[int]) -> tuple[int, int, int]:
             seen.add(id(value))
             packed = isinstance(part, Nf4 | Int8) and name == "weight"
             size += part.weight_bytes() if packed else value.numel() * value.element_size()  # type: ignore[operator]
+            copy: WeightCopy16 | None = getattr(value, "copy16", None)
+            size += 0 if copy is None else copy.values.numel() * copy.values.element_size()
             if isinstance(value, nn.Parameter):
                 parameters += value.numel()
                 trained += value.numel() if value.requires_grad else 0

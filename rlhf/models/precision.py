@@ -19,9 +19,17 @@ class Precision:
 
     Args:
         trainer: Lightning's name of the precision.
+        keep_casts: Under ``*-mixed``: whether 16-bit copies of the weights are kept until the next optimizer step, and
+            frozen models are stored in 16 bits. False: every pass casts the weights. The results are the same.
     """
 
     trainer: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+    keep_casts: bool = True
+
+    @property
+    def is_mixed(self) -> bool:
+        """Return whether weights are float32 and products 16 bits."""
+        return self.trainer.endswith("-mixed")
 
     @property
     def weights(self) -> torch.dtype:
@@ -35,7 +43,7 @@ class Precision:
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager:
         """Return the autocast context that Lightning uses in a training step, for computation outside of one."""
-        if not self.trainer.endswith("-mixed"):
+        if not self.is_mixed:
             return nullcontext()
         return torch.autocast(torch.device(device).type, dtype=self.compute)
 

@@ -31,8 +31,9 @@ def shard(model: LanguageModel | ScalarModel, mesh: DeviceMesh, precision: Preci
     Under ``*-mixed`` precision, weights are gathered in 16 bits and the sharded ones stay float32. Gradients are
     averaged over ranks in float32. The heads of a scalar model are a group of their own that is gathered as it is.
     """
-    mixed = precision.trainer.endswith("-mixed")
-    half = MixedPrecisionPolicy(param_dtype=precision.compute if mixed else None, reduce_dtype=torch.float32)
+    half = MixedPrecisionPolicy(
+        param_dtype=precision.compute if precision.is_mixed else None, reduce_dtype=torch.float32
+    )
     decoder = model.language_model if isinstance(model, ScalarModel) else model
     for block in [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]:
         fully_shard(block, mesh=mesh, mp_policy=half)

@@ -23,6 +23,7 @@ from rlhf.errors import renaming
 from rlhf.importing import build_option
 from rlhf.logger.loggers import log_config, log_samples, loggers
 from rlhf.models.footprint import measure_footprint
+from rlhf.models.weight_casts import keep_casts
 from rlhf.planning.checks.shared_base import shared_base
 from rlhf.planning.validation.stage import find_unread_data
 from rlhf.reward.base import Reward
@@ -31,6 +32,7 @@ from rlhf.runs.data_source import DataSource, is_data
 from rlhf.signatures import groups
 from rlhf.stage.base import Stage
 from rlhf.stage.batch_order import derive_seed
+from rlhf.stage.strategies import is_sharded
 
 SPECIAL = ("model", "adapter", "precision", "stage", "trainer", "logger", "callbacks")
 
@@ -100,6 +102,9 @@ def build_stage(config: DictConfig, folder: Path, loaded: Mapping[str, Any] | No
         **parts, **{name: value for name, value in hyperparameters.items() if name not in ("_target_", "name")}
     )
     stage.seed, stage.run_directory, stage.name = derive_step_seed(config), folder, config.stage.name
+    # FSDP gathers weights in 16 bits itself.
+    if precision.is_mixed and precision.keep_casts and not is_sharded(plain.get("trainer") or {}):
+        keep_casts(stage.models(), precision.compute)
     return stage
 
 

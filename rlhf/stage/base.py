@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from pytorch_lightning.plugins import HalfPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +34,7 @@ from rlhf.models.causal_lm import CausalLM
 from rlhf.models.half_weights import HalfWeights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.precision import Precision
+from rlhf.models.reference import Reference
 from rlhf.models.sharding import gathered
 from rlhf.models.tokenizer_loading import Corpus
 from rlhf.sampler.ancestral import AncestralSampler
@@ -170,6 +172,11 @@ class Stage(Update, ShardedModels, MetricsLog):
     def roles(self) -> dict[str, Any]:
         """Return the models that the stage holds, by role: modules or references."""
         return {"policy": self.policy} if self.policy is not None else {"model": self.modules_trained()[0]}
+
+    def models(self) -> list[nn.Module]:
+        """Return the trained models and those of ``roles``, each once."""
+        held = [role.modules[0] if isinstance(role, Reference) else role for role in self.roles().values()]
+        return list({id(model): model for model in (*self.modules_trained(), *held)}.values())
 
     def save(self, folder: Path) -> None:
         """Write the result as a Hugging Face model directory."""

@@ -15,6 +15,7 @@ from rlhf.functional.reduction import weighted_mean
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.module_state import check_gradients
 from rlhf.models.sharding import reshard, whole_value
+from rlhf.models.weight_casts import forget_casts
 from rlhf.objective import Metrics
 from rlhf.stage.batch_order import BatchOrder
 
@@ -165,6 +166,8 @@ class Update(BatchOrder):
         self._norm = torch.zeros((), device=self.device)
         if scaler is None or any(p.grad is not None for p in parameters):  # a scaler raises without gradients
             optimizer.step()
+        for module in self.modules_trained():
+            forget_casts(module)
         optimizer.zero_grad()
         self.updates_done += 1
         metrics["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
