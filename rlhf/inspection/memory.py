@@ -22,6 +22,7 @@ from rlhf.models.machine_memory import read_machine_memory
 from rlhf.models.padding_free import Layout
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.weight_casts import kept_casts
 from rlhf.stage.base import Stage
 from rlhf.stage.supervised import Supervised
 
@@ -88,10 +89,11 @@ def passes(look: Look, stage: Stage, work: Work, precision: Precision) -> Passes
 
 def peak(roles: Sequence[Role], measured: Passes) -> int:
     """Return the most bytes that weights, gradients, optimizer state, activations and caches need at a time."""
-    weights = sum(role.weights for role in roles)
+    weights = sum(role.weights for role in roles if not role.offloaded)
+    scoring = [sum(x.weights for x in roles if x.offloaded and (x.name == "reference") == is_it) for is_it in (0, 1)]
     state = sum(role.optimizer for role in roles)
     update = sum(role.gradients for role in roles) + UPDATE_COPIES * max(role.largest for role in roles)
-    return weights + state + max(measured.training or 0, measured.sampling or 0, update)
+    return weights + state + max(measured.training or 0, measured.sampling or 0, update, *scoring)
 
 
 def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) -> int | None:
@@ -109,6 +111,7 @@ def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) ->
     if work.text is not None:
         order.append(([stage.policy], _Pass.of(stage.policy, work.text, uniform=True)))
     known = [value for module in modules for value in [*module.parameters(), *module.buffers()]]
+    known += [copy for module in modules for copy in kept_casts(module, precision.compute)]
     try:
         with look.weights.mode, precision.autocast("cpu"), AllocationPeak(known) as allocated:
             for trained, tokens in order:

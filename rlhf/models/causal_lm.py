@@ -119,7 +119,7 @@ class CausalLM(ModelSource):
         language_model.adapter, language_model.precision, language_model.spec = adapter, precision, self
         language_model.enable_padding_free()
         if self.gradient_checkpointing:
-            language_model.gradient_checkpointing()
+            language_model.gradient_checkpointing(int(self.gradient_checkpointing))
         return language_model.train()  # from_pretrained returns a model in eval mode
 
     def _plain_weights(self, kind: Any, precision: Precision, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

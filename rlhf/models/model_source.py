@@ -36,7 +36,8 @@ class ModelSource:
         chat_template: "plain", "chatml", "llama2", "llama3", "zephyr" or a Jinja file, replacing the tokenizer's own
             template. None: keep the tokenizer's own.
         attention: Attention kernel: "sdpa" (PyTorch's fused kernel) or "eager" (written out).
-        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory; n: those of
+            every n-th layer alone.
         trust_remote_code: Whether Python code that comes with the weights may run.
         hub_id: Hub id of the published weights that ``architecture`` describes, so that planning knows their sizes and
             layers before they are downloaded. None: it describes random weights only.
@@ -48,7 +49,7 @@ class ModelSource:
     tokenizer: str | None = None
     chat_template: str | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Annotated[int, Field(gt=0)] = False
     trust_remote_code: bool = False
     hub_id: str | None = None
 

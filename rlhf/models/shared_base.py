@@ -213,7 +213,7 @@ class SharedBase:
         role.adapter, role.precision = self.adapter, self.precision
         role.enable_padding_free()
         if self.spec.gradient_checkpointing and fresh:
-            role.gradient_checkpointing()
+            role.gradient_checkpointing(int(self.spec.gradient_checkpointing))
         return role.train()
 
     def _mount(self, model: "PreTrainedModel | PeftModel", folder: Path, name: str) -> "PeftModel":

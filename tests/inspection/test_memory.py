@@ -12,6 +12,7 @@ from rlhf.inspection.composing import Look, read_examples
 from rlhf.inspection.memory import AllocationPeak, Passes, peak, training_pass
 from rlhf.inspection.roles import Role
 from rlhf.inspection.work import work_of
+from rlhf.models.weight_casts import kept_casts
 from rlhf.running.build import build_stage
 from tests.inspection.conftest import SMALL
 from tests.stages.conftest import fit
@@ -46,8 +47,11 @@ def test_the_peak_is_that_of_the_largest_phase() -> None:
         ["stage=sft", "stage.micro_batch_size=2"],
         ["stage=sft", "stage.micro_batch_size=2", "adapter=lora"],
         ["stage=sft", "stage.packing=64", "model.gradient_checkpointing=true"],
+        ["stage=sft", "model.gradient_checkpointing=2"],
         ["stage=pretrain"],
         ["stage=pretrain", "precision=bf16_true"],
+        ["stage=pretrain", "precision=bf16"],
+        ["stage=sft", "precision=bf16", "adapter=lora", "model.gradient_checkpointing=true"],
     ],
     ids=" ".join,
 )
@@ -64,7 +68,8 @@ def test_a_training_pass_needs_the_predicted_memory(looked: Callable[..., Look],
     def watched(batch: Any, batch_idx: int) -> None:
         optimizer: Any = stage.optimizers()
         state = [value for values in optimizer.state.values() for value in values.values()]
-        with AllocationPeak([*stage.parameters(), *stage.buffers(), *state]) as allocated:
+        copies = kept_casts(stage.policy, torch.bfloat16)
+        with AllocationPeak([*stage.parameters(), *stage.buffers(), *state, *copies]) as allocated:
             own(batch, batch_idx)
         peaks.append(allocated.peak)
 

@@ -97,13 +97,24 @@ def test_the_key_value_cache_gives_the_same_states(model: LanguageModel, batch: 
     torch.testing.assert_close(torch.cat([first, *rest], dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(batch: Batch) -> None:
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_gradient_checkpointing_changes_nothing_but_memory(every: int, batch: Batch) -> None:
+    """Gradients have the same bits, and the layers that are recomputed are run twice."""
     ids, mask, counts = batch
-    plain, saving = random_model(), random_model().gradient_checkpointing()
+    plain, saving = (random_model(num_hidden_layers=4) for _ in range(2))
+    saving.gradient_checkpointing(every)
+    runs = [0] * 4
+    for index, layer in enumerate(saving.base.get_decoder().layers):
+
+        def count(module: object, arguments: object, index: int = index) -> None:
+            runs[index] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
     for each in (plain, saving):
         each.train().logprobs(TokenBatch.of(ids, mask, counts))[0].sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        assert torch.equal(one.grad, other.grad)
+    assert runs == {1: [2, 2, 2, 2], 2: [2, 1, 2, 1], 3: [2, 1, 1, 2]}[every]
 
 
 def test_a_fully_masked_batch_still_has_a_graph(model: LanguageModel, batch: Batch) -> None:
