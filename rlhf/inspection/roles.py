@@ -31,6 +31,7 @@ class Role:
     optimizer: int  # bytes
     note: str = ""
     largest: int = 0  # bytes of the largest trained weight
+    offloaded: bool = False  # whether it is on the device only while it scores
 
     @property
     def total(self) -> int:
@@ -51,6 +52,8 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
     seen: set[int] = set()
     state = StateSize(stage._optimizer)
     found = []
+    groups = stage.offloadable().values() if getattr(stage, "offload_frozen", False) else ()  # type: ignore[operator]
+    offloaded = {id(model) for models in groups for model in models}
     for name, module in stage.named_children():
         if isinstance(module, LanguageModel | ScalarModel):
             found.append(_role(NAMES.get(name, name), module, seen, state))
@@ -68,7 +71,10 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
             note = "while it samples, and after training"
         elif name == "start":
             note = "model that sampled, to measure KL after training"
-        found.append(_role(name, model, seen, None, note))
+        role = _role(name, model, seen, None, note)
+        if id(model) in offloaded:
+            role = replace(role, offloaded=True, note="on the device while it scores")
+        found.append(role)
     if getattr(stage, "ema_decay", None) is not None:
         count = sum(value.numel() for value in stage.policy.trainable_parameters())
         found.append(Role("EMA", count, 0, 4 * count, 0, 0, "float32"))

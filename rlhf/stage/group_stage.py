@@ -93,7 +93,7 @@ class GroupStage(RolloutStage):
             return rollout
 
         def scores(sampled: Rollout) -> Tensor:
-            raw = self.reward(sampled).float()
+            raw = self.raw_scores(sampled)
             if self.normalize_scores == "none":
                 return self.shape_scores(raw, sampled.ended)
             # Normalization maps equal scores to equal ones, and its moments must come from the final rollout.
@@ -106,7 +106,7 @@ class GroupStage(RolloutStage):
         others = fresh_prompts(self.examples, rollout.prompts, self.step_seed("further prompts"))
         final, asked = replace_groups(rollout, scores, sample, others, samples, self.max_resamples, self.policy.pad_id)
         self.first_draw = {
-            "drawn_score": self.reward(rollout).float().mean(),
+            "drawn_score": self.raw_scores(rollout).mean(),
             "drawn_zero_spread": 1.0 - has_spread(scores(rollout), samples).float().mean(),
             "resampled": torch.tensor(asked * samples / len(rollout.texts), device=rollout.mask.device),
         }

@@ -1,9 +1,9 @@
 """Scores, KL and signs of reward hacking of a stage that samples, in training and in validation."""
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.callbacks.reward_hacking import (
     count_clusters,
@@ -17,10 +17,12 @@ from rlhf.functional.advantages import sequence_kl
 from rlhf.functional.kl import k3
 from rlhf.functional.masking import masked_mean
 from rlhf.functional.sampler_mismatch import probability_errors
+from rlhf.models.offload import Offload
 from rlhf.models.reference import Reference
 from rlhf.models.sharding import gathered
 from rlhf.objective import Metrics
 from rlhf.reward.base import Reward
+from rlhf.reward.model import find_model_rewards
 from rlhf.sampler.base import Sampler, single
 from rlhf.sampler.rollout import Rollout, joined, pad_and_concatenate
 from rlhf.stage.base import Stage
@@ -40,6 +42,26 @@ class RolloutMetrics(Stage):
     beta: float
     validation_rollouts: list[tuple[Rollout, Tensor, Tensor]]  # of held-out prompts, until they are described
     start: dict[str, dict[str, float]]  # scores before training, by part of the data
+    offload_frozen: bool
+    _offloaded: dict[str, Offload]  # "reference" and "reward", if they are offloaded
+
+    def offloadable(self) -> dict[str, list[nn.Module]]:
+        """Return the frozen models whose weights no trained model shares: those of "reference" and of "reward"."""
+        models = [reward.model for reward in find_model_rewards(self.reward).values()]
+        found: dict[str, list[nn.Module]] = {"reward": [x for x in models if x.language_model.shared is None]}
+        if not self.reference.shared:
+            found["reference"] = [self.reference.modules[0]]
+        return {name: models for name, models in found.items() if models}
+
+    def frozen_on_device(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which the models of "reference" or "reward" are on the device."""
+        offload = self._offloaded.get(name)
+        return nullcontext() if offload is None else offload.loaded(self.device)
+
+    def raw_scores(self, rollout: Rollout) -> Tensor:
+        """Return the reward's scores of the responses, [B] float32."""
+        with self.frozen_on_device("reward"):
+            return self.reward(rollout).float()
 
     def shape_scores(self, raw: Tensor, ended: Tensor) -> Tensor:
         """Return the scores that are trained on, [B], from those of the reward, [B]."""
@@ -70,7 +92,7 @@ class RolloutMetrics(Stage):
                     for rows in chunks(len(mine), size)
                 ]
             whole = joined(rollouts, self.policy.pad_id)
-            found = response_metrics(whole, self.reward(whole).float(), together=True)
+            found = response_metrics(whole, self.raw_scores(whole), together=True)
             names = ("score", "score_std", "gold", "gold_std", "gold_correlation")
             self.start[part] = {name: found[name].item() for name in names}
             self.start[part]["clusters"] = count_clusters(whole.prompts)
@@ -131,6 +153,7 @@ class RolloutMetrics(Stage):
     def enter_validation(self, context: ExitStack) -> None:
         """Validate the weights that will be saved."""
         context.enter_context(self.ema_weights())
+        context.enter_context(self.frozen_on_device("reference"))
         super().enter_validation(context)
 
     def on_validation_epoch_start(self) -> None:
@@ -152,7 +175,7 @@ class RolloutMetrics(Stage):
         rollouts, logps, ref_logps = zip(*self.validation_rollouts, strict=True)
         self.validation_rollouts, whole = [], joined(rollouts, self.policy.pad_id)
         with self.trainer.precision_plugin.forward_context():
-            raw = self.reward(whole).float()
+            raw = self.raw_scores(whole)
             metrics = self.describe(whole, raw, pad_and_concatenate(logps), pad_and_concatenate(ref_logps))
         for name, value in metrics.items():
             self.log_share(f"val/{name}", torch.as_tensor(value), len(raw))

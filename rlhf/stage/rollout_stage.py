@@ -25,6 +25,7 @@ from rlhf.functional.scores import Moments, ScoreScale, missing_eos
 from rlhf.models.auxiliary_models import load_reference
 from rlhf.models.ema import EMA
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.offload import Offload
 from rlhf.models.sharding import gathered, is_sharded
 from rlhf.models.vocabulary import OWN_REFERENCE, check_vocabulary
 from rlhf.objective import Metrics
@@ -77,6 +78,7 @@ class RolloutStage(RolloutMetrics):
             of rules (``resolve_missing_eos``).
         kl_budget: Nats per response from the reference; a rollout beyond it ends the training. Null: no budget.
         ema_decay: Decay per update of an EMA of the weights, which is then validated and saved. Null: no EMA.
+        offload_frozen: Whether the reference and the reward models are on the device only while they score.
     """
 
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("prompt",), "text": ("text",)}
@@ -109,6 +111,7 @@ class RolloutStage(RolloutMetrics):
         missing_eos_penalty: Annotated[float, Field(ge=0)] = MISSING_EOS_PENALTY,
         kl_budget: Annotated[float, Field(gt=0)] | None = None,
         ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        offload_frozen: bool = False,
         **hyperparameters: Any,
     ) -> None:
         super().__init__(model, optimizer, scheduler, **hyperparameters)
@@ -124,7 +127,8 @@ class RolloutStage(RolloutMetrics):
         self.missing_eos_penalty, self.score_clip, self.tolerance = missing_eos_penalty, score_clip, tolerance
         self.normalize_scores = normalize_scores
         self.missing_eos = resolve_missing_eos(missing_eos, missing_eos_penalty, reward)
-        self.kl_budget, self.ema_decay = kl_budget, ema_decay
+        self.kl_budget, self.ema_decay, self.offload_frozen = kl_budget, ema_decay, offload_frozen
+        self._offloaded = {}
         self.policy.disable_dropout()
         self.reference = load_reference(model, reference)
         self.beta = objective.beta
@@ -193,6 +197,8 @@ class RolloutStage(RolloutMetrics):
         self.read_examples()
         self.reference.to(self.device)
         make_ready(self.reward, self.device, [*self.examples, *self.held_out], self.sampler.room(self.policy))
+        if self.offload_frozen:
+            self._offloaded = {name: Offload(models) for name, models in self.offloadable().items()}
         if self.ema_decay is not None:
             self.ema = EMA(self.policy, self.ema_decay)
             if self._ema_state is not None:
@@ -248,7 +254,7 @@ class RolloutStage(RolloutMetrics):
         """Return the raw reward and the shaped score of each response of a training rollout, [B] each."""
         if self.updates_done == 0:
             self.measure_start()
-        raw = self.reward(rollout).float()
+        raw = self.raw_scores(rollout)
         if self.normalize_scores != "none":
             before = Moments(*self.score_moments) if self.normalize_scores == "running" else Moments()
             now = before.updated(raw, self.sum_over_ranks)
@@ -278,7 +284,8 @@ class RolloutStage(RolloutMetrics):
             RunFailed: The rollout was not sampled from the policy.
         """
         size, temperature = self.rows_per_pass(rollout), self.sampler.temperature
-        ref_logp = score_rollout(lambda tokens: self.reference.logprobs(tokens, temperature), rollout, size)
+        with self.frozen_on_device("reference"):
+            ref_logp = score_rollout(lambda tokens: self.reference.logprobs(tokens, temperature), rollout, size)
         if self.trusts_sampler:
             return rollout.logp, ref_logp
         logp = score_rollout(lambda tokens: self.policy.logprobs(tokens, temperature)[0], rollout, size)

@@ -71,6 +71,18 @@ def sharding_problems(config: Mapping[str, Any], shardable: bool) -> Iterator[Us
         yield UserError("sharded gradients have no loss scale", fix, "precision", "fp16")
 
 
+def offload_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Yield a problem if `stage.offload_frozen` has no effect with the trainer of one step's config."""
+    trainer = config.get("trainer") or {}
+    if not (config.get("stage") or {}).get("offload_frozen"):
+        return
+    option, fix = "stage.offload_frozen", f"type {key('stage.offload_frozen', 'false')}"
+    if trainer.get("accelerator") == "cpu":
+        yield UserError("has no effect on a CPU: frozen models are in its memory already", fix, option, "true")
+    elif is_sharded(trainer):
+        yield UserError(f"has no effect with {key('trainer', 'fsdp')}, which shards the reference", fix, option, "true")
+
+
 def _name(trainer: Mapping[str, Any]) -> Any:
     strategy = trainer.get("strategy", "auto")
     return strategy.get("_target_") if isinstance(strategy, Mapping) else strategy

@@ -128,6 +128,7 @@ TRAINED: dict[str, Entry] = {
     "epochs": Moves(2),
 }
 ROLLED: dict[str, Entry] = TRAINED | {
+    "offload_frozen": at("stages/test_offload", "frozen_models_are_on_the_device_only_while_they_score"),
     "steps": Moves(1),
     "minibatches": Moves(1),
     "text_ratio": Moves(2.0, gamma=1.0),

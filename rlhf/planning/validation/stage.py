@@ -15,7 +15,7 @@ from rlhf.planning.instantiate import instantiate_cheap, load_target
 from rlhf.planning.validation.nodes import RESERVED, check_node, node_problems
 from rlhf.planning.validation.objective import objective_problems
 from rlhf.signatures import groups
-from rlhf.stage.strategies import sharding_problems
+from rlhf.stage.strategies import offload_problems, sharding_problems
 
 # Groups that rlhf.running.build reads for every stage, whether or not its constructor names them.
 SHARED_GROUPS = ("model", "adapter", "precision", "optimizer", "scheduler", "trainer", "logger", "callbacks")
@@ -71,7 +71,7 @@ def stage_problems(config: dict[str, Any], prefix: str) -> Iterator[RLHFError]:
 
 
 def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: str) -> tuple[RLHFError, ...]:
-    """Return the problems of hyperparameters and groups together: those of ``Stage.check_parts`` and of sharding.
+    """Return the problems of hyperparameters and groups together: those of ``Stage.check_parts``, sharding, offloading.
 
     Runs only after every single option has passed.
     """
@@ -79,7 +79,7 @@ def cross_field_problems(config: dict[str, Any], own: Mapping[str, Any], step: s
     if not isinstance(node, dict) or "_target_" not in node:
         return ()
     stage = load_target(node["_target_"])
-    found: list[RLHFError] = list(sharding_problems(config, getattr(stage, "shardable", False)))
+    found: list[RLHFError] = [*sharding_problems(config, getattr(stage, "shardable", False)), *offload_problems(config)]
     try:
         if hasattr(stage, "check_parts"):
             stage.check_parts(**_collect_parts(config, stage))
