@@ -1,5 +1,6 @@
 """Peak memory of a step by phase, computed on fake tensors, and the machine's memory."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -74,17 +75,28 @@ class Passes:
     Attributes:
         training: Most that one micro-batch needs in its forward and backward pass, gradients included; None if the
             stage trains nothing, or if it cannot be measured.
+        unmeasured: Reason why the training pass cannot be measured; "" if it is or if there is none.
         sampling: Keys and values of the largest sampling batch at full length, and the logits of one token; None
             without sampling.
     """
 
     training: int | None
     sampling: int | None
+    unmeasured: str = ""
 
 
 def passes(look: Look, stage: Stage, work: Work, precision: Precision) -> Passes:
     """Return the memory of the largest training pass and of the largest sampling batch."""
-    return Passes(training_pass(look, stage, work, precision), sampling(stage, work, precision))
+    needed = sampling(stage, work, precision)
+    if stage._optimizer is None:
+        return Passes(None, needed)
+    if work.batch is None:
+        return Passes(None, needed, "its rows are unknown until the steps before it have run")
+    try:
+        return Passes(training_pass(look, stage, work, precision), needed)
+    except Exception as error:  # an architecture that reads values, which fake tensors do not have, in code of any kind
+        lines = str(error).strip().splitlines() or [""]
+        return Passes(None, needed, f"it does not run on fake tensors ({type(error).__name__}: {lines[0][:80]})")
 
 
 def peak(roles: Sequence[Role], measured: Passes) -> int:
@@ -96,29 +108,38 @@ def peak(roles: Sequence[Role], measured: Passes) -> int:
     return weights + state + max(measured.training or 0, measured.sampling or 0, update, *scoring)
 
 
-def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) -> int | None:
+def training_pass(look: Look, stage: Stage, work: Work, precision: Precision) -> int:
     """Return the most bytes that the forward and backward pass of the largest micro-batch needs beside the weights.
 
     It is run on fake tensors: the decoder on the distinct tokens of the batch, the log-probabilities of its targets in
     chunks, and the backward pass, which makes the gradients. Where gradients of an earlier pass are kept (several
-    micro-batches, pretraining text), the pass is run twice. None if nothing is trained, or if an architecture reads
-    values, which fake tensors do not have.
+    micro-batches, pretraining text), the pass is run twice.
+
+    Args:
+        look: Source of the fake weights.
+        stage: A stage that trains.
+        work: Its amounts, with a batch.
+        precision: Precision of the pass.
+
+    Raises:
+        Exception: Of any kind: the architecture reads values, which fake tensors do not have.
     """
-    if work.batch is None or stage._optimizer is None:
-        return None
+    assert work.batch is not None
     modules = stage.modules_trained()
     order = [(modules, _Pass.of(modules[0], work.batch, isinstance(stage, Supervised)))] * min(work.accumulation, 2)
     if work.text is not None:
         order.append(([stage.policy], _Pass.of(stage.policy, work.text, uniform=True)))
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs the traceback of an error that is reported here
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     known = [value for module in modules for value in [*module.parameters(), *module.buffers()]]
     known += [copy for module in modules for copy in kept_casts(module, precision.compute)]
     try:
         with look.weights.mode, precision.autocast("cpu"), AllocationPeak(known) as allocated:
             for trained, tokens in order:
                 torch.stack([tokens.loss(module) for module in trained]).sum().backward()
-    except Exception:  # an architecture that reads values, which fake tensors do not have; its own code may raise any
-        return None
     finally:
+        logger.setLevel(level)
         for module in modules:
             module.zero_grad(set_to_none=True)
     return allocated.peak

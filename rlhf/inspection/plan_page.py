@@ -94,6 +94,8 @@ def _memory(look: Look, step: Step, stage: Stage, work: Work, roles: list[Role])
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
     accelerator = _accelerator(step.config)
     measured, process = passes(look, stage, work, precision), libraries(accelerator)
+    if measured.unmeasured:
+        rows.append(("", "training pass", *_NO_WEIGHTS, size(None), f"not in the peak: {measured.unmeasured}"))
     more = {
         "training pass": (measured.training, f"activations and gradients of {_shape(work.batch)}"),
         "sampling": (measured.sampling, "keys, values and logits of the largest sampling batch"),

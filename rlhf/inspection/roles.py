@@ -75,6 +75,10 @@ def roles_of(look: Look, stage: Stage) -> list[Role]:
         if id(model) in offloaded:
             role = replace(role, offloaded=True, note="on the device while it scores")
         found.append(role)
+    if getattr(getattr(stage, "sampler", None), "precision", None) == "bf16":
+        count = sum(value.numel() for value in stage.policy.parameters())
+        buffers = sum(value.numel() * value.element_size() for value in stage.policy.buffers())
+        found.append(Role("sampler copy", count, 0, 2 * count + buffers, 0, 0, "bfloat16, renewed before each rollout"))
     if getattr(stage, "ema_decay", None) is not None:
         count = sum(value.numel() for value in stage.policy.trainable_parameters())
         found.append(Role("EMA", count, 0, 4 * count, 0, 0, "float32"))

@@ -1,6 +1,7 @@
 """Predicted memory of training passes, against the tensors that real training steps allocate."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from omegaconf import OmegaConf
 
 from rlhf.importing import build_option
-from rlhf.inspection.composing import Look, read_examples
+from rlhf.inspection.composing import Look, planned, read_examples
 from rlhf.inspection.memory import AllocationPeak, Passes, peak, training_pass
-from rlhf.inspection.roles import Role
+from rlhf.inspection.plan_page import show
+from rlhf.inspection.roles import Role, roles_of
 from rlhf.inspection.work import work_of
 from rlhf.models.weight_casts import kept_casts
 from rlhf.running.build import build_stage
-from tests.inspection.conftest import SMALL
+from rlhf.sampler.weight_copy import WeightCopy
+from tests.inspection.conftest import MODEL, SMALL
 from tests.stages.conftest import fit
 
 
@@ -38,6 +41,35 @@ def test_the_peak_is_that_of_the_largest_phase() -> None:
     assert peak(roles, Passes(training=300, sampling=20)) == 400 + 300
     assert peak(roles, Passes(training=90, sampling=20)) == 400 + 50 + 2 * 30  # the update
     assert peak(roles, Passes(training=None, sampling=700)) == 400 + 700
+
+
+def test_an_offloaded_model_counts_while_it_scores() -> None:
+    held = Role("policy", 0, 0, 100, 50, 200, largest=30)
+    frozen = [Role(name, 0, 0, size, 0, 0, offloaded=True) for name, size in (("reference", 100), ("reward", 400))]
+    assert peak([held, *frozen], Passes(training=300, sampling=20)) == 300 + 400  # all reward models, no training pass
+    assert peak([held, *frozen], Passes(training=500, sampling=20)) == 300 + 500
+
+
+def test_a_training_pass_that_cannot_be_measured_is_reported(
+    looked: Callable[..., Look], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Grouped multiplications of a mixture of experts have no float32 form for fake tensors in torch 2.13."""
+    words = ["stage=sft", *SMALL, *MODEL, "+model.architecture.model_type=mixtral"]
+    show(words)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "not in the peak:" in line]
+    assert "training pass" in row and " ? " in row and "it does not run on fake tensors (RuntimeError" in row
+
+
+def test_the_samplers_copy_is_counted(looked: Callable[..., Look], tmp_path: Path) -> None:
+    step = looked("stage=sft", *SMALL).steps[-1]
+    policy = build_stage(OmegaConf.create(step.config), step.folder).policy
+    policy.save(tmp_path / "saved")
+    words = ["stage=grpo", "recipe=testbed", "reward=gold", f"inputs.policy={tmp_path}/saved", "sampler.precision=bf16"]
+    look = Look(planned([*words, *SMALL]).steps)
+    (copy,) = [role for role in roles_of(look, look.stage(look.steps[-1])) if role.name == "sampler copy"]
+    expected = WeightCopy(torch.bfloat16).of(policy)
+    values = [*expected.parameters(), *expected.buffers()]
+    assert copy.weights == sum(value.numel() * value.element_size() for value in values)
 
 
 @pytest.mark.parametrize(
