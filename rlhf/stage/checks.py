@@ -24,7 +24,10 @@ def check_repeatable(trained: Sequence[nn.Module]) -> None:
 
 @torch.no_grad()
 def check_resolution(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Check that 16-bit weights can change by the learning rate, the size of one update of Adam or Lion.
+    """Check that 16-bit weights can change by the learning rate, the size of one update of Adam, Lion or RMSprop.
+
+    Weights that are 0 can change by any rate, until they have grown: they do not count. So a fresh adapter is judged by
+    the half of it that has values.
 
     Raises:
         UserError: Most of the trained weights would be rounded back to their present value.
@@ -35,7 +38,7 @@ def check_resolution(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         lr = group["lr"]
         for weight in (p for p in group["params"] if p.dtype == torch.bfloat16):
             lost += int(((weight + lr) == weight).sum())
-            count += weight.numel()
+            count += int((weight != 0).sum())
     if lost > count / 2:
         raise UserError(
             f"is too small for {key('precision', 'bf16_true')}: weights of 8 significant bits cannot change by that "

@@ -1,10 +1,14 @@
 """Optimizer step in 16 bits: Lightning's own call order with a gradient scaler, on the CPU."""
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import FSDPStrategy
 
@@ -13,6 +17,7 @@ from rlhf.models.half_weights import HalfWeights
 from rlhf.models.optimizers import adamw as adamw_of_the_library
 from rlhf.objective import CrossEntropy
 from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.stage.checks import check_resolution
 from rlhf.storage.metrics_file import read_rows
 from rlhf_grpo.objective import GRPO
 from rlhf_grpo.stage import GRPOStage
@@ -21,6 +26,8 @@ from rlhf_sft.stage import SFTStage
 from .conftest import Scored, adamw, constant, data, fit, weights
 from .hyperparameters import Idle
 from .test_ppo import varied, watched
+
+CONF = Path(__file__).parents[2] / "conf" / "optimizer"
 
 
 def fp16(scale: float, backoff: float = 0.5) -> MixedPrecision:
@@ -142,6 +149,34 @@ def test_16_bit_weights_that_the_learning_rate_cannot_move_are_refused(lr, moves
         ):
             fit(stage, tmp_path, precision="bf16-true", limit_val_batches=0)
         fit(sft(load, adamw), tmp_path / "mixed", precision="bf16-mixed", limit_train_batches=1, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_optimizer_loses_updates_in_16_bits_exactly_where_it_is_refused(file):
+    """200 steps with a constant gradient, after 100 in which the moments of RMSprop and Adam become constant."""
+    node = OmegaConf.load(file)
+    for lr, moves in ((1e-5, False), (1e-3, True)):
+        node.lr, node.weight_decay = lr, 0.0
+        weight = torch.nn.Parameter(torch.full((64, 128), 0.02, dtype=torch.bfloat16))
+        optimizer = instantiate(node)([weight])
+        for step in range(300):
+            if step == 100:
+                with torch.no_grad():
+                    weight.fill_(0.02)
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        assert (weight[0, 0].item() != pytest.approx(0.02, rel=2e-3)) == moves
+        fresh = instantiate(node)([torch.nn.Parameter(torch.full((64, 128), 0.02, dtype=torch.bfloat16))])
+        with nullcontext() if moves else pytest.raises(UserError, match="optimizer.lr=1e-05"):
+            check_resolution([fresh])
+
+
+def test_a_fresh_adapter_is_judged_by_its_half_with_values(load, tmp_path):
+    """B starts at 0, which any update changes; A is as lost as any other weight."""
+    parts = (CrossEntropy(), data("demonstration", 32, 2))
+    stage = SFTStage(load(lora=True), *parts, lambda p: torch.optim.AdamW(p, lr=1e-5), constant, batch_size=8, epochs=1)
+    with pytest.raises(UserError, match=r"optimizer.lr=1e-05: is too small for precision=bf16_true"):
+        fit(stage, tmp_path, precision="bf16-true", limit_val_batches=0)
 
 
 @pytest.mark.parametrize("lora", [False, True])
