@@ -16,6 +16,7 @@ from rlhf.errors import UserError, key
 from rlhf.functional.groups import grouped, has_spread
 from rlhf.functional.scores import missing_eos
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.sharding import gathered, is_sharded
 from rlhf.objective import GroupObjective, Metrics
 from rlhf.reward.base import Reward
 from rlhf.sampler.base import Sampler
@@ -37,6 +38,7 @@ class GroupStage(RolloutStage):
             are replaced by groups of freshly sampled prompts. 0: such groups stay.
     """
 
+    shardable = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "steps": 40,
         "batch_size": 32,
@@ -104,7 +106,9 @@ class GroupStage(RolloutStage):
 
         samples = self.sampler.samples
         others = fresh_prompts(self.examples, rollout.prompts, self.step_seed("further prompts"))
-        final, asked = replace_groups(rollout, scores, sample, others, samples, self.max_resamples, self.policy.pad_id)
+        with gathered(self.policy):  # ranks differ in their number of attempts
+            limits = samples, self.max_resamples, self.policy.pad_id
+            final, asked = replace_groups(rollout, scores, sample, others, *limits)
         self.first_draw = {
             "drawn_score": self.raw_scores(rollout).mean(),
             "drawn_zero_spread": 1.0 - has_spread(scores(rollout), samples).float().mean(),
@@ -114,7 +118,8 @@ class GroupStage(RolloutStage):
 
     def update(self, minibatch: Experience, first: bool) -> Metrics:
         """Make one optimizer step on the objective + gamma * L_pretraining."""
-        x = minibatch.kept()
+        # Dropped responses have weight 0. Leaving them out saves time; sharded ranks must make equal numbers of passes.
+        x = minibatch if is_sharded(self.policy) else minibatch.kept()
         assert x.keep is not None
         kept = x.keep.unsqueeze(1)
         weights, divisor = self.objective.weights(x.mask, self.sampler.longest)

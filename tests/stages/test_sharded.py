@@ -28,13 +28,17 @@ from rlhf.storage import checkpoint_files
 from rlhf.storage.metrics_file import read_rows
 from rlhf_dpo.objective import DPO
 from rlhf_dpo.stage import DPOStage
+from rlhf_grpo.objective import GRPO
+from rlhf_grpo.stage import GRPOStage
 from rlhf_ppo.objective import PPO
 from rlhf_ppo.stage import PPOStage
+from rlhf_rloo.objective import RLOO
+from rlhf_rloo.stage import RLOOStage
 from rlhf_sft.stage import SFTStage
 
 from .conftest import adamw, constant, data, fit, same
 from .ranks import run_two_ranks
-from .test_processes import ByPrompt, Partly, one_text, reward_model, sgd
+from .test_processes import ByPrompt, Partly, groups, one_text, reward_model, sgd
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_start")]
 
@@ -57,12 +61,21 @@ def ppo(load: Callable, steps: int = 1, optimizer: Any = sgd) -> Stage:
     return PPOStage(load(), PPO(gamma=0.5), *parts, steps=steps, ema_decay=0.5, **numbers)
 
 
+def resampling(load: Callable) -> Stage:
+    """Build GRPO with dynamic sampling, in which ranks differ in their number of attempts."""
+    return groups(GRPOStage, load, GRPO(), epochs=1, max_resamples=2)
+
+
 STAGES: dict[str, Callable[[Callable], Stage]] = {
     "sft": sft,
     "dpo": dpo,
     "lora": partial(dpo, lora=True),
     "reward_model": reward_model,
     "ppo": ppo,
+    "grpo": lambda load: groups(
+        GRPOStage, load, GRPO(scale="batch", drop_zero_spread=True), epochs=1, micro_batch_size=3
+    ),
+    "rloo": lambda load: groups(RLOOStage, load, RLOO(normalize=True), epochs=1),
 }
 SHARDED = {"devices": 2, "inference_mode": False}
 
@@ -110,6 +123,10 @@ def work(rank: int, load: Callable, folder: Path) -> None:
     for name, make in STAGES.items():
         result = trained(make(load), folder / name, strategy=ShardedStrategy(), **SHARDED)
         torch.save(result, folder / f"{name}.{rank}")
+    torch.save(
+        trained(resampling(load), folder / "resampling", strategy=ShardedStrategy(), **SHARDED),
+        folder / f"resampling.{rank}",
+    )
     torch.save(clipped(rank), folder / f"clipped.{rank}")
     torch.save(resumed(rank, load, folder / "resumed"), folder / f"resumed.{rank}")
 
@@ -162,6 +179,11 @@ def test_a_sharded_run_resumes_bit_for_bit_from_the_newest_whole_checkpoint(both
     assert whole["metrics"] == again["metrics"]
     names = {path.name for path in checkpoint_files.place(both / "resumed", 1).iterdir()}
     assert names == {"rank=0.ckpt", "rank=1.ckpt", "manifest.json"}
+
+
+def test_ranks_that_resample_groups_make_the_same_updates(both):
+    first, second = (torch.load(both / f"resampling.{rank}") for rank in (0, 1))
+    assert first["metrics"] == second["metrics"] and first["metrics"]["resampled"] > 0
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(both):
