@@ -71,7 +71,10 @@ BEFORE_ANY_RUN = [
         "stage=sft inputs.policy=policy trainer.strategy={_target_:pytorch_lightning.strategies.ModelParallelStrategy}",
         "ModelParallelStrategy: strategies are ddp, single devices, and the one of trainer=fsdp",
     ),
-    ("stage=grpo inputs.policy=policy reward=gold trainer=fsdp", "trainer=fsdp: stage=grpo cannot train sharded"),
+    (
+        "stage=rejection_sampling inputs.policy=policy reward=gold trainer=fsdp",
+        "stage=rejection_sampling cannot train sharded",
+    ),
     ("stage=sft inputs.policy=policy trainer=fsdp adapter=qlora", "adapter.quantize=nf4: quantised weights cannot be"),
     ("stage=sft inputs.policy=policy trainer=fsdp optimizer=adamw_8bit", "8-bit optimizers cannot update sharded"),
     ("stage=sft inputs.policy=policy trainer=fsdp precision=fp16", "precision=fp16: sharded gradients have no loss"),
