@@ -1,9 +1,9 @@
 """Chunked log-probabilities of given tokens. Shapes: N rows, D hidden, V vocabulary.
 
 Most of the memory of a language model's loss is at the vocabulary: [batch, length, V] logits and their gradient are
-much larger than everything else. Here rows pass the output layer in chunks; the logits of a chunk are dropped after its
-forward and recomputed in its backward, so logits never exist for every position at once. The results equal those of
-plain `log_softmax` on all rows, in fp32.
+much larger than everything else. Here logits are computed in blocks; those of a block are dropped after its forward and
+recomputed in its backward, so logits never exist for every position at once. The results equal those of plain
+`log_softmax` on all rows, in fp32.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**19  # logits per chunk: 2 MiB in fp32, which fits into a CPU core's cache
-MIN_CHUNK_ROWS = 256  # with a large vocabulary, fewer rows would read the whole output matrix for too little work
+from rlhf.functional.linear_logprobs import Blocks, linear_logprobs
 
 
 def token_logprobs(
@@ -35,7 +33,7 @@ def token_logprobs(
         head: Maps [n, D] to logits [n, V]; a plain `nn.Linear` takes a faster path with the same results. Its method
             `computed_weight()`, if it has one, returns the weight in the format of autocast.
         temperature: Divides the logits.
-        chunk_elements: Bound on n * V per chunk; the default is 2**19 (and at least 256 rows).
+        chunk_elements: Bound on the logits per block; None: ``Blocks.choose``.
         entropy: Whether to compute the entropy as well.
         uniform: Whether all log-probabilities will get the same gradient, as in a mean. It is then computed in the
             forward pass, by three multiplications with the output matrix instead of four (as in Liger Kernel, arXiv
@@ -57,13 +55,9 @@ def token_logprobs(
         empty = hidden.sum(-1).float()  # keeps the graph, so that backward works on a batch without targets
         return empty, empty if entropy else None
     linear = head if isinstance(head, nn.Linear) and _is_plain(head) else None
-    vocabulary = linear.out_features if linear is not None else _vocabulary(hidden, head)
-    if chunk_elements is None:
-        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
-    else:
-        chunk_rows = max(1, chunk_elements // vocabulary)
     if linear is not None:
-        return _linear(hidden, targets, linear, temperature, chunk_rows, entropy, uniform)
+        return _linear(hidden, targets, linear, temperature, chunk_elements, entropy, uniform)
+    chunk_rows = Blocks.choose(rows, _vocabulary(hidden, head), hidden.device.type, chunk_elements).chunk_rows
 
     def of_chunk(chunk: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(chunk).float() / temperature
@@ -115,7 +109,7 @@ def _linear(
     targets: Tensor,
     head: nn.Linear,
     temperature: float,
-    chunk_rows: int,
+    chunk_elements: int | None,
     entropy: bool,
     uniform: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -126,123 +120,6 @@ def _linear(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    blocks = Blocks.choose(len(hidden), len(weight), device, chunk_elements)
     with torch.autocast(device, enabled=False):
-        logps, entropies = _LinearLogprobs.apply(
-            hidden, weight, bias, targets, temperature, chunk_rows, entropy, uniform and torch.is_grad_enabled()
-        )
-    return logps, entropies
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    """Autograd function for `logits = hidden @ weight.T + bias` with an explicit backward.
-
-    d logp / d logits = onehot - p, d entropy / d logits = -p * (log p + entropy). If only `hidden` needs a gradient (a
-    frozen head, as with LoRA) and no entropy is computed, d logp / d hidden [N, D] is saved in the forward, and the
-    backward needs no projection. With `uniform` the same holds for the head: the gradients of the sum of all logps are
-    saved, and multiplied in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_rows, entropy, uniform):  # type: ignore[no-untyped-def]
-        ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
-        rows = hidden.shape[0]
-        logps = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logps)
-        entropies = torch.empty_like(logps) if entropy else None
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        ctx.head_frozen = not (wants_weight or wants_bias)
-        early = not entropy and (uniform or ctx.head_frozen) and any(ctx.needs_input_grad[:3])
-        jacobian = torch.empty_like(hidden) if early and wants_hidden else None
-        by_weight = _zeros(weight) if early and wants_weight else None
-        by_bias = _zeros(bias) if early and wants_bias else None
-        for start in range(0, rows, chunk_rows):
-            piece = slice(start, start + chunk_rows)
-            logits = _LinearLogprobs.logits(hidden[piece], weight, bias, temperature)
-            target = targets[piece].unsqueeze(-1)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            logps[piece] = (logits.gather(-1, target) - normaliser).squeeze(-1)
-            normalisers[piece] = normaliser.squeeze(-1)
-            if entropies is not None:
-                probabilities = torch.exp(logits - normaliser)
-                expected = (probabilities * logits.masked_fill_(probabilities == 0, 0.0)).sum(-1)
-                entropies[piece] = normaliser.squeeze(-1) - expected
-            if early:
-                by_logits = logits.sub_(normaliser).exp_().neg_()
-                by_logits.scatter_add_(-1, target, torch.ones_like(normaliser))
-                _LinearLogprobs.accumulate(by_logits, hidden, weight, temperature, piece, jacobian, by_weight, by_bias)
-        ctx.early = early
-        kept = (None, None, None, None) if ctx.head_frozen and early else (hidden, targets, normalisers, entropies)
-        ctx.save_for_backward(weight, bias, *kept, jacobian, by_weight, by_bias)
-        return logps, entropies
-
-    @staticmethod
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-        """Return fp32 logits [n, V] of hidden states [n, D], divided by the temperature."""
-        logits = nn.functional.linear(hidden, weight, bias).float()
-        return logits if temperature == 1.0 else logits / temperature
-
-    @staticmethod
-    def accumulate(by_logits, hidden, weight, temperature, piece, by_hidden, by_weight, by_bias):  # type: ignore[no-untyped-def]
-        """Set or add a chunk's part of the gradients that are wanted (not None), from that of its scaled logits [n, V].
-
-        ``by_logits`` is changed.
-        """
-        if temperature != 1.0:
-            by_logits /= temperature
-        if by_bias is not None:
-            by_bias += by_logits.sum(0)
-        by_logits = by_logits.to(weight.dtype)
-        if by_hidden is not None:
-            by_hidden[piece] = by_logits @ weight
-        if by_weight is not None:
-            by_weight += by_logits.t() @ hidden[piece]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, by_logp, by_entropy):  # type: ignore[no-untyped-def]
-        nothing = (None,) * 8
-        if by_logp is None and by_entropy is None:
-            return nothing
-        weight, bias, hidden, targets, normalisers, entropies, jacobian, *of_head = ctx.saved_tensors
-        if ctx.early and (ctx.head_frozen or _is_uniform(by_logp)):
-            by_hidden = None if jacobian is None else (by_logp.unsqueeze(-1) * jacobian).to(jacobian.dtype)
-            scaled = [
-                None if total is None else (total * by_logp[0]).to(parameter.dtype)
-                for total, parameter in zip(of_head, (weight, bias), strict=True)
-            ]
-            return by_hidden, *scaled, *nothing[3:]
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        by_hidden = torch.empty_like(hidden) if wants_hidden else None
-        by_weight = _zeros(weight) if wants_weight else None
-        by_bias = _zeros(bias) if wants_bias else None
-        for start in range(0, hidden.shape[0], ctx.chunk_rows):
-            piece = slice(start, start + ctx.chunk_rows)
-            logits = _LinearLogprobs.logits(hidden[piece], weight, bias, ctx.temperature)
-            log_probabilities = logits.sub_(normalisers[piece].unsqueeze(-1))
-            by_logits = log_probabilities.exp()  # the probabilities p
-            pull = torch.zeros_like(normalisers[piece]) if by_logp is None else by_logp[piece]
-            if by_entropy is None:
-                by_logits *= -pull.unsqueeze(-1)
-            else:
-                finite = log_probabilities.masked_fill(by_logits == 0, 0.0)
-                finite += entropies[piece].unsqueeze(-1)
-                by_logits *= -(finite * by_entropy[piece].unsqueeze(-1) + pull.unsqueeze(-1))
-            by_logits.scatter_add_(-1, targets[piece].unsqueeze(-1), pull.unsqueeze(-1))
-            _LinearLogprobs.accumulate(by_logits, hidden, weight, ctx.temperature, piece, by_hidden, by_weight, by_bias)
-        return (
-            by_hidden,
-            None if by_weight is None else by_weight.to(weight.dtype),
-            None if by_bias is None else by_bias.to(bias.dtype),
-            *nothing[3:],
-        )
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    """Return an fp32 sum over chunks, whatever the dtype of the weights."""
-    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-
-
-def _is_uniform(gradient: Tensor) -> bool:
-    """Return whether all values [N] are equal; those of a plain sum are one value, expanded, and are not read."""
-    return gradient.stride() == (0,) or bool((gradient == gradient[0]).all())
+        return linear_logprobs(hidden, targets, weight, bias, temperature, blocks, entropy, uniform)

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.functional.logprobs import token_logprobs
 
@@ -77,12 +76,26 @@ def test_a_gradient_that_is_announced_as_uniform_is_right_if_it_is_not(upstream,
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("uniform, multiplications", [(True, 3), (False, 4)])
-def test_a_uniform_gradient_takes_three_multiplications_with_the_output_matrix(uniform, multiplications):
+class Products(TorchDispatchMode):
+    """Context manager that counts the multiplications in products of matrices; torch's counter leaves out addmm_."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("uniform, products", [(True, 3), (False, 4)])
+def test_a_uniform_gradient_takes_three_multiplications_with_the_output_matrix(uniform, products):
     hidden, targets, head = problem(bias=False)
-    with FlopCounterMode(display=False) as counter:
+    with Products() as counted:
         token_logprobs(hidden, targets, head, chunk_elements=5 * V, uniform=uniform)[0].mean().backward()
-    assert counter.get_total_flops() == multiplications * 2 * N * D * V
+    assert counted.multiplications == products * N * D * V
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -154,14 +167,15 @@ def test_no_tensor_of_all_logits_is_made(kind, entropy, uniform):
     assert largest.elements == rows * vocabulary  # the recorder detects large tensors
 
 
-def test_default_chunks_bound_large_vocabularies():
-    """Beyond 2**24 logits nothing is kept, and a chunk has 256 rows."""
+@pytest.mark.parametrize("uniform, most", [(False, 2**21), (True, 2**19)])
+def test_default_blocks_bound_large_vocabularies(uniform, most):
+    """A block has 2**21 logits; a chunk of 256 rows, which a uniform gradient takes, has blocks of 2**19."""
     rows, vocabulary = 1024, 20000
     head = nn.Linear(2, vocabulary, bias=False)
     hidden = torch.randn(rows, 2, requires_grad=True)
     with Largest() as largest:
-        token_logprobs(hidden, torch.zeros(rows, dtype=torch.long), head)[0].sum().backward()
-    assert largest.elements == 256 * vocabulary
+        token_logprobs(hidden, torch.zeros(rows, dtype=torch.long), head, uniform=uniform)[0].sum().backward()
+    assert most * 0.99 < largest.elements <= most  # whole columns
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -210,6 +224,44 @@ def test_forbidden_tokens_have_no_weight_in_the_entropy():
     logps, entropy = token_logprobs(hidden, torch.tensor([1]), lambda x: x.sum(-1, keepdim=True) + logits, entropy=True)
     assert logps.item() == pytest.approx(-0.6931472)
     assert entropy.item() == pytest.approx(0.6931472)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 4 * N, None])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_bias_may_forbid_whole_blocks_of_tokens(uniform, chunk_elements):
+    """Logits of -inf: probability 0, and gradients without nan."""
+    hidden, targets, head = problem()
+    with torch.no_grad():
+        head.bias[3:17] = -torch.inf
+    targets %= 3
+    allowed = [*range(3), *range(17, V)]
+    fewer = nn.Linear(D, len(allowed))
+    fewer.weight, fewer.bias = nn.Parameter(head.weight[allowed]), nn.Parameter(head.bias[allowed])
+    expected = plain(hidden, targets, fewer, 0.7)
+    made = token_logprobs(hidden, targets, head, 0.7, chunk_elements, entropy=not uniform, uniform=uniform)
+    torch.testing.assert_close(made[0], expected[0], rtol=1e-6, atol=1e-6)
+    pull = 1.0 if uniform else torch.arange(1.0, N + 1)
+    loss, plain_loss = (made[0] * pull).sum(), (expected[0] * pull).sum()
+    if not uniform:
+        torch.testing.assert_close(made[1], expected[1], rtol=1e-6, atol=1e-6)
+        loss, plain_loss = loss + made[1].square().sum(), plain_loss + expected[1].square().sum()
+    found, wanted = (
+        torch.autograd.grad(one, [hidden, layer.weight]) for one, layer in ((loss, head), (plain_loss, fewer))
+    )
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1][allowed], wanted[1], rtol=1e-5, atol=1e-5)
+    assert found[1][3:17].eq(0).all()
+
+
+def test_logits_far_from_zero_keep_their_probabilities():
+    """Two logits 200 apart, in blocks of one column: log-probabilities 0 and -200, where exp(-200) is 0 in fp32."""
+    hidden, head = torch.tensor([[1.0], [1.0]], requires_grad=True), nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        head.weight[:] = torch.tensor([[-100.0], [100.0]])
+    logps, entropy = token_logprobs(hidden, torch.tensor([0, 1]), head, chunk_elements=2, entropy=True)
+    assert logps.tolist() == [-200.0, 0.0] and entropy.tolist() == [0.0, 0.0]
+    (by_hidden,) = torch.autograd.grad(logps.sum(), hidden)
+    assert by_hidden[:, 0].tolist() == [-200.0, 0.0]  # w_target - sum(p w)
 
 
 def test_hooked_or_wrapped_heads_are_called():
