@@ -4,8 +4,9 @@ The tokens of all documents of a batch are laid out in one row. A document (a ro
 first tokens equal those of the document before it takes the hidden states of that document for them: a state depends on
 the tokens up to it alone. So the prompt of a comparison is computed once for all its responses, and the prompt of a
 group once for its K samples. Embeddings, projections and feed-forward layers see the row; attention is computed per
-document, with the kernel of plain causal attention and no mask, or on a GPU in 16 bits without padding
-(``rlhf.models.varlen``). The results are those of a padded batch, up to rounding.
+document, with the kernel of plain causal attention and no mask, or without padding: on a GPU in 16 bits
+(``rlhf.models.varlen``), and on a CPU in fp32 where it saves time (``rlhf.models.blocked_attention``). The results are
+those of a padded batch, up to rounding.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.blocked_attention import Document, attend_blocked, is_faster, is_supported, list_documents
 from rlhf.models.varlen import Packing, attend_packed, is_usable, pack
 
 NAME = "sdpa_per_document"
@@ -49,6 +51,11 @@ class Layout:
     def packing(self) -> Packing:
         """Queries and keys of the documents without padding."""
         return pack(self.documents, self.lengths, self.shared)
+
+    @cached_property
+    def pieces(self) -> list[Document]:
+        """Documents as ranges of the row."""
+        return list_documents(self.documents, self.lengths, self.shared)
 
 
 def find_starts(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -125,8 +132,11 @@ def attend(
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window, scale = options.get("sliding_window"), options.get("scaling")
-    if not options.get("dropout") and is_usable(query, key, scale, window):
-        return attend_packed(query, key, value, layout.packing, scale, window), None
+    if not options.get("dropout"):
+        if is_usable(query, key, scale, window):
+            return attend_packed(query, key, value, layout.packing, scale, window), None
+        if is_supported(query) and is_faster(query.shape[1], len(layout.lengths), layout.pieces):
+            return attend_blocked(query, key, value, layout.pieces, scale, window), None
     return attend_per_document(module, query, key, value, layout, **options), None
 
 
