@@ -20,6 +20,7 @@ from rlhf.inspection.roles import Role
 from rlhf.inspection.work import Work
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.machine_memory import read_machine_memory
+from rlhf.models.packed_weights import packed_bytes
 from rlhf.models.padding_free import Layout
 from rlhf.models.precision import Precision
 from rlhf.models.scalar import ScalarModel
@@ -76,8 +77,8 @@ class Passes:
         training: Most that one micro-batch needs in its forward and backward pass, gradients included; None if the
             stage trains nothing, or if it cannot be measured.
         unmeasured: Reason why the training pass cannot be measured; "" if it is or if there is none.
-        sampling: Keys and values of the largest sampling batch at full length, and the logits of one token; None
-            without sampling.
+        sampling: Keys and values of the largest sampling batch at full length, the logits of one token, and packed
+            weights; None without sampling.
     """
 
     training: int | None
@@ -85,9 +86,9 @@ class Passes:
     unmeasured: str = ""
 
 
-def passes(look: Look, stage: Stage, work: Work, precision: Precision) -> Passes:
+def passes(look: Look, stage: Stage, work: Work, precision: Precision, accelerator: str) -> Passes:
     """Return the memory of the largest training pass and of the largest sampling batch."""
-    needed = sampling(stage, work, precision)
+    needed = sampling(stage, work, precision, accelerator)
     if stage._optimizer is None:
         return Passes(None, needed)
     if work.batch is None:
@@ -180,8 +181,11 @@ def _language_model(model: nn.Module) -> LanguageModel:
     return found
 
 
-def sampling(stage: Stage, work: Work, precision: Precision) -> int | None:
-    """Return the bytes of keys and values of the largest sampling batch at full length, and of one token's logits."""
+def sampling(stage: Stage, work: Work, precision: Precision, accelerator: str) -> int | None:
+    """Return the bytes of sampling: keys and values of the largest batch at full length, a token's logits, and copies.
+
+    The copies are those of large weights on a CPU (``rlhf.models.packed_weights``).
+    """
     sampler = getattr(stage, "sampler", None)
     if sampler is None or stage.policy is None:
         return None
@@ -189,9 +193,11 @@ def sampling(stage: Stage, work: Work, precision: Precision) -> int | None:
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     rows = min(max(1, sampler.batch_size // sampler.samples), stage.batch_size) * sampler.samples
-    tokens = work.prompt_length + sampler.room(stage.policy)
-    kept = 2 * int(config.num_hidden_layers) * heads * width * precision.compute.itemsize * rows * tokens
-    return kept + LOGITS_COPIES * 4 * rows * int(config.vocab_size)
+    prompts = rows // sampler.samples if stage.policy.padding_free else rows  # a prompt is kept once for its rows
+    tokens = prompts * work.prompt_length + rows * sampler.room(stage.policy)
+    kept = 2 * int(config.num_hidden_layers) * heads * width * precision.compute.itemsize * tokens
+    packed = packed_bytes(stage.policy) if accelerator == "cpu" and precision.compute == torch.float32 else 0
+    return kept + packed + LOGITS_COPIES * 4 * rows * int(config.vocab_size)
 
 
 def machine(accelerator: str) -> tuple[int | None, str]:

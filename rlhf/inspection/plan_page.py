@@ -93,7 +93,7 @@ def _memory(look: Look, step: Step, stage: Stage, work: Work, roles: list[Role])
         roles = [role.shard(world_size(step.config)) for role in roles]
     rows = [_row(step.name if index == 0 else "", role) for index, role in enumerate(roles)]
     accelerator = _accelerator(step.config)
-    measured, process = passes(look, stage, work, precision), libraries(accelerator)
+    measured, process = passes(look, stage, work, precision, accelerator), libraries(accelerator)
     if measured.unmeasured:
         rows.append(("", "training pass", *_NO_WEIGHTS, size(None), f"not in the peak: {measured.unmeasured}"))
     more = {

@@ -68,6 +68,7 @@ class LanguageModel(nn.Module):
         self.origin = origin
         self.shared: Any = None
         self.padding_free = False  # set by `enable_padding_free`
+        self.decodes_in_slots: bool | None = None  # None: not tried yet (rlhf.sampler.continuous_batching)
         # How it was loaded; a critic is loaded in the same way.
         self.adapter, self.precision = NoAdapter(), Precision("32-true")
         self.spec: Any = None  # the CausalLM that loaded it

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.blocked_attention import Document, attend_blocked, is_faster, is_supported, list_documents
+from rlhf.models.slot_cache import PromptStates, SlotCache
 from rlhf.models.varlen import Packing, attend_packed, is_usable, pack
 
 NAME = "sdpa_per_document"
@@ -115,7 +116,7 @@ def lay_out(ids: Tensor, attention_mask: Tensor, position_ids: Tensor, starts: T
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers' ``sdpa``; per document, if the pass has a layout.
+    """Compute attention as transformers' ``sdpa``; per document, if the pass has a layout, or to the rows of slots.
 
     Args:
         module: Attention layer.
@@ -123,12 +124,19 @@ def attend(
         key: As ``query``, with the number of key-value heads.
         value: As ``key``.
         attention_mask: Mask of a pass without a layout.
-        options: ``layout`` (`Layout` or None) and what ``sdpa_attention_forward`` takes.
+        options: ``layout`` (`Layout` or None), ``record`` (`PromptStates` or None: keeps the keys and values),
+            ``slots`` (`SlotCache` or None: a decode step) and what ``sdpa_attention_forward`` takes.
 
     Returns:
         The output [1, N, H, d] or [B, T, H, d], and None.
     """
     layout: Layout | None = options.pop("layout", None)
+    record: PromptStates | None = options.pop("record", None)
+    slots: SlotCache | None = options.pop("slots", None)
+    if slots is not None:
+        return slots.attend(module, query, key, value, **options), None
+    if record is not None:
+        record.record(module, key, value)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window, scale = options.get("sliding_window"), options.get("scaling")
@@ -172,19 +180,46 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, states)
 
 
-def hidden_states(decoder: PreTrainedModel, layout: Layout) -> Tensor:
-    """Return the last hidden states of the distinct tokens, [N, D]."""
-    # A mask of four dimensions is passed on as it is, so that none is built; attention does not read it.
-    unread = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
+def hidden_states(decoder: PreTrainedModel, layout: Layout, record: PromptStates | None = None) -> Tensor:
+    """Return the last hidden states of the distinct tokens, [N, D]; ``record`` receives their keys and values."""
+    recording = {} if record is None else {"record": record}
     output = decoder(
         input_ids=layout.ids,
         position_ids=layout.position_ids,
-        attention_mask=unread,
+        attention_mask=_unread(layout.ids.device),
         use_cache=False,
         layout=layout,
+        **recording,
     )
     states: Tensor = output.last_hidden_state[0]
     return states
+
+
+def decode(decoder: PreTrainedModel, tokens: Tensor, cache: SlotCache, width: int) -> Tensor:
+    """Compute a decode step: return the last hidden states of each slot's new token, [S] long -> [S, D].
+
+    Args:
+        decoder: Decoder that ``enable`` accepted.
+        tokens: Next token of each slot.
+        cache: Keys and values of the slots; receives those of the new tokens.
+        width: Tokens of the longest row, the new one included.
+    """
+    cache.start_step(width)
+    output = decoder(
+        input_ids=tokens[:, None],
+        position_ids=cache.lengths[:, None],
+        attention_mask=_unread(tokens.device),
+        use_cache=False,
+        slots=cache,
+    )
+    cache.finish_step()
+    states: Tensor = output.last_hidden_state[:, 0]
+    return states
+
+
+def _unread(device: torch.device) -> Tensor:
+    """Return a mask of four dimensions: it is passed on as it is, so that none is built, and attention ignores it."""
+    return torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def hidden_states_by_document(decoder: PreTrainedModel, layout: Layout) -> Tensor:
@@ -221,8 +256,34 @@ def agrees(decoder: PreTrainedModel, device: torch.device) -> bool:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=device).bool()
     positions = torch.arange(5, device=device).repeat(2, 1)
     layout = lay_out(ids, mask, positions)
-    ours = hidden_states(decoder, layout)[layout.places][mask].float()
-    theirs = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[mask].float()
+    ours = hidden_states(decoder, layout)[layout.places][mask]
+    theirs = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[mask]
+    return _close(ours, theirs)
+
+
+@torch.no_grad()
+def decodes_in_slots(decoder: PreTrainedModel, device: torch.device) -> bool:
+    """Return whether two decode steps after two short prompts give the states of one pass over the whole rows."""
+    ids = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 5, 6, 0]], device=device) % decoder.config.get_text_config().vocab_size
+    lengths = torch.tensor([3, 2], device=device)
+    columns = torch.arange(5, device=device).repeat(2, 1)
+    expected = decoder(input_ids=ids, position_ids=columns, use_cache=False).last_hidden_state
+    layout, record = lay_out(ids, columns < lengths[:, None], columns), PromptStates()
+    hidden_states(decoder, layout, record)
+    rows = torch.arange(2, device=device)
+    cache = SlotCache(2, 5, device)
+    try:
+        cache.fill(rows, record, layout.documents, lengths)
+        for place in (lengths, lengths + 1):
+            if not _close(decode(decoder, ids[rows, place], cache, 5), expected[rows, place]):
+                return False
+    except (AttributeError, KeyError):  # layers without a number, or that share states with another layer
+        return False
+    return True
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    ours, theirs = ours.float(), theirs.float()
     return bool((ours - theirs).abs().max() <= 2e-2 * theirs.abs().max() + 1e-3)  # loose: half precision
 
 

@@ -10,17 +10,21 @@ from rlhf.data.collate import collate_prompts
 from rlhf.data.records import Prompt
 from rlhf.data.special_tokens import has_special_tokens
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.packed_weights import packed_weights
 from rlhf.sampler.base import Sampler
+from rlhf.sampler.continuous_batching import ContinuousBatch, can_decode_in_slots
 from rlhf.sampler.rollout import Rollout, positions
 from rlhf.sampler.weight_copy import WeightCopy
 
+BLOCK = 256  # tokens whose probabilities are summed first when a token is drawn
+
 
 class AncestralSampler(Sampler):
-    """Ancestral sampler with a key-value cache.
+    """Ancestral sampler with a key-value cache and continuous batching.
 
-    The prompt is computed once for all K samples of it, and rows that have ended leave the batch. The randomness is one
-    uniform number per row and decode step, drawn for all rows in advance, so a response does not depend on which other
-    rows have ended.
+    The prompt is computed once for all K samples of it, and a row that has ended gives its place to the next one. The
+    randomness is one uniform number per row and decode step, drawn for all rows in advance, so a response does not
+    depend on its place or on which other rows have ended.
 
     The returned log-probabilities are those of the sampling distribution. ``top_k`` and ``top_p`` truncate that
     distribution, so with them the log-probabilities differ from the model's own (algorithms that score the policy must
@@ -101,6 +105,9 @@ class AncestralSampler(Sampler):
         self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
         """Return token ids and log-probabilities of the continuations of N rows, [N * samples, max_new_tokens]."""
+        if can_decode_in_slots(policy):
+            with packed_weights(policy):
+                return ContinuousBatch(policy, ids, mask, noise, samples, self.batch_size, self._draw).run()
         per_chunk = max(1, self.batch_size // samples)
         chunks = [
             self._decode(policy, ids[i : i + per_chunk], mask[i : i + per_chunk], noise[i * samples :], samples)
@@ -112,7 +119,10 @@ class AncestralSampler(Sampler):
     def _decode(
         self, policy: LanguageModel, ids: Tensor, mask: Tensor, noise: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the same as ``_continue``, for one chunk of rows that fits the cache."""
+        """Return the same as ``_continue``, for one chunk of rows, with the cache of transformers.
+
+        For architectures that cannot decode in slots.
+        """
         rows = len(ids) * samples
         response = torch.full((rows, self.max_new_tokens), policy.end_id, device=ids.device)
         logp = torch.zeros(rows, self.max_new_tokens, device=ids.device)
@@ -126,11 +136,9 @@ class AncestralSampler(Sampler):
         alive = torch.arange(rows, device=ids.device)  # rows still in the batch
 
         for t in range(self.max_new_tokens):
-            log_probs = self._distribution(policy.head(hidden))
-            greedy = self.temperature == 0
-            token = log_probs.argmax(dim=-1) if greedy else _inverse_cdf(log_probs, noise[alive, t])
+            token, token_logp = self._draw(policy.head(hidden), noise[alive, t])
             response[alive, t] = token
-            logp[alive, t] = log_probs.gather(1, token[:, None])[:, 0]
+            logp[alive, t] = token_logp
 
             going = token != policy.end_id
             if t + 1 == self.max_new_tokens:
@@ -147,9 +155,24 @@ class AncestralSampler(Sampler):
             hidden, position = step_hidden[:, -1], position + 1
         return response, logp
 
-    def _distribution(self, logits: Tensor) -> Tensor:
-        """Return log-probabilities of the sampling distribution for logits, [N, V] -> [N, V]."""
-        logits = logits.float() / (self.temperature or 1.0)
+    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a token for each row of logits [N, V] and its log-probability in the sampling distribution, [N] each.
+
+        Args:
+            logits: Of the model; kept as they are.
+            uniform: Random numbers in [0, 1), [N].
+        """
+        logits = self._shape(logits)
+        if self.temperature > 0:
+            return draw_tokens(logits, uniform)
+        token = logits.argmax(dim=-1)
+        return token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+    def _shape(self, logits: Tensor) -> Tensor:
+        """Return logits whose softmax is the sampling distribution, [N, V] -> [N, V]."""
+        logits = logits.float()
+        if self.temperature not in (0, 1):
+            logits = logits / self.temperature
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -158,14 +181,44 @@ class AncestralSampler(Sampler):
             probability = ordered.softmax(dim=-1)
             beyond = probability.cumsum(dim=-1) - probability >= self.top_p
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-        return logits.log_softmax(dim=-1)
+        return logits
 
 
-def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Sample one token per row by inverting the cumulative distribution at ``uniform`` [N] in [0, 1)."""
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp(max=log_probs.shape[-1] - 1)
+def draw_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample a token per row by inverting the cumulative distribution; return it and its log-probability, [N] each.
+
+    The cumulative sum runs over blocks of tokens first, and then over the tokens of one block.
+
+    Args:
+        logits: [N, V] float32; -inf for tokens that must not be drawn.
+        uniform: Random numbers in [0, 1), [N].
+    """
+    vocabulary = logits.shape[-1]
+    peak = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - peak).exp_()  # of each token; the largest is 1
+    whole = vocabulary // BLOCK * BLOCK
+    blocks = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+    if whole < vocabulary:
+        blocks = torch.cat([blocks, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    sums = blocks.cumsum(dim=-1)
+    block, rest = _find(sums, uniform[:, None] * sums[:, -1:])
+    tokens = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+    within = weights.gather(1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens >= vocabulary, 0.0)
+    place, _ = _find(within.cumsum(dim=-1), rest)
+    token = block * BLOCK + place
+    logp = logits.gather(1, token) - peak - sums[:, -1:].log()
+    return token[:, 0], logp[:, 0]
+
+
+def _find(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the interval of cumulative sums [N, n] that each target [N, 1] is in, and how far inside it is.
+
+    A target that rounding put at or beyond the last sum counts as just before it, so that no empty interval is found.
+    """
+    target = torch.minimum(target, torch.nextafter(sums[:, -1:], torch.zeros_like(target)))
+    found = torch.searchsorted(sums, target, right=True)
+    before = torch.where(found > 0, sums.gather(1, (found - 1).clamp(min=0)), 0.0)
+    return found, target - before
 
 
 def _until_end(response: Tensor, end_id: int) -> tuple[Tensor, Tensor]:

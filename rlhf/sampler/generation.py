@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.models.language_model import LanguageModel
-from rlhf.sampler.ancestral import AncestralSampler, _inverse_cdf
+from rlhf.sampler.ancestral import AncestralSampler
 from rlhf.sampler.rollout import Rollout, positions
 
 
@@ -92,9 +92,8 @@ def stream(policy: LanguageModel, ids: Sequence[int], sampler: AncestralSampler,
     mask = torch.ones(1, len(ids), dtype=torch.bool, device=device)
     hidden, cache = policy.step(torch.tensor([list(ids)], device=device), mask, positions(mask))
     for number in range(sampler.max_new_tokens):
-        log_probs = sampler._distribution(policy.head(hidden[:, -1]))
         uniform = torch.rand(1, generator=generator).to(device)
-        token = log_probs.argmax(dim=-1) if sampler.temperature == 0 else _inverse_cdf(log_probs, uniform)
+        token, _ = sampler._draw(policy.head(hidden[:, -1]), uniform)
         index = int(token)
         yield index
         if index == policy.end_id or number + 1 == sampler.max_new_tokens:

@@ -23,6 +23,8 @@ from rlhf.models.adapters import LoRA, NoAdapter
 from rlhf.models.fake_tensors import FakeWeights, use_fake_weights
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.scalar import ScalarModel
+from rlhf.sampler.ancestral import AncestralSampler
+from rlhf.sampler.continuous_batching import ContinuousBatch, can_decode_in_slots
 from rlhf.testing import tiny_model
 from tests.models.conftest import FP32, corpus, spec
 from tests.models.published import COUNTS, FAMILIES, MODULES, option, random_weights, tiny
@@ -127,6 +129,29 @@ def test_decoding_with_a_cache_equals_one_pass(family: str) -> None:
         hidden, cache = model.step(ids[:, start:stop], mask, positions, cache)
         states.append(hidden)
     torch.testing.assert_close(torch.cat(states, dim=1), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_decoding_in_slots_equals_one_pass(family: str, samples: int) -> None:
+    """With prompts in the slots (1 sample) or shared between them (2), with windows and heads that share keys."""
+    model = build(family)
+    if family == "gemma3_text":
+        assert model.config.sliding_window < 9 + 8  # windows matter
+    assert can_decode_in_slots(model)
+    ids = torch.tensor([[20, 21, 22, 23, 24, 25, 26, 27, 28], [0, 0, 30, 31, 32, 33, 34, 35, 36]])
+    mask = ids > 0
+    sampler = AncestralSampler(8, samples=samples)
+    noise = torch.rand(2 * samples, 8, generator=torch.Generator().manual_seed(0))
+    response, logp = ContinuousBatch(model, ids, mask, noise, samples, 3, sampler._draw).run()
+    for row in range(2 * samples):
+        prompt = ids[row // samples][mask[row // samples]]
+        whole = torch.cat([prompt, response[row]])[None]
+        expected, _ = model.logprobs(TokenBatch.of(whole, torch.ones_like(whole), torch.ones_like(whole)))
+        own = logp[row] != 0
+        assert own.sum() > 1
+        torch.testing.assert_close(logp[row][own], expected[0, len(prompt) :][own], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.sampler.ancestral import AncestralSampler, _inverse_cdf
+from rlhf.sampler.ancestral import AncestralSampler, draw_tokens
 
 from .conftest import data
 
@@ -79,21 +79,36 @@ def test_special_tokens_inside_a_response_are_counted(load, prompts):
     assert rollout.rows(torch.tensor([3, 0])).special_tokens == [expected[3], expected[0]]
 
 
-def test_sampled_frequencies_match_the_probabilities():
-    probability = torch.tensor([0.5, 0.0, 0.3, 0.2])
+@pytest.mark.parametrize("vocabulary", [4, 256, 700])
+def test_sampled_frequencies_match_the_probabilities(vocabulary):
+    """Of four tokens with the others impossible, in one block of the cumulative sum or in several."""
+    probability = torch.zeros(vocabulary)
+    places = [0, 1, 2, 3] if vocabulary == 4 else [0, 1, vocabulary // 2, vocabulary - 1]
+    probability[places] = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = (torch.arange(10_000) + 0.5) / 10_000
-    tokens = _inverse_cdf(probability.log().expand(10_000, 4), uniform)
-    assert torch.bincount(tokens, minlength=4).tolist() == [5000, 0, 3000, 2000]
+    tokens, logp = draw_tokens((probability.log() + 7).expand(10_000, -1), uniform)  # logits have no fixed sum
+    assert torch.bincount(tokens, minlength=vocabulary)[places].tolist() == [5000, 0, 3000, 2000]
+    torch.testing.assert_close(logp, probability.log()[tokens])
+
+
+def test_the_largest_random_number_draws_a_possible_token():
+    """Rounding puts it at the sum of the weights, after which no token is; the last ones here are impossible."""
+    logits = torch.full((1, 900), -torch.inf)
+    logits[0, :300] = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    token, logp = draw_tokens(logits, torch.tensor([1 - 2**-24]))
+    assert token.item() == 299 and torch.isfinite(logp).all()
 
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"), [(2, 1.0, [0, 1]), (0, 0.7, [0, 1]), (0, 0.4, [0]), (0, 1.0, [0, 1, 2])]
 )
 def test_top_k_and_top_p_truncate_the_distribution(top_k, top_p, kept):
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    distribution = AncestralSampler(top_k=top_k, top_p=top_p)._distribution(logits).exp()[0]
-    assert distribution.nonzero()[:, 0].tolist() == kept
-    assert distribution.sum() == pytest.approx(1.0)
+    probability = torch.tensor([0.5, 0.3, 0.2])
+    sampler = AncestralSampler(top_k=top_k, top_p=top_p)
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    tokens, logp = sampler._draw(probability.log().expand(1000, 3), uniform)
+    assert tokens.unique().tolist() == kept
+    torch.testing.assert_close(logp, (probability / probability[kept].sum()).log()[tokens])
 
 
 def test_a_prompt_beyond_the_context_is_refused(load, prompts):
