@@ -10,11 +10,12 @@ from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from omegaconf import OmegaConf
 
 from rlhf import discovery
-from rlhf.cli import suggestions
+from rlhf.cli import cache, suggestions
 from rlhf.cli.help import LEADING, subcommands
 from rlhf.runs import run_directory
 
 _VERBS = {
+    "cache": ("list", "rm"),
     "inspect": ("data", "batch", "template", "plan"),
     "plugins": ("list", "show", "new", "check"),
     "runs": ("list", "show", "rm", "check"),
@@ -65,6 +66,8 @@ def _of_command(words: list[str], word: str) -> Iterator[str]:
         yield from candidates(" ".join([*rest[1:], word]))
     elif name == "plugins" and rest[0] == "show":
         yield from (plugin.name for plugin in discovery.discover()[0] if plugin.name.startswith(word))
+    elif name == "cache" and rest[0] == "rm":
+        yield from (entry.name for entry in cache.entries() if entry.name.startswith(word))
     elif name in _TAKES_A_RUN or (name == "runs" and rest[0] != "list"):
         yield from _runs(word)
 

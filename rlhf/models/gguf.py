@@ -20,7 +20,7 @@ from rlhf.models import gguf_source
 from rlhf.models.gguf_header import count_tensors
 from rlhf.models.load_errors import check_loaded
 from rlhf.models.saving import plain_config
-from rlhf.storage.cache import cache_folder
+from rlhf.storage.cache import cache_folder, mark_used
 
 LAYOUT = "1"  # version of the converted directories; increased when the conversion changes
 TOKENIZER = "tokenizer_config.json"
@@ -41,6 +41,7 @@ def convert_gguf(source: str) -> str:
         if not (folder / gguf_source.SOURCE_FILE).exists():
             with suppress(OSError):  # the cache may be read-only
                 gguf_source.write(folder, file, digest)
+        mark_used(folder)
         return str(folder)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock")):

@@ -28,7 +28,7 @@ from rlhf.models.adapters import TRAINED
 from rlhf.models.reference import Reference
 from rlhf.models.sharding import is_sharded
 from rlhf.runs.source_code import reached_digest
-from rlhf.storage.cache import cache_folder
+from rlhf.storage.cache import cache_folder, mark_used
 from rlhf.storage.files import write_bytes
 from rlhf.storage.locks import lock
 
@@ -78,7 +78,7 @@ def cached_logprobs(
                 found = torch.tensor([computed[name] for name in ordered], dtype=torch.float32)
                 if file is not None and writable:
                     with suppress(OSError):  # a full disk must not end the run
-                        _write(file, found)
+                        _write(file, found, str(reference.modules[0].base.config._name_or_path))
             if guard is not None:
                 guard.unlink(missing_ok=True)
     logps = dict(zip(ordered, found.tolist(), strict=True))
@@ -196,11 +196,15 @@ def _read(file: Path, count: int) -> Tensor | None:
     except (OSError, safetensors.SafetensorError):
         return None
     whole = logp.dtype == torch.float32 and logp.shape == (count,)
-    return logp if whole and about.get("sha256") == _checksum(file, logp) else None
+    if not whole or about.get("sha256") != _checksum(file, logp):
+        return None
+    mark_used(file)
+    return logp
 
 
-def _write(file: Path, logp: Tensor) -> None:
-    write_bytes(file, safetensors.torch.save({"logp": logp}, {"sha256": _checksum(file, logp)}))
+def _write(file: Path, logp: Tensor, model: str) -> None:
+    """Store the numbers, and for `rlhf cache list` the model that the first run with them read."""
+    write_bytes(file, safetensors.torch.save({"logp": logp}, {"sha256": _checksum(file, logp), "reference": model}))
 
 
 def _checksum(file: Path, logp: Tensor) -> str:

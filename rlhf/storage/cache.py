@@ -39,17 +39,20 @@ class Once:
         return found
 
 
-def cache_folder(name: str) -> Path:
-    """Return a directory of the cache, created if needed.
+def cache_home() -> Path:
+    """Return the directory of the cache: RLHF_CACHE, else rlhf in XDG_CACHE_HOME, else ~/.cache/rlhf."""
+    own = os.environ.get("RLHF_CACHE")
+    home = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlhf"
+    return home.expanduser()
 
-    It is in RLHF_CACHE, else in rlhf in XDG_CACHE_HOME, else in ~/.cache/rlhf.
+
+def cache_folder(name: str) -> Path:
+    """Return a directory in ``cache_home``, created if needed.
 
     Raises:
         UserError: If the directory cannot be created.
     """
-    own = os.environ.get("RLHF_CACHE")
-    home = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlhf"
-    folder = home.expanduser() / name
+    folder = cache_home() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,6 +60,12 @@ def cache_folder(name: str) -> Path:
             f"{folder}: cannot be created ({error.strerror})", fix="type RLHF_CACHE=DIRECTORY before the command"
         ) from error
     return folder
+
+
+def mark_used(path: Path) -> None:
+    """Set the time of an entry to now, which `rlhf cache` reports as its last use; a read-only cache stays as it is."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def recall(name: str, key: str) -> str | None:

@@ -24,6 +24,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("plugins ", {"list", "show", "new", "check"}),
         ("plugins s", {"show"}),
         ("plugins show rl", {"rloo"}),
+        ("cache ", {"list", "rm"}),
         ("runs r", {"rm"}),
         ("runs show out", {"outputs/sft/abcdef0123"}),
         ("chat ", {"outputs/sft/abcdef0123"}),
