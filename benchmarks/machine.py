@@ -36,6 +36,11 @@ def matrix_rate(device: str, dtype: str, seconds: float = 1.0) -> float:
     return 2 * size**3 / best
 
 
+def seconds() -> float:
+    """Return a clock: on one thread CPU seconds of this process, which other load disturbs less, else wall time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def describe(device: str) -> dict[str, Any]:
     """Return the names of device and processor, the thread count, the commit and the versions."""
     return {
