@@ -52,18 +52,42 @@ def encode_dialogue(
     Raises:
         UserError: If the template rewrites earlier turns, since a mask over the whole would be wrong.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
+    pieces = dialogue_pieces(tokenizer, messages, ended)
+    row = _join([tokenize(tokenizer, text) for text in pieces])
+    return Encoded(row.ids[:max_length], row.mask[:max_length])
+
+
+def dialogue_pieces(tokenizer: Tokenizer, messages: Sequence[Message], ended: bool = True) -> list[str]:
+    """Return the rendered texts of a dialogue that are tokenized separately, contexts and responses in turn.
+
+    Raises:
+        UserError: As ``encode_dialogue``.
+    """
+    pieces: list[str] = []
     for index, before, answer in _responses(tokenizer, messages, ended):
         if answer is None:
             raise ChatTemplateError(
                 f"rewrites earlier turns (turn {index}: the dialogue does not start with its own prompt), so responses "
                 "cannot be masked"
             )
-        context, target = tokenize(tokenizer, before), tokenize(tokenizer, answer)
-        ids += context + target
-        mask += [False] * len(context) + [True] * len(target)
-    return Encoded(ids=ids[:max_length], mask=mask[:max_length])
+        pieces += [before, answer]
+    return pieces
+
+
+def encode_pieces(tokenizer: Tokenizer, dialogues: Sequence[Sequence[str]]) -> list[Encoded]:
+    """Encode several dialogues, given by their ``dialogue_pieces``, at half the cost of one by one."""
+    ids = iter(control_tokens(tokenizer).tokenize_batch([text for pieces in dialogues for text in pieces]))
+    return [_join([next(ids) for _ in pieces]) for pieces in dialogues]
+
+
+def _join(pieces: Sequence[list[int]]) -> Encoded:
+    """Return the row of contexts and responses in turn, of which the responses are targets."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for index, piece in enumerate(pieces):
+        ids += piece
+        mask += [index % 2 == 1] * len(piece)
+    return Encoded(ids=ids, mask=mask)
 
 
 def _responses(

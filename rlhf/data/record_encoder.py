@@ -1,17 +1,18 @@
 """Encoding of whole data sets to tokens within length limits, with a report of what was truncated and dropped."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.data.control_tokens import Tokenizer
 from rlhf.data.disk import DiskList
 from rlhf.data.encoded_rows import Encoded
 from rlhf.data.encoding import (
+    dialogue_pieces,
     encode_comparison,
-    encode_dialogue,
     encode_label,
+    encode_pieces,
     encode_texts,
     fit_messages,
     fit_prompt,
@@ -21,6 +22,8 @@ from rlhf.data.rendering import DialogueRejected
 from rlhf.data.sources import source_error
 from rlhf.data.template_check import check_template
 from rlhf.errors import RLHFError, UserError, key
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -124,15 +127,9 @@ class RecordEncoder(ABC):
                     report.tokens += sum(map(len, pieces))
                     yield from pieces
             return
-        for record in records:
-            assert not isinstance(record, Text)
-            turns = record.messages if isinstance(record, Demonstration | Prompt) else record.prompt
-            check_template(tokenizer, turns)  # raises for a template that no record can use
-            try:
-                row, cut = self._encode(tokenizer, record)
-            except (UserError, ValueError) as error:
-                self._refuse(report, record, error)
-                continue
+        # Rejection sampling encodes demonstrations with the limits of its prompts.
+        found = self._demonstrations if records and isinstance(records[0], Demonstration) else self._one_by_one
+        for record, row, cut in found(tokenizer, records, report):
             if row is None:
                 report.dropped += 1
                 continue
@@ -142,16 +139,42 @@ class RecordEncoder(ABC):
             report.missing_eos += count_truncated(record)
             yield row
 
-    def _encode(self, tokenizer: Tokenizer, record: Demonstration | Comparison | Label | Prompt) -> tuple[Any, bool]:
-        if isinstance(record, Demonstration):
-            whole = encode_dialogue(tokenizer, record.messages, ended=record.ended)
-            cut = Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
-            return (cut if any(cut.mask) else None), len(whole) > self.max_length
-        if isinstance(record, Comparison):
-            return encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
-        if isinstance(record, Label):
-            return encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
-        return fit_prompt(tokenizer, record.messages, self.prompt_limit)
+    def _one_by_one(
+        self, tokenizer: Tokenizer, records: Iterable[Any], report: EncodeReport
+    ) -> Iterator[tuple[Record, Any, bool]]:
+        """Yield each record that can be encoded, its row (None if it does not fit) and whether that was truncated."""
+        for record in records:
+            turns = record.messages if isinstance(record, Prompt) else record.prompt
+            check_template(tokenizer, turns)  # raises for a template that no record can use
+            row: Any
+            try:
+                if isinstance(record, Comparison):
+                    row, cut = encode_comparison(tokenizer, record, self.max_length, self.max_prompt_length)
+                elif isinstance(record, Label):
+                    row, cut = encode_label(tokenizer, record, self.max_length, self.max_prompt_length)
+                else:
+                    row, cut = fit_prompt(tokenizer, record.messages, self.prompt_limit)
+            except (UserError, ValueError) as error:
+                self._refuse(report, record, error)
+                continue
+            yield record, row, cut
+
+    def _demonstrations(
+        self, tokenizer: Tokenizer, records: Iterable[Any], report: EncodeReport
+    ) -> Iterator[tuple[Record, Any, bool]]:
+        """Yield demonstrations as ``_one_by_one`` does other records; many are tokenized at once."""
+        for batch in _batches(records, lambda record: sum(len(message.content) for message in record.messages)):
+            rendered: list[tuple[Demonstration, list[str]]] = []
+            for record in batch:
+                check_template(tokenizer, record.messages)
+                try:
+                    rendered.append((record, dialogue_pieces(tokenizer, record.messages, record.ended)))
+                except (UserError, ValueError) as error:
+                    self._refuse(report, record, error)
+            rows = encode_pieces(tokenizer, [pieces for _, pieces in rendered])
+            for (record, _), whole in zip(rendered, rows, strict=True):
+                row = Encoded(whole.ids[: self.max_length], whole.mask[: self.max_length])
+                yield record, row if any(row.mask) else None, len(whole) > self.max_length
 
     @property
     def prompt_limit(self) -> int:
@@ -196,11 +219,16 @@ def _as_text(error: Exception | None) -> tuple[str, str]:
 
 def iter_text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yield batches of texts that are cheap to tokenize at once, and small however long the texts are."""
-    batch: list[str] = []
+    return _batches(texts, len)
+
+
+def _batches(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield at most 256 items at a time, fewer if they have more than a million characters."""
+    batch: list[T] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for item in items:
+        batch.append(item)
+        size += characters(item)
         if len(batch) == 256 or size > 1 << 20:
             yield batch
             batch, size = [], 0
