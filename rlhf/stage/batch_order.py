@@ -113,4 +113,8 @@ class BatchOrder(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch, so that dropout depends on (seed, step, rank) alone."""
-        torch.manual_seed(self.step_seed("train"))
+        seed = self.step_seed("train")
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # manual_seed formats the stack for each type of GPU not yet used
+        else:
+            torch.manual_seed(seed)
