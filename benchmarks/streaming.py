@@ -88,7 +88,11 @@ def main(words: Sequence[str] | None = None) -> None:
             process = context.Process(target=_measure, args=(path, record, sender))
             process.start()
             sender.close()
-            found = receiver.recv()
+            try:
+                found = receiver.recv()
+            except EOFError:
+                process.join()
+                raise SystemExit(f"{size:g} MB: the process ended with status {process.exitcode}") from None
             process.join()
         each = (found["load"] + found["encode"]) / size
         print(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -50,7 +51,7 @@ class Batches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.lengths = None if isinstance(records, int) else torch.tensor(list(records))
+        self.lengths = None if isinstance(records, int) else torch.from_numpy(np.array(records, dtype=np.int64))
         self.n = records if isinstance(records, int) else len(records)
         self.batch_size, self.seed, self.start, self.rank, self.world_size = batch_size, seed, start, rank, world_size
         if (steps is None) == (epochs is None):

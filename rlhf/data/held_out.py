@@ -49,7 +49,7 @@ def select_held_out(records: Sequence[Record], wanted: int, seed: int) -> tuple[
     side = np.zeros(len(known), bool)
     side[chosen] = True
     out = side[inverse]
-    train, held_out = (array("Q", np.flatnonzero(part).tolist()) for part in (~out, out))
+    train, held_out = (array("Q", np.flatnonzero(part).astype(np.uint64).tobytes()) for part in (~out, out))
     return train, held_out, note
 
 
