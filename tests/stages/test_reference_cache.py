@@ -1,7 +1,8 @@
 """Reference log-probabilities are computed once for all runs with the same reference and the same rows."""
 
-import multiprocessing
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from rlhf.data.split import Split
 from rlhf.models.reference import Reference, start_reference
 from rlhf.models.reference_cache import cached_logprobs
-from rlhf.storage import locks
 from rlhf.storage.metrics_file import read_rows
 from rlhf_dpo.batch_objective import KTO
 from rlhf_dpo.objective import DPO
@@ -22,6 +22,15 @@ from rlhf_dpo.stage import DPOStage
 
 from .conftest import adamw, constant, data, fit, same, weights
 
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import pathlib, sys
+from rlhf.storage import locks
+
+with locks.lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
 CPU = torch.device("cpu")
 ROWS = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([11], [12, 13, 14, 15]), ([5, 6, 7], [8, 9])]
 
@@ -163,13 +172,6 @@ def test_without_a_cache_they_are_computed(load, tmp_path, monkeypatch, forwards
     assert cached_logprobs(start_reference(model), ROWS, model.pad_id, CPU) == expected and len(forwards) > before
 
 
-def hold(path: Path, held, release) -> None:
-    """Hold the lock of a file until told to release it, as a run that computes does."""
-    with locks.lock(path):
-        held.set()
-        release.wait(60)
-
-
 def test_a_run_waits_for_the_one_that_computes(load, cache, forwards):
     """The lock is another process's; the file appears while this one waits, and nothing is computed here."""
     model = load()
@@ -177,21 +179,18 @@ def test_a_run_waits_for_the_one_that_computes(load, cache, forwards):
     (file,) = files(cache)
     content = file.read_bytes()
     file.unlink()
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(file.with_suffix(".lock"), held, release))
-    other.start()
-    assert held.wait(60)
+    words = [sys.executable, "-c", HOLD, str(file.with_suffix(".lock"))]  # without torch, whose import takes seconds
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
     before, notes = len(forwards), []
 
     def note(text: str) -> None:
         notes.append(text)
         file.write_bytes(content)
-        release.set()
+        other.communicate("release\n")
 
     assert cached_logprobs(start_reference(model), ROWS, model.pad_id, CPU, note=note) == expected
     assert len(notes) == 1 and len(forwards) == before
-    other.join()
 
 
 def test_the_file_names_what_it_holds(load, cache):
