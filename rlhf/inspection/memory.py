@@ -103,7 +103,11 @@ def passes(look: Look, stage: Stage, work: Work, precision: Precision, accelerat
 def peak(roles: Sequence[Role], measured: Passes) -> int:
     """Return the most bytes that weights, gradients, optimizer state, activations and caches need at a time."""
     weights = sum(role.weights for role in roles if not role.offloaded)
-    scoring = [sum(x.weights for x in roles if x.offloaded and (x.name == "reference") == is_it) for is_it in (0, 1)]
+    offloaded = [role for role in roles if role.offloaded]  # the reference scores alone, and the reward models do
+    scoring = [
+        sum(role.weights for role in offloaded if (role.name == "reference") is is_reference)
+        for is_reference in (True, False)
+    ]
     state = sum(role.optimizer for role in roles)
     update = sum(role.gradients for role in roles) + UPDATE_COPIES * max(role.largest for role in roles)
     return weights + state + max(measured.training or 0, measured.sampling or 0, update, *scoring)
