@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -137,10 +136,7 @@ def remove_entries(names: Sequence[str], older: float | None, everything: bool, 
     if not chosen:
         print("nothing to remove")
         return 0
-    for entry in chosen:
-        print(f"{entry.name}  {_readable(entry.size)}")
-    if not yes and (not sys.stdin.isatty() or input("remove? [y/N] ").strip().lower() not in ("y", "yes")):
-        print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes to remove without confirmation"))
+    if not options.confirm_removal([f"{entry.name}  {_readable(entry.size)}" for entry in chosen], yes):
         return 1
     for entry in chosen:
         with ExitStack() as held:

@@ -188,12 +188,10 @@ def _best_of_n(
     for path, rollouts in sampled.items():
         moved = [on(rollout, device()) for rollout in rollouts]
         metrics = {name: score_responses(moved, reward, samples) for name, reward in rewards.items()}
-        ranking = metrics.get("reward", metrics.get("gold"))
-        assert ranking is not None
         for name in ("length", "ended"):
             values = torch.cat([rollout.lengths if name == "length" else rollout.ended for rollout in rollouts])
             metrics[name] = values.view(-1, samples).double()
-        found[path] = best_of_n(task.prompts, ranking, metrics)
+        found[path] = best_of_n(task.prompts, metrics)
     return found
 
 

@@ -1,7 +1,8 @@
 """Command-line options shared by several commands, each with the same name and meaning everywhere."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -89,6 +90,16 @@ def count(
 def amount(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
     """Add an option for a number of items or an index, at least 0."""
     parser.add_argument(flag, type=_number(int, ge=0), default=default, metavar="N", help=help)
+
+
+def confirm_removal(lines: Iterable[str], yes: bool) -> bool:
+    """Print what will be removed and return whether it may be; without ``yes`` a person at a terminal is asked."""
+    for line in lines:
+        print(line)
+    if yes or (sys.stdin.isatty() and input("remove? [y/N] ").strip().lower() in ("y", "yes")):
+        return True
+    print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes to remove without confirmation"))
+    return False
 
 
 def _both(parser: argparse.ArgumentParser, flag: str, **hyperparameters: object) -> None:

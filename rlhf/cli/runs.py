@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -189,10 +188,7 @@ def remove_runs(outputs: Path, refs: list[str], unfinished: bool, yes: bool, for
             child = children[0]
             uses = "was made from" if child.finished else f"({child.status}) reads"
             raise UserError(f"{child.folder} {uses} {run.folder}", fix="type --force to remove it anyway")
-    for run in chosen:
-        print(f"{run.folder}  {run.status}")
-    if not yes and (not sys.stdin.isatty() or input("remove? [y/N] ").strip().lower() not in ("y", "yes")):
-        print("nothing removed" + ("" if sys.stdin.isatty() else "; type --yes to remove without confirmation"))
+    if not options.confirm_removal([f"{run.folder}  {run.status}" for run in chosen], yes):
         return 1
     for run in chosen:
         try:

@@ -62,7 +62,6 @@ def score_responses(rollouts: Sequence[Rollout], score: Callable[[Rollout], Tens
 
 def best_of_n(
     prompts: Sequence[Prompt],
-    ranking: Tensor,
     metrics: Mapping[str, Tensor],
     others: Mapping[str, Sequence[float]] | None = None,
 ) -> list[BestOfN]:
@@ -70,11 +69,11 @@ def best_of_n(
 
     Args:
         prompts: P prompts; those that ask the same form one cluster of the standard errors.
-        ranking: Scores that choose the best response, [P, N].
-        metrics: Name -> its value for each response, [P, N].
+        metrics: Name -> its value for each response, [P, N]. "reward" chooses the best response, without it "gold".
         others: Name -> P values of another policy, whose differences to the best of n are returned.
     """
     clusters: list[Hashable] = [cluster_key(prompt) for prompt in prompts]
+    ranking = metrics["reward" if "reward" in metrics else "gold"]
     found = []
     for n in powers(ranking.shape[1]):
         weights = best_of_n_weights(ranking, n)

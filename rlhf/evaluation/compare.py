@@ -283,9 +283,7 @@ def _compare(
             scores[part], clusters[part] = (old_scores, new_scores), [asked[row] for row in rows]
     best = []
     if of_many:
-        ranking = of_many.get("reward", of_many.get("gold"))
-        assert ranking is not None
-        best = best_of_n(prompts, ranking, of_many, {name: scores[name][1] for name in of_many})[1:]
+        best = best_of_n(prompts, of_many, {name: scores[name][1] for name in of_many})[1:]
     order = [name for name in LABELS if name in scores]
     return Evaluation(
         before_model=str(before),

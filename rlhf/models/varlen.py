@@ -112,7 +112,7 @@ def is_usable(query: Tensor, key: Tensor, scale: float | None, window: int | Non
 
 
 class Kind(NamedTuple):
-    """What a kernel's result may depend on, beside the values."""
+    """Properties of the inputs, beside their values, that a kernel's result may depend on."""
 
     device: torch.device
     dtype: torch.dtype
