@@ -73,11 +73,12 @@ def main(argv: list[str]) -> int:
     for note in given.notes:
         console.say(note, "yellow")
     longest = args.max_new_tokens or (TESTBED_RESPONSE if gold else RESPONSE)
-    task = Task(prompts, texts, dialogues, longest, args.temperature, args.seed, args.batch_size)  # type: ignore[arg-type]
+    sampling = longest, args.temperature, args.seed, args.batch_size, args.best_of or 0
+    task = Task(prompts, texts, dialogues, *sampling)  # type: ignore[arg-type]
     everyone = [*policies, *([against] if against and against.path not in [p.path for p in policies] else [])]
     with templates.as_typed(bool(args.chat_template)):
-        measured = _measure(everyone, references, scorer, gold, task, given)
-        best = _best_of_n(everyone, scorer, gold, task, given, args.best_of) if args.best_of else {}
+        measured, rewards = _measure(everyone, references, scorer, gold, task, given)
+        best = {one.path: _best_of_n(one, rewards, task) for one in measured} if task.best_of else {}
     baseline = next((m for m in measured if against and m.path == against.path), measured[0])
     if against is not None:
         _wins(measured, baseline, judge, args, task)
@@ -134,8 +135,11 @@ def _measure(
     gold: bool,
     task: "Task",
     given: "Given",
-) -> "list[Measured]":
-    """Return every policy's responses with all metrics except wins. Only one model is in memory at a time."""
+) -> "tuple[list[Measured], dict[str, Reward]]":
+    """Return every policy's responses with all metrics except wins, and the rewards that scored them by metric.
+
+    Only one model is in memory at a time.
+    """
     from rlhf.errors import UserError
     from rlhf.evaluation.measuring import add_kl, add_scores, device, measure
     from rlhf.reward.base import make_ready
@@ -155,44 +159,30 @@ def _measure(
             one.notes.append("no KL: the model that it started from is unknown; type --reference MODEL")
         elif task.temperature == 0:
             one.notes.append("no KL: at temperature 0 responses are not samples of the policy")
+    rewards: dict[str, Reward] = {}
     if gold:
-        add_scores(measured, "gold", GoldReward(), {"safe": lambda p: not p.unsafe, "unsafe": lambda p: p.unsafe})
-    if scorer is not None:
-        reward = ModelReward(scorer.path, task.batch_size)
-        make_ready(reward, device())
-        add_scores(measured, "reward", reward)
-    return measured
-
-
-def _best_of_n(
-    everyone: "list[Named]", scorer: "Named | None", gold: bool, task: "Task", given: "Given", samples: int
-) -> "dict[str, list[BestOfN]]":
-    """Return policy's path -> metrics of the best of n of its responses, for n up to ``samples``.
-
-    The reward model chooses the best response; without one, gold reward does. Only one model is in memory at a time.
-    """
-    import torch
-
-    from rlhf.evaluation.best_of_n import best_of_n, score_responses
-    from rlhf.evaluation.measuring import device, on, sample_responses
-    from rlhf.reward.base import make_ready
-    from rlhf.reward.gold import GoldReward
-    from rlhf.reward.model import ModelReward
-
-    sampled = {one.path: sample_responses(one.label, one.path, task, samples, given.of(one.path)) for one in everyone}
-    rewards: dict[str, Reward] = {"gold": GoldReward()} if gold else {}
+        rewards["gold"] = GoldReward()
+        add_scores(measured, "gold", rewards["gold"], {"safe": lambda p: not p.unsafe, "unsafe": lambda p: p.unsafe})
     if scorer is not None:
         rewards["reward"] = ModelReward(scorer.path, task.batch_size)
         make_ready(rewards["reward"], device())
-    found = {}
-    for path, rollouts in sampled.items():
-        moved = [on(rollout, device()) for rollout in rollouts]
-        metrics = {name: score_responses(moved, reward, samples) for name, reward in rewards.items()}
-        for name in ("length", "ended"):
-            values = torch.cat([rollout.lengths if name == "length" else rollout.ended for rollout in rollouts])
-            metrics[name] = values.view(-1, samples).double()
-        found[path] = best_of_n(task.prompts, metrics)
-    return found
+        add_scores(measured, "reward", rewards["reward"])
+    return measured, rewards
+
+
+def _best_of_n(one: "Measured", rewards: "dict[str, Reward]", task: "Task") -> "list[BestOfN]":
+    """Return the metrics of the best of n of a policy's responses, chosen by the reward model, else by gold reward."""
+    import torch
+
+    from rlhf.evaluation.best_of_n import best_of_n, score_responses
+    from rlhf.evaluation.measuring import device, on
+
+    moved = [on(rollout, device()) for rollout in one.many]
+    metrics = {name: score_responses(moved, reward, task.best_of) for name, reward in rewards.items()}
+    for name in ("length", "ended"):
+        values = torch.cat([rollout.lengths if name == "length" else rollout.ended for rollout in one.many])
+        metrics[name] = values.view(-1, task.best_of).double()
+    return best_of_n(task.prompts, metrics)
 
 
 def _wins(

@@ -32,6 +32,7 @@ class Task:
         temperature: Of the sampling, and of the log-probabilities in the KL; at 0 there is no KL.
         seed: Seed of the sampling.
         batch_size: Rows sampled or scored at a time.
+        best_of: Responses to each prompt that are sampled besides, for the best of n; 0: none.
     """
 
     prompts: list[Prompt]
@@ -41,6 +42,7 @@ class Task:
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 64
+    best_of: int = 0
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     #: metric -> clusters of its values, where these are not one per prompt
     other_clusters: dict[str, list[Hashable]] = field(default_factory=dict)
+    many: list[Rollout] = field(default_factory=list)  # `Task.best_of` responses to each prompt
 
     def clusters(self, metric: str) -> list[Hashable]:
         """Return the cluster of each value of a metric, for its standard error; values of one cluster ask the same."""
@@ -111,7 +114,14 @@ def measure(name: str, path: str, task: Task, chat_template: str | None = None) 
                 logp.append(sequence_logprobs(policy, rollout, task.temperature, task.batch_size))
             rollouts.append(rollout_to_cpu(rollout))
             meter.advance(len(rollout.texts))
-    found = Measured(name, path, rollouts, logp, policy.tokenizer.get_vocab())
+    many: list[Rollout] = []
+    if task.best_of:
+        sampler.samples = task.best_of
+        with Meter(f"{name}: best of {task.best_of}", len(task.prompts) * task.best_of, "response") as meter:
+            for rollout in generate_batches(policy, task.prompts, sampler, task.seed):
+                many.append(rollout_to_cpu(rollout))
+                meter.advance(len(rollout.texts))
+    found = Measured(name, path, rollouts, logp, policy.tokenizer.get_vocab(), many=many)
     found.values["length"] = [float(n) for rollout in rollouts for n in rollout.lengths.tolist()]
     found.values["ended"] = [float(e) for rollout in rollouts for e in rollout.ended.tolist()]
     if task.texts:
@@ -119,28 +129,6 @@ def measure(name: str, path: str, task: Task, chat_template: str | None = None) 
     if task.dialogues:
         _add_likelihood(found, "answers", response_likelihood(policy, task.dialogues), task.dialogues)
     return found
-
-
-@torch.no_grad()
-def sample_responses(name: str, path: str, task: Task, samples: int, chat_template: str | None = None) -> list[Rollout]:
-    """Sample N responses to each prompt of a task, in rollouts of some prompts each.
-
-    Args:
-        name: Name of the policy, for the progress line.
-        path: Model directory, run directory, GGUF file or hub id.
-        task: Prompts and sampling settings.
-        samples: Responses to a prompt, N.
-        chat_template: Template for a policy without its own.
-    """
-    policy = load_policy(path, chat_template)
-    longest = room(policy, task.prompts, task.max_new_tokens)
-    sampler = SeededSampler(longest, task.temperature, samples=samples, batch_size=max(samples, task.batch_size))
-    rollouts = []
-    with Meter(f"{name}: best of {samples}", len(task.prompts) * samples, "response") as meter:
-        for rollout in generate_batches(policy, task.prompts, sampler, task.seed):
-            rollouts.append(rollout_to_cpu(rollout))
-            meter.advance(len(rollout.texts))
-    return rollouts
 
 
 def _add_likelihood(
